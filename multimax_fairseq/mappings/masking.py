@@ -1,0 +1,69 @@
+"""What a score of −inf means, in one place.
+
+A score of −inf is *not there*: its probability is exactly 0, its gradient is exactly 0 and it takes no part in
+any statistic of its row. A row of nothing but −inf gives zeros.
+
+Mappings keep that contract by the same three steps: *fill* the absent scores with something harmless, compute,
+and *refill*. One ``torch.where`` at the end is not enough: the branch that is thrown away still sends NaN back
+through the gradient, because 0 · inf is NaN.
+"""
+
+import torch
+from torch import Tensor
+
+# fairseq's encoder layers and some models built on it mask with finite numbers: −1e4 in half precision (which
+# bfloat16 rounds to −9984), −1e8 in single. No real bias comes near: the steepest ALiBi slope, 1/2, reaches
+# −4096 over 8,192 tokens.
+FINITE_MASK = -9e3
+
+
+def is_absent(scores: Tensor) -> Tensor:
+    """Where a score is −inf.
+
+    Args:
+        scores: any shape, floating point.
+
+    Returns:
+        bool, the shape of ``scores``.
+    """
+    return scores == float("-inf")
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that a mapping computes in: fp32 for fp16 and bf16, else ``dtype`` itself."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+def masked_softmax(scores: Tensor, absent: Tensor, dim: int) -> Tensor:
+    """Softmax over the scores that are there: exactly 0 elsewhere, and zeros where a row is empty.
+
+    The fill is the most negative finite number rather than −inf: exp of it is 0 beside any real score, and in
+    an empty row it leaves a uniform distribution (which the refill turns into zeros) where −inf leaves NaN.
+
+    Args:
+        scores: any shape, fp32 or fp64; its values under ``absent`` are not read.
+        absent: bool, the shape of ``scores``.
+        dim: the dimension that holds the distribution.
+
+    Returns:
+        probabilities, shape and dtype of ``scores``.
+    """
+    lowest = torch.finfo(scores.dtype).min
+    return scores.masked_fill(absent, lowest).softmax(dim).masked_fill(absent, 0.0)
+
+
+def additive_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask in any of fairseq's conventions as one to add to the scores, −inf where a key is hidden.
+
+    Args:
+        mask: bool or uint8 (true: hidden), or floating point to be added to the scores, where numbers at or
+            below ``FINITE_MASK`` (fairseq's −1e4 and −1e8) hide a key as −inf does. σ is quadratic, so a finite
+            mask left as it is can come out as the largest score of all.
+        dtype: dtype of the scores.
+
+    Returns:
+        ``dtype``, the shape of ``mask``.
+    """
+    if not mask.is_floating_point():
+        return torch.zeros_like(mask, dtype=dtype).masked_fill(mask.bool(), float("-inf"))
+    return mask.to(dtype).masked_fill(mask <= FINITE_MASK, float("-inf"))

@@ -1,0 +1,26 @@
+"""Softmax under the contract of :mod:`.masking`."""
+
+from torch import Tensor, nn
+
+from .masking import compute_dtype, is_absent, masked_softmax
+
+
+def softmax(scores: Tensor, dim: int = -1) -> Tensor:
+    """exp(x_i) / Σ exp(x_k) over the scores that are there; an empty row gives zeros where torch gives NaN.
+
+    Args:
+        scores: any shape, fp16, bf16, fp32 or fp64; −inf marks an absent score.
+        dim: the dimension that holds the distribution.
+
+    Returns:
+        probabilities, shape and dtype of ``scores``. Error against float64: below 3e-7 in fp32.
+    """
+    x = scores.to(compute_dtype(scores.dtype))
+    return masked_softmax(x, is_absent(x), dim).to(scores.dtype)
+
+
+class Softmax(nn.Module):
+    """:func:`softmax` over the last dimension."""
+
+    def forward(self, scores: Tensor) -> Tensor:
+        return softmax(scores)
