@@ -1,0 +1,52 @@
+"""The Transformer for translation, with MultiMax or another mapping in each attention module."""
+
+from argparse import Namespace
+
+from fairseq.dataclass.utils import gen_parser_from_dataclass
+from fairseq.models import ARCH_CONFIG_REGISTRY, register_model, register_model_architecture
+from fairseq.models.transformer import TransformerConfig, TransformerModel
+from omegaconf import OmegaConf
+
+from ..modules import MappedDecoder, MappedEncoder
+from .mapped_model import MappedModelMixin
+from .options import MappingChoice, MappingOptions, with_defaults
+
+
+@register_model("multimax_transformer")
+class MultimaxTransformerModel(MappedModelMixin, TransformerModel):
+    """fairseq's ``transformer`` with the options of :class:`.options.MappingOptions`."""
+
+    @classmethod
+    def add_args(cls, parser) -> None:
+        super().add_args(parser)
+        # No defaults here, as in the stock model: the architecture sets what the command line leaves open.
+        gen_parser_from_dataclass(parser, MappingOptions(), delete_default=True)
+
+    @classmethod
+    def build_model(cls, args, task):
+        # A copy, as a namespace: fairseq saves the original in the checkpoint, and fairseq-hydra-train gives a
+        # config to which the stock model could not add.
+        args = Namespace(**(OmegaConf.to_container(args) if OmegaConf.is_config(args) else vars(args)))
+        args.mapping_choice = MappingChoice.from_options(args)
+        return super().build_model(args, task)
+
+    @classmethod
+    def build_encoder(cls, args, src_dict, embed_tokens):
+        return MappedEncoder(TransformerConfig.from_namespace(args), src_dict, embed_tokens)
+
+    @classmethod
+    def build_decoder(cls, args, tgt_dict, embed_tokens):
+        cfg = TransformerConfig.from_namespace(args)
+        return MappedDecoder(cfg, tgt_dict, embed_tokens, no_encoder_attn=cfg.no_cross_attention)
+
+
+for stock_name in (
+    "transformer",
+    "transformer_tiny",
+    "transformer_iwslt_de_en",
+    "transformer_wmt_en_de",
+    "transformer_vaswani_wmt_en_de_big",
+):
+    register_model_architecture("multimax_transformer", f"multimax_{stock_name}")(
+        with_defaults(ARCH_CONFIG_REGISTRY[stock_name])
+    )

@@ -1,0 +1,120 @@
+"""Multi-head attention whose scores become probabilities by any mapping."""
+
+from typing import Dict, Optional, Tuple
+
+import torch
+from fairseq.modules import MultiheadAttention
+from torch import Tensor, nn
+
+from ..mappings import additive_mask
+
+
+class MappedMultiheadAttention(MultiheadAttention):
+    """fairseq's attention with another mapping in the place of softmax.
+
+    fairseq does the projections, the masks, the decoding cache and the sharing of keys between beams, and hands
+    over the masked scores and the values (``before_softmax``). What is left is done here, in one path for
+    training, teacher forcing and step-by-step decoding::
+
+        probabilities = mapping(scores)        (bsz, num_heads, tgt_len, src_len)
+        output = out_proj(concat over heads of dropout(probabilities) · values)
+
+    An instance is made from one of fairseq's by :meth:`adopt`.
+
+    Attributes:
+        mapping: module over the last dimension, from :func:`multimax_fairseq.mappings.build_mapping`.
+        site: which attention of the model this is: ``"encoder"``, ``"decoder"`` or ``"cross"``.
+    """
+
+    mapping: nn.Module
+    site: str
+
+    @classmethod
+    def adopt(
+        cls, attention: MultiheadAttention, mapping: nn.Module, site: str
+    ) -> "MappedMultiheadAttention":
+        """Take over the projections and settings of fairseq's ``attention``, which must not be used any more.
+
+        Made this way rather than by its constructor, an attention has exactly the weights, drawn in the same
+        order, that the stock model would have, in every version of fairseq.
+        """
+        mapped = cls.__new__(cls)
+        mapped.__dict__ = attention.__dict__
+        mapped.mapping = mapping
+        mapped.site = site
+        # Keeps forward() from leaving through F.multi_head_attention_forward, where softmax is built in.
+        mapped._set_skip_embed_dim_check()
+        return mapped
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Optional[Tensor],
+        value: Optional[Tensor],
+        key_padding_mask: Optional[Tensor] = None,
+        incremental_state: Optional[Dict[str, Dict[str, Optional[Tensor]]]] = None,
+        need_weights: bool = True,
+        static_kv: bool = False,
+        attn_mask: Optional[Tensor] = None,
+        before_softmax: bool = False,
+        need_head_weights: bool = False,
+    ) -> Tuple[Tensor, Optional[Tensor]]:
+        """Attend; arguments and returns as fairseq's ``MultiheadAttention.forward``.
+
+        Args:
+            query: (tgt_len, bsz, embed_dim).
+            key, value: (src_len, bsz, kdim), (src_len, bsz, vdim); None where they are cached.
+            key_padding_mask: (bsz, src_len), true where a key is padding.
+            attn_mask: (tgt_len, src_len), bool or to be added to the scores; −1e4 and less hides a key.
+            before_softmax: return the masked scores and the values instead.
+
+        Returns:
+            The output, (tgt_len, bsz, embed_dim), and with ``need_weights`` the probabilities before dropout:
+            fp32, (bsz, tgt_len, src_len) averaged over heads, or (num_heads, bsz, tgt_len, src_len) with
+            ``need_head_weights``; else None.
+        """
+        if attn_mask is not None:
+            attn_mask = additive_mask(attn_mask, query.dtype)
+        scores, values = super().forward(
+            query,
+            key,
+            value,
+            key_padding_mask=key_padding_mask,
+            incremental_state=incremental_state,
+            need_weights=False,
+            static_kv=static_kv,
+            attn_mask=attn_mask,
+            before_softmax=True,
+        )
+        if before_softmax:
+            return scores, values
+
+        tgt_len, bsz = query.shape[:2]
+        src_len = scores.size(-1)
+        probabilities = self.mapping(scores.view(bsz, self.num_heads, tgt_len, src_len))
+        output = self._weighted_sum(self.dropout_module(probabilities), values)
+        output = self.out_proj(output.permute(2, 0, 1, 3).reshape(tgt_len, bsz, self.embed_dim))
+
+        if not (need_weights or need_head_weights):
+            return output, None
+        weights = probabilities.float().transpose(0, 1)  # (num_heads, bsz, tgt_len, src_len)
+        return output, weights if need_head_weights else weights.mean(dim=0)
+
+    def _weighted_sum(self, probabilities: Tensor, values: Tensor) -> Tensor:
+        """probabilities · values, head by head.
+
+        Args:
+            probabilities: (bsz, num_heads, tgt_len, src_len).
+            values: (kv_bsz · num_heads, src_len, head_dim); kv_bsz is bsz, or the number of sentences where
+                the hypotheses of a beam, which lie side by side in bsz, share their keys and values.
+
+        Returns:
+            (bsz, num_heads, tgt_len, head_dim).
+        """
+        bsz, num_heads, tgt_len, src_len = probabilities.shape
+        if values.size(0) == bsz * num_heads:
+            output = torch.bmm(probabilities.view(-1, tgt_len, src_len), values)
+            return output.view(bsz, num_heads, tgt_len, -1)
+        values = values.view(-1, 1, num_heads, src_len, self.head_dim)  # 1: broadcast over the beam
+        by_sentence = probabilities.view(values.size(0), -1, num_heads, tgt_len, src_len)
+        return (by_sentence @ values).flatten(0, 1)

@@ -1,0 +1,54 @@
+"""Transformer encoder and decoder made of the layers of :mod:`.transformer_layer`."""
+
+from fairseq.distributed import fsdp_wrap
+from fairseq.models.transformer import TransformerConfig, TransformerDecoderBase, TransformerEncoderBase
+from fairseq.modules.checkpoint_activations import checkpoint_wrapper
+from torch import Tensor, nn
+
+from ..mappings import build_mapping
+from .transformer_layer import MappedDecoderLayer, MappedEncoderLayer
+
+
+def wrap_layer(layer: nn.Module, cfg: TransformerConfig) -> nn.Module:
+    """What fairseq wraps around a layer: ``--checkpoint-activations``, and sharding where FSDP is on.
+
+    A checkpointed layer is sharded whatever its size, as FSDP must then be the outer of the two.
+    """
+    if not cfg.checkpoint_activations:
+        return fsdp_wrap(layer, min_num_params=cfg.min_params_to_wrap)
+    return fsdp_wrap(checkpoint_wrapper(layer, offload_to_cpu=cfg.offload_activations), min_num_params=0)
+
+
+class MappedEncoder(TransformerEncoderBase):
+    """fairseq's encoder with the mappings of ``cfg.mapping_choice``."""
+
+    def build_encoder_layer(self, cfg: TransformerConfig) -> nn.Module:
+        return wrap_layer(MappedEncoderLayer(cfg, return_fc=self.return_fc), cfg)
+
+
+class MappedDecoder(TransformerDecoderBase):
+    """fairseq's decoder with the mappings of ``cfg.mapping_choice``, in its attention and on the vocabulary.
+
+    Attributes:
+        output_mapping: None for softmax, else the module whose σ the logits go through.
+    """
+
+    def __init__(self, cfg, dictionary, embed_tokens, no_encoder_attn=False, output_projection=None):
+        super().__init__(cfg, dictionary, embed_tokens, no_encoder_attn, output_projection)
+        name, options = cfg.mapping_choice.output
+        self.output_mapping = None if name == "softmax" else build_mapping(name, **options)
+
+    def build_decoder_layer(self, cfg: TransformerConfig, no_encoder_attn: bool = False) -> nn.Module:
+        return wrap_layer(MappedDecoderLayer(cfg, no_encoder_attn), cfg)
+
+    def output_layer(self, features: Tensor) -> Tensor:
+        """Logits of the vocabulary, modulated, so that every log_softmax downstream sees the mapped distribution.
+
+        Args:
+            features: (…, output_embed_dim).
+
+        Returns:
+            (…, len(dictionary)); fp32 where σ acts, because σ of fp16 logits overflows fp16.
+        """
+        logits = super().output_layer(features)
+        return logits if self.output_mapping is None else self.output_mapping.modulate(logits.float())

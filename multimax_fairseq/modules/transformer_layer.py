@@ -1,0 +1,44 @@
+"""Transformer layers that build each attention module with the mapping of its site."""
+
+from fairseq.models.transformer import TransformerConfig
+from fairseq.modules import MultiheadAttention
+from fairseq.modules.transformer_layer import TransformerDecoderLayerBase, TransformerEncoderLayerBase
+
+from ..mappings import build_mapping
+from .attention import MappedMultiheadAttention
+
+
+def with_mapping(attention: MultiheadAttention, cfg: TransformerConfig, site: str) -> MultiheadAttention:
+    """fairseq's ``attention`` itself where the mapping of ``site`` is softmax, else one that has taken it over."""
+    name, options = cfg.mapping_choice.attention_at(site)
+    if name == "softmax":
+        return attention
+    if name == "entmax":
+        options = {**options, "num_heads": attention.num_heads}
+    return MappedMultiheadAttention.adopt(attention, build_mapping(name, **options), site)
+
+
+class MappedEncoderLayer(TransformerEncoderLayerBase):
+    """fairseq's encoder layer; ``cfg.mapping_choice`` says what its self-attention maps with."""
+
+    def __init__(self, cfg: TransformerConfig, return_fc: bool = False):
+        super().__init__(cfg, return_fc)
+        if isinstance(self.self_attn, MappedMultiheadAttention):
+            # fairseq 0.12.2 evaluates this layer by one fused kernel, with softmax inside, unless told not to.
+            self.can_use_fastpath = False
+
+    def build_self_attention(self, embed_dim: int, cfg: TransformerConfig) -> MultiheadAttention:
+        return with_mapping(super().build_self_attention(embed_dim, cfg), cfg, "encoder")
+
+
+class MappedDecoderLayer(TransformerDecoderLayerBase):
+    """fairseq's decoder layer; ``cfg.mapping_choice`` says what its self- and cross-attention map with."""
+
+    def build_self_attention(
+        self, embed_dim: int, cfg: TransformerConfig, add_bias_kv: bool = False, add_zero_attn: bool = False
+    ) -> MultiheadAttention:
+        attention = super().build_self_attention(embed_dim, cfg, add_bias_kv, add_zero_attn)
+        return with_mapping(attention, cfg, "decoder")
+
+    def build_encoder_attention(self, embed_dim: int, cfg: TransformerConfig) -> MultiheadAttention:
+        return with_mapping(super().build_encoder_attention(embed_dim, cfg), cfg, "cross")
