@@ -19,20 +19,24 @@ class MappedModelMixin:
 
     @classmethod
     def hub_models(cls) -> Dict[str, str]:
-        """None: fairseq's pre-trained models are of the stock classes (restore their files with --restore-file)."""
+        """None: fairseq's pre-trained models are of the stock classes (start from them with --finetune-from-model)."""
         return {}
 
-    def upgrade_state_dict_named(self, state_dict: Dict[str, Tensor], name: str) -> None:
-        super().upgrade_state_dict_named(state_dict, name)
-        add_missing_mappings(self, state_dict, name)
+    def _load_from_state_dict(self, state_dict: Dict[str, Tensor], prefix: str, *args, **kwargs) -> None:
+        # Here, and not in fairseq's upgrade_state_dict, the layers have their final numbers
+        # (--encoder-layers-to-keep renumbers them in between).
+        add_missing_mappings(self, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def set_num_updates(self, num_updates: int) -> None:
         super().set_num_updates(num_updates)
-        if self.training:
+        # fairseq calls this before each batch, of which an update can have many (--update-freq)
+        if self.training and num_updates != getattr(self, "_logged_update", None):
+            self._logged_update = num_updates
             log_modulators(self)
 
 
-def add_missing_mappings(model: nn.Module, state_dict: Dict[str, Tensor], name: str) -> None:
+def add_missing_mappings(model: nn.Module, state_dict: Dict[str, Tensor], prefix: str) -> None:
     """Give a state dict what it lacks of a model's mappings, in place, and say so in one log line.
 
     Modulators that a checkpoint of stock fairseq does not have start as the identity, which is the softmax that
@@ -41,25 +45,22 @@ def add_missing_mappings(model: nn.Module, state_dict: Dict[str, Tensor], name: 
     Args:
         model: the model that the state dict is to be loaded into.
         state_dict: parameter names to tensors.
-        name: the model's own name in them, "" or such as "encoder", as in ``upgrade_state_dict_named``.
+        prefix: what the names of the model's own parameters start with: "", or such as "module.".
     """
-    prefix = f"{name}." if name else ""
-    added = []
+    missing = {}
     for module_name, module in model.named_modules():
-        if not isinstance(module, tuple(MAPPINGS.values())):
-            continue
-        for parameter_name, parameter in module.named_parameters():
-            key = f"{prefix}{module_name}.{parameter_name}"
-            if key not in state_dict:
-                start = parameter.detach().clone()
-                state_dict[key] = torch.zeros_like(start) if isinstance(module, MultiMax) else start
-                added.append(module_name)
-    if added:
+        if isinstance(module, tuple(MAPPINGS.values())):
+            for parameter_name, parameter in module.named_parameters(f"{prefix}{module_name}"):
+                if parameter_name not in state_dict:
+                    start = parameter.detach().clone()
+                    missing[parameter_name] = torch.zeros_like(start) if isinstance(module, MultiMax) else start
+    if missing:
+        state_dict.update(missing)
         logger.info(
-            "the checkpoint has no parameters for %d mappings (%s, …): modulators start as the identity, "
-            "a learned α as in a new model",
-            len(set(added)),
-            added[0],
+            "the checkpoint lacks %d parameters of mappings, the first of them %s: "
+            "modulators start as the identity (softmax), a learned alpha at 1.5",
+            len(missing),
+            next(iter(missing)),
         )
 
 
@@ -83,14 +84,11 @@ def log_modulators(model: nn.Module) -> None:
     if not modulators:
         return
     with torch.no_grad():
-        # (sites, 4), fetched together: one wait for the GPU an update
-        means = torch.stack(
-            [
-                torch.cat([torch.stack([getattr(m, kind) for m in group]).abs().mean(dim=(0, 1)) for kind in
-                           ("thresholds", "gains")])
-                for group in modulators.values()
-            ]
-        ).tolist()
-    for site, values in zip(modulators, means):
+        # (modules · order, 4) of each site
+        parameters = [
+            torch.cat([torch.cat([m.thresholds, m.gains], dim=1) for m in group]) for group in modulators.values()
+        ]
+        means = torch.stack([rows.abs().mean(dim=0) for rows in parameters])  # (sites, 4)
+    for site, values in zip(modulators, means.tolist()):  # fetched together: the GPU is waited for once
         for symbol, value in zip(("b", "d", "g_b", "g_d"), values):
             metrics.log_scalar(f"{site}_{symbol}", value, priority=1000, round=4)

@@ -26,9 +26,12 @@ class MultimaxTransformerModel(MappedModelMixin, TransformerModel):
     def build_model(cls, args, task):
         # A copy, as a namespace: fairseq saves the original in the checkpoint, and fairseq-hydra-train gives a
         # config to which the stock model could not add.
-        args = Namespace(**(OmegaConf.to_container(args) if OmegaConf.is_config(args) else vars(args)))
-        args.mapping_choice = MappingChoice.from_options(args)
-        return super().build_model(args, task)
+        namespace = Namespace(**(OmegaConf.to_container(args) if OmegaConf.is_config(args) else vars(args)))
+        namespace.mapping_choice = MappingChoice.from_options(namespace)
+        model = super().build_model(namespace, task)
+        # What the checkpoint has to know: how many layers --encoder-layers-to-keep has left.
+        args.encoder_layers, args.decoder_layers = namespace.encoder_layers, namespace.decoder_layers
+        return model
 
     @classmethod
     def build_encoder(cls, args, src_dict, embed_tokens):

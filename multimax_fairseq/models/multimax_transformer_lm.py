@@ -1,7 +1,6 @@
 """The Transformer language model, with MultiMax or another mapping in its attention and on the vocabulary."""
 
 from dataclasses import dataclass
-from unittest.mock import patch
 
 from fairseq.models import ARCH_CONFIG_REGISTRY, register_model, register_model_architecture, transformer_lm
 from fairseq.models.transformer import TransformerConfig
@@ -32,8 +31,12 @@ class MultimaxTransformerLanguageModel(MappedModelMixin, TransformerLanguageMode
 
         # The stock build_model names its decoder's class where others ask a method, so the name is lent to ours
         # for as long as it runs: less than it takes to write again what it does about embeddings.
-        with patch.object(transformer_lm, "TransformerDecoder", build_decoder):
+        stock_decoder = transformer_lm.TransformerDecoder
+        transformer_lm.TransformerDecoder = build_decoder
+        try:
             return super().build_model(args, task)
+        finally:
+            transformer_lm.TransformerDecoder = stock_decoder
 
 
 for stock_name in ("transformer_lm_gpt", "transformer_lm_big", "transformer_lm_baevski_wiki103"):

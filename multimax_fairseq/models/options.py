@@ -2,9 +2,10 @@
 
 from argparse import Namespace
 from dataclasses import dataclass, field, fields
-from typing import Any, Callable, Dict, Sequence, Tuple
+from typing import Any, Callable, Dict, Sequence, Tuple, Union
 
 from fairseq.dataclass import FairseqDataclass
+from omegaconf import OmegaConf
 
 from ..mappings import MAPPINGS, build_mapping
 from ..mappings.multimax import TERMS
@@ -53,17 +54,28 @@ class MappingOptions(FairseqDataclass):
 
 MAPPING_OPTIONS = tuple(option for option in fields(MappingOptions) if not option.name.startswith("_"))
 
-# Options of fairseq's own architectures that some mappings cannot be combined with.
-ARCHITECTURE_OPTIONS = ("encoder_xformers_att_config", "decoder_xformers_att_config", "adaptive_softmax_cutoff")
+# fairseq's own options for xFormers, by the site whose softmax they replace.
+XFORMERS_OPTIONS = {
+    "encoder": "encoder_xformers_att_config",
+    "decoder": "decoder_xformers_att_config",
+    "cross": "encoder_xformers_att_config",
+}
 
 
 def with_defaults(architecture: Callable[[Any], None]) -> Callable[[Any], None]:
     """An architecture function that also sets the options of mappings, so that a checkpoint names all of them."""
 
     def architecture_with_mappings(args: Any) -> None:
+        namespace = args
+        if OmegaConf.is_config(args):
+            # In omegaconf 2.0 (fairseq 0.12.2) what a config lacks looks like None: work on what it has.
+            given = OmegaConf.to_container(args).items()
+            namespace = Namespace(**{name: value for name, value in given if value is not None})
         for option in MAPPING_OPTIONS:
-            setattr(args, option.name, getattr(args, option.name, option.default))
-        architecture(args)
+            setattr(namespace, option.name, getattr(namespace, option.name, option.default))
+        architecture(namespace)
+        for name, value in vars(namespace).items():
+            setattr(args, name, value)
 
     return architecture_with_mappings
 
@@ -84,7 +96,7 @@ class MappingChoice:
 
     @classmethod
     def from_options(cls, args: Any, available_sites: Sequence[str] = SITES) -> "MappingChoice":
-        """Check what the user chose, and build each mapping once so that its own checks speak up too.
+        """Check what the user chose.
 
         Args:
             args: has the attributes of :class:`MappingOptions` (one that is missing has its default) among those
@@ -94,36 +106,36 @@ class MappingChoice:
         Raises:
             ValueError: a choice that does not exist or that this model cannot honour, with what to do instead.
         """
-        options = Namespace(**{name: getattr(args, name, None) for name in ARCHITECTURE_OPTIONS})
-        for option in MAPPING_OPTIONS:
-            setattr(options, option.name, getattr(args, option.name, option.default))
-
-        sites = _names("attention-mapping-sites", options.attention_mapping_sites, SITES)
+        options = Namespace(**{o.name: getattr(args, o.name, o.default) for o in MAPPING_OPTIONS})
         _check_name("attention-mapping", options.attention_mapping, tuple(MAPPINGS))
-        attention = _mapping(options.attention_mapping, options)
-        if attention != SOFTMAX:
-            _check_attention(options, sites, available_sites)
-        _check_output(options)
-        output = _mapping(options.output_mapping, options)
-        for name, mapping_options in (attention, output):
-            build_mapping(name, **mapping_options)
-        return cls(attention, sites, output)
+        sites = _names("attention-mapping-sites", options.attention_mapping_sites, SITES)
+        arguments = {
+            "multimax": {
+                "order": options.multimax_order,
+                "init": options.multimax_init,
+                "terms": _names("multimax-terms", options.multimax_terms, TERMS),
+            },
+            "entmax": {"alpha": options.entmax_alpha},
+        }
+        for name, wanted in arguments.items():  # chosen or not, what is wrong is an error
+            build_mapping(name, **wanted)
+        if options.attention_mapping != "softmax":
+            _check_attention(args, sites, available_sites)
+        _check_output(args, options.output_mapping)
+        return cls(
+            attention=(options.attention_mapping, arguments.get(options.attention_mapping, {})),
+            sites=sites,
+            output=(options.output_mapping, arguments.get(options.output_mapping, {})),
+        )
 
     def attention_at(self, site: str) -> Mapping:
         """The mapping of the attention modules at ``site``."""
         return self.attention if site in self.sites else SOFTMAX
 
 
-def _mapping(name: str, options: Namespace) -> Mapping:
-    if name == "multimax":
-        terms = _names("multimax-terms", options.multimax_terms, TERMS)
-        return name, {"order": options.multimax_order, "init": options.multimax_init, "terms": terms}
-    return name, {"alpha": options.entmax_alpha} if name == "entmax" else {}
-
-
-def _names(flag: str, text: str, choices: Sequence[str]) -> Tuple[str, ...]:
-    """The names in a comma-separated list, each one of ``choices``."""
-    names = tuple(name.strip() for name in text.split(","))
+def _names(flag: str, names: Union[str, Sequence[str]], choices: Sequence[str]) -> Tuple[str, ...]:
+    """The names in a comma-separated list (or, from a config file, a list), each one of ``choices``."""
+    names = tuple(name.strip() for name in (names.split(",") if isinstance(names, str) else names))
     for name in names:
         _check_name(flag, name, choices)
     return names
@@ -134,29 +146,29 @@ def _check_name(flag: str, name: str, choices: Sequence[str]) -> None:
         raise ValueError(f"--{flag}: there is no {name!r}; choose from: {', '.join(choices)}")
 
 
-def _check_attention(options: Namespace, sites: Sequence[str], available_sites: Sequence[str]) -> None:
+def _check_attention(args: Any, sites: Sequence[str], available_sites: Sequence[str]) -> None:
     if not set(sites) & set(available_sites):
         raise ValueError(
             f"--attention-mapping-sites {','.join(sites)}: this model has none of these; "
             f"choose from: {', '.join(available_sites)}"
         )
-    for flag in ("encoder_xformers_att_config", "decoder_xformers_att_config"):
-        if getattr(options, flag) is not None:
+    for site in sites:
+        if getattr(args, XFORMERS_OPTIONS[site], None) is not None:
             raise ValueError(
-                f"--{flag.replace('_', '-')}: xFormers has softmax built in; drop this flag, or use "
-                "--attention-mapping softmax"
+                f"--{XFORMERS_OPTIONS[site].replace('_', '-')}: xFormers has softmax built in; drop this flag, or "
+                f"leave {site} out of --attention-mapping-sites"
             )
 
 
-def _check_output(options: Namespace) -> None:
-    if options.output_mapping in MAPPINGS and options.output_mapping not in OUTPUT_MAPPINGS:
+def _check_output(args: Any, mapping: str) -> None:
+    if mapping in MAPPINGS and mapping not in OUTPUT_MAPPINGS:
         raise ValueError(
-            f"--output-mapping {options.output_mapping}: a sparse mapping gives most words probability 0, which "
-            f"cross-entropy cannot train; choose from: {', '.join(OUTPUT_MAPPINGS)}"
+            f"--output-mapping {mapping}: a sparse mapping gives most words probability 0, which cross-entropy "
+            f"cannot train; choose from: {', '.join(OUTPUT_MAPPINGS)}"
         )
-    _check_name("output-mapping", options.output_mapping, OUTPUT_MAPPINGS)
-    if options.output_mapping != "softmax" and options.adaptive_softmax_cutoff is not None:
+    _check_name("output-mapping", mapping, OUTPUT_MAPPINGS)
+    if mapping != "softmax" and getattr(args, "adaptive_softmax_cutoff", None) is not None:
         raise ValueError(
-            f"--output-mapping {options.output_mapping}: an adaptive softmax never has the scores of all words; "
-            "drop --adaptive-softmax-cutoff (and --criterion adaptive_loss), or use --output-mapping softmax"
+            f"--output-mapping {mapping}: an adaptive softmax never has the scores of all words; drop "
+            "--adaptive-softmax-cutoff (and --criterion adaptive_loss), or use --output-mapping softmax"
         )

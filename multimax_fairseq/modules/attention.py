@@ -33,18 +33,17 @@ class MappedMultiheadAttention(MultiheadAttention):
     def adopt(
         cls, attention: MultiheadAttention, mapping: nn.Module, site: str
     ) -> "MappedMultiheadAttention":
-        """Take over the projections and settings of fairseq's ``attention``, which must not be used any more.
+        """Turn fairseq's ``attention`` into one with a mapping: the same object, returned.
 
-        Made this way rather than by its constructor, an attention has exactly the weights, drawn in the same
+        Made this way rather than by a constructor, an attention has exactly the weights, drawn in the same
         order, that the stock model would have, in every version of fairseq.
         """
-        mapped = cls.__new__(cls)
-        mapped.__dict__ = attention.__dict__
-        mapped.mapping = mapping
-        mapped.site = site
+        attention.__class__ = cls
+        attention.mapping = mapping
+        attention.site = site
         # Keeps forward() from leaving through F.multi_head_attention_forward, where softmax is built in.
-        mapped._set_skip_embed_dim_check()
-        return mapped
+        attention._set_skip_embed_dim_check()
+        return attention
 
     def forward(
         self,

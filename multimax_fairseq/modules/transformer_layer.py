@@ -9,7 +9,7 @@ from .attention import MappedMultiheadAttention
 
 
 def with_mapping(attention: MultiheadAttention, cfg: TransformerConfig, site: str) -> MultiheadAttention:
-    """fairseq's ``attention`` itself where the mapping of ``site`` is softmax, else one that has taken it over."""
+    """fairseq's ``attention``, as it is where the mapping of ``site`` is softmax, else with that mapping."""
     name, options = cfg.mapping_choice.attention_at(site)
     if name == "softmax":
         return attention

@@ -1,0 +1,70 @@
+"""Does a trained translation model decode with the probabilities that it was trained with?
+
+    python scripts/check_decoding.py --path runs/demo/checkpoint_best.pt demo/grammar/data-bin
+
+Takes the references of a split token by token through the decoder, twice: all at once, as training does, and
+step by step with the cache, as beam search does, and prints the largest difference between log-probabilities.
+Each sentence stands in the batch twice, and its two copies change places on the way, as hypotheses do.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Dict
+
+import torch
+from fairseq import checkpoint_utils
+from fairseq.models import BaseFairseqModel
+from torch import Tensor
+
+import multimax_fairseq  # noqa: F401  registers the models, and lets torch load fairseq's checkpoints
+
+
+@torch.no_grad()
+def largest_difference(model: BaseFairseqModel, net_input: Dict[str, Tensor]) -> float:
+    """max |log p(step by step) − log p(all at once)| over the tokens of a batch and the vocabulary, in nats."""
+    twice = torch.arange(net_input["src_tokens"].size(0)).repeat_interleave(2)
+    swapped = torch.arange(len(twice)).view(-1, 2).flip(1).flatten()
+    tokens = net_input["prev_output_tokens"][twice]
+    encoder_out = model.encoder(net_input["src_tokens"][twice], net_input["src_lengths"][twice])
+
+    full = model.get_normalized_probs(model.decoder(tokens, encoder_out=encoder_out), log_probs=True)
+    largest, incremental_state = 0.0, {}
+    for step in range(tokens.size(1)):
+        if step % 3 == 2:
+            model.decoder.reorder_incremental_state_scripting(incremental_state, swapped)
+        output = model.decoder(tokens[:, : step + 1], encoder_out=encoder_out, incremental_state=incremental_state)
+        log_probabilities = model.get_normalized_probs(output, log_probs=True)[:, 0]
+        difference = (log_probabilities - full[:, step]).abs()[tokens[:, step] != model.decoder.padding_idx]
+        largest = max([largest, *difference.amax(dim=1).tolist()])
+    return largest
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data_bin", type=Path)
+    parser.add_argument("--path", required=True, help="the checkpoint")
+    parser.add_argument("--split", default="test")
+    parser.add_argument("--sentences", type=int, default=100)
+    args = parser.parse_args()
+    if not args.data_bin.is_dir():
+        sys.exit(f"ERROR: there is no folder {args.data_bin}")
+    if not Path(args.path).is_file():
+        sys.exit(f"ERROR: there is no file {args.path}")
+
+    (model,), _, task = checkpoint_utils.load_model_ensemble_and_task(
+        [args.path], arg_overrides={"data": str(args.data_bin)}
+    )
+    model.eval()
+    task.load_dataset(args.split)
+    dataset = task.dataset(args.split)
+    largest = 0.0
+    for start in range(0, min(args.sentences, len(dataset)), 20):
+        indices = range(start, min(start + 20, args.sentences, len(dataset)))
+        batch = dataset.collater([dataset[index] for index in indices])
+        largest = max(largest, largest_difference(model, batch["net_input"]))
+    print(f"{args.path}: largest difference {largest:.2e} nat")
+
+
+if __name__ == "__main__":
+    main()

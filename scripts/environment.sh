@@ -1,0 +1,52 @@
+# Shared by demo.sh and test.sh, after common.sh: sourced, never run.
+#
+#     use_environment "$root" [EXTRA]    # the project in $root, with the dependencies of EXTRA (of setup.py)
+#
+# uses the virtual or conda environment that is active, or makes $root/.venv, and installs into it.
+
+# shellcheck shell=bash
+
+# suitable COMMAND: can fairseq be installed for this Python?
+suitable() {
+    command -v "$1" >/dev/null &&
+        "$1" -c 'import sys, venv; sys.exit(not (3, 8) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null
+}
+
+find_python() {
+    local candidate
+    for candidate in ${PYTHON_FOR_VENV:+"$PYTHON_FOR_VENV"} python3 python python3.12 python3.11 python3.10 python3.9; do
+        if suitable "$candidate"; then
+            echo "$candidate"
+            return
+        fi
+    done
+    die "fairseq needs Python 3.8 to 3.12 with the venv module: install one, or name it: PYTHON_FOR_VENV=/path/to/python"
+}
+
+use_environment() {
+    local root=$1 extra=${2:-} target python wanted stamp
+    target=.${extra:+[$extra]}
+    if [[ -z ${VIRTUAL_ENV:-}${CONDA_PREFIX:-} ]]; then
+        if [[ ! -f $root/.venv/bin/activate ]]; then
+            python=$(find_python)
+            info "making the virtual environment .venv with $("$python" --version)"
+            "$python" -m venv "$root/.venv"
+        fi
+        # shellcheck source=/dev/null
+        source "$root/.venv/bin/activate"
+    fi
+    PYTHON=python
+    suitable python || die "the active environment has $(python --version): fairseq needs Python 3.8 to 3.12"
+
+    # pip takes seconds to find that nothing is to do, so what has been installed is noted in the environment.
+    wanted=$(cat "$root/setup.py" "$root/requirements.txt"; echo "$root $target")
+    stamp=$(python -c 'import sys; print(sys.prefix)')/.multimax_fairseq${extra:+-$extra}
+    [[ ! -f $stamp || $(cat "$stamp") != "$wanted" ]] || return 0
+    info "installing (about a minute, and more where torch has to be downloaded)"
+    if python -c 'import sys; sys.exit(sys.version_info >= (3, 11))'; then
+        python -m pip install --quiet 'pip<24.1' # newer ones reject what fairseq 0.12.2 depends on
+    fi
+    (cd "$root" && python -m pip install --quiet --disable-pip-version-check -c requirements.txt -e "$target") ||
+        die "the installation failed; its last lines are above"
+    printf '%s\n' "$wanted" >"$stamp"
+}

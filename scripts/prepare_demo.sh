@@ -1,0 +1,48 @@
+#!/usr/bin/env bash
+# The demo's German-English corpus: sentence pairs that a synchronous grammar makes, no download.
+#
+#     scripts/prepare_demo.sh --out data/demo
+#
+#   --out DIR      where the result goes (required)
+#   --seed N       of the generator (default: 1)
+#   --force        rebuild a folder that an earlier run made
+#   --help         show this text
+#
+# Makes
+#   DIR/text/{train,valid,test}.{de,en}   20,000 / 500 / 500 pairs in words: what fairseq-preprocess reads
+#   DIR/text/{train,valid,test}.align     gold word alignments, i-j: German word i is English word j
+#   DIR/data-bin                          what fairseq-train reads
+#
+# A second run with the same settings does nothing.
+
+set -euo pipefail
+
+seed=1
+force=
+target= # --out
+
+scripts=$(cd "$(dirname "$0")" >/dev/null && pwd)
+# shellcheck source=scripts/common.sh
+source "$scripts/common.sh"
+
+while (($#)); do
+    case $1 in
+    --*=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" ;; # --out=DIR is --out DIR
+    --help | -h) show_help "$0"; exit ;;
+    --force) force=yes; shift ;;
+    --out) need_value "$@"; target=$2; shift 2 ;;
+    --seed) need_number "$1" "${2-}" 0; seed=$2; shift 2 ;;
+    *) die "unknown option '$1'; see --help" ;;
+    esac
+done
+[[ -n $target ]] || die "--out DIR is required; see --help"
+
+need_python
+need_fairseq
+begin_output "$target" "recipe=demo
+seed=$seed" "$force"
+run "the generator" "$PYTHON" "$scripts/make_demo_corpus.py" --out "$build/text" --seed "$seed"
+binarise --source-lang de --target-lang en \
+    --trainpref text/train --validpref text/valid --testpref text/test --workers 1
+finish_output
+info "done: $out (train with: fairseq-train $out/data-bin ...)"

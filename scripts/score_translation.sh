@@ -1,0 +1,66 @@
+#!/usr/bin/env bash
+# Translates the test set with beam search and prints detokenised SacreBLEU with its signature.
+#
+#     scripts/score_translation.sh --data-bin DIR --checkpoint FILE --reference FILE --out PREFIX
+#
+#   --data-bin DIR         binarised data whose test split is translated
+#   --checkpoint FILE      a checkpoint; several, joined by ':', make an ensemble
+#   --reference FILE       the test set in the target language, as published: one sentence a line
+#   --sentencepiece FILE   the model that the data was cut into pieces with; without it the tokens are words
+#   --beam N               (default: 5)
+#   --out PREFIX           writes PREFIX.generate (the log of fairseq-generate), PREFIX.hypotheses (one
+#                          sentence a line, in the order of the reference) and PREFIX.bleu
+#   --help                 show this text
+
+set -euo pipefail
+
+scripts=$(cd "$(dirname "$0")" >/dev/null && pwd)
+# shellcheck source=scripts/common.sh
+source "$scripts/common.sh"
+
+data_bin= checkpoint= reference= sentencepiece= prefix= beam=5
+
+while (($#)); do
+    case $1 in
+    --help | -h) show_help "$0"; exit ;;
+    --data-bin) need_value "$@"; data_bin=$2; shift 2 ;;
+    --checkpoint) need_value "$@"; checkpoint=$2; shift 2 ;;
+    --reference) need_value "$@"; reference=$2; shift 2 ;;
+    --sentencepiece) need_value "$@"; sentencepiece=$2; shift 2 ;;
+    --beam) need_number "$1" "${2-}" 1; beam=$2; shift 2 ;;
+    --out) need_value "$@"; prefix=$2; shift 2 ;;
+    *) die "unknown option '$1'; see --help" ;;
+    esac
+done
+[[ -n $data_bin && -n $checkpoint && -n $reference && -n $prefix ]] ||
+    die "--data-bin, --checkpoint, --reference and --out are required; see --help"
+[[ -d $data_bin ]] || die "--data-bin $data_bin: there is no such folder"
+for file in ${checkpoint//:/ } "$reference" ${sentencepiece:+"$sentencepiece"}; do
+    [[ -f $file ]] || die "$file: there is no such file"
+done
+need_tool fairseq-generate "activate the environment that holds fairseq"
+need_tool sacrebleu "$PYTHON -m pip install sacrebleu"
+
+if [[ -n $sentencepiece ]]; then
+    detokenise=(--bpe sentencepiece --sentencepiece-model "$sentencepiece")
+else
+    detokenise=()
+fi
+
+# Built beside and renamed, so that a file that is there is whole.
+fairseq-generate "$data_bin" --user-dir "$scripts/../multimax_fairseq" --path "$checkpoint" --gen-subset test \
+    --beam "$beam" --max-tokens 8192 --num-workers 0 ${detokenise[@]+"${detokenise[@]}"} \
+    >"$prefix.generate.part"
+mv "$prefix.generate.part" "$prefix.generate"
+
+# D-<index> <score> <sentence>, in order of length: back to the order of the reference.
+grep '^D-' "$prefix.generate" | sed 's/^D-//' | sort -n -k 1,1 | cut -f 3 >"$prefix.hypotheses.part"
+hypotheses=$(count_lines "$prefix.hypotheses.part")
+references=$(count_lines "$reference")
+((hypotheses == references)) ||
+    die "$hypotheses translations for $references references: is $reference the test set of $data_bin?"
+mv "$prefix.hypotheses.part" "$prefix.hypotheses"
+
+sacrebleu "$reference" --input "$prefix.hypotheses" --metrics bleu --width 2 --format text >"$prefix.bleu.part"
+mv "$prefix.bleu.part" "$prefix.bleu"
+cat "$prefix.bleu"

@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# Installs what the tests need, as scripts/demo.sh does, and runs them.
+#
+#     scripts/test.sh [OPTION OF PYTEST ...]        for example: scripts/test.sh -m "not slow"
+#
+# MULTIMAX_DATA=DIR   a folder with multi30k/ (gzipped, raw) and brown/ (train, valid, test .tokens.gz):
+#                     tests on real data run too; without it they are skipped
+
+set -euo pipefail
+
+scripts=$(cd "$(dirname "$0")" >/dev/null && pwd)
+root=$(dirname "$scripts")
+# shellcheck source=scripts/common.sh
+source "$scripts/common.sh"
+# shellcheck source=scripts/environment.sh
+source "$scripts/environment.sh"
+
+if [[ ${1:-} == --help || ${1:-} == -h ]]; then
+    show_help "$0"
+    exit
+fi
+use_environment "$root" test
+cd "$root"
+exec python -m pytest "$@"
