@@ -1,0 +1,906 @@
+"""scripts/prepare_multi30k.sh and scripts/prepare_text_lm.sh, run as a user runs them.
+
+Where a test looks at the data, everything is real. Where it looks at errors, interruptions or
+downloads, a stand-in for fairseq-preprocess is first on PATH: it is quick, it can be interrupted
+at a known point, and it leaves a trace, so that a test can tell that it was never reached.
+"""
+
+from __future__ import annotations
+
+import gzip
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
+MULTI30K = SCRIPTS / "prepare_multi30k.sh"
+TEXT_LM = SCRIPTS / "prepare_text_lm.sh"
+BPE = SCRIPTS / "sentencepiece_bpe.py"
+
+# fairseq's name for a split, and Multi30k's.
+SPLITS = {"train": "train", "valid": "val", "test": "test_2016_flickr"}
+PAIRS = {"train": 300, "valid": 20, "test": 10}
+ARCHIVES = [f"{name}.{language}.gz" for name in SPLITS.values() for language in ("de", "en")]
+
+# Upper case, umlauts, quotes, punctuation; no-break and double spaces, as the real text has them.
+WORDS = {
+    "de": "Ein Mädchen Hund läuft über große Straße „Halt“ – grün, rot. Nummer\xa028 am  Strand",
+    "en": 'A girl dog runs across wide street "Stop" and - green, red. number 28 at the beach',
+}
+
+Prepared = tuple[Path, Path, subprocess.CompletedProcess]  # source, --out, what was printed
+
+
+# ---------------------------------------------------------------------- helpers
+
+
+def environment(**changes: str) -> dict[str, str]:
+    """The user's environment, the tests' own Python first on PATH and no settings."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    unset = {"MULTIMAX_DATA", "MULTI30K_URL", "PYTHON", "PYTHONUNBUFFERED"}
+    base = {name: value for name, value in os.environ.items() if name not in unset}
+    return {**base, "PATH": path, "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1", **changes}
+
+
+def prepare(script: Path, *arguments: object, **changes: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [str(script), *map(str, arguments)],
+        env=environment(**changes),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def succeed(script: Path, *arguments: object, **changes: str) -> subprocess.CompletedProcess:
+    result = prepare(script, *arguments, **changes)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result
+
+
+def fail(script: Path, *arguments: object, **changes: str) -> str:
+    """Run, expect one clear error, and return what was written to stderr."""
+    result = prepare(script, *arguments, **changes)
+    assert result.returncode == 1, result.stdout + result.stderr
+    assert result.stderr.count("ERROR: ") == 1, result.stderr
+    assert "Traceback" not in result.stderr
+    return result.stderr
+
+
+def snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:
+    """Every file below `folder` with its modification time and content."""
+    return {
+        str(path.relative_to(folder)): (path.stat().st_mtime_ns, path.read_bytes())
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def lines_of(path: Path) -> list[str]:
+    """Lines end at newline characters only: the text has no-break spaces and the like."""
+    return path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+
+
+def normalised(line: str) -> str:
+    return " ".join(line.split())
+
+
+def siblings(out: Path) -> list[str]:
+    return sorted(path.name for path in out.parent.iterdir() if path.name.startswith(out.name))
+
+
+def make_multi30k(folder: Path, compress: bool = True) -> Path:
+    """The six files of Multi30k with made-up sentences."""
+    rng = random.Random(1)
+    folder.mkdir(parents=True)
+    for split, name in SPLITS.items():
+        for language, words in WORDS.items():
+            sentences = (
+                " ".join(rng.choices(words.split(" "), k=rng.randint(3, 12)))
+                for _ in range(PAIRS[split])
+            )
+            text = "".join(f"{sentence}\n" for sentence in sentences).encode()
+            if compress:
+                (folder / f"{name}.{language}.gz").write_bytes(gzip.compress(text))
+            else:
+                (folder / f"{name}.{language}").write_bytes(text)
+    return folder
+
+
+def make_tokens(folder: Path, prefix: str = "", compress: bool = False) -> Path:
+    """Language-model text: some words rare, some only in the test split, empty lines between."""
+    rng = random.Random(2)
+    folder.mkdir(parents=True)
+    for split, number in PAIRS.items():
+        words = [f"w{rank}" for rank in range(40)] + ["<unk>", "Straße"]
+        paragraphs = [" ".join(rng.choices(words, k=rng.randint(1, 30))) for _ in range(number)]
+        paragraphs[0] = f" = only-in-{split} = \n"
+        text = "".join(f"{paragraph}\n" for paragraph in paragraphs).encode()
+        name = f"{prefix}{split}.tokens"
+        if compress:
+            (folder / f"{name}.gz").write_bytes(gzip.compress(text))
+        else:
+            (folder / name).write_bytes(text)
+    return folder
+
+
+@pytest.fixture
+def stand_in(tmp_path: Path) -> dict[str, str]:
+    """Environment in which fairseq-preprocess only writes its --destdir and the file `reached`."""
+    folder = tmp_path / "stand-in"
+    folder.mkdir()
+    command = folder / "fairseq-preprocess"
+    command.write_text(
+        "#!/usr/bin/env bash\n"
+        "while (($#)); do if [[ $1 == --destdir ]]; then destdir=$2; fi; shift; done\n"
+        'mkdir -p "$destdir"\n'
+        'echo stand-in >"$destdir/dict.txt"\n'
+        ': >"$destdir/preprocess.log"\n'
+        'sleep "${STAND_IN_SECONDS:-0}" &\n'
+        f'echo $! >"{folder}/reached.new"\n'
+        f'mv "{folder}/reached.new" "{folder}/reached"\n'
+        "wait\n"
+    )
+    command.chmod(0o755)
+    return {"PATH": os.pathsep.join([str(folder), environment()["PATH"]])}
+
+
+def reached(tmp_path: Path) -> Path:
+    """Holds the id of the process that the stand-in started."""
+    return tmp_path / "stand-in" / "reached"
+
+
+def path_without(folder: Path, *names: str) -> str:
+    """A PATH with links to all but `names`. A linked Python lacks its modules: set PYTHON."""
+    folder.mkdir()
+    for directory in environment()["PATH"].split(os.pathsep):
+        for command in Path(directory).glob("*"):
+            link = folder / command.name
+            if command.name not in names and not link.is_symlink():
+                link.symlink_to(command)
+    return str(folder)
+
+
+def fairseq_task(name: str, out: Path, *options: str):
+    """The task that `fairseq-train OUT/data-bin --task NAME` sets up (any architecture will do)."""
+    fairseq_options = pytest.importorskip("fairseq.options")
+    from fairseq import tasks
+
+    parser = fairseq_options.get_training_parser(default_task=name)
+    architecture = {"translation": "transformer", "language_modeling": "transformer_lm"}[name]
+    arguments = [str(out / "data-bin"), "--task", name, "--arch", architecture, *options]
+    return tasks.setup_task(fairseq_options.parse_args_and_arch(parser, arguments))
+
+
+# ---------------------------------------------------------------------- what is made: Multi30k
+
+
+@pytest.fixture(scope="module")
+def multi30k(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+    """Source, result and output of one real run."""
+    folder = tmp_path_factory.mktemp("multi30k")
+    source = make_multi30k(folder / "source")
+    out = folder / "parent" / "out"
+    result = succeed(MULTI30K, "--from", source, "--out", out, "--vocab-size", 200)
+    return source, out, result
+
+
+def test_multi30k_keeps_the_raw_text(multi30k):
+    source, out, _ = multi30k
+    for split, name in SPLITS.items():
+        for language in WORDS:
+            original = gzip.decompress((source / f"{name}.{language}.gz").read_bytes())
+            assert (out / "raw" / f"{split}.{language}").read_bytes() == original
+
+
+def test_multi30k_pieces_decode_to_the_raw_text(multi30k):
+    _, out, _ = multi30k
+    for split in SPLITS:
+        for language in WORDS:
+            pieces = out / "text" / f"{split}.{language}"
+            decoded = subprocess.run(
+                [sys.executable, BPE, "decode", "--model", out / "sentencepiece.bpe.model"],
+                input=pieces.read_bytes(),
+                stdout=subprocess.PIPE,
+                check=True,
+            ).stdout.decode()
+            raw = lines_of(out / "raw" / f"{split}.{language}")
+            assert decoded.removesuffix("\n").split("\n") == [normalised(line) for line in raw]
+            assert lines_of(pieces) != raw
+
+
+def test_multi30k_vocabulary_has_the_size_asked_for(multi30k):
+    sentencepiece = pytest.importorskip("sentencepiece")
+    model = sentencepiece.SentencePieceProcessor(
+        model_file=str(multi30k[1] / "sentencepiece.bpe.model")
+    )
+    assert len(model) == 200
+
+
+def test_multi30k_data_bin_is_what_fairseq_trains_on(multi30k):
+    _, out, _ = multi30k
+    task = fairseq_task("translation", out)
+    assert task.source_dictionary == task.target_dictionary
+
+    for split in SPLITS:
+        task.load_dataset(split)
+        dataset = task.dataset(split)
+        assert len(dataset) == PAIRS[split]
+        for side, language in (("source", "de"), ("target", "en")):
+            raw = lines_of(out / "raw" / f"{split}.{language}")
+            for index in range(len(dataset)):
+                line = task.source_dictionary.string(dataset[index][side], "sentencepiece")
+                assert line == normalised(raw[index])
+
+
+def test_multi30k_warns_of_other_counts_and_other_text(multi30k):
+    warnings = multi30k[2].stderr
+    for split, known in (("train", 29000), ("valid", 1014), ("test", 1000)):
+        found = PAIRS[split]
+        assert f"{split}: {found} sentence pairs, the published Multi30k has {known}" in warnings
+    assert "SHA-256" in warnings and "test_2016_flickr.en" in warnings
+
+
+def test_multi30k_reports_what_was_binarised(multi30k):
+    assert "text/train.de: 300 sents" in multi30k[2].stdout
+    assert "0.0% replaced" in multi30k[2].stdout
+
+
+def test_multi30k_leaves_nothing_beside_the_output(multi30k):
+    assert siblings(multi30k[1]) == ["out"]
+    assert not (multi30k[1] / "run.log").exists()
+
+
+def test_multi30k_result_depends_on_the_text_alone(multi30k, tmp_path):
+    """Another folder, plain files instead of .gz, one process instead of two: the same bytes."""
+    _, out, _ = multi30k
+    plain = make_multi30k(tmp_path / "plain", compress=False)
+    other = tmp_path / "other"
+    succeed(MULTI30K, f"--from={plain}", f"--out={other}", "--vocab-size=200", "--workers=1")
+    first, second = snapshot(out), snapshot(other)
+    assert first.keys() == second.keys()
+    differing = {name for name in first if first[name][1] != second[name][1]}
+    # These two name the source and the options.
+    assert differing == {".complete", "data-bin/preprocess.log"}
+
+
+def test_second_run_does_nothing(multi30k):
+    source, out, _ = multi30k
+    before = snapshot(out)
+    result = succeed(MULTI30K, "--from", source, "--out", out, "--vocab-size", 200)
+    assert "already prepared" in result.stdout
+    assert snapshot(out) == before
+
+
+def test_other_settings_are_refused(multi30k):
+    source, out, _ = multi30k
+    before = snapshot(out)
+    message = fail(MULTI30K, "--from", source, "--out", out, "--vocab-size", 150)
+    assert "there: vocab-size=200; asked for: vocab-size=150" in message
+    assert "--force" in message
+    assert snapshot(out) == before
+
+
+# ---------------------------------------------------------------------- what is made: text_lm
+
+
+@pytest.fixture(scope="module")
+def text_lm(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+    folder = tmp_path_factory.mktemp("text_lm")
+    source = make_tokens(folder / "source")
+    out = folder / "out"
+    return source, out, succeed(TEXT_LM, "--from", source, "--out", out)
+
+
+def test_text_lm_keeps_the_text(text_lm):
+    source, out, _ = text_lm
+    for split in PAIRS:
+        name = f"{split}.tokens"
+        assert (out / "text" / name).read_bytes() == (source / name).read_bytes()
+
+
+def test_text_lm_data_bin_is_what_fairseq_trains_on(text_lm):
+    data_utils = pytest.importorskip("fairseq.data.data_utils")
+    _, out, _ = text_lm
+    dictionary = fairseq_task("language_modeling", out).source_dictionary
+    for split in PAIRS:
+        dataset = data_utils.load_indexed_dataset(str(out / "data-bin" / split), dictionary)
+        lines = lines_of(out / "text" / f"{split}.tokens")
+        assert len(dataset) == len(lines)
+        for item, line in zip(dataset, lines, strict=True):
+            unknown = "" if split == "train" else f"only-in-{split}"
+            words = ["<unk>" if word == unknown else word for word in line.split()]
+            assert dictionary.string(item) == " ".join(words)
+            assert item[-1] == dictionary.eos()
+
+
+def test_text_lm_blocks_hold_the_text(text_lm):
+    """As fairseq-train reads it: one stream of tokens, cut into blocks."""
+    _, out, _ = text_lm
+    task = fairseq_task("language_modeling", out, "--tokens-per-sample", "32")
+    task.load_dataset("train")
+    blocks = [task.dataset("train")[i]["target"] for i in range(len(task.dataset("train")))]
+    assert len(blocks) > 10 and max(map(len, blocks)) == 32
+    stream = " ".join(task.source_dictionary.string(block, include_eos=True) for block in blocks)
+    lines = lines_of(out / "text" / "train.tokens")
+    assert stream == " ".join(" ".join([*line.split(), "</s>"]) for line in lines)
+
+
+def test_text_lm_min_count_and_max_vocab(text_lm, tmp_path):
+    """Thresholds, and the names and compression of WikiText's files."""
+    source = make_tokens(tmp_path / "source", prefix="wiki.", compress=True)
+    all_words = fairseq_task("language_modeling", text_lm[1]).source_dictionary
+    assert "only-in-train" in all_words and "only-in-test" not in all_words
+
+    succeed(TEXT_LM, "--from", source, "--out", tmp_path / "count", "--min-count", 2)
+    frequent = fairseq_task("language_modeling", tmp_path / "count").source_dictionary
+    assert "only-in-train" not in frequent and "w7" in frequent
+
+    succeed(TEXT_LM, "--from", source, "--out", tmp_path / "vocab", "--max-vocab", 12)
+    few = fairseq_task("language_modeling", tmp_path / "vocab").source_dictionary
+    words = [word for word in few.symbols[few.nspecial :] if not word.startswith("madeupword")]
+    assert len(words) == 12 - few.nspecial
+    assert len(few) == 16  # fairseq fills up to a multiple of 8
+
+
+def test_text_lm_second_run_and_other_settings(text_lm):
+    source, out, _ = text_lm
+    before = snapshot(out)
+    assert "already prepared" in succeed(TEXT_LM, "--from", source, "--out", out).stdout
+    message = fail(TEXT_LM, "--from", source, "--out", out, "--min-count", 3)
+    assert "there: min-count=0; asked for: min-count=3" in message
+    assert snapshot(out) == before
+
+
+def test_text_lm_warns_if_unknown_words_cannot_be_learned(text_lm, tmp_path, stand_in):
+    assert "WARNING" not in text_lm[2].stderr  # its training text has <unk>
+    source = make_tokens(tmp_path / "source")
+    train = source / "train.tokens"
+    train.write_text(train.read_text().replace("<unk>", "known"))
+    result = succeed(TEXT_LM, "--from", source, "--out", tmp_path / "all", **stand_in)
+    assert "--min-count 2" in result.stderr
+    result = succeed(
+        TEXT_LM, "--from", source, "--out", tmp_path / "two", "--min-count=2", **stand_in
+    )
+    assert result.stderr == ""
+
+
+# ---------------------------------------------------------------------- where the source comes from
+
+
+def test_multimax_data_is_the_default_source(tmp_path, stand_in):
+    make_multi30k(tmp_path / "data" / "multi30k")
+    make_tokens(tmp_path / "data" / "brown")
+    changes = {**stand_in, "MULTIMAX_DATA": str(tmp_path / "data")}
+    result = succeed(MULTI30K, "--out", tmp_path / "translation", "--vocab-size", 200, **changes)
+    assert f"using {tmp_path}/data/multi30k (from MULTIMAX_DATA)" in result.stdout.splitlines()
+    result = succeed(TEXT_LM, "--out", tmp_path / "lm", **changes)
+    assert f"using {tmp_path}/data/brown (from MULTIMAX_DATA)" in result.stdout.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "message"),
+    [
+        (MULTI30K, [], "--out DIR is required"),
+        (MULTI30K, ["--out"], "--out needs a value"),
+        (MULTI30K, ["--out", "--force"], "--out needs a value"),
+        (MULTI30K, ["--out", "x", "--vocab-size", "many"], "--vocab-size takes a whole number"),
+        (MULTI30K, ["--out", "x", "--workers", "0"], "--workers takes a whole number, 1 or more"),
+        (MULTI30K, ["--out", "x", "--from", "a", "--url", "b"], "exclude each other"),
+        (MULTI30K, ["--out", "x", "--from", "nowhere"], "no such folder"),
+        (MULTI30K, ["--archive", "x"], "unknown option '--archive'"),
+        (TEXT_LM, [], "--out DIR is required"),
+        (TEXT_LM, ["--out", "x"], "--from DIR is required"),
+        (TEXT_LM, ["--out", "x", "--from", "nowhere"], "no such folder"),
+        (
+            TEXT_LM,
+            ["--out", "x", "--max-vocab", "4"],
+            "takes a whole number, 5 or more",
+        ),
+    ],
+)
+def test_bad_options(script, arguments, message):
+    assert message in fail(script, *arguments)
+
+
+@pytest.mark.parametrize("script", [MULTI30K, TEXT_LM])
+def test_help_names_every_option(script):
+    result = succeed(script, "--help", PYTHON="/nowhere/python")  # help needs nothing installed
+    accepted = {
+        word.strip("|)")
+        for line in script.read_text().splitlines()
+        for word in line.split()
+        if word.startswith("--") and word.endswith(")")
+    } - {"--*=*"}
+    assert len(accepted) >= 6
+    for option in accepted | {"--help"}:
+        assert f"  {option} " in result.stdout
+    assert "#" not in result.stdout
+
+
+def test_missing_tools_are_named(tmp_path):
+    source = make_multi30k(tmp_path / "source")
+    arguments = (MULTI30K, "--from", source, "--out", tmp_path / "out")
+
+    path = path_without(tmp_path / "no-fairseq", "fairseq-preprocess")
+    message = fail(*arguments, PATH=path, PYTHON=sys.executable)
+    assert "'fairseq-preprocess' was not found" in message and "pip install" in message
+
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "sentencepiece.py").write_text("raise ImportError\n")
+    message = fail(*arguments, PYTHONPATH=str(tmp_path / "broken"))
+    assert "'sentencepiece'" in message and "pip install sentencepiece" in message
+
+    assert "PYTHON=" in fail(*arguments, PYTHON="/nowhere/python")
+    assert siblings(tmp_path / "out") == []
+
+
+# ---------------------------------------------------------------------- bad sources
+
+
+def damage(path: Path, how: str) -> None:
+    """Damage the gzip file `path`."""
+    text = gzip.decompress(path.read_bytes())
+    if how == "missing":
+        path.unlink()
+    elif how == "empty":
+        path.write_bytes(gzip.compress(b""))
+    elif how == "blank":
+        path.write_bytes(gzip.compress(b"\n \n\n"))
+    elif how == "zero bytes":
+        path.write_bytes(b"")
+    elif how == "cut short":
+        path.write_bytes(path.read_bytes()[:-100])
+    elif how == "not gzip":
+        path.write_bytes(text)
+    elif how == "web page":
+        path.write_bytes(b"\n<!DOCTYPE html>\n<html><body>Not Found</body></html>\n")
+    elif how == "latin-1":
+        lines = text.decode().splitlines()
+        lines[2] = "Stra\u00dfe"
+        path.write_bytes(gzip.compress("\n".join(lines).encode("latin-1", errors="replace")))
+    elif how == "a line less":
+        path.write_bytes(gzip.compress(text[: text.rstrip(b"\n").rindex(b"\n") + 1]))
+    else:
+        raise ValueError(how)
+
+
+DAMAGE = {
+    "missing": "lacks",
+    "empty": "is empty",
+    "blank": "is empty",
+    "zero bytes": "corrupt or cut short",
+    "cut short": "corrupt or cut short",
+    "not gzip": "corrupt or cut short",
+    "web page": "is a web page",
+    "latin-1": "is not UTF-8 (the first bad line is number 3)",
+}
+
+
+@pytest.mark.parametrize("how", DAMAGE)
+def test_multi30k_refuses_a_damaged_source(tmp_path, stand_in, how):
+    source = make_multi30k(tmp_path / "source")
+    damage(source / "val.en.gz", how)
+    message = fail(MULTI30K, "--from", source, "--out", tmp_path / "out", **stand_in)
+    assert DAMAGE[how] in message and "val.en" in message
+    assert siblings(tmp_path / "out") == []
+    assert not reached(tmp_path).exists()
+
+
+@pytest.mark.parametrize("how", DAMAGE)
+def test_text_lm_refuses_a_damaged_source(tmp_path, stand_in, how):
+    source = make_tokens(tmp_path / "source", compress=True)
+    damage(source / "test.tokens.gz", how)
+    message = fail(TEXT_LM, "--from", source, "--out", tmp_path / "out", **stand_in)
+    assert DAMAGE[how] in message and "test.tokens" in message
+    assert siblings(tmp_path / "out") == []
+    assert not reached(tmp_path).exists()
+
+
+def test_multi30k_refuses_unaligned_files(tmp_path, stand_in):
+    source = make_multi30k(tmp_path / "source")
+    damage(source / "train.en.gz", "a line less")
+    message = fail(MULTI30K, "--from", source, "--out", tmp_path / "out", **stand_in)
+    assert "train: 300 lines of German and 299 of English" in message
+    assert siblings(tmp_path / "out") == []
+    assert not reached(tmp_path).exists()
+
+
+def test_a_last_line_without_newline_counts(tmp_path, stand_in):
+    source = make_multi30k(tmp_path / "source", compress=False)
+    train = source / "train.en"
+    train.write_bytes(train.read_bytes().removesuffix(b"\n"))
+    out = tmp_path / "out"
+    succeed(MULTI30K, "--from", source, "--out", out, "--vocab-size", 200, **stand_in)
+    assert len(lines_of(out / "text" / "train.en")) == 300
+
+
+def test_impossible_vocabulary_size_says_what_is_possible(tmp_path, stand_in):
+    source = make_multi30k(tmp_path / "source")
+    message = fail(MULTI30K, "--from", source, "--out", tmp_path / "out", **stand_in)
+    assert "Vocabulary size too high (8000). Please set it to a value <=" in message
+    assert siblings(tmp_path / "out") == []
+
+
+# ---------------------------------------------------------------------- the user's own files
+
+
+def test_a_users_folder_is_never_touched(tmp_path, stand_in):
+    source = make_tokens(tmp_path / "source")
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "thesis.tex").write_text("years of work")
+    before = snapshot(out)
+    for force in ([], ["--force"]):
+        message = fail(TEXT_LM, "--from", source, "--out", out, *force, **stand_in)
+        assert "was not made by this script" in message
+    assert snapshot(out) == before
+    assert siblings(out) == ["out"]
+    assert not reached(tmp_path).exists()
+
+
+def test_a_file_in_the_way_is_an_error(tmp_path, stand_in):
+    source = make_tokens(tmp_path / "source")
+    out = tmp_path / "out"
+    out.write_text("a file")
+    assert "is not a folder" in fail(TEXT_LM, "--from", source, "--out", out, **stand_in)
+    assert out.read_text() == "a file"
+
+
+def test_an_empty_folder_is_as_good_as_none(tmp_path, stand_in):
+    source = make_tokens(tmp_path / "source")
+    out = tmp_path / "out"
+    out.mkdir()
+    succeed(TEXT_LM, "--from", source, "--out", out, **stand_in)
+    assert (out / "data-bin").is_dir()
+    assert siblings(out) == ["out"]
+
+
+def test_force_rebuilds(tmp_path, stand_in):
+    source = make_tokens(tmp_path / "source")
+    out = tmp_path / "out"
+    succeed(TEXT_LM, "--from", source, "--out", out, **stand_in)
+    (out / "text" / "train.tokens").unlink()
+
+    message = fail(TEXT_LM, "--from", source, "--out", out, **stand_in)
+    assert "files are missing" in message and "--force" in message
+    assert "./text/train.tokens" in message and "./text/test.tokens" not in message
+
+    succeed(TEXT_LM, "--from", source, "--out", out, "--min-count", 2, "--force", **stand_in)
+    assert (out / "text" / "train.tokens").exists()
+    assert "min-count=2" in lines_of(out / ".complete")
+    assert siblings(out) == ["out"]
+
+
+def test_force_keeps_what_the_user_put_there(tmp_path, stand_in):
+    source = make_tokens(tmp_path / "source")
+    out = tmp_path / "out"
+    succeed(TEXT_LM, "--from", source, "--out", out, **stand_in)
+    (out / "checkpoints").mkdir()
+    (out / "checkpoints" / "checkpoint_best.pt").write_text("a week of training")
+    before = snapshot(out)
+    message = fail(TEXT_LM, "--from", source, "--out", out, "--force", **stand_in)
+    assert "./checkpoints/checkpoint_best.pt" in message and "./text" not in message
+    assert snapshot(out) == before
+
+
+# ---------------------------------------------------------------------- interruption
+
+
+def interrupt(tmp_path: Path, changes: dict[str, str], how: str, *arguments: object) -> int:
+    """Start a recipe, interrupt it inside fairseq-preprocess, return its exit status."""
+    process = subprocess.Popen(
+        [str(argument) for argument in arguments],
+        env=environment(STAND_IN_SECONDS="120", **changes),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+        text=True,
+    )
+    wait_for(reached(tmp_path).exists)
+    if how == "Ctrl-C":  # the terminal signals the whole foreground group
+        os.killpg(process.pid, signal.SIGINT)
+    else:  # kill(1) signals the one process
+        process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert "ERROR" not in output
+
+    worker = int(reached(tmp_path).read_text())
+    wait_for(lambda: not running(worker))
+    return process.returncode
+
+
+def wait_for(condition, seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.02)
+
+
+def running(process_id: int) -> bool:
+    """Ended but not yet reaped counts as ended: who reaps an orphan is not our business."""
+    if sys.platform == "linux":  # small images lack ps
+        stat = Path(f"/proc/{process_id}/stat")
+        try:
+            return stat.read_text().rpartition(") ")[2][0] not in "ZX"
+        except OSError:
+            return False
+    command = ["ps", "-o", "stat=", "-p", str(process_id)]
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip() not in ("", "Z")
+
+
+@pytest.mark.parametrize(("how", "status"), [("Ctrl-C", 130), ("SIGTERM", 143)])
+@pytest.mark.parametrize("script", [MULTI30K, TEXT_LM])
+def test_an_interrupted_run_leaves_nothing(tmp_path, stand_in, script, how, status):
+    make = make_multi30k if script == MULTI30K else make_tokens
+    out = tmp_path / "out"
+    arguments = [script, "--from", make(tmp_path / "source"), "--out", out]
+    if script == MULTI30K:
+        arguments += ["--vocab-size", 200]
+    assert interrupt(tmp_path, stand_in, how, *arguments) == status
+    assert siblings(out) == []
+    succeed(*arguments, **stand_in)  # and nothing is in the way of the next run
+    assert siblings(out) == ["out"]
+
+
+def test_an_interrupted_rebuild_keeps_the_old_result(tmp_path, stand_in):
+    out = tmp_path / "out"
+    arguments = [TEXT_LM, "--from", make_tokens(tmp_path / "source"), "--out", out]
+    succeed(*arguments, **stand_in)
+    before = snapshot(out)
+    reached(tmp_path).unlink()
+    interrupt(tmp_path, stand_in, "SIGTERM", *arguments, "--min-count", 2, "--force")
+    assert snapshot(out) == before
+    assert siblings(out) == ["out"]
+
+
+def test_a_failing_command_shows_its_output_and_leaves_nothing(tmp_path, stand_in):
+    command = tmp_path / "stand-in" / "fairseq-preprocess"
+    command.write_text("#!/usr/bin/env bash\necho no space left on device >&2\nexit 28\n")
+    source = make_tokens(tmp_path / "source")
+    message = fail(TEXT_LM, "--from", source, "--out", tmp_path / "out", **stand_in)
+    assert "no space left on device" in message and "exit status 28" in message
+    assert siblings(tmp_path / "out") == []
+
+
+# ---------------------------------------------------------------------- downloads
+
+
+class Server(ThreadingHTTPServer):
+    """Serves `files` on the loopback interface; `trouble` names what goes wrong with val.en.gz."""
+
+    files: dict[str, bytes]
+    trouble = ""
+    requests: list[tuple[str, str | None]]
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}/raw"
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Server
+
+    def do_GET(self):
+        name = self.path.removeprefix("/raw/")
+        requested = self.headers.get("Range")
+        self.server.requests.append((name, requested))
+        trouble = self.server.trouble if name == "val.en.gz" else ""
+        body = self.server.files.get(name, b"")
+        if trouble == "404" or not body:
+            self.send_error(404)
+            return
+        if trouble == "web page":
+            body = b"<!DOCTYPE html><html><body>Sign in to the network</body></html>"
+        start = 0
+        if requested and trouble != "no ranges":
+            start = int(requested.removeprefix("bytes=").removesuffix("-"))
+            self.send_response(206)
+            self.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
+        else:
+            self.send_response(200)
+        self.send_header("Content-Length", str(len(body) - start))
+        self.end_headers()
+        self.wfile.write(body[start:100] if trouble == "cut short" else body[start:])
+
+    def log_message(self, format, *args):
+        pass
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    folder = make_multi30k(tmp_path / "served")
+    server = Server(("127.0.0.1", 0), Handler)
+    server.files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    server.requests = []
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+@pytest.fixture(params=["curl", "wget"])
+def downloader(request, tmp_path, stand_in) -> dict[str, str]:
+    """The stand-in's environment, with one of the two download programs."""
+    if shutil.which(request.param) is None:
+        pytest.skip(f"{request.param} is not installed")
+    other = {"curl": "wget", "wget": "curl"}[request.param]
+    path = path_without(tmp_path / "tools", other, "fairseq-preprocess")
+    return {"PATH": os.pathsep.join([str(tmp_path / "stand-in"), path]), "PYTHON": sys.executable}
+
+
+def test_download(tmp_path, server, downloader):
+    out = tmp_path / "out"
+    url = f"{server.url}/"  # the slash changes nothing
+    arguments = [MULTI30K, "--url", url, "--out", out, "--vocab-size", 200, "--no-checksum"]
+    succeed(*arguments, **downloader)
+    assert sorted(name for name, _ in server.requests) == sorted(ARCHIVES)
+    for split, name in SPLITS.items():
+        original = gzip.decompress(server.files[f"{name}.de.gz"])
+        assert (out / "raw" / f"{split}.de").read_bytes() == original
+    assert siblings(out) == ["out"]
+    assert "already prepared" in succeed(*arguments, **downloader).stdout
+    assert len(server.requests) == len(ARCHIVES)
+
+
+def test_download_address_from_the_environment(tmp_path, server, stand_in):
+    """MULTI30K_URL asks for a download, so it goes before the files in MULTIMAX_DATA."""
+    changes = {**stand_in, "MULTI30K_URL": server.url, "MULTIMAX_DATA": str(tmp_path / "data")}
+    make_multi30k(tmp_path / "data" / "multi30k")
+    succeed(MULTI30K, "--out", tmp_path / "out", "--vocab-size=200", "--no-checksum", **changes)
+    assert len(server.requests) == len(ARCHIVES)
+
+
+def test_download_of_unknown_text_is_refused(tmp_path, server, stand_in):
+    out = tmp_path / "out"
+    message = fail(MULTI30K, "--url", server.url, "--out", out, "--vocab-size", 200, **stand_in)
+    assert "train.de.gz" in message and "SHA-256" in message and "--no-checksum" in message
+    assert siblings(out) == ["out.download"]
+    assert not (tmp_path / "out.download" / "train.de.gz").exists()  # the next run fetches it anew
+    assert not reached(tmp_path).exists()
+
+
+@pytest.mark.parametrize(
+    ("trouble", "expected"),
+    [
+        ("web page", "val.en.gz, as downloaded, is a web page"),
+        ("404", "could not download"),
+        ("cut short", "could not download"),
+    ],
+)
+def test_bad_download(tmp_path, server, downloader, trouble, expected):
+    """An error that says what to do; the same command completes once the trouble is over."""
+    out = tmp_path / "out"
+    arguments = [MULTI30K, "--url", server.url, "--out", out, "--vocab-size", 200, "--no-checksum"]
+    server.trouble = trouble
+    message = fail(*arguments, **downloader)
+    assert expected in message and "--from" in message
+    assert siblings(out) == ["out.download"]
+    assert not reached(tmp_path).exists()
+
+    server.trouble = ""
+    server.requests.clear()
+    succeed(*arguments, **downloader)
+    assert "train.de.gz" not in [name for name, _ in server.requests]  # it was there already
+    ranges = [requested for name, requested in server.requests if name == "val.en.gz"]
+    assert ranges == ["bytes=100-" if trouble == "cut short" else None]
+    original = gzip.decompress(server.files["val.en.gz"])
+    assert (out / "raw" / "valid.en").read_bytes() == original
+    assert siblings(out) == ["out"]
+
+
+def test_download_starts_over_where_it_cannot_resume(tmp_path, server, downloader):
+    out = tmp_path / "out"
+    arguments = [MULTI30K, "--url", server.url, "--out", out, "--vocab-size", 200, "--no-checksum"]
+    server.trouble = "cut short"
+    fail(*arguments, **downloader)
+    server.trouble = "no ranges"
+    succeed(*arguments, **downloader)
+    original = gzip.decompress(server.files["val.en.gz"])
+    assert (out / "raw" / "valid.en").read_bytes() == original
+
+
+def test_downloads_from_two_addresses_are_not_mixed(tmp_path, server, stand_in):
+    out = tmp_path / "out"
+    fail(MULTI30K, "--url", server.url, "--out", out, **stand_in)
+    message = fail(MULTI30K, "--url", f"{server.url}/other", "--out", out, **stand_in)
+    assert "out.download is in the way" in message
+
+
+def test_download_needs_a_program_for_it(tmp_path, server, stand_in):
+    path = path_without(tmp_path / "tools", "curl", "wget")
+    path = os.pathsep.join([str(tmp_path / "stand-in"), path])
+    arguments = (MULTI30K, "--url", server.url, "--out", tmp_path / "out")
+    message = fail(*arguments, PATH=path, PYTHON=sys.executable)
+    assert "neither curl nor wget" in message and "--from" in message
+
+
+# ---------------------------------------------------------------------- sentencepiece_bpe.py
+
+
+def test_bpe_filters_answer_line_by_line(multi30k):
+    """Whoever types a sentence into fairseq-interactive waits for it, not for a full buffer."""
+    model = multi30k[1] / "sentencepiece.bpe.model"
+    command = [sys.executable, BPE, "encode", "--model", model]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, env=environment(), **pipes) as process:
+        timer = threading.Timer(60, process.kill)
+        timer.start()
+        process.stdin.write("Ein Hund läuft.\n".encode())
+        process.stdin.flush()
+        assert process.stdout.readline().decode().startswith("▁Ein ▁Hund")
+        timer.cancel()
+        process.stdin.close()
+
+
+def test_bpe_filters_keep_lines_apart(multi30k):
+    """Empty lines stay; characters that Python takes for line ends do not end a line."""
+    model = multi30k[1] / "sentencepiece.bpe.model"
+    text = "Ein\u2028Hund\n\nEin\rHund\nEin\x85Hund\n".encode()
+    for command in ("encode", "decode"):
+        filter_command = [sys.executable, BPE, command, "--model", model]
+        text = subprocess.run(filter_command, input=text, stdout=subprocess.PIPE, check=True).stdout
+    assert text.decode() == "Ein Hund\n\nEin Hund\nEin Hund\n"
+
+
+def test_bpe_errors_are_one_line(tmp_path, multi30k):
+    model = multi30k[1] / "sentencepiece.bpe.model"
+    for arguments, text in (
+        (["encode", "--model", tmp_path / "nothing"], b""),
+        (["encode", "--model", BPE], b""),
+        (["encode", "--model", model], b"\xff\xfe\n"),
+        (["train", "--model", tmp_path / "new", tmp_path / "nothing"], b""),
+    ):
+        result = subprocess.run([sys.executable, BPE, *arguments], input=text, capture_output=True)
+        assert result.returncode == 1
+        assert result.stderr.decode().startswith(f"sentencepiece_bpe.py {arguments[0]}: ")
+        assert result.stderr.count(b"\n") == 1
+
+
+# ---------------------------------------------------------------------- the real thing
+
+
+@pytest.fixture
+def real_data() -> Path:
+    if "MULTIMAX_DATA" not in os.environ:
+        pytest.skip("MULTIMAX_DATA is not set: it names the folder that holds multi30k/ and brown/")
+    return Path(os.environ["MULTIMAX_DATA"])
+
+
+@pytest.mark.slow
+def test_real_multi30k(tmp_path, real_data):
+    out = tmp_path / "out"
+    result = succeed(MULTI30K, "--out", out, MULTIMAX_DATA=str(real_data))
+    assert result.stderr == ""  # the published text: counts and checksums agree
+    for split, pairs in (("train", 29000), ("valid", 1014), ("test", 1000)):
+        for language in WORDS:
+            raw = lines_of(out / "raw" / f"{split}.{language}")
+            pieces = lines_of(out / "text" / f"{split}.{language}")
+            assert len(raw) == len(pieces) == pairs
+            for line, encoded in zip(raw, pieces, strict=True):
+                # How fairseq-generate --remove-bpe sentencepiece undoes it.
+                assert encoded.replace(" ", "").replace("▁", " ").strip() == normalised(line)
+
+
+@pytest.mark.slow
+def test_real_brown(tmp_path, real_data):
+    out = tmp_path / "out"
+    result = succeed(TEXT_LM, "--out", out, MULTIMAX_DATA=str(real_data))
+    assert "--min-count 2" in result.stderr  # Brown has no <unk> of its own
+    words = {
+        split: sum(len(line.split()) for line in lines_of(out / "text" / f"{split}.tokens"))
+        for split in PAIRS
+    }
+    assert words == {"train": 1_046_267, "valid": 58_141, "test": 58_784}
