@@ -1,0 +1,91 @@
+"""What several test files need: small real data, models built by fairseq's own parser, real commands."""
+
+import os
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+PLUGIN = ROOT / "multimax_fairseq"
+
+# 2 + 2 layers of width 16 in the options of a translation model; half of it in those of a language model.
+TINY = [
+    *("--encoder-layers", "2", "--encoder-embed-dim", "16", "--encoder-ffn-embed-dim", "16"),
+    *("--encoder-attention-heads", "2", "--decoder-layers", "2", "--decoder-embed-dim", "16"),
+    *("--decoder-ffn-embed-dim", "16", "--decoder-attention-heads", "2"),
+]
+TINY_LM = [
+    *("--decoder-layers", "2", "--decoder-embed-dim", "16", "--decoder-ffn-embed-dim", "16"),
+    *("--decoder-attention-heads", "2", "--decoder-input-dim", "16", "--decoder-output-dim", "16"),
+]
+
+
+def run(*command, check=True, **kwargs):
+    """Run a command of this Python's environment; its output goes into the error when it fails."""
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    result = subprocess.run(
+        [str(part) for part in command], capture_output=True, text=True, env=environment, **kwargs
+    )
+    assert not check or result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
+    return result
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    """600 / 60 / 40 sentence pairs of the demo's grammar, as text and binarised for both tasks."""
+    folder = tmp_path_factory.mktemp("corpus")
+    run(sys.executable, ROOT / "scripts" / "make_demo_corpus.py", "--out", folder / "text",
+        "--train", 600, "--valid", 60, "--test", 40)  # fmt: skip
+    text = folder / "text"
+    run("fairseq-preprocess", "--source-lang", "de", "--target-lang", "en", "--joined-dictionary",
+        "--trainpref", text / "train", "--validpref", text / "valid", "--testpref", text / "test",
+        "--destdir", folder / "data-bin")  # fmt: skip
+    run("fairseq-preprocess", "--only-source", "--trainpref", text / "train.en", "--validpref", text / "valid.en",
+        "--testpref", text / "test.en", "--destdir", folder / "data-bin-lm")  # fmt: skip
+    return folder
+
+
+def parse(arguments):
+    """fairseq-train's arguments, parsed as it does: (namespace, configuration)."""
+    from fairseq import options
+    from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+
+    parser = options.get_training_parser()
+    args = options.parse_args_and_arch(parser, [str(argument) for argument in arguments])
+    return args, convert_namespace_to_omegaconf(args)
+
+
+@pytest.fixture(scope="session")
+def build(corpus):
+    """build(arch, *options, seed=1) → the model (in evaluation) and task of fairseq-train, tiny."""
+    from fairseq import tasks
+
+    import multimax_fairseq  # noqa: F401
+
+    def build(arch, *options, seed=1):
+        is_lm = "_lm" in arch
+        data = [corpus / ("data-bin-lm" if is_lm else "data-bin")]
+        data += ["--task", "language_modeling", "--tokens-per-sample", "32"] if is_lm else []
+        size = TINY_LM if is_lm else TINY
+        _, cfg = parse([*data, "--arch", arch, *size, *options])
+        task = tasks.setup_task(cfg.task)
+        torch.manual_seed(seed)
+        return Namespace(model=task.build_model(cfg.model).eval(), task=task, cfg=cfg)
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def batch(corpus):
+    """batch(built, split="test", size=8) → the first sentences of a split as fairseq's sample."""
+
+    def batch(built, split="test", size=8):
+        built.task.load_dataset(split)
+        dataset = built.task.dataset(split)
+        return dataset.collater([dataset[index] for index in range(size)])
+
+    return batch

@@ -1,0 +1,287 @@
+"""The real commands on real files, as a user types them: translation, a language model, and one config file."""
+
+import json
+import math
+import re
+import sys
+
+import pytest
+import torch
+from conftest import PLUGIN, ROOT, TINY, TINY_LM, run
+from fairseq import checkpoint_utils
+
+pytestmark = pytest.mark.slow
+
+TRAINING = [
+    *("--optimizer", "adam", "--lr", "5e-3", "--lr-scheduler", "inverse_sqrt", "--warmup-updates", "20"),
+    *("--max-tokens", "1000", "--num-workers", "0", "--log-format", "json", "--log-interval", "5"),
+    *("--dropout", "0.1", "--cpu"),
+]
+
+
+def train(data, arch, folder, *options, user_dir=True):
+    """fairseq-train; returns its log lines by what they report ("train", "valid", …), each a dictionary."""
+    size = [*TINY_LM, "--task", "language_modeling", "--tokens-per-sample", 64] if "_lm" in arch else TINY
+    plugin = ["--user-dir", PLUGIN] if user_dir else []
+    result = run("fairseq-train", data, *plugin, "--arch", arch, *size, *TRAINING, "--save-dir", folder, *options)
+    lines = re.findall(r"\| (train|valid) \| (\{.*\})", result.stderr + result.stdout)
+    return {kind: [json.loads(line) for k, line in lines if k == kind] for kind in ("train", "valid")}
+
+
+def losses(log):
+    return [(line["epoch"], line["train_loss"]) for line in log["train"]], [
+        (line["epoch"], line["valid_loss"]) for line in log["valid"]
+    ]
+
+
+@pytest.fixture(scope="module")
+def translation(corpus, tmp_path_factory):
+    """Three epochs of a tiny translation model, with a checkpoint of each."""
+    folder = tmp_path_factory.mktemp("translation")
+    log = train(corpus / "data-bin", "multimax_transformer", folder, "--max-epoch", 3)
+    return folder, log
+
+
+@pytest.fixture(scope="module")
+def stock(corpus, tmp_path_factory):
+    """One epoch of fairseq's own translation model, without the plugin."""
+    folder = tmp_path_factory.mktemp("stock")
+    log = train(corpus / "data-bin", "transformer", folder, "--max-epoch", 1, user_dir=False)
+    return folder, log
+
+
+def test_training_moves_the_modulators_and_lowers_the_loss(translation):
+    _, log = translation
+    train_losses, _ = losses(log)
+    assert len(train_losses) == 3 and float(train_losses[-1][1]) < float(train_losses[0][1]) - 0.5
+    assert log["train"][0]["train_cross_g_b"] != log["train"][-1]["train_cross_g_b"]
+
+
+def test_resuming_gives_the_losses_of_the_uninterrupted_run(translation, corpus, tmp_path):
+    """Interrupted within an epoch: at its end fairseq itself puts sentences of equal length together anew."""
+    _, uninterrupted = translation
+    train(corpus / "data-bin", "multimax_transformer", tmp_path, "--max-update", 4)
+    assert torch.load(tmp_path / "checkpoint_last.pt")["extra_state"]["train_iterator"]["iterations_in_epoch"] == 4
+    resumed = train(corpus / "data-bin", "multimax_transformer", tmp_path, "--max-epoch", 3)
+    assert losses(resumed) == losses(uninterrupted)
+
+
+def test_softmax_gives_the_stock_models_losses(stock, corpus, tmp_path):
+    log = train(corpus / "data-bin", "multimax_transformer", tmp_path, "--max-epoch", 1,
+                "--attention-mapping", "softmax")  # fmt: skip
+    assert losses(log) == losses(stock[1])
+    assert log["train"][0]["train_gnorm"] == stock[1]["train"][0]["train_gnorm"]
+
+
+def test_a_stock_checkpoint_is_validated_with_the_stock_loss(stock, corpus, tmp_path):
+    folder, stock_log = stock
+    log = train(corpus / "data-bin", "multimax_transformer", tmp_path, "--max-epoch", 1, "--lr", 1e-30,
+                "--finetune-from-model", folder / "checkpoint_last.pt")  # fmt: skip
+    assert losses(log)[1] == losses(stock_log)[1]
+
+
+def test_validate_generate_and_interactive_need_no_mapping_flags(translation, corpus):
+    folder, log = translation
+    common = [corpus / "data-bin", "--user-dir", PLUGIN, "--path", folder / "checkpoint_last.pt", "--cpu"]
+    validation = run("fairseq-validate", *common, "--task", "translation", "--max-tokens", 1000,
+                     "--log-format", "json")  # fmt: skip
+    (valid,) = re.findall(r"\{.*\}", validation.stdout + validation.stderr)[-1:]
+    assert float(json.loads(valid)["valid_loss"]) == pytest.approx(float(log["valid"][-1]["valid_loss"]), abs=2e-3)
+
+    generated = run("fairseq-generate", *common, "--gen-subset", "test", "--beam", 5, "--max-tokens", 1000)
+    hypotheses = {line.split("\t")[0]: line.split("\t")[2]
+                  for line in generated.stdout.splitlines() if line.startswith("H-")}  # fmt: skip
+    assert len(hypotheses) == 40 and "BLEU" in generated.stdout
+
+    source = (corpus / "text" / "test.de").read_text().splitlines()[:3]
+    interactive = run("fairseq-interactive", *common, "--source-lang", "de", "--target-lang", "en", "--beam", 5,
+                      input="\n".join(source) + "\n")  # fmt: skip
+    answers = [line.split("\t")[2] for line in interactive.stdout.splitlines() if line.startswith("H-")]
+    assert answers == [hypotheses[f"H-{index}"] for index in range(3)]
+
+
+def test_a_prefix_scored_by_force_has_the_probability_that_beam_search_gave_it(translation, corpus):
+    """Beam search (steps, cache) and teacher forcing (one pass) are the same model."""
+    folder, _ = translation
+    common = [corpus / "data-bin", "--user-dir", PLUGIN, "--path", folder / "checkpoint_last.pt", "--cpu",
+              "--gen-subset", "test", "--max-tokens", 1000, "--beam", 5]  # fmt: skip
+    stepwise = run("fairseq-generate", *common, "--prefix-size", 100)
+    forced = run("fairseq-generate", *common, "--score-reference")
+    scores = [
+        {line.split("\t")[0]: list(map(float, line.split("\t")[1].split()))
+         for line in result.stdout.splitlines() if line.startswith("P-")}
+        for result in (stepwise, forced)
+    ]  # fmt: skip
+    assert len(scores[0]) == 40
+    for index, expected in scores[1].items():
+        assert scores[0][index] == pytest.approx(expected, abs=1e-4 + 1e-9)  # printed with 4 digits
+
+
+def test_averaged_checkpoints_generate(translation, corpus, tmp_path):
+    folder, _ = translation
+    average = tmp_path / "average.pt"
+    run(sys.executable, ROOT / "scripts" / "average_checkpoints.py", "--last", 2, folder, "--output", average)
+    states = [torch.load(folder / f"checkpoint{epoch}.pt")["model"] for epoch in (2, 3)]
+    averaged = torch.load(average)["model"]
+    for name, tensor in averaged.items():
+        torch.testing.assert_close(tensor, (states[0][name] + states[1][name]) / 2)
+    generated = run("fairseq-generate", corpus / "data-bin", "--user-dir", PLUGIN, "--path", average, "--cpu",
+                    "--max-tokens", 1000)  # fmt: skip
+    assert "BLEU" in generated.stdout
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--last", "9", "{folder}"], "holds 3 checkpoints of whole epochs, not 9"),
+    (["--last", "2", "{folder}/checkpoint1.pt"], "--last takes a number of at least 1, and one folder"),
+    (["{folder}/absent.pt"], "no such file"),
+    (["{folder}/checkpoint1.pt", "{stock}/checkpoint1.pt"], "is of another model than"),
+])  # fmt: skip
+def test_averaging_the_wrong_files_says_what_is_wrong(arguments, message, translation, stock, tmp_path):
+    arguments = [argument.format(folder=translation[0], stock=stock[0]) for argument in arguments]
+    result = run(sys.executable, ROOT / "scripts" / "average_checkpoints.py", *arguments,
+                 "--output", tmp_path / "average.pt", check=False)  # fmt: skip
+    assert result.returncode != 0 and message in result.stderr and not list(tmp_path.iterdir())
+
+
+def test_from_pretrained_translates(translation, corpus):
+    from multimax_fairseq.models import MultimaxTransformerModel
+
+    folder, _ = translation
+    hub = MultimaxTransformerModel.from_pretrained(
+        str(folder), "checkpoint_last.pt", data_name_or_path=str(corpus / "data-bin")
+    )
+    translated = hub.translate((corpus / "text" / "test.de").read_text().splitlines()[0])
+    assert translated.split()
+
+
+def perplexity(checkpoint):
+    """exp of the mean negative log-likelihood of the validation set, from the softmax of the model's own output."""
+    (model,), _, task = checkpoint_utils.load_model_ensemble_and_task([str(checkpoint)])
+    task.load_dataset("valid")
+    dataset, negative_log_likelihoods = task.dataset("valid"), []
+    for index in range(len(dataset)):
+        sample = dataset.collater([dataset[index]])
+        with torch.no_grad():
+            logits = model.eval()(**sample["net_input"])[0]
+        negative_log_likelihoods += torch.nn.functional.cross_entropy(
+            logits.double().flatten(0, 1), sample["target"].flatten(), reduction="none"
+        ).tolist()
+    return math.exp(sum(negative_log_likelihoods) / len(negative_log_likelihoods))
+
+
+@pytest.mark.parametrize("mapping, output", [("multimax", "multimax"), ("entmax", "softmax")])
+def test_a_language_model_from_training_to_perplexity(mapping, output, corpus, tmp_path):
+    log = train(corpus / "data-bin-lm", "multimax_transformer_lm", tmp_path, "--max-epoch", 2,
+                "--attention-mapping", mapping, "--output-mapping", output, "--entmax-alpha", "learned")  # fmt: skip
+    train_losses, _ = losses(log)
+    assert float(train_losses[1][1]) < float(train_losses[0][1])
+    perplexities = [
+        float(re.findall(r"Perplexity: ([\d.]+)", result.stdout + result.stderr)[0])
+        for result in (
+            run("fairseq-eval-lm", corpus / "data-bin-lm", "--user-dir", PLUGIN, "--path",
+                tmp_path / "checkpoint_last.pt", "--gen-subset", "valid", "--cpu", "--sample-break-mode", "none",
+                "--tokens-per-sample", 64, "--context-window", window)
+            for window in (0, 32)
+        )
+    ]  # fmt: skip
+    assert perplexities[0] == pytest.approx(perplexity(tmp_path / "checkpoint_last.pt"), rel=1e-4)
+    assert perplexities[1] != perplexities[0]
+
+
+@pytest.mark.parametrize("mode", ["none", "eos", "complete"])
+def test_every_way_of_breaking_a_text_into_samples(mode, corpus, tmp_path):
+    log = train(corpus / "data-bin-lm", "multimax_transformer_lm", tmp_path, "--max-update", 2, "--no-save",
+                "--sample-break-mode", mode)  # fmt: skip
+    assert log["train"]
+
+
+HYDRA = """
+common: {{user_dir: {plugin}, cpu: true, log_format: json, seed: 1}}
+task: {{_name: {task}, data: {data}{task_options}}}
+criterion: {{_name: cross_entropy}}
+dataset: {{max_tokens: 1000, num_workers: 0}}
+optimization: {{lr: [0.005], max_epoch: 1}}
+optimizer: {{_name: adam}}
+lr_scheduler: {{_name: inverse_sqrt, warmup_updates: 20}}
+checkpoint: {{save_dir: {folder}}}
+model: {{_name: {arch}, dropout: 0.1, {model}}}
+"""
+
+
+@pytest.mark.parametrize("arch, task, task_options, size, data", [
+    ("multimax_transformer", "translation", "", TINY, "data-bin"),
+    ("multimax_transformer_lm", "language_modeling", ", tokens_per_sample: 64", TINY_LM, "data-bin-lm"),
+])  # fmt: skip
+def test_a_config_file_trains_what_the_flags_train(arch, task, task_options, size, data, corpus, tmp_path):
+    flags = ["--attention-mapping", "entmax", "--entmax-alpha", "1.3", "--output-mapping", "multimax"]
+    by_flags = train(corpus / data, arch, tmp_path / "flags", "--max-epoch", 1, *flags)
+    options = dict(zip(size[::2] + flags[::2], size[1::2] + flags[1::2]))
+    model = ", ".join(f"{name[2:].replace('-', '_')}: {value}" for name, value in options.items())
+    folder = tmp_path / "hydra"
+    (tmp_path / "tiny.yaml").write_text(
+        HYDRA.format(plugin=PLUGIN, task=task, data=corpus / data, task_options=task_options, folder=folder,
+                     arch=arch, model=model)  # fmt: skip
+    )
+    run("fairseq-hydra-train", "--config-dir", tmp_path, "--config-name", "tiny", cwd=tmp_path)
+    states = [torch.load(path / "checkpoint_last.pt") for path in (tmp_path / "flags", folder)]
+    assert by_flags["train"] and states[0]["model"].keys() == states[1]["model"].keys()
+    for name, tensor in states[0]["model"].items():
+        torch.testing.assert_close(states[1]["model"][name], tensor, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--attention-mapping", "softmin"], "there is no 'softmin'; choose from: softmax, multimax, sparsemax"),
+    (["--output-mapping", "sparsemax"], "--output-mapping sparsemax"),
+])  # fmt: skip
+def test_a_wrong_choice_ends_before_data_is_loaded(flags, message, corpus, tmp_path):
+    result = run("fairseq-train", corpus / "data-bin", "--user-dir", PLUGIN, "--arch", "multimax_transformer",
+                 *TINY, *TRAINING, *flags, "--save-dir", tmp_path / "run", check=False)  # fmt: skip
+    assert result.returncode != 0 and message in result.stderr
+    assert not re.search(r"loaded [\d,]+ examples", result.stdout + result.stderr)
+    assert not list(tmp_path.glob("run/*"))
+
+
+def test_score_translation_scores_what_fairseq_generates(translation, corpus, tmp_path):
+    folder, _ = translation
+    script = ["bash", ROOT / "scripts" / "score_translation.sh", "--data-bin", corpus / "data-bin",
+              "--checkpoint", folder / "checkpoint_last.pt"]  # fmt: skip
+    result = run(*script, "--reference", corpus / "text" / "test.en", "--out", tmp_path / "test")
+    assert re.search(r"BLEU\|nrefs:1\|case:mixed.*version:.* = [\d.]+", result.stdout)
+    hypotheses = (tmp_path / "test.hypotheses").read_text().splitlines()
+    assert len(hypotheses) == 40
+    generated = dict(re.findall(r"^D-(\d+)\t\S+\t(.*)$", (tmp_path / "test.generate").read_text(), re.M))
+    assert hypotheses == [generated[str(index)] for index in range(40)]
+    assert not list(tmp_path.glob("*.part"))
+    wrong = run(*script, "--reference", corpus / "text" / "valid.en", "--out", tmp_path / "wrong", check=False)
+    assert wrong.returncode != 0 and "40 translations for 60 references" in wrong.stderr
+
+
+def test_check_decoding_of_a_trained_model(translation, corpus):
+    result = run(sys.executable, ROOT / "scripts" / "check_decoding.py", corpus / "data-bin", "--sentences", 10,
+                 "--path", translation[0] / "checkpoint_last.pt")  # fmt: skip
+    assert float(re.search(r"largest difference (\S+) nat", result.stdout)[1]) < 1e-5
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--data", "wmt"], "choose grammar or multi30k"),
+    (["--from", "data"], "--from goes with --data multi30k"),
+    (["--epochs", "0"], "--epochs takes a whole number"),
+    (["--corpus"], "unknown option '--corpus'"),
+])  # fmt: skip
+def test_the_demo_refuses_what_it_does_not_know_before_it_installs(arguments, message, tmp_path):
+    result = run("bash", ROOT / "scripts" / "demo.sh", *arguments, check=False, cwd=tmp_path)
+    assert result.returncode != 0 and message in result.stderr and not result.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_demos_corpus_is_prepared_once(tmp_path):
+    prepare = ["bash", ROOT / "scripts" / "prepare_demo.sh", "--out", tmp_path / "corpus"]
+    run(*prepare)
+    counts = {path.name: len(path.read_text().splitlines()) for path in (tmp_path / "corpus" / "text").iterdir()}
+    assert counts == {
+        f"{split}.{kind}": number
+        for split, number in (("train", 20000), ("valid", 500), ("test", 500))
+        for kind in ("de", "en", "align")
+    }
+    assert "already prepared" in run(*prepare).stdout
+    assert "other settings" in run(*prepare, "--seed", 2, check=False).stderr

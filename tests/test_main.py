@@ -1,0 +1,15 @@
+"""``python -m multimax_fairseq``."""
+
+import os
+import subprocess
+import sys
+
+from conftest import PLUGIN, ROOT
+
+
+def test_prints_the_folder_for_user_dir_and_nothing_else(tmp_path):
+    result = subprocess.run(
+        [sys.executable, "-m", "multimax_fairseq"], capture_output=True, text=True, cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert result.stdout == f"{PLUGIN}\n", result.stderr

@@ -1,0 +1,113 @@
+"""The translation architectures."""
+
+import pytest
+import torch
+from conftest import parse
+from fairseq.models import ARCH_CONFIG_REGISTRY
+from test_models_options import SITES
+
+import multimax_fairseq  # noqa: F401
+from multimax_fairseq.mappings import MAPPINGS
+
+ARCHITECTURES = [
+    "transformer",
+    "transformer_tiny",
+    "transformer_iwslt_de_en",
+    "transformer_wmt_en_de",
+    "transformer_vaswani_wmt_en_de_big",
+]
+
+
+@pytest.mark.parametrize("stock", ARCHITECTURES)
+def test_dimensions_and_defaults_are_those_of_the_stock_architecture(stock, corpus):
+    expected, _ = parse([corpus / "data-bin", "--arch", stock])
+    actual, _ = parse([corpus / "data-bin", "--arch", f"multimax_{stock}"])
+    extra = set(vars(actual)) - set(vars(expected))
+    assert extra == {
+        "attention_mapping", "attention_mapping_sites", "output_mapping", "multimax_order", "multimax_terms",
+        "multimax_init", "entmax_alpha",
+    }  # fmt: skip
+    assert actual.attention_mapping == "multimax" and actual.attention_mapping_sites == ",".join(SITES)
+    for name, value in vars(expected).items():
+        assert name == "arch" or getattr(actual, name) == value
+    assert stock in ARCH_CONFIG_REGISTRY
+
+
+def test_softmax_has_the_stock_models_parameters_and_loss_to_the_last_bit(build, batch):
+    stock = build("transformer")
+    softmax = build("multimax_transformer", "--attention-mapping", "softmax")
+    sample = batch(stock)
+    outputs = []
+    for built in (stock, softmax):
+        built.model.train()
+        torch.manual_seed(0)
+        outputs.append(built.model(**sample["net_input"])[0])
+    assert torch.equal(*outputs)
+    assert list(stock.model.state_dict()) == list(softmax.model.state_dict())
+
+
+@pytest.mark.parametrize("sites", [",".join(SITES), *SITES])
+@pytest.mark.parametrize("name", MAPPINGS)
+def test_steps_with_reordered_beams_equal_the_full_forward(name, sites, build, batch):
+    options = ["--attention-mapping", name, "--attention-mapping-sites", sites, "--output-mapping", "multimax"]
+    built = build("multimax_transformer", *options)
+    model = built.model.eval()
+    sample = batch(built, size=4)["net_input"]
+    # two sentences with two hypotheses each, which change places or push each other out
+    sentences, order = torch.tensor([0, 0, 1, 1]), torch.tensor([1, 0, 3, 3])
+    tokens = sample["prev_output_tokens"]
+    with torch.no_grad():
+        encoder_out = model.encoder(sample["src_tokens"][sentences], sample["src_lengths"][sentences])
+        incremental_state, steps = {}, []
+        for length in range(1, tokens.size(1) + 1):
+            if length == 4:
+                model.decoder.reorder_incremental_state_scripting(incremental_state, order)
+                encoder_out = model.encoder.reorder_encoder_out(encoder_out, order)
+                tokens, steps = tokens[order], [step[order] for step in steps]
+            step = model.decoder(tokens[:, :length], encoder_out=encoder_out, incremental_state=incremental_state)
+            steps.append(model.get_normalized_probs(step, log_probs=True))
+        full = model.decoder(tokens, encoder_out=encoder_out)
+        expected = model.get_normalized_probs(full, log_probs=True)
+    padding = tokens.eq(model.decoder.padding_idx).unsqueeze(-1)
+    difference = (torch.cat(steps, dim=1) - expected).masked_fill(padding, 0.0)
+    assert difference.abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("flag", [
+    "--cross-self-attention", "--no-cross-attention", "--encoder-learned-pos", "--layernorm-embedding",
+    "--share-all-embeddings", "--encoder-normalize-before",
+])  # fmt: skip
+def test_options_of_the_stock_model_work(flag, build, batch):
+    built = build("multimax_transformer", flag, *(["--no-cross-attention"] if "cross-self" in flag else []))
+    model = built.model.train()
+    output = model(**batch(built)["net_input"])[0]
+    assert torch.isfinite(output).all()
+    output.logsumexp(-1).sum().backward()
+    gains = [parameter.grad for name, parameter in model.named_parameters() if name.endswith("mapping.gains")]
+    reached = [gain.abs().sum() > 0 for gain in gains if gain is not None]
+    # without cross-attention nothing flows from the two layers of the encoder
+    assert all(reached) and len(reached) == len(gains) - (2 if flag == "--no-cross-attention" else 0)
+
+
+def test_quant_noise(build, batch):
+    built = build("multimax_transformer", "--quant-noise-pq", 0.2, "--quant-noise-pq-block-size", 8)
+    assert torch.isfinite(built.model.train()(**batch(built)["net_input"])[0]).all()
+
+
+@pytest.mark.parametrize("options, message", [
+    (["--attention-mapping", "softmin"], "there is no 'softmin'"),
+    (["--output-mapping", "multimax", "--adaptive-softmax-cutoff", "10,20"], "adaptive"),
+])  # fmt: skip
+def test_a_wrong_choice_stops_at_model_build(options, message, build):
+    with pytest.raises(ValueError, match=message):
+        build("multimax_transformer", *options)
+
+
+def test_the_saved_configuration_is_plain(build):
+    """What fairseq puts in a checkpoint holds strings and numbers, which torch loads safely."""
+    values = vars(build("multimax_transformer").cfg.model)
+    assert "mapping_choice" not in values and values["attention_mapping"] == "multimax"
+
+
+def test_hub_models_of_the_stock_class_are_not_offered():
+    assert multimax_fairseq.models.MultimaxTransformerModel.hub_models() == {}

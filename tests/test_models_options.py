@@ -1,0 +1,98 @@
+"""What a user can choose, and what happens when the choice is wrong."""
+
+from argparse import Namespace
+
+import pytest
+from omegaconf import OmegaConf
+
+from multimax_fairseq.mappings import MAPPINGS
+from multimax_fairseq.models import MappingChoice, MappingOptions
+from multimax_fairseq.models.options import SITES, SOFTMAX, with_defaults
+
+
+def choose(available_sites=SITES, **options):
+    return MappingChoice.from_options(Namespace(**options), available_sites)
+
+
+def test_the_defaults_are_those_of_the_documentation():
+    choice = choose()
+    assert choice.attention == ("multimax", {"order": 2, "init": "normal", "terms": ("below", "above")})
+    assert choice.sites == ("encoder", "decoder", "cross")
+    assert choice.output == SOFTMAX
+    assert {name: value for name, value in vars(MappingOptions()).items() if name != "_name"} == {
+        "attention_mapping": "multimax",
+        "attention_mapping_sites": "encoder,decoder,cross",
+        "output_mapping": "softmax",
+        "multimax_order": 2,
+        "multimax_terms": "below,above",
+        "multimax_init": "normal",
+        "entmax_alpha": "1.5",
+    }
+
+
+@pytest.mark.parametrize("name", MAPPINGS)
+def test_every_mapping_can_be_chosen(name):
+    assert choose(attention_mapping=name).attention_at("cross")[0] == name
+
+
+def test_other_sites_have_softmax():
+    choice = choose(attention_mapping="sparsemax", attention_mapping_sites="encoder, cross")
+    assert [choice.attention_at(site)[0] for site in SITES] == ["sparsemax", "softmax", "sparsemax"]
+
+
+@pytest.mark.parametrize("options, message", [
+    ({"attention_mapping": "softmin"}, "--attention-mapping.*'softmin'.*multimax.*evsoftmax"),
+    ({"attention_mapping_sites": "encoder,output"}, "--attention-mapping-sites.*'output'.*encoder, decoder, cross"),
+    ({"attention_mapping_sites": ""}, "--attention-mapping-sites.*''"),
+    ({"output_mapping": "sparsemax"}, "--output-mapping sparsemax.*softmax, multimax"),
+    ({"output_mapping": "softmin"}, "--output-mapping.*'softmin'.*softmax, multimax"),
+    ({"output_mapping": "multimax", "adaptive_softmax_cutoff": "10,20"}, "adaptive-softmax-cutoff"),
+    ({"multimax_order": 3}, "orders 1, 2; got 3"),
+    ({"multimax_terms": "beside"}, "--multimax-terms.*'beside'.*below, above"),
+    ({"multimax_init": "zeros"}, "normal or identity"),
+    ({"attention_mapping": "entmax", "entmax_alpha": "1"}, r"\(1, 2\] or 'learned'"),
+    ({"attention_mapping": "entmax", "entmax_alpha": "2.5"}, r"\(1, 2\] or 'learned'"),
+    ({"attention_mapping": "entmax", "entmax_alpha": "many"}, r"\(1, 2\] or 'learned'"),
+    ({"entmax_alpha": "9"}, r"\(1, 2\] or 'learned'"),  # chosen or not, it is wrong
+    ({"decoder_xformers_att_config": "{}"}, "--decoder-xformers-att-config.*leave decoder out of"),
+    ({"encoder_xformers_att_config": "{}", "attention_mapping_sites": "cross"}, "leave cross out of"),
+])  # fmt: skip
+def test_a_wrong_choice_says_what_to_choose(options, message):
+    with pytest.raises(ValueError, match=message):
+        choose(**options)
+
+
+def test_sites_that_the_model_does_not_have():
+    with pytest.raises(ValueError, match="choose from: decoder"):
+        choose(available_sites=("decoder",), attention_mapping_sites="encoder")
+    choose(available_sites=("decoder",), attention_mapping_sites="encoder", attention_mapping="softmax")
+
+
+def test_softmax_goes_with_everything_of_fairseqs():
+    choose(attention_mapping="softmax", encoder_xformers_att_config="{}", adaptive_softmax_cutoff="10,20")
+
+
+def test_xformers_where_softmax_stays():
+    choose(attention_mapping_sites="decoder", encoder_xformers_att_config="{}")
+
+
+def test_sites_of_a_config_file_may_be_a_list():
+    assert choose(attention_mapping_sites=["encoder", "cross"]).sites == ("encoder", "cross")
+
+
+def test_an_architecture_sets_what_the_command_line_leaves_open():
+    def stock(args):
+        args.layers = getattr(args, "layers", 6)
+
+    args = Namespace(attention_mapping="entmax", layers=2)
+    with_defaults(stock)(args)
+    assert (args.attention_mapping, args.multimax_order, args.layers) == ("entmax", 2, 2)
+
+
+def test_an_architecture_completes_a_config_with_gaps():
+    def stock(args):
+        args.layers = getattr(args, "layers", 6)
+
+    cfg = OmegaConf.create({"entmax_alpha": 1.3, "heads": None})
+    with_defaults(stock)(cfg)
+    assert cfg.layers == 6 and cfg.entmax_alpha == 1.3 and cfg.attention_mapping_sites == "encoder,decoder,cross"

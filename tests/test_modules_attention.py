@@ -1,0 +1,210 @@
+"""MappedMultiheadAttention against fairseq's own with softmax, and against the oracles with the others."""
+
+import functools
+
+import pytest
+import reference
+import torch
+from fairseq.modules import MultiheadAttention
+
+from multimax_fairseq.mappings import MAPPINGS, build_mapping
+from multimax_fairseq.modules import MappedMultiheadAttention
+
+EMBED_DIM, NUM_HEADS, SRC_LEN, BSZ = 8, 2, 5, 3
+HIDDEN = torch.triu(torch.ones(SRC_LEN, SRC_LEN, dtype=torch.bool), 1)
+PADDING = torch.tensor([[0, 0, 0, 0, 0], [0, 0, 0, 0, 1], [0, 0, 0, 1, 1]], dtype=torch.bool)
+
+
+def make(mapping="softmax", **options):
+    """The same attention twice: fairseq's, and one with a mapping."""
+    options = options or {"self_attention": True}
+    torch.manual_seed(0)
+    stock = MultiheadAttention(EMBED_DIM, NUM_HEADS, **options)
+    torch.manual_seed(0)
+    module = build_mapping(mapping) if isinstance(mapping, str) else mapping
+    mapped = MappedMultiheadAttention.adopt(MultiheadAttention(EMBED_DIM, NUM_HEADS, **options), module, "encoder")
+    return stock.eval(), mapped.eval()
+
+
+def inputs(length=SRC_LEN, bsz=BSZ, seed=1):
+    return torch.randn(length, bsz, EMBED_DIM, generator=torch.Generator().manual_seed(seed))
+
+
+def additive(value):
+    return torch.zeros(SRC_LEN, SRC_LEN).masked_fill(HIDDEN, value)
+
+
+def oracle(mapping, name):
+    """The slow float64 function on a row that says what ``mapping`` should compute in evaluation."""
+    if name == "multimax":
+        parameters = dict(thresholds=mapping.thresholds.tolist(), gains=mapping.gains.tolist())
+        return functools.partial(reference.multimax, **parameters)
+    alphas = {"entmax": 1.5, "entmax15": 1.5}
+    if name in alphas:
+        return functools.partial(reference.entmax, alpha=alphas[name])
+    return getattr(reference, name)
+
+
+@pytest.mark.parametrize("need_head_weights", [False, True])
+@pytest.mark.parametrize("padding", [None, PADDING])
+@pytest.mark.parametrize("mask", [None, additive(float("-inf"))])
+def test_softmax_is_fairseqs_attention(mask, padding, need_head_weights):
+    stock, mapped = make()
+    x = inputs()
+    arguments = dict(key_padding_mask=padding, attn_mask=mask)
+    stock._set_skip_embed_dim_check()  # the torch kernel that it leaves through has no weights per head
+    expected, expected_weights = stock(x, x, x, need_head_weights=need_head_weights, **arguments)
+    output, weights = mapped(x, x, x, need_head_weights=need_head_weights, **arguments)
+    torch.testing.assert_close(output, expected)
+    torch.testing.assert_close(weights, expected_weights)
+
+
+def test_softmax_is_the_torch_kernel_too():
+    stock, mapped = make()
+    x = inputs()
+    arguments = dict(key_padding_mask=PADDING, attn_mask=additive(float("-inf")), need_weights=False)
+    torch.testing.assert_close(mapped(x, x, x, **arguments)[0], stock(x, x, x, **arguments)[0])
+
+
+@pytest.mark.parametrize("name", MAPPINGS)
+def test_weights_are_the_oracles_probabilities(name):
+    _, mapped = make(name)
+    x = inputs()
+    scores, _ = mapped(x, x, x, key_padding_mask=PADDING, attn_mask=additive(float("-inf")), before_softmax=True)
+    _, weights = mapped(x, x, x, key_padding_mask=PADDING, attn_mask=additive(float("-inf")), need_head_weights=True)
+    expected = reference.over_rows(oracle(mapped.mapping, name), scores)
+    expected = expected.view(BSZ, NUM_HEADS, SRC_LEN, SRC_LEN).transpose(0, 1)
+    torch.testing.assert_close(weights.double(), expected, atol=1e-5, rtol=0)
+    assert weights.masked_select(HIDDEN).eq(0).all()
+
+
+@pytest.mark.parametrize("name", MAPPINGS)
+@pytest.mark.parametrize("mask", [HIDDEN, HIDDEN.to(torch.uint8), additive(-1e4), additive(-1e8)],
+                         ids=["bool", "uint8", "-1e4", "-1e8"])  # fmt: skip
+def test_finite_and_boolean_masks_hide_as_minus_infinity_does(name, mask):
+    _, mapped = make(name)
+    x = inputs()
+    expected = mapped(x, x, x, attn_mask=additive(float("-inf")), need_head_weights=True)
+    actual = mapped(x, x, x, attn_mask=mask, need_head_weights=True)
+    torch.testing.assert_close(actual, expected, atol=0, rtol=0)
+
+
+def test_a_gain_that_would_lift_a_finite_mask_above_all_scores():
+    _, mapped = make("multimax")
+    with torch.no_grad():
+        mapped.mapping.gains.copy_(torch.tensor([[0.0, 0.0], [0.5, 0.0]]))  # σ(−1e8) = 5e15 unless it is a mask
+    x = inputs()
+    _, weights = mapped(x, x, x, attn_mask=additive(-1e8), need_head_weights=True)
+    assert weights.masked_select(HIDDEN).eq(0).all()
+    torch.testing.assert_close(weights.sum(-1), torch.ones(NUM_HEADS, BSZ, SRC_LEN))
+
+
+def test_an_additive_bias_is_not_taken_for_a_mask():
+    stock, mapped = make()
+    x, bias = inputs(), -100 * torch.arange(SRC_LEN).float().expand(SRC_LEN, SRC_LEN)
+    torch.testing.assert_close(
+        mapped(x, x, x, attn_mask=bias, need_weights=False)[0], stock(x, x, x, attn_mask=bias, need_weights=False)[0]
+    )
+
+
+@pytest.mark.parametrize("name", MAPPINGS)
+def test_a_row_without_keys_gives_zeros_and_no_nan_gradients(name):
+    _, mapped = make(name)
+    x = inputs().requires_grad_()
+    padding = PADDING.clone()
+    padding[2] = True
+    output, weights = mapped(x, x, x, key_padding_mask=padding, need_head_weights=True)
+    assert weights[:, 2].eq(0).all()
+    torch.testing.assert_close(output[:, 2], mapped.out_proj.bias.expand(SRC_LEN, -1))
+    output.square().sum().backward()
+    assert all(torch.isfinite(p.grad).all() for p in [x, *mapped.parameters()] if p.grad is not None)
+
+
+@pytest.mark.parametrize("name", MAPPINGS)
+def test_steps_with_a_cache_and_reordered_beams_equal_the_full_forward(name):
+    _, mapped = make(name)
+    x, order = inputs(), torch.tensor([2, 0, 0])
+    incremental_state = {}
+    steps = []
+    for step in range(SRC_LEN):
+        if step == 3:  # the hypotheses change places, as in beam search
+            mapped.reorder_incremental_state(incremental_state, order)
+            x = x[:, order]
+            steps = [previous[:, order] for previous in steps]
+        query = x[step : step + 1]
+        steps.append(mapped(query, query, query, incremental_state=incremental_state, need_weights=False)[0])
+    expected, _ = mapped(x, x, x, attn_mask=additive(float("-inf")), need_weights=False)
+    torch.testing.assert_close(torch.cat(steps), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", MAPPINGS)
+def test_static_keys_are_projected_once_and_used_again(name):
+    _, mapped = make(name, encoder_decoder_attention=True)
+    query, encoder_out = inputs(length=2), inputs(seed=2)
+    incremental_state = {}
+    common = dict(key_padding_mask=PADDING, static_kv=True)
+    expected, _ = mapped(query, encoder_out, encoder_out, **common)
+    first, _ = mapped(query[:1], encoder_out, encoder_out, incremental_state=incremental_state, **common)
+    lost = torch.full_like(encoder_out, float("nan"))  # what is projected again shows
+    second, _ = mapped(query[1:], lost, lost, incremental_state=incremental_state, **common)
+    torch.testing.assert_close(torch.cat([first, second]), expected, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.skipif(not hasattr(MultiheadAttention, "set_beam_size"), reason="this fairseq does not share beams")
+@pytest.mark.parametrize("name", MAPPINGS)
+def test_beams_that_share_their_keys_attend_as_if_each_had_its_own(name):
+    beam = 4
+    stock, mapped = make(name, encoder_decoder_attention=True)
+    query = inputs(length=1, bsz=BSZ * beam)
+    encoder_out = inputs(seed=2).repeat_interleave(beam, dim=1)
+    padding = PADDING.repeat_interleave(beam, dim=0)
+    common = dict(key_padding_mask=padding, static_kv=True, need_head_weights=True)
+    expected = mapped(query, encoder_out, encoder_out, **common)
+    mapped.set_beam_size(beam)
+    incremental_state = {}
+    actual = mapped(query, encoder_out, encoder_out, incremental_state=incremental_state, **common)
+    assert mapped._get_input_buffer(incremental_state)["prev_key"].size(0) == BSZ
+    torch.testing.assert_close(actual, expected, atol=1e-6, rtol=1e-5)
+
+
+def test_attention_dropout_acts_on_the_probabilities_and_not_on_the_weights_returned():
+    _, mapped = make("multimax", self_attention=True, dropout=0.5)
+    x = inputs()
+    evaluated, weights = mapped(x, x, x, need_head_weights=True)
+    mapped.train()
+    trained, trained_weights = mapped(x, x, x, need_head_weights=True)
+    torch.testing.assert_close(trained_weights, weights)
+    assert not torch.allclose(trained, evaluated)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_stays_half_and_close_to_single(dtype):
+    _, mapped = make("multimax")
+    x = inputs()
+    expected, _ = mapped(x, x, x, attn_mask=additive(float("-inf")))
+    mapped, x = mapped.to(dtype), x.to(dtype)
+    output, weights = mapped(x, x, x, attn_mask=additive(-1e4).to(dtype))
+    assert output.dtype == dtype and weights.dtype == torch.float32
+    # four roundings to 8 bits (bf16) of numbers around 1
+    torch.testing.assert_close(output.float(), expected, atol=4 * torch.finfo(dtype).eps, rtol=0.02)
+
+
+def test_learned_alpha_of_each_head_reaches_its_own_head():
+    _, mapped = make(build_mapping("entmax", alpha="learned", num_heads=NUM_HEADS))
+    with torch.no_grad():
+        mapped.mapping.alpha_logits.copy_(torch.tensor([-20.0, 20.0]))  # nearly softmax, and sparsemax
+    x = 3 * inputs()
+    scores, _ = mapped(x, x, x, before_softmax=True)
+    _, weights = mapped(x, x, x, need_head_weights=True)
+    scores = scores.view(BSZ, NUM_HEADS, SRC_LEN, SRC_LEN)
+    expected = reference.over_rows(reference.sparsemax, scores[:, 1])
+    torch.testing.assert_close(weights[1].double(), expected, atol=1e-5, rtol=0)
+    assert weights[0].gt(0).sum() > weights[1].gt(0).sum()
+
+
+def test_an_adopted_attention_keeps_the_weights_and_has_no_others_but_its_mappings():
+    stock, mapped = make("multimax")
+    names = dict(mapped.named_parameters())
+    for name, parameter in stock.named_parameters():
+        torch.testing.assert_close(names.pop(name), parameter, atol=0, rtol=0)
+    assert set(names) == {"mapping.thresholds", "mapping.gains"}

@@ -1,0 +1,79 @@
+"""Encoder and decoder: the output mapping, and what fairseq wraps around layers."""
+
+import pytest
+import reference
+import torch
+from fairseq.modules.checkpoint_activations import CheckpointFunction
+
+from multimax_fairseq.mappings import MultiMax
+from multimax_fairseq.modules import MappedDecoderLayer, MappedEncoderLayer, MappedMultiheadAttention
+
+
+def logits(built, sample):
+    return built.model(**sample["net_input"])[0]
+
+
+@pytest.mark.parametrize("arch", ["multimax_transformer", "multimax_transformer_lm"])
+def test_the_output_mapping_modulates_the_logits(arch, build, batch):
+    plain = build(arch)
+    mapped = build(arch, "--output-mapping", "multimax")
+    decoder = mapped.model.decoder
+    assert isinstance(decoder.output_mapping, MultiMax) and plain.model.decoder.output_mapping is None
+    sample = batch(plain)
+    with torch.no_grad():
+        parameters = decoder.output_mapping.thresholds.tolist(), decoder.output_mapping.gains.tolist()
+        expected = reference.over_rows(lambda row: reference.modulator(row, *parameters), logits(plain, sample))
+        actual = logits(mapped, sample)
+    torch.testing.assert_close(actual.double(), expected, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(actual, logits(plain, sample), atol=1e-4)
+
+
+def test_the_output_mapping_is_learned(build, batch):
+    built = build("multimax_transformer_lm", "--output-mapping", "multimax")
+    built.model.train()
+    logits(built, batch(built)).logsumexp(-1).sum().backward()
+    assert built.model.decoder.output_mapping.gains.grad.abs().min() > 0
+
+
+def test_modulated_half_precision_logits_are_single(build):
+    decoder = build("multimax_transformer_lm", "--output-mapping", "multimax").model.half().decoder
+    with torch.no_grad():
+        decoder.output_mapping.gains.fill_(1.0)
+        features = torch.full((1, 1, 16), 60.0, dtype=torch.float16)
+        decoder.output_projection.weight.fill_(1.0)  # logits of 960: σ goes beyond 65504
+        output = decoder.output_layer(features)
+    assert output.dtype == torch.float32 and torch.isfinite(output).all() and output.max() > 65504
+
+
+def test_layers_are_checkpointed_when_asked(build, batch, monkeypatch):
+    calls = []
+    forward = CheckpointFunction.forward
+    monkeypatch.setattr(CheckpointFunction, "forward", lambda *args: calls.append(args) or forward(*args))
+    plain, checkpointed = build("multimax_transformer"), build("multimax_transformer", "--checkpoint-activations")
+    sample = batch(plain)
+    gradients = []
+    for built in (plain, checkpointed):
+        built.model.train()
+        torch.manual_seed(0)
+        logits(built, sample).square().sum().backward()
+        gradients.append({name: p.grad for name, p in built.model.named_parameters()})
+    assert len(calls) == 4
+    torch.testing.assert_close(gradients[1], gradients[0], atol=1e-4, rtol=1e-4)  # fp32 sums in another order
+
+
+def test_layer_drop_keeps_the_mapped_layers(build, batch):
+    built = build("multimax_transformer", "--encoder-layerdrop", 0.5, "--decoder-layerdrop", 0.5)
+    layers, used = built.model.train().encoder.layers, []
+    for layer in layers._modules.values():
+        assert isinstance(layer, MappedEncoderLayer)
+        layer.register_forward_hook(lambda layer, *_: used.append(layer))
+    for _ in range(10):
+        assert torch.isfinite(logits(built, batch(built))).all()
+    assert 0 < len(used) < 20
+
+
+def test_every_attention_of_a_built_model_is_mapped(build):
+    model = build("multimax_transformer").model
+    sites = [module.site for module in model.modules() if isinstance(module, MappedMultiheadAttention)]
+    assert sorted(sites) == ["cross", "cross", "decoder", "decoder", "encoder", "encoder"]
+    assert all(isinstance(layer, MappedDecoderLayer) for layer in model.decoder.layers)
