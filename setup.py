@@ -19,7 +19,7 @@ setup(
     packages=find_packages(include=["multimax_fairseq", "multimax_fairseq.*"]),
     # fairseq 0.12.2 does not import on Python 3.11 and later; ve-fairseq is its main branch, packaged for them
     # (3.11 and 3.12), and provides the same package and commands.
-    python_requires=">=3.8,<3.13",
+    python_requires=">=3.10,<3.13",
     install_requires=[
         'fairseq==0.12.2; python_version < "3.11"',
         'numpy<2; python_version < "3.11"',

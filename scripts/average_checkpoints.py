@@ -11,13 +11,12 @@ import os
 import re
 import sys
 from pathlib import Path
-from typing import Dict, List
+from typing import Any, Dict, List
 
 import torch
-from fairseq import checkpoint_utils
 from torch import Tensor
 
-import multimax_fairseq  # noqa: F401  registers the models, and lets torch load fairseq's checkpoints
+import multimax_fairseq  # noqa: F401  lets torch load fairseq's checkpoints
 
 
 def last_epochs(folder: Path, count: int) -> List[Path]:
@@ -39,23 +38,28 @@ def last_epochs(folder: Path, count: int) -> List[Path]:
     return [by_epoch[epoch] for epoch in sorted(by_epoch)[-count:]]
 
 
-def average(states: List[Dict[str, Tensor]]) -> Dict[str, Tensor]:
-    """The mean of each parameter, taken in fp64 and returned in the parameter's own dtype.
+def average(paths: List[Path]) -> Dict[str, Any]:
+    """The last checkpoint with the mean of the parameters of all: taken in fp64, in each parameter's own dtype.
 
     Raises:
-        ValueError: the state dicts do not have the same parameters, of the same shapes.
+        ValueError: the checkpoints do not have the same parameters, of the same shapes.
     """
-    shapes = [{name: tensor.shape for name, tensor in state.items()} for state in states]
-    for number, other in enumerate(shapes[1:], start=2):
-        different = sorted(name for name in {*shapes[0], *other} if shapes[0].get(name) != other.get(name))
+    total: Dict[str, Tensor] = {}
+    for path in paths:
+        checkpoint = torch.load(path, map_location="cpu")
+        parameters = checkpoint["model"]
+        total = total or {name: torch.zeros_like(tensor, dtype=torch.float64) for name, tensor in parameters.items()}
+        different = [
+            name
+            for name in sorted({*total, *parameters})
+            if name not in total or name not in parameters or total[name].shape != parameters[name].shape
+        ]
         if different:
-            raise ValueError(
-                f"input {number} is of another model than the first: they differ in {', '.join(different[:3])}"
-            )
-    return {
-        name: torch.stack([state[name].double() for state in states]).mean(0).to(tensor.dtype)
-        for name, tensor in states[-1].items()
-    }
+            raise ValueError(f"{path} is of another model than {paths[0]}: they differ in {', '.join(different[:3])}")
+        for name, tensor in parameters.items():
+            total[name] += tensor
+    checkpoint["model"] = {name: (total[name] / len(paths)).to(tensor.dtype) for name, tensor in parameters.items()}
+    return checkpoint
 
 
 def main() -> None:
@@ -71,13 +75,11 @@ def main() -> None:
         missing = [str(path) for path in paths if not path.is_file()]
         if missing:
             raise ValueError(f"no such file: {', '.join(missing)}")
-        checkpoints = [checkpoint_utils.load_checkpoint_to_cpu(str(path)) for path in paths]
-        result = checkpoints[-1]
-        result["model"] = average([checkpoint["model"] for checkpoint in checkpoints])
+        averaged = average(paths)
     except ValueError as error:
         sys.exit(f"ERROR: {error}")
     part = args.output.with_name(args.output.name + ".part")
-    checkpoint_utils.torch_persistent_save(result, str(part))
+    torch.save(averaged, part)
     os.replace(part, args.output)
     print(f"averaged {', '.join(path.name for path in paths)} into {args.output}")
 

@@ -2,9 +2,9 @@
 
     python scripts/check_decoding.py --path runs/demo/checkpoint_best.pt demo/grammar/data-bin
 
-Takes the references of a split token by token through the decoder, twice: all at once, as training does, and
-step by step with the cache, as beam search does, and prints the largest difference between log-probabilities.
-Each sentence stands in the batch twice, and its two copies change places on the way, as hypotheses do.
+Takes target sentences of a split through the decoder twice: all at once, as training does, and step by step with
+the cache, as beam search does, and prints the largest difference between log-probabilities. Each source has two
+targets, its own and the next one's, which change places on the way, as the hypotheses of a beam do.
 """
 
 import argparse
@@ -23,9 +23,11 @@ import multimax_fairseq  # noqa: F401  registers the models, and lets torch load
 @torch.no_grad()
 def largest_difference(model: BaseFairseqModel, net_input: Dict[str, Tensor]) -> float:
     """max |log p(step by step) − log p(all at once)| over the tokens of a batch and the vocabulary, in nats."""
-    twice = torch.arange(net_input["src_tokens"].size(0)).repeat_interleave(2)
+    number = torch.arange(net_input["src_tokens"].size(0))
+    twice = number.repeat_interleave(2)
+    targets = torch.stack([number, number.roll(-1)], dim=1).flatten()
     swapped = torch.arange(len(twice)).view(-1, 2).flip(1).flatten()
-    tokens = net_input["prev_output_tokens"][twice]
+    tokens = net_input["prev_output_tokens"][targets]
     encoder_out = model.encoder(net_input["src_tokens"][twice], net_input["src_lengths"][twice])
 
     full = model.get_normalized_probs(model.decoder(tokens, encoder_out=encoder_out), log_probs=True)
@@ -33,6 +35,7 @@ def largest_difference(model: BaseFairseqModel, net_input: Dict[str, Tensor]) ->
     for step in range(tokens.size(1)):
         if step % 3 == 2:
             model.decoder.reorder_incremental_state_scripting(incremental_state, swapped)
+            tokens, full = tokens[swapped], full[swapped]
         output = model.decoder(tokens[:, : step + 1], encoder_out=encoder_out, incremental_state=incremental_state)
         log_probabilities = model.get_normalized_probs(output, log_probs=True)[:, 0]
         difference = (log_probabilities - full[:, step]).abs()[tokens[:, step] != model.decoder.padding_idx]

@@ -51,8 +51,8 @@ parse_options() {
 
 # show_translations SOURCE REFERENCE HYPOTHESES: the first few, side by side.
 show_translations() {
-    paste "$1" "$2" "$3" | head -n 4 |
-        awk -F '\t' '{ printf "\n  German      %s\n  reference   %s\n  translation %s\n", $1, $2, $3 }'
+    paste "$1" "$2" "$3" |
+        awk -F '\t' 'NR <= 4 { printf "\n  German      %s\n  reference   %s\n  translation %s\n", $1, $2, $3 }'
 }
 
 grammar_demo() {

@@ -9,18 +9,19 @@
 # suitable COMMAND: can fairseq be installed for this Python?
 suitable() {
     command -v "$1" >/dev/null &&
-        "$1" -c 'import sys, venv; sys.exit(not (3, 8) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null
+        "$1" -c 'import ensurepip, sys, venv; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null
 }
 
 find_python() {
     local candidate
-    for candidate in ${PYTHON_FOR_VENV:+"$PYTHON_FOR_VENV"} python3 python python3.12 python3.11 python3.10 python3.9; do
+    for candidate in ${PYTHON_FOR_VENV:+"$PYTHON_FOR_VENV"} python3 python python3.12 python3.11 python3.10; do
         if suitable "$candidate"; then
             echo "$candidate"
             return
         fi
     done
-    die "fairseq needs Python 3.8 to 3.12 with the venv module: install one, or name it: PYTHON_FOR_VENV=/path/to/python"
+    die "this needs Python 3.10, 3.11 or 3.12 with the venv module: install one, or name it:" \
+        "PYTHON_FOR_VENV=/path/to/python"
 }
 
 use_environment() {
@@ -35,8 +36,9 @@ use_environment() {
         # shellcheck source=/dev/null
         source "$root/.venv/bin/activate"
     fi
-    PYTHON=python
-    suitable python || die "the active environment has $(python --version): fairseq needs Python 3.8 to 3.12"
+    export PYTHON=python
+    suitable python || die "the active environment has $(python --version), and this needs 3.10, 3.11 or 3.12:" \
+        "deactivate it (then .venv is made), or activate another"
 
     # pip takes seconds to find that nothing is to do, so what has been installed is noted in the environment.
     wanted=$(cat "$root/setup.py" "$root/requirements.txt"; echo "$root $target")
@@ -44,7 +46,8 @@ use_environment() {
     [[ ! -f $stamp || $(cat "$stamp") != "$wanted" ]] || return 0
     info "installing (about a minute, and more where torch has to be downloaded)"
     if python -c 'import sys; sys.exit(sys.version_info >= (3, 11))'; then
-        python -m pip install --quiet 'pip<24.1' # newer ones reject what fairseq 0.12.2 depends on
+        info "replacing pip by one older than 24.1: newer ones reject what fairseq 0.12.2 depends on"
+        python -m pip install --quiet 'pip<24.1'
     fi
     (cd "$root" && python -m pip install --quiet --disable-pip-version-check -c requirements.txt -e "$target") ||
         die "the installation failed; its last lines are above"

@@ -18,10 +18,16 @@ scripts=$(cd "$(dirname "$0")" >/dev/null && pwd)
 # shellcheck source=scripts/common.sh
 source "$scripts/common.sh"
 
-data_bin= checkpoint= reference= sentencepiece= prefix= beam=5
+data_bin=
+checkpoint=
+reference=
+sentencepiece=
+beam=5
+prefix= # --out
 
 while (($#)); do
     case $1 in
+    --?*=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" ;; # --out=DIR is --out DIR
     --help | -h) show_help "$0"; exit ;;
     --data-bin) need_value "$@"; data_bin=$2; shift 2 ;;
     --checkpoint) need_value "$@"; checkpoint=$2; shift 2 ;;
@@ -35,7 +41,8 @@ done
 [[ -n $data_bin && -n $checkpoint && -n $reference && -n $prefix ]] ||
     die "--data-bin, --checkpoint, --reference and --out are required; see --help"
 [[ -d $data_bin ]] || die "--data-bin $data_bin: there is no such folder"
-for file in ${checkpoint//:/ } "$reference" ${sentencepiece:+"$sentencepiece"}; do
+IFS=: read -r -a checkpoints <<<"$checkpoint"
+for file in "${checkpoints[@]}" "$reference" ${sentencepiece:+"$sentencepiece"}; do
     [[ -f $file ]] || die "$file: there is no such file"
 done
 need_tool fairseq-generate "activate the environment that holds fairseq"
@@ -48,13 +55,15 @@ else
 fi
 
 # Built beside and renamed, so that a file that is there is whole.
+mkdir -p "$(dirname "$prefix")"
+trap 'rm -f "$prefix".*.part' EXIT
 fairseq-generate "$data_bin" --user-dir "$scripts/../multimax_fairseq" --path "$checkpoint" --gen-subset test \
     --beam "$beam" --max-tokens 8192 --num-workers 0 ${detokenise[@]+"${detokenise[@]}"} \
     >"$prefix.generate.part"
 mv "$prefix.generate.part" "$prefix.generate"
 
 # D-<index> <score> <sentence>, in order of length: back to the order of the reference.
-grep '^D-' "$prefix.generate" | sed 's/^D-//' | sort -n -k 1,1 | cut -f 3 >"$prefix.hypotheses.part"
+sed -n 's/^D-//p' "$prefix.generate" | sort -n -k 1,1 | cut -f 3 >"$prefix.hypotheses.part"
 hypotheses=$(count_lines "$prefix.hypotheses.part")
 references=$(count_lines "$reference")
 ((hypotheses == references)) ||

@@ -11,6 +11,7 @@
 #   --updates N              (default: 1500; 512 of them are an epoch of the Brown corpus)
 #   --out DIR                checkpoints and logs (default: runs/brown-MAPPING-OUTPUT_MAPPING-SEED);
 #                            run it again with the same DIR and it goes on from the last checkpoint
+#   -- OPTION ...            further options of fairseq-train
 #   --help                   show this text
 
 set -euo pipefail
@@ -26,9 +27,11 @@ output_mapping=softmax
 seed=1
 updates=1500
 run_dir=
+extra=()
 
 while (($#)); do
     case $1 in
+    --?*=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" ;; # --out=DIR is --out DIR
     --help | -h) show_help "$0"; exit ;;
     --data) need_value "$@"; data=$2; shift 2 ;;
     --mapping) need_value "$@"; mapping=$2; shift 2 ;;
@@ -36,6 +39,7 @@ while (($#)); do
     --seed) need_number "$1" "${2-}" 1; seed=$2; shift 2 ;;
     --updates) need_number "$1" "${2-}" 1; updates=$2; shift 2 ;;
     --out) need_value "$@"; run_dir=$2; shift 2 ;;
+    --) shift; extra=("$@"); break ;;
     *) die "unknown option '$1'; see --help" ;;
     esac
 done
@@ -54,7 +58,8 @@ fairseq-train "$data/data-bin" --user-dir "$root/multimax_fairseq" --task langua
     --lr 5e-3 --lr-scheduler inverse_sqrt --warmup-updates 400 \
     --tokens-per-sample 256 --sample-break-mode none --max-tokens 2048 --max-update "$updates" \
     --seed "$seed" --num-workers 0 --save-dir "$run_dir" --no-epoch-checkpoints \
-    --log-interval 50 --log-format simple --log-file "$run_dir/train.log"
+    --log-interval 50 --log-format simple --log-file "$run_dir/train.log" \
+    ${extra[@]+"${extra[@]}"}
 
 # Blocks of 256 tokens; each token is predicted from at least 128 before it (except at the very start).
 for split in valid test; do

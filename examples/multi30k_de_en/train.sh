@@ -5,7 +5,7 @@
 #
 #   --data DIR        made by scripts/prepare_multi30k.sh (default: data/multi30k)
 #   --mapping NAME    of attention: multimax, softmax, sparsemax, entmax15, entmax, evsoftmax
-#                     (default: multimax), or stock: fairseq's own architecture without the plugin
+#                     (default: multimax), or stock: fairseq's own architecture
 #   --seed N          (default: 1)
 #   --epochs N        (default: 20)
 #   --out DIR         checkpoints, logs and hypotheses (default: runs/multi30k-MAPPING-SEED);
@@ -29,6 +29,7 @@ extra=()
 
 while (($#)); do
     case $1 in
+    --?*=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" ;; # --out=DIR is --out DIR
     --help | -h) show_help "$0"; exit ;;
     --data) need_value "$@"; data=$2; shift 2 ;;
     --mapping) need_value "$@"; mapping=$2; shift 2 ;;
@@ -46,7 +47,7 @@ need_tool fairseq-train "activate the environment that holds fairseq"
 if [[ $mapping == stock ]]; then
     model=(--arch transformer)
 else
-    model=(--user-dir "$here/../../multimax_fairseq" --arch multimax_transformer --attention-mapping "$mapping")
+    model=(--arch multimax_transformer --attention-mapping "$mapping")
 fi
 # 4+4 layers of width 128: 2.1M parameters, half of them the embeddings of 8,000 pieces.
 model+=(--encoder-layers 4 --encoder-embed-dim 128 --encoder-ffn-embed-dim 256 --encoder-attention-heads 4
@@ -54,12 +55,13 @@ model+=(--encoder-layers 4 --encoder-embed-dim 128 --encoder-ffn-embed-dim 256 -
     --share-all-embeddings --dropout 0.3)
 
 mkdir -p "$run_dir"
-fairseq-train "$data/data-bin" "${model[@]}" \
+# With the plugin for stock, too: to resume, torch 2.6 and later have to be told that its checkpoints are safe.
+fairseq-train "$data/data-bin" --user-dir "$here/../../multimax_fairseq" "${model[@]}" \
     --criterion label_smoothed_cross_entropy --label-smoothing 0.1 \
     --optimizer adam --adam-betas '(0.9, 0.98)' --lr 5e-3 --lr-scheduler inverse_sqrt --warmup-updates 2000 \
     --max-tokens 4096 --max-epoch "$epochs" --seed "$seed" --num-workers 0 \
     --save-dir "$run_dir" --no-epoch-checkpoints --log-interval 50 --log-format simple \
     --log-file "$run_dir/train.log" ${extra[@]+"${extra[@]}"}
 
-"$scripts/score_translation.sh" --data-bin "$data/data-bin" --checkpoint "$run_dir/checkpoint_best.pt" \
+bash "$scripts/score_translation.sh" --data-bin "$data/data-bin" --checkpoint "$run_dir/checkpoint_best.pt" \
     --reference "$data/raw/test.en" --sentencepiece "$data/sentencepiece.bpe.model" --out "$run_dir/test"
