@@ -68,7 +68,7 @@ grammar_demo() {
         --share-decoder-input-output-embed --dropout 0.1 \
         --criterion label_smoothed_cross_entropy --label-smoothing 0.1 \
         --optimizer adam --adam-betas '(0.9, 0.98)' --lr 5e-3 --lr-scheduler inverse_sqrt --warmup-updates 200 \
-        --max-tokens 4096 --max-epoch "$epochs" --seed "$seed" --num-workers 0 \
+        --max-tokens 4096 --required-batch-size-multiple 1 --max-epoch "$epochs" --seed "$seed" --num-workers 0 \
         --save-dir "$run" --no-epoch-checkpoints --log-format tqdm --log-file "$run.log"
 
     step "Translation" "beam search on 500 sentences that training has not seen"

@@ -54,11 +54,12 @@ else
     detokenise=()
 fi
 
-# Built beside and renamed, so that a file that is there is whole.
+# Without --required-batch-size-multiple 1, fairseq's main branch leaves out up to 7 sentences that do not fill a batch.
+# What is written is built beside and renamed, so that a file that is there is whole.
 mkdir -p "$(dirname "$prefix")"
 trap 'rm -f "$prefix".*.part' EXIT
 fairseq-generate "$data_bin" --user-dir "$scripts/../multimax_fairseq" --path "$checkpoint" --gen-subset test \
-    --beam "$beam" --max-tokens 8192 --num-workers 0 ${detokenise[@]+"${detokenise[@]}"} \
+    --beam "$beam" --max-tokens 8192 --required-batch-size-multiple 1 --num-workers 0 ${detokenise[@]+"${detokenise[@]}"} \
     >"$prefix.generate.part"
 mv "$prefix.generate.part" "$prefix.generate"
 

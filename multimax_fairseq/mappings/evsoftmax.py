@@ -30,13 +30,15 @@ def evsoftmax(scores: Tensor, dim: int = -1, training: bool = False) -> Tensor:
         probabilities, shape and dtype of ``scores``. Error against float64: below 3e-7 in fp32 (a score within
         rounding of the mean may fall on the other side of it).
     """
+    if scores.numel() == 0:
+        return scores.clone()
     x = scores.to(compute_dtype(scores.dtype))
     absent = is_absent(x)
     count = (~absent).sum(dim, keepdim=True)
     mean = x.detach().masked_fill(absent, 0.0).sum(dim, keepdim=True) / count  # 0 / 0 in a row without scores
     kept = (x >= mean) | (x == x.amax(dim, keepdim=True))
     if training:
-        log_weight = torch.where(kept, 0.0, math.log(TRAINING_EPSILON)).to(x.dtype)
+        log_weight = torch.zeros_like(x).masked_fill(~kept, math.log(TRAINING_EPSILON))
         return masked_softmax(x + log_weight, absent, dim).to(scores.dtype)
     return masked_softmax(x, absent | ~kept, dim).to(scores.dtype)
 

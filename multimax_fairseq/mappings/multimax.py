@@ -15,6 +15,7 @@ from typing import Sequence
 import torch
 from torch import Tensor, nn
 
+from .blocked import BlockedMultiMax
 from .masking import compute_dtype, is_absent, masked_softmax
 
 TERMS = ("below", "above")  # the columns of thresholds and gains: (b_n, d_n) and (g_b,n, g_d,n)
@@ -40,10 +41,8 @@ def modulate(scores: Tensor, thresholds: Tensor, gains: Tensor) -> Tensor:
     Raises:
         ValueError: ``thresholds`` and ``gains`` are not both (N, 2).
     """
-    x = scores.to(compute_dtype(scores.dtype))
-    absent = is_absent(x)
-    modulated = _polynomial(x.masked_fill(absent, 0.0), thresholds, gains)
-    return modulated.masked_fill(absent, float("-inf")).to(scores.dtype)
+    _check_shapes(thresholds, gains)
+    return BlockedMultiMax.apply(scores, thresholds, gains, modulate_formula, False)
 
 
 def multimax(scores: Tensor, thresholds: Tensor, gains: Tensor, dim: int = -1) -> Tensor:
@@ -56,31 +55,42 @@ def multimax(scores: Tensor, thresholds: Tensor, gains: Tensor, dim: int = -1) -
         dim: the dimension that holds the distribution.
 
     Returns:
-        probabilities, shape and dtype of ``scores``. Error against float64: below 1e-6 in fp32 for scores
-        within ±20.
+        probabilities, shape and dtype of ``scores``. Error against float64 in fp32: about 1e-7 · max |σ(x)|,
+        which is 1e-6 for scores within ±20 and gains as they start.
 
     Raises:
         ValueError: ``thresholds`` and ``gains`` are not both (N, 2).
     """
+    _check_shapes(thresholds, gains)
+    probabilities = BlockedMultiMax.apply(scores.movedim(dim, -1), thresholds, gains, multimax_formula, True)
+    return probabilities.movedim(-1, dim)
+
+
+def modulate_formula(scores: Tensor, thresholds: Tensor, gains: Tensor) -> Tensor:
+    """:func:`modulate` as it is written in the paper, for reading, and for autograd to differentiate twice."""
     x = scores.to(compute_dtype(scores.dtype))
     absent = is_absent(x)
-    modulated = _polynomial(x.masked_fill(absent, 0.0), thresholds, gains)
-    return masked_softmax(modulated, absent, dim).to(scores.dtype)
-
-
-def _polynomial(x: Tensor, thresholds: Tensor, gains: Tensor) -> Tensor:
-    """σ of finite scores, in their dtype."""
-    if thresholds.dim() != 2 or thresholds.size(1) != 2 or gains.shape != thresholds.shape:
-        raise ValueError(
-            "thresholds and gains must both have the shape (order, 2), rows (below, above); "
-            f"got {tuple(thresholds.shape)} and {tuple(gains.shape)}"
-        )
+    x = x.masked_fill(absent, 0.0)
     modulated = x
     rows = zip(thresholds.to(x.dtype), gains.to(x.dtype))
     for n, ((b, d), (gain_b, gain_d)) in enumerate(rows, start=1):
         below, above = (b - x).clamp(min=0), (x - d).clamp(min=0)
         modulated = modulated + gain_b * below**n + gain_d * above**n
-    return modulated
+    return modulated.masked_fill(absent, float("-inf")).to(scores.dtype)
+
+
+def multimax_formula(scores: Tensor, thresholds: Tensor, gains: Tensor) -> Tensor:
+    """:func:`multimax` over the last dimension, as softmax of :func:`modulate_formula`."""
+    x = scores.to(compute_dtype(scores.dtype))
+    return masked_softmax(modulate_formula(x, thresholds, gains), is_absent(x), dim=-1).to(scores.dtype)
+
+
+def _check_shapes(thresholds: Tensor, gains: Tensor) -> None:
+    if thresholds.dim() != 2 or thresholds.size(1) != 2 or gains.shape != thresholds.shape:
+        raise ValueError(
+            "thresholds and gains must both have the shape (order, 2), rows (below, above); "
+            f"got {tuple(thresholds.shape)} and {tuple(gains.shape)}"
+        )
 
 
 class MultiMax(nn.Module):

@@ -19,7 +19,7 @@ class MappedModelMixin:
 
     @classmethod
     def hub_models(cls) -> Dict[str, str]:
-        """None: fairseq's pre-trained models are of the stock classes (start from them with --finetune-from-model)."""
+        """None: those of fairseq are of the stock classes (start from them with --finetune-from-model)."""
         return {}
 
     def _load_from_state_dict(self, state_dict: Dict[str, Tensor], prefix: str, *args, **kwargs) -> None:

@@ -1,0 +1,127 @@
+"""Slow float64 oracles for the mappings, written from the formulas one row at a time.
+
+They share nothing with the package: plain Python numbers, loops over the entries, ``math.fsum`` for sums, and
+an absent score (−inf) is really deleted and its 0 put back afterwards, where the package fills and masks.
+"""
+
+import functools
+import math
+
+import torch
+
+EPSILON = 1e-6  # the weight that EvSoftMax gives in training to what it drops
+
+
+def over_rows(row_function, scores, dim=-1):
+    """``row_function`` on every vector along ``dim``.
+
+    Args:
+        row_function: list of floats → list of floats of the same length.
+        scores: tensor of any shape and floating dtype; its values are taken as they are, in float64.
+        dim: the dimension that holds the vectors.
+
+    Returns:
+        float64 tensor, the shape of ``scores``.
+    """
+    moved = scores.detach().double().movedim(dim, -1)
+    rows = [row_function(row) for row in moved.reshape(-1, moved.size(-1)).tolist()]
+    return torch.tensor(rows, dtype=torch.float64).reshape(moved.shape).movedim(-1, dim)
+
+
+def deletes_absent(row_function):
+    """``row_function`` without the entries that are −inf: zeros in their place and in an empty row."""
+
+    @functools.wraps(row_function)
+    def on_present(row, *args, **kwargs):
+        present = [i for i, x in enumerate(row) if x != -math.inf]
+        probabilities = [0.0] * len(row)
+        if present:
+            for i, p in zip(present, row_function([row[i] for i in present], *args, **kwargs), strict=True):
+                probabilities[i] = p
+        return probabilities
+
+    return on_present
+
+
+def modulator(row, thresholds, gains):
+    """σ(x) = x + Σ_n [ g_b,n · max(b_n − x, 0)^n + g_d,n · max(x − d_n, 0)^n ]  (DESIGN.md, section 1).
+
+    Args:
+        row: scores; −inf stays −inf.
+        thresholds: [(b_1, d_1), (b_2, d_2), …].
+        gains: [(g_b,1, g_d,1), (g_b,2, g_d,2), …].
+    """
+    modulated = []
+    for x in row:
+        terms = [x]
+        if x != -math.inf:
+            for n, ((b, d), (gain_b, gain_d)) in enumerate(zip(thresholds, gains, strict=True), start=1):
+                if x < b:
+                    terms.append(gain_b * (b - x) ** n)
+                if x > d:
+                    terms.append(gain_d * (x - d) ** n)
+        modulated.append(math.fsum(terms))
+    return modulated
+
+
+@deletes_absent
+def softmax(row):
+    """p_i = exp(x_i) / Σ exp(x_k)."""
+    largest = max(row)
+    weights = [math.exp(x - largest) for x in row]
+    return [w / math.fsum(weights) for w in weights]
+
+
+@deletes_absent
+def multimax(row, thresholds, gains):
+    """p = softmax(σ(x))  (Zhou, Fritz & Keuper 2024)."""
+    return softmax(modulator(row, thresholds, gains))
+
+
+@deletes_absent
+def sparsemax(row):
+    """p = argmin over the simplex of ‖p − x‖², in closed form (Martins & Astudillo 2016).
+
+    With x sorted, x_(1) ≥ x_(2) ≥ …:  k = max{ j : 1 + j·x_(j) > Σ_{i≤j} x_(i) },
+    τ = (Σ_{i≤k} x_(i) − 1) / k,  p_i = max(x_i − τ, 0).
+    """
+    largest = max(row)
+    ordered = sorted((x - largest for x in row), reverse=True)  # τ moves with a shift, p does not
+    k = max(j for j in range(1, len(row) + 1) if 1 + j * ordered[j - 1] > math.fsum(ordered[:j]))
+    tau = (math.fsum(ordered[:k]) - 1) / k
+    return [max(x - largest - tau, 0.0) for x in row]
+
+
+@deletes_absent
+def entmax(row, alpha):
+    """p_i = max((α − 1)·x_i − τ, 0)^(1 / (α − 1)) with Σ p = 1  (Peters, Niculae & Martins 2019, section 3).
+
+    Σ p falls with τ: it is at least 1 at τ = max((α − 1)·x) − 1 and 0 at the maximum. That interval is halved
+    until no float lies inside.
+    """
+    largest = max(row)
+    scaled = [(alpha - 1) * (x - largest) for x in row]  # τ moves with a shift, p does not
+
+    def probabilities(tau):
+        return [max(z - tau, 0.0) ** (1 / (alpha - 1)) for z in scaled]
+
+    low, high = -1.0, 0.0
+    while low < (middle := (low + high) / 2) < high:
+        if math.fsum(probabilities(middle)) >= 1:
+            low = middle
+        else:
+            high = middle
+    return probabilities(low)
+
+
+@deletes_absent
+def evsoftmax(row, training=False):
+    """p_i = w_i exp(x_i) / Σ w_k exp(x_k), w_i = 1 where x_i ≥ mean(x), else 0 (in training 1e-6).
+
+    Source: Itkina et al. 2021. Rounding of the mean is kept from dropping equal scores by
+    comparing n·x_i with Σ x_k.
+    """
+    total, largest = math.fsum(row), max(row)
+    below = EPSILON if training else 0.0
+    weights = [(1.0 if x * len(row) >= total else below) * math.exp(x - largest) for x in row]
+    return [w / math.fsum(weights) for w in weights]

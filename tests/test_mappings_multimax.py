@@ -1,0 +1,263 @@
+"""MultiMax: the modulator σ, its parameters and their initialisation."""
+
+from functools import partial
+
+import pytest
+import reference
+import torch
+from mapping_cases import (
+    CASES,
+    DTYPES,
+    GAINS,
+    INF,
+    THRESHOLDS,
+    case_params,
+    dtype_params,
+    masked_scores,
+    random_scores,
+    weighted_gradient,
+)
+from torch.autograd import gradcheck, gradgradcheck
+
+from multimax_fairseq.mappings import MultiMax, modulate, multimax
+
+
+def with_parameters(module, thresholds=THRESHOLDS, gains=GAINS):
+    with torch.no_grad():
+        module.thresholds.copy_(thresholds[: module.order])
+        module.gains.copy_(gains[: module.order])
+    return module
+
+
+# By hand, at thresholds (b_1, d_1) = (1, 2), (b_2, d_2) = (0, −1) and gains (0.5, −0.25), (0.125, 0.25):
+#   x = 3    −0.25·(3 − 2) = −0.25                        0.25·(3 + 1)² = 4
+#   x = 1.5  neither 1.5 < 1 nor 1.5 > 2                  0.25·2.5² = 1.5625
+#   x = 0    0.5·(1 − 0) = 0.5                            0.25·1² = 0.25
+#   x = −2   0.5·(1 + 2) = 1.5                            0.125·(0 + 2)² = 0.5
+@pytest.mark.parametrize(
+    ("x", "order_1", "order_2"),
+    [(3.0, 2.75, 6.75), (1.5, 1.5, 3.0625), (0.0, 0.5, 0.75), (-2.0, -0.5, 0.0), (-INF, -INF, -INF)],
+)
+def test_modulate_at_points_computed_by_hand(x, order_1, order_2):
+    thresholds = torch.tensor([[1.0, 2.0], [0.0, -1.0]])
+    gains = torch.tensor([[0.5, -0.25], [0.125, 0.25]])
+    assert modulate(torch.tensor([x]), thresholds[:1], gains[:1]).item() == order_1
+    assert modulate(torch.tensor([x]), thresholds, gains).item() == order_2
+
+
+@dtype_params
+@pytest.mark.parametrize("order", [1, 2])
+def test_modulate_agrees_with_oracle(dtype, order):
+    thresholds, gains = THRESHOLDS[:order], GAINS[:order]
+    scores = masked_scores(6, 20, scale=5.0, dtype=dtype)
+    expected = reference.over_rows(
+        lambda row: reference.modulator(row, thresholds.tolist(), gains.tolist()), scores
+    )
+    modulated = modulate(scores, thresholds, gains)
+    assert modulated.dtype == dtype
+    # A few roundings of terms up to 20 in the arithmetic's dtype (fp32 for half), one of the result.
+    atol = 80 * torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+    rtol = torch.finfo(dtype).eps / 2
+    torch.testing.assert_close(modulated.double(), expected, atol=atol, rtol=rtol)
+
+
+def test_half_precision_is_modulated_in_single():
+    """g·x² of this score is 78,125, beyond fp16, and a term of opposite sign brings it back."""
+    thresholds = torch.tensor([[0.0, 0.0], [0.0, 0.0]])
+    gains = torch.tensor([[0.0, -311.5], [0.0, 1.25]])
+    scores = torch.tensor([250.0, 250.0], dtype=torch.float16)
+    assert modulate(scores, thresholds, gains).tolist() == [500.0, 500.0]
+    assert multimax(scores, thresholds, gains).tolist() == [0.5, 0.5]
+
+
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+@dtype_params
+def test_modulate_keeps_absent_scores_absent(order, sign, dtype):
+    """With g_b > 0 the term of a score of −inf is +inf, with g_b < 0 it is −inf, with g_b = 0 it is NaN."""
+    scores, thresholds = torch.tensor([-INF, 1.0, -INF, -3.0], dtype=dtype), torch.full((order, 2), 0.5)
+    for gains in (torch.full((order, 2), sign), torch.zeros(order, 2), torch.tensor([[sign, -sign]] * order)):
+        modulated = modulate(scores, thresholds, gains)
+        assert (modulated == -INF).tolist() == [True, False, True, False]
+        assert modulated[[1, 3]].isfinite().all()
+        gradient = weighted_gradient(partial(modulate, thresholds=thresholds, gains=gains), scores)
+        assert gradient.isfinite().all() and (gradient[[0, 2]] == 0).all()
+
+
+@pytest.mark.parametrize("order", [1, 2])
+@dtype_params
+def test_gains_of_zero_are_softmax(order, dtype):
+    scores = masked_scores(5, 9, scale=4.0, dtype=dtype)
+    zeros = torch.zeros(order, 2)
+    assert torch.equal(multimax(scores, random_scores(order, 2), zeros), CASES["softmax"].function(scores))
+    assert torch.equal(MultiMax(order=order, init="identity")(scores), CASES["softmax"].function(scores))
+
+
+def test_columns_are_below_and_above():
+    """The first column acts below its threshold and the second above its own, whatever the row."""
+    scores, thresholds = torch.tensor([-1.0, 3.0]), torch.tensor([[0.0, 2.0], [0.0, 2.0]])
+    for row in (0, 1):
+        for column, changed in ((0, [True, False]), (1, [False, True])):
+            gains = torch.zeros(2, 2)
+            gains[row, column] = 0.5
+            assert (modulate(scores, thresholds, gains) != scores).tolist() == changed
+
+
+def test_is_not_shift_invariant():
+    scores = torch.tensor([-1.0, 0.0, 1.0, 2.0])
+    thresholds, gains = THRESHOLDS.float(), GAINS.float()
+    difference = multimax(scores + 3, thresholds, gains) - multimax(scores, thresholds, gains)
+    assert difference.abs().max() > 0.05
+
+
+@case_params("multimax")
+def test_is_softmax_of_the_modulated_scores(case):
+    scores = masked_scores(5, 9, scale=2.0)
+    expected = CASES["softmax"].function(modulate(scores, THRESHOLDS, GAINS))
+    torch.testing.assert_close(case.function(scores), expected, **case.tolerance(scores.dtype))
+
+
+def points_for_gradients():
+    """Scores at least 0.1 from each threshold, two of them absent; one row is empty."""
+    scores = torch.tensor([[-1.5, 0.1, -INF, 0.62, 2.0], [-INF] * 5, [1.25, -0.6, 0.3, -INF, -3.0]])
+    return [tensor.double().clone().requires_grad_() for tensor in (scores, THRESHOLDS, GAINS)]
+
+
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("dim", [0, -1])
+def test_gradients_of_scores_thresholds_and_gains(order, dim):
+    scores, thresholds, gains = points_for_gradients()
+    thresholds, gains = thresholds[:order], gains[:order]
+    assert gradcheck(partial(multimax, dim=dim), (scores, thresholds, gains))
+
+
+def test_second_gradients_of_scores_thresholds_and_gains():
+    scores, thresholds, gains = points_for_gradients()
+    scores = scores.detach()[:2, :4].requires_grad_()
+    assert gradgradcheck(multimax, (scores, thresholds, gains))
+
+
+def test_every_parameter_gets_a_gradient():
+    scores, thresholds, gains = points_for_gradients()
+    (multimax(scores, thresholds, gains) ** 2).sum().backward()
+    assert (thresholds.grad.abs() > 1e-6).all()
+    assert (gains.grad.abs() > 1e-6).all()
+
+
+def test_empty_rows_add_nothing_to_the_parameters_gradients():
+    scores, thresholds, gains = points_for_gradients()
+    (multimax(scores, thresholds, gains) ** 2).sum().backward()
+    with_empty = thresholds.grad.clone(), gains.grad.clone()
+    thresholds.grad = gains.grad = None
+    (multimax(scores[[0, 2]], thresholds, gains) ** 2).sum().backward()
+    torch.testing.assert_close((thresholds.grad, gains.grad), with_empty, atol=1e-14, rtol=0)
+
+
+def test_identity_is_trainable():
+    module = MultiMax(init="identity")
+    assert not module.thresholds.any() and not module.gains.any()
+    (module(random_scores(4, 6, dtype=torch.float32)) ** 2).sum().backward()
+    assert (module.gains.grad.abs() > 1e-6).all()
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_module_is_the_function_of_its_parameters(order):
+    module = with_parameters(MultiMax(order=order))
+    assert {name: tuple(value.shape) for name, value in module.state_dict().items()} == {
+        "thresholds": (order, 2),
+        "gains": (order, 2),
+    }
+    for dtype in DTYPES:
+        scores = masked_scores(2, 3, 5, scale=2.0, dtype=dtype)
+        thresholds, gains = module.thresholds, module.gains
+        assert torch.equal(module(scores), multimax(scores, thresholds, gains))
+        assert torch.equal(module.modulate(scores), modulate(scores, thresholds, gains))
+
+
+def test_state_dict_goes_from_module_to_module():
+    torch.manual_seed(0)
+    source = MultiMax()
+    target = MultiMax(init="identity")
+    target.load_state_dict(source.state_dict())
+    scores = random_scores(3, 4)
+    assert torch.equal(target(scores), source(scores))
+
+
+@pytest.mark.parametrize(("term", "column"), [("below", 0), ("above", 1)])
+@pytest.mark.parametrize("order", [1, 2])
+def test_one_term_leaves_the_other_side_alone(term, column, order):
+    module = MultiMax(order=order, terms=(term,))
+    assert set(module.state_dict()) == {"thresholds", "gains"}
+    assert not module.gains[:, 1 - column].any() and not module.thresholds[:, 1 - column].any()
+    assert module.gains[:, column].all() and module.thresholds[:, column].all()
+
+    with_parameters(module, torch.zeros(2, 2), torch.ones(2, 2))  # also where another optimiser wrote into it
+    scores = torch.tensor([-2.0, -1.0, 1.0, 2.0])
+    untouched = scores > 0 if term == "below" else scores < 0
+    assert torch.equal(module.modulate(scores) == scores, untouched)
+    (module(scores) ** 2).sum().backward()
+    for parameter in (module.thresholds, module.gains):
+        assert not parameter.grad[:, 1 - column].any()
+        assert parameter.grad[:, column].all()
+
+
+def test_normal_initialisation_has_the_paper_s_spread():
+    torch.manual_seed(0)
+    values = []
+    for _ in range(500):
+        module = MultiMax()
+        values.append(torch.cat([module.thresholds, module.gains]).flatten().detach())
+        torch.rand(1)  # as the projections of the next layer would draw
+    values = torch.stack(values)  # (500, 8)
+    assert values.abs().max() <= 2
+    # 4 standard errors: 0.02 / √4000 of the mean, 0.02 / √8000 of the deviation.
+    assert values.mean().abs() < 4 * 0.02 / 4000**0.5
+    assert (values.std() - 0.02).abs() < 4 * 0.02 / 8000**0.5
+    correlations = torch.corrcoef(values.T) - torch.eye(8)  # no number is a copy of another
+    assert correlations.abs().max() < 5 / 500**0.5
+
+
+def test_drawing_leaves_the_global_generator_alone():
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    MultiMax()
+    MultiMax().reset_parameters()
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_drawing_follows_the_global_generator():
+    torch.manual_seed(0)
+    first = MultiMax()
+    torch.rand(1)
+    second = MultiMax()
+    torch.manual_seed(0)
+    again = MultiMax()
+    assert not torch.equal(first.gains, second.gains)
+    assert torch.equal(first.gains, again.gains) and torch.equal(first.thresholds, again.thresholds)
+
+
+@pytest.mark.parametrize(
+    ("options", "choices"),
+    [
+        ({"order": 0}, ["1", "2", "0"]),
+        ({"order": 3}, ["1", "2", "3"]),
+        ({"init": "zeros"}, ["normal", "identity", "'zeros'"]),
+        ({"terms": ("left",)}, ["below", "above", "left"]),
+        ({"terms": ("below", "middle")}, ["below", "above", "middle"]),
+        ({"terms": ()}, ["below", "above"]),
+    ],
+)
+def test_wrong_options_are_told_the_choices(options, choices):
+    with pytest.raises(ValueError) as error:
+        MultiMax(**options)
+    assert all(choice in str(error.value) for choice in choices)
+
+
+@pytest.mark.parametrize("function", [modulate, multimax])
+@pytest.mark.parametrize(
+    ("thresholds", "gains"), [((2, 3), (2, 3)), ((4,), (4,)), ((2, 2), (1, 2)), ((2, 2, 1), (2, 2, 1))]
+)
+def test_wrong_shapes_are_named(function, thresholds, gains):
+    with pytest.raises(ValueError, match=r"\(order, 2\), rows \(below, above\)") as error:
+        function(torch.zeros(3), torch.zeros(thresholds), torch.zeros(gains))
+    assert str(thresholds) in str(error.value) and str(gains) in str(error.value)
