@@ -226,7 +226,8 @@ def test_a_config_file_trains_what_the_flags_train(arch, task, task_options, siz
     states = [torch.load(path / "checkpoint_last.pt") for path in (tmp_path / "flags", folder)]
     assert by_flags["train"] and states[0]["model"].keys() == states[1]["model"].keys()
     for name, tensor in states[0]["model"].items():
-        torch.testing.assert_close(states[1]["model"][name], tensor, atol=0, rtol=0)
+        if not name.endswith("_float_tensor"):  # fairseq 0.12.2 never sets it
+            torch.testing.assert_close(states[1]["model"][name], tensor, atol=0, rtol=0)
 
 
 @pytest.mark.parametrize("flags, message", [

@@ -71,6 +71,7 @@ def with_defaults(architecture: Callable[[Any], None]) -> Callable[[Any], None]:
             # In omegaconf 2.0 (fairseq 0.12.2) what a config lacks looks like None: work on what it has.
             given = OmegaConf.to_container(args).items()
             namespace = Namespace(**{name: value for name, value in given if value is not None})
+            namespace.base_layers = getattr(namespace, "base_layers", 0)  # its trainer asks whether this is > 0
         for option in MAPPING_OPTIONS:
             setattr(namespace, option.name, getattr(namespace, option.name, option.default))
         architecture(namespace)
