@@ -84,6 +84,9 @@ find_text() {
     done
 }
 
+# detokenise: move punctuation back to the word before it, from stdin to stdout.
+detokenise() { sed 's/ \([.,?!]\)/\1/g'; }
+
 # count_lines FILE: counts a last line without newline, as fairseq does and wc -l does not.
 count_lines() { awk 'END { print NR }' "$1"; }
 

@@ -8,7 +8,7 @@
 #   --data NAME       grammar or multi30k (default: grammar)
 #   --from DIR        take Multi30k's gzipped files from DIR and download nothing
 #   --mapping NAME    of attention: multimax, softmax, sparsemax, entmax15, entmax, evsoftmax (default: multimax)
-#   --epochs N        (default: 12)
+#   --epochs N        (default: 8, and 16 for multi30k)
 #   --seed N          (default: 1)
 #   --out DIR         data, checkpoints and translations (default: demo, in this folder)
 #   --help            show this text
@@ -27,7 +27,7 @@ source "$scripts/environment.sh"
 corpus=grammar
 folder= # --from
 mapping=multimax
-epochs=12
+epochs= # 8 or 16
 seed=1
 output=demo # --out
 
@@ -46,7 +46,16 @@ parse_options() {
         esac
     done
     [[ $corpus == grammar || $corpus == multi30k ]] || die "--data $corpus: choose grammar or multi30k"
+    [[ -n $epochs ]] || { [[ $corpus == grammar ]] && epochs=8 || epochs=16; }
     [[ -z $folder || $corpus == multi30k ]] || die "--from goes with --data multi30k"
+}
+
+# epochs_of_log: of all that fairseq-train logs, a line an epoch. (Its progress bar goes to the terminal by itself.)
+epochs_of_log() {
+    awk -F ' [|] ' '$3 == "valid" {
+        for (i = 5; i <= NF; i++) if ($i ~ /^ppl/) print "  " $4 ": validation " $i
+        fflush()
+    }'
 }
 
 # show_translations SOURCE REFERENCE HYPOTHESES: the first few, side by side.
@@ -69,12 +78,12 @@ grammar_demo() {
         --criterion label_smoothed_cross_entropy --label-smoothing 0.1 \
         --optimizer adam --adam-betas '(0.9, 0.98)' --lr 5e-3 --lr-scheduler inverse_sqrt --warmup-updates 200 \
         --max-tokens 4096 --required-batch-size-multiple 1 --max-epoch "$epochs" --seed "$seed" --num-workers 0 \
-        --save-dir "$run" --no-epoch-checkpoints --log-format tqdm --log-file "$run.log"
+        --save-dir "$run" --no-epoch-checkpoints --log-format tqdm --log-file "$run.log" | epochs_of_log
 
     step "Translation" "beam search on 500 sentences that training has not seen"
     bash "$scripts/score_translation.sh" --data-bin "$data/data-bin" --checkpoint "$run/checkpoint_best.pt" \
-        --reference "$data/text/test.en" --out "$run/test"
-    show_translations "$data/text/test.de" "$data/text/test.en" "$run/test.hypotheses"
+        --reference "$data/raw/test.en" --out "$run/test"
+    show_translations "$data/raw/test.de" "$data/raw/test.en" "$run/test.hypotheses"
 }
 
 multi30k_demo() {
@@ -84,7 +93,8 @@ multi30k_demo() {
 
     step "Training and translation" "4+4 layers of width 128, $mapping in attention, $epochs epochs"
     bash "$root/examples/multi30k_de_en/train.sh" --data "$data" --mapping "$mapping" --seed "$seed" \
-        --epochs "$epochs" --out "$run" -- --log-format tqdm
+        --epochs "$epochs" --out "$run" -- --log-format tqdm | epochs_of_log
+    cat "$run/test.bleu"
     show_translations "$data/raw/test.de" "$data/raw/test.en" "$run/test.hypotheses"
 }
 
@@ -92,6 +102,7 @@ step() { printf '\n== %s: %s\n' "$1" "$2"; }
 
 main() {
     parse_options "$@"
+    export PYTHONWARNINGS=ignore # of fairseq and torch about each other
     step "Installation" "fairseq, torch and this plugin"
     use_environment "$root"
     mkdir -p "$output"

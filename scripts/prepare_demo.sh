@@ -9,7 +9,8 @@
 #   --help         show this text
 #
 # Makes
-#   DIR/text/{train,valid,test}.{de,en}   20,000 / 500 / 500 pairs in words: what fairseq-preprocess reads
+#   DIR/raw/{train,valid,test}.{de,en}    the sentences as one would write them: the references for SacreBLEU
+#   DIR/text/{train,valid,test}.{de,en}   20,000 / 500 / 500 pairs in tokens: what fairseq-preprocess reads
 #   DIR/text/{train,valid,test}.align     gold word alignments, i-j: German word i is English word j
 #   DIR/data-bin                          what fairseq-train reads
 #
@@ -42,6 +43,10 @@ need_fairseq
 begin_output "$target" "recipe=demo
 seed=$seed" "$force"
 run "the generator" "$PYTHON" "$scripts/make_demo_corpus.py" --out "$build/text" --seed "$seed"
+mkdir "$build/raw"
+for file in "$build"/text/*.de "$build"/text/*.en; do
+    detokenise <"$file" >"$build/raw/${file##*/}"
+done
 binarise --source-lang de --target-lang en \
     --trainpref text/train --validpref text/valid --testpref text/test --workers 1
 finish_output

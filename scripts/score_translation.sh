@@ -6,9 +6,10 @@
 #   --data-bin DIR         binarised data whose test split is translated
 #   --checkpoint FILE      a checkpoint; several, joined by ':', make an ensemble
 #   --reference FILE       the test set in the target language, as published: one sentence a line
-#   --sentencepiece FILE   the model that the data was cut into pieces with; without it the tokens are words
+#   --sentencepiece FILE   the model that the data was cut into pieces with; without it the tokens are words and
+#                          punctuation, which is moved back to the word before it
 #   --beam N               (default: 5)
-#   --out PREFIX           writes PREFIX.generate (the log of fairseq-generate), PREFIX.hypotheses (one
+#   --out PREFIX           writes PREFIX.generate and PREFIX.log (what fairseq-generate prints), PREFIX.hypotheses (one
 #                          sentence a line, in the order of the reference) and PREFIX.bleu
 #   --help                 show this text
 
@@ -49,9 +50,9 @@ need_tool fairseq-generate "activate the environment that holds fairseq"
 need_tool sacrebleu "$PYTHON -m pip install sacrebleu"
 
 if [[ -n $sentencepiece ]]; then
-    detokenise=(--bpe sentencepiece --sentencepiece-model "$sentencepiece")
+    pieces=(--bpe sentencepiece --sentencepiece-model "$sentencepiece")
 else
-    detokenise=()
+    pieces=()
 fi
 
 # Without --required-batch-size-multiple 1, fairseq's main branch leaves out up to 7 sentences that do not fill a batch.
@@ -59,12 +60,17 @@ fi
 mkdir -p "$(dirname "$prefix")"
 trap 'rm -f "$prefix".*.part' EXIT
 fairseq-generate "$data_bin" --user-dir "$scripts/../multimax_fairseq" --path "$checkpoint" --gen-subset test \
-    --beam "$beam" --max-tokens 8192 --required-batch-size-multiple 1 --num-workers 0 ${detokenise[@]+"${detokenise[@]}"} \
-    >"$prefix.generate.part"
+    --beam "$beam" --max-tokens 8192 --required-batch-size-multiple 1 --num-workers 0 ${pieces[@]+"${pieces[@]}"} \
+    >"$prefix.generate.part" 2>"$prefix.log" || { tail -n 15 "$prefix.log" >&2; die "fairseq-generate failed"; }
 mv "$prefix.generate.part" "$prefix.generate"
 
 # D-<index> <score> <sentence>, in order of length: back to the order of the reference.
-sed -n 's/^D-//p' "$prefix.generate" | sort -n -k 1,1 | cut -f 3 >"$prefix.hypotheses.part"
+sed -n 's/^D-//p' "$prefix.generate" | sort -n -k 1,1 | cut -f 3 >"$prefix.tokens.part"
+if [[ -n $sentencepiece ]]; then
+    mv "$prefix.tokens.part" "$prefix.hypotheses.part"
+else
+    detokenise <"$prefix.tokens.part" >"$prefix.hypotheses.part"
+fi
 hypotheses=$(count_lines "$prefix.hypotheses.part")
 references=$(count_lines "$reference")
 ((hypotheses == references)) ||
