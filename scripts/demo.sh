@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # From nothing to a BLEU score: installs, makes a German-English corpus, trains a small Transformer with MultiMax
-# in every attention module, translates the test set and scores it. About 5 minutes on two cores.
+# in every attention module, translates the test set and scores it. About 4 minutes on two cores.
 #
 #     scripts/demo.sh                      sentences from a grammar, no download
-#     scripts/demo.sh --data multi30k      image descriptions (downloads 1.3 MB; about half an hour of training)
+#     scripts/demo.sh --data multi30k      image descriptions (downloads 1.3 MB; half an hour of training or more)
 #
 #   --data NAME       grammar or multi30k (default: grammar)
 #   --from DIR        take Multi30k's gzipped files from DIR and download nothing

@@ -6,8 +6,11 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 
-import pytest
-import torch
+# Models and tensors are tiny here: more threads cost more than they bring. Before torch, and for the commands too.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 PLUGIN = ROOT / "multimax_fairseq"

@@ -14,9 +14,6 @@ from hypothesis import strategies as st
 
 from multimax_fairseq import mappings
 
-# Tensors here are tiny: a second thread only waits, and on a busy machine makes the tests five times slower.
-torch.set_num_threads(1)
-
 INF = float("inf")
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
