@@ -13,11 +13,16 @@ from pathlib import Path
 from typing import Dict
 
 import torch
-from fairseq import checkpoint_utils
+from fairseq import checkpoint_utils, utils
 from fairseq.models import BaseFairseqModel
 from torch import Tensor
 
 import multimax_fairseq  # noqa: F401  registers the models, and lets torch load fairseq's checkpoints
+
+
+def log_softmax(logits: Tensor) -> Tensor:
+    """In fp32, as fairseq has it, or in fp64 if the logits are."""
+    return logits.log_softmax(-1) if logits.dtype == torch.float64 else utils.log_softmax(logits, dim=-1)
 
 
 @torch.no_grad()
@@ -30,15 +35,14 @@ def largest_difference(model: BaseFairseqModel, net_input: Dict[str, Tensor]) ->
     tokens = net_input["prev_output_tokens"][targets]
     encoder_out = model.encoder(net_input["src_tokens"][twice], net_input["src_lengths"][twice])
 
-    full = model.get_normalized_probs(model.decoder(tokens, encoder_out=encoder_out), log_probs=True)
+    full = log_softmax(model.decoder(tokens, encoder_out=encoder_out)[0])
     largest, incremental_state = 0.0, {}
     for step in range(tokens.size(1)):
         if step % 3 == 2:
             model.decoder.reorder_incremental_state_scripting(incremental_state, swapped)
             tokens, full = tokens[swapped], full[swapped]
         output = model.decoder(tokens[:, : step + 1], encoder_out=encoder_out, incremental_state=incremental_state)
-        log_probabilities = model.get_normalized_probs(output, log_probs=True)[:, 0]
-        difference = (log_probabilities - full[:, step]).abs()[tokens[:, step] != model.decoder.padding_idx]
+        difference = (log_softmax(output[0])[:, 0] - full[:, step]).abs()[tokens[:, step] != model.decoder.padding_idx]
         largest = max([largest, *difference.amax(dim=1).tolist()])
     return largest
 
@@ -49,6 +53,7 @@ def main() -> None:
     parser.add_argument("--path", required=True, help="the checkpoint")
     parser.add_argument("--split", default="test")
     parser.add_argument("--sentences", type=int, default=100)
+    parser.add_argument("--fp64", action="store_true", help="compute in fp64: tells rounding from another model")
     args = parser.parse_args()
     if not args.data_bin.is_dir():
         sys.exit(f"ERROR: there is no folder {args.data_bin}")
@@ -58,7 +63,7 @@ def main() -> None:
     (model,), _, task = checkpoint_utils.load_model_ensemble_and_task(
         [args.path], arg_overrides={"data": str(args.data_bin)}
     )
-    model.eval()
+    model = model.double().eval() if args.fp64 else model.eval()
     task.load_dataset(args.split)
     dataset = task.dataset(args.split)
     largest = 0.0

@@ -257,10 +257,11 @@ def test_score_translation_scores_what_fairseq_generates(translation, corpus, tm
     assert wrong.returncode != 0 and "40 translations for 60 references" in wrong.stderr
 
 
-def test_check_decoding_of_a_trained_model(translation, corpus):
+@pytest.mark.parametrize("precision, tolerance", [([], 1e-5), (["--fp64"], 1e-13)])
+def test_check_decoding_of_a_trained_model(precision, tolerance, translation, corpus):
     result = run(sys.executable, ROOT / "scripts" / "check_decoding.py", corpus / "data-bin", "--sentences", 10,
-                 "--path", translation[0] / "checkpoint_last.pt")  # fmt: skip
-    assert float(re.search(r"largest difference (\S+) nat", result.stdout)[1]) < 1e-5
+                 "--path", translation[0] / "checkpoint_last.pt", *precision)  # fmt: skip
+    assert float(re.search(r"largest difference (\S+) nat", result.stdout)[1]) < tolerance
 
 
 @pytest.mark.parametrize("arguments, message", [

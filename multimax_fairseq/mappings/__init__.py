@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from .evsoftmax import EvSoftmax, evsoftmax
-from .masking import additive_mask, is_absent
+from .masking import additive_mask, compute_dtype, is_absent
 from .multimax import MultiMax, modulate, multimax
 from .softmax import Softmax, softmax
 from .sparse import Entmax, Entmax15, Sparsemax, entmax, entmax15, sparsemax
@@ -56,6 +56,7 @@ __all__ = [
     "Sparsemax",
     "additive_mask",
     "build_mapping",
+    "compute_dtype",
     "entmax",
     "entmax15",
     "evsoftmax",

@@ -5,7 +5,7 @@ from fairseq.models.transformer import TransformerConfig, TransformerDecoderBase
 from fairseq.modules.checkpoint_activations import checkpoint_wrapper
 from torch import Tensor, nn
 
-from ..mappings import build_mapping
+from ..mappings import build_mapping, compute_dtype
 from .transformer_layer import MappedDecoderLayer, MappedEncoderLayer
 
 
@@ -48,7 +48,9 @@ class MappedDecoder(TransformerDecoderBase):
             features: (…, output_embed_dim).
 
         Returns:
-            (…, len(dictionary)); fp32 where σ acts, because σ of fp16 logits overflows fp16.
+            (…, len(dictionary)); fp32 at least where σ acts, because σ of fp16 logits overflows fp16.
         """
         logits = super().output_layer(features)
-        return logits if self.output_mapping is None else self.output_mapping.modulate(logits.float())
+        if self.output_mapping is None:
+            return logits
+        return self.output_mapping.modulate(logits.to(compute_dtype(logits.dtype)))
