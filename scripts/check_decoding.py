@@ -42,8 +42,8 @@ def largest_difference(model: BaseFairseqModel, net_input: Dict[str, Tensor]) ->
             model.decoder.reorder_incremental_state_scripting(incremental_state, swapped)
             tokens, full = tokens[swapped], full[swapped]
         output = model.decoder(tokens[:, : step + 1], encoder_out=encoder_out, incremental_state=incremental_state)
-        difference = (log_softmax(output[0])[:, 0] - full[:, step]).abs()[tokens[:, step] != model.decoder.padding_idx]
-        largest = max([largest, *difference.amax(dim=1).tolist()])
+        difference = (log_softmax(output[0])[:, 0] - full[:, step]).abs().amax(dim=1)
+        largest = max([largest, *difference[tokens[:, step] != model.decoder.padding_idx].tolist()])
     return largest
 
 
