@@ -606,13 +606,15 @@ def interrupt(tmp_path: Path, changes: dict[str, str], how: str, *arguments: obj
         stderr=subprocess.STDOUT,
         start_new_session=True,
         text=True,
+        # A suite in the background of a shell ignores Ctrl-C, and what it starts could not be interrupted either.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     wait_for(reached(tmp_path).exists)
     if how == "Ctrl-C":  # the terminal signals the whole foreground group
         os.killpg(process.pid, signal.SIGINT)
     else:  # kill(1) signals the one process
         process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=300)
     assert "ERROR" not in output
 
     worker = int(reached(tmp_path).read_text())
