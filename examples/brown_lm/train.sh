@@ -8,7 +8,7 @@
 #                            (default: multimax)
 #   --output-mapping NAME    of the vocabulary: softmax or multimax (default: softmax)
 #   --seed N                 (default: 1)
-#   --updates N              (default: 1500; 512 of them are an epoch of the Brown corpus)
+#   --updates N              (default: 1500; 518 of them are an epoch of the Brown corpus)
 #   --out DIR                checkpoints and logs (default: runs/brown-MAPPING-OUTPUT_MAPPING-SEED);
 #                            run it again with the same DIR and it goes on from the last checkpoint
 #   -- OPTION ...            further options of fairseq-train
