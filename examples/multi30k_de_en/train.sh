@@ -49,7 +49,7 @@ if [[ $mapping == stock ]]; then
 else
     model=(--arch multimax_transformer --attention-mapping "$mapping")
 fi
-# 4+4 layers of width 128: 2.1M parameters, half of them the embeddings of 8,000 pieces.
+# 4+4 layers of width 128: 2.3M parameters, 1.0M of them the embeddings of the pieces.
 model+=(--encoder-layers 4 --encoder-embed-dim 128 --encoder-ffn-embed-dim 256 --encoder-attention-heads 4
     --decoder-layers 4 --decoder-embed-dim 128 --decoder-ffn-embed-dim 256 --decoder-attention-heads 4
     --share-all-embeddings --dropout 0.3)

@@ -56,6 +56,7 @@ class BlockedMultiMax(Function):
             return (*_differentiable_backward(ctx, grad), None, None)
 
         dtype = compute_dtype(scores.dtype)
+        parameters = thresholds.to(dtype), gains.to(dtype)
         grad_scores = torch.empty_like(scores, memory_format=torch.contiguous_format)
         grad_thresholds = torch.zeros_like(thresholds, dtype=dtype)
         grad_gains = torch.zeros_like(gains, dtype=dtype)
@@ -69,7 +70,6 @@ class BlockedMultiMax(Function):
                 upstream = (grad_block - (grad_block * p).sum(-1, keepdim=True)).mul_(p)
             else:
                 upstream = grad_block.masked_fill(absent, 0.0)
-            parameters = thresholds.to(dtype), gains.to(dtype)
             out_block.copy_(_modulate_backward(x, upstream, *parameters, grad_thresholds, grad_gains))
         return grad_scores, grad_thresholds.to(thresholds.dtype), grad_gains.to(gains.dtype), None, None
 
