@@ -15,7 +15,7 @@ from typing import Sequence
 import torch
 from torch import Tensor, nn
 
-from .blocked import BlockedMultiMax
+from .fused import FusedMultiMax
 from .masking import compute_dtype, is_absent, masked_softmax
 
 TERMS = ("below", "above")  # the columns of thresholds and gains: (b_n, d_n) and (g_b,n, g_d,n)
@@ -42,7 +42,7 @@ def modulate(scores: Tensor, thresholds: Tensor, gains: Tensor) -> Tensor:
         ValueError: ``thresholds`` and ``gains`` are not both (N, 2).
     """
     _check_shapes(thresholds, gains)
-    return BlockedMultiMax.apply(scores, thresholds, gains, modulate_formula, False)
+    return FusedMultiMax.apply(scores, thresholds, gains, modulate_formula, False)
 
 
 def multimax(scores: Tensor, thresholds: Tensor, gains: Tensor, dim: int = -1) -> Tensor:
@@ -62,7 +62,7 @@ def multimax(scores: Tensor, thresholds: Tensor, gains: Tensor, dim: int = -1) -
         ValueError: ``thresholds`` and ``gains`` are not both (N, 2).
     """
     _check_shapes(thresholds, gains)
-    probabilities = BlockedMultiMax.apply(scores.movedim(dim, -1), thresholds, gains, multimax_formula, True)
+    probabilities = FusedMultiMax.apply(scores.movedim(dim, -1), thresholds, gains, multimax_formula, True)
     return probabilities.movedim(-1, dim)
 
 

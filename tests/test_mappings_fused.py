@@ -1,9 +1,9 @@
-"""The blocked MultiMax against the formula that autograd differentiates, across block boundaries."""
+"""The fused MultiMax, compiled and eager, against the formula that autograd differentiates."""
 
 import pytest
 import torch
 
-from multimax_fairseq.mappings import blocked
+from multimax_fairseq.mappings import backend
 from multimax_fairseq.mappings.multimax import modulate, modulate_formula, multimax, multimax_formula
 
 TWINS = {"multimax": (multimax, multimax_formula), "modulate": (modulate, modulate_formula)}
@@ -27,15 +27,18 @@ def gradients(function, inputs, upstream):
     return output, torch.autograd.grad((output * upstream).nan_to_num(0.0, 0.0, 0.0).sum(), inputs)
 
 
-@pytest.fixture(params=[1, 16, 2**17], ids="blocks of {}".format)
-def block_size(request, monkeypatch):
-    monkeypatch.setattr(blocked, "BLOCK_SIZE", request.param)
+@pytest.fixture(params=["compiled", 1, 16, 2**17], ids=lambda way: way if way == "compiled" else f"blocks of {way}")
+def way(request, monkeypatch):
+    """How the kernels run: compiled, or eager in blocks of so many scores."""
+    monkeypatch.setenv("MULTIMAX_BACKEND", "compiled" if request.param == "compiled" else "eager")
+    if request.param != "compiled":
+        monkeypatch.setattr(backend, "EAGER_BLOCK", request.param)
 
 
 @pytest.mark.parametrize("order", [1, 2])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("name", TWINS)
-def test_values_and_gradients_are_the_formulas(name, shape, order, block_size):
+def test_values_and_gradients_are_the_formulas(name, shape, order, way):
     function, formula = TWINS[name]
     inputs = case(shape, order)
     upstream = torch.randn(shape, dtype=torch.float64)
@@ -46,7 +49,7 @@ def test_values_and_gradients_are_the_formulas(name, shape, order, block_size):
 
 
 @pytest.mark.parametrize("name", TWINS)
-def test_single_precision_gradients_stay_close_to_double(name, block_size):
+def test_single_precision_gradients_stay_close_to_double(name, way):
     function, _ = TWINS[name]
     inputs = case((64, 50))
     upstream = torch.randn(64, 50, dtype=torch.float64)

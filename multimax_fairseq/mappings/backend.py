@@ -1,0 +1,159 @@
+"""Compiled or eager: where the kernels of :mod:`.kernels` run.
+
+``torch.compile`` makes one function of each, C++ on a CPU and Triton on a GPU, for all shapes. It is on by default
+where there is a compiler for it; the choice is, first to last, that of the environment variable ``MULTIMAX_BACKEND``,
+of :func:`set_backend` (``--multimax-backend``), and ``auto``::
+
+    auto      compiled; eager, with one warning that says why, where compiling fails
+    compiled  compiled; an error where that fails
+    eager     plain PyTorch
+"""
+
+import functools
+import logging
+import os
+import time
+import types
+from typing import Any, Callable, Dict, Iterator, Tuple
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+BACKENDS = ("auto", "compiled", "eager")
+ENVIRONMENT_VARIABLE = "MULTIMAX_BACKEND"
+COMPILED_DEVICES = ("cpu", "cuda")
+
+# What makes Inductor fuse these kernels into one loop over a row: computing σ twice takes less time than writing it
+# to memory and reading it back, and a product and a sum are one instruction.
+INDUCTOR_OPTIONS = {
+    "realize_opcount_threshold": 10_000,
+    "realize_cpu_opcount_threshold": 10_000,
+    "realize_reads_threshold": 100,
+    "realize_acc_reads_threshold": 1_000,
+    "realize_cpu_acc_reads_threshold": 1_000,
+    "cpp.enable_floating_point_contract_flag": "fast",
+}
+
+# The shape that kernels are compiled for: two different numbers (of equal ones the compiler takes note), large enough
+# for Inductor to share the rows among threads. It serves every other shape too.
+EXAMPLE_ROWS, EXAMPLE_WIDTH = 3_072, 160
+
+# Scores in a block where a kernel runs eagerly on a CPU: 512 KiB in fp32. Of the tensors of that size some three are
+# in use at a time, which fit into a cache of 2 MiB.
+EAGER_BLOCK = 2**17
+
+_chosen = "auto"
+_failure = ""  # why compiling is not tried again
+
+
+def set_backend(name: str) -> None:
+    """Choose the backend of this process, unless the environment variable has.
+
+    Raises:
+        ValueError: ``name``, or what the environment variable says, is not of ``BACKENDS``.
+    """
+    global _chosen
+    _chosen = _checked(name, "--multimax-backend")
+    backend()
+
+
+def backend() -> str:
+    """The backend in force.
+
+    Raises:
+        ValueError: what the environment variable says is not of ``BACKENDS``.
+    """
+    return _checked(os.environ.get(ENVIRONMENT_VARIABLE) or _chosen, ENVIRONMENT_VARIABLE)
+
+
+def _checked(name: str, where: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{where}: there is no backend {name!r}; choose from: {', '.join(BACKENDS)}")
+    return name
+
+
+class Kernel:
+    """A function of rows of scores, (rows, width), that is compiled when it is first called.
+
+    Its first argument has that shape; other arguments have it too, or (rows, 1), or are parameters.
+    """
+
+    def __init__(self, function: Callable[..., Any]):
+        functools.update_wrapper(self, function)
+        self.eager = function
+        self._compiled: Dict[Tuple, Callable[..., Any]] = {}
+
+    def compiles(self, scores: Tensor) -> bool:
+        """Whether a call with these ``scores`` runs compiled.
+
+        Rows of one score, and single rows, stay eager: there is little to compute, and the compiler would make a
+        kernel of their own for them.
+        """
+        return (
+            min(scores.shape) > 1
+            and scores.device.type in COMPILED_DEVICES
+            and backend() != "eager"
+            and not (_failure and backend() == "auto")
+            and not torch.jit.is_tracing()
+            and not torch.compiler.is_compiling()  # whoever compiles a whole model has the formula
+        )
+
+    def __call__(self, *arguments: Tensor) -> Any:
+        if not self.compiles(arguments[0]):
+            return self.eager(*arguments)
+        key = tuple((tensor.dtype, tensor.device, tensor.dim()) for tensor in arguments)
+        compiled = self._compiled.get((key, len(arguments[-1])))
+        if compiled is None:
+            compiled = self._compiled[key, len(arguments[-1])] = self._compile(arguments)
+        return compiled(*arguments)
+
+    def _compile(self, arguments: Tuple[Tensor, ...]) -> Callable[..., Any]:
+        global _failure
+        logger.info("compiling %s; PyTorch keeps it for the next run", self.__name__)
+        start = time.perf_counter()
+        try:
+            known = torch._inductor.list_options()
+            options = {name: value for name, value in INDUCTOR_OPTIONS.items() if name in known}
+            compiled = torch.compile(_copy(self.eager), dynamic=True, options=options)
+            compiled(*(_example(tensor, *arguments[0].shape) for tensor in arguments))
+        except Exception as error:
+            if backend() == "compiled":
+                raise
+            _failure = str(error).strip().partition("\n")[0] or type(error).__name__
+            logger.warning(
+                "MultiMax runs in plain PyTorch, which is slower, as compiling it failed: %s "
+                "(--multimax-backend eager, or %s=eager, says so from the start)", _failure, ENVIRONMENT_VARIABLE
+            )
+            return self.eager
+        logger.info("compiled %s in %.1f s", self.__name__, time.perf_counter() - start)
+        return compiled
+
+
+def kernel(function: Callable[..., Any]) -> Kernel:
+    """Decorator: see :class:`Kernel`."""
+    return Kernel(function)
+
+
+def _copy(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function as an object of its own: PyTorch limits how often it compiles one for other dtypes."""
+    return types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
+
+
+def _example(tensor: Tensor, rows: int, width: int) -> Tensor:
+    """A tensor in the place of an argument, of the shape to compile for."""
+    if tensor.shape == (rows, width):
+        return tensor.new_zeros(EXAMPLE_ROWS, EXAMPLE_WIDTH)
+    if tensor.shape == (rows, 1):
+        return tensor.new_zeros(EXAMPLE_ROWS, 1)
+    return tensor
+
+
+def row_blocks(function: Kernel, *tensors: Tensor) -> Iterator[Tuple[Tensor, ...]]:
+    """``tensors``, of one shape, as a kernel should be given them: (rows, width), whole or in blocks of rows."""
+    width = tensors[0].shape[-1]
+    flat = [tensor.reshape(-1, width) for tensor in tensors]
+    if tensors[0].device.type != "cpu" or function.compiles(flat[0]):
+        return iter([tuple(flat)])
+    return zip(*(tensor.split(max(EAGER_BLOCK // width, 1)) for tensor in flat))

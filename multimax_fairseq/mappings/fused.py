@@ -1,0 +1,72 @@
+"""MultiMax with a backward of its own, out of the kernels of :mod:`.kernels`.
+
+Left to autograd, σ takes some sixty passes over the scores, forward and backward, and keeps a dozen tensors of their
+size. This keeps the scores and the result.
+"""
+
+from typing import Callable, Iterator, Optional, Tuple
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from .backend import row_blocks
+from .kernels import (
+    modulate_rows,
+    modulate_rows_backward,
+    multimax_rows,
+    multimax_rows_backward,
+    parameter_gradients,
+)
+
+
+class FusedMultiMax(Function):
+    """``formula(scores, thresholds, gains)`` over the last dimension: softmax of σ, or σ itself.
+
+    Args of ``apply``:
+        scores, thresholds, gains: as in :func:`.multimax.multimax`; a gradient for each.
+        formula: the same in plain torch, for gradients of gradients.
+        normalise: whether ``formula`` ends in softmax.
+    """
+
+    @staticmethod
+    def forward(
+        ctx, scores: Tensor, thresholds: Tensor, gains: Tensor, formula: Callable[..., Tensor], normalise: bool
+    ) -> Tensor:
+        ctx.formula, ctx.normalise = formula, normalise
+        if scores.numel() == 0:
+            ctx.save_for_backward(scores, thresholds, gains, None)
+            return scores.clone()
+        kernel = multimax_rows if normalise else modulate_rows
+        parameters = thresholds.detach(), gains.detach()
+        result = _joined([kernel(block, *parameters) for (block,) in row_blocks(kernel, scores)]).view(scores.shape)
+        ctx.save_for_backward(scores, thresholds, gains, result if normalise else None)
+        return result
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
+        scores, thresholds, gains, probabilities = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return (*_differentiable_backward(ctx, grad), None, None)
+        if scores.numel() == 0:
+            return grad, torch.zeros_like(thresholds), torch.zeros_like(gains), None, None
+
+        parameters = thresholds.detach(), gains.detach()
+        if ctx.normalise:
+            kernel, rows = multimax_rows_backward, (scores, probabilities, grad)
+        else:
+            kernel, rows = modulate_rows_backward, (scores, grad)
+        grads, moments = zip(*(kernel(*block, *parameters) for block in row_blocks(kernel, *rows)))
+        return (_joined(grads).view(scores.shape), *parameter_gradients(sum(moments), gains), None, None)
+
+
+def _joined(blocks) -> Tensor:
+    return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
+
+
+def _differentiable_backward(ctx, grad: Tensor) -> Iterator[Optional[Tensor]]:
+    """The gradients as autograd has them from the formula, which it can differentiate again."""
+    inputs, needed = ctx.saved_tensors[:3], ctx.needs_input_grad[:3]
+    wanted = [tensor for tensor, is_needed in zip(inputs, needed) if is_needed]
+    gradients = iter(torch.autograd.grad(ctx.formula(*inputs), wanted, grad, create_graph=True))
+    return (next(gradients) if is_needed else None for is_needed in needed)

@@ -1,0 +1,145 @@
+"""MultiMax in one pass forward and one backward: functions for a compiler to fuse.
+
+Each is plain torch on rows of scores, (rows, width), and knows nothing of autograd: :mod:`.fused` and the criterion
+and attention that need a part of it put them together, :mod:`.backend` says whether they run compiled. With
+u = ∂L/∂σ, and sums over all scores, the gradients are::
+
+    ∂L/∂x     = u · (1 − Σ_n n g_b,n max(b_n − x, 0)^(n−1) [x < b_n] + Σ_n n g_d,n max(x − d_n, 0)^(n−1) [x > d_n])
+    ∂L/∂g_b,n = Σ u · max(b_n − x, 0)^n            ∂L/∂b_n =   g_b,n Σ u · n max(b_n − x, 0)^(n−1) [x < b_n]
+    ∂L/∂g_d,n = Σ u · max(x − d_n, 0)^n            ∂L/∂d_n = − g_d,n Σ u · n max(x − d_n, 0)^(n−1) [x > d_n]
+
+The backwards return the sums without the gains, *moments*, (N, 2, 2): [n − 1, 0] is below and above the sum of the
+slopes u · n max(·, 0)^(n−1), [n − 1, 1] that of the powers u · max(·, 0)^n; :func:`parameter_gradients` makes
+gradients of them. Written for the compiler: ``relu`` is one instruction where ``clamp`` is four, and an absent score
+is filled once where its value could reach a result, not once before and once after.
+"""
+
+from typing import Tuple
+
+import torch
+from torch import Tensor
+
+from .backend import kernel
+from .masking import compute_dtype, is_absent
+
+# Stands for −inf where a gradient is computed: finite, so that times a gradient of 0 it is 0, also when squared.
+FAR_BELOW = -1e9
+
+
+@kernel
+def multimax_rows(scores: Tensor, thresholds: Tensor, gains: Tensor) -> Tensor:
+    """softmax(σ(x)): probabilities of the dtype of ``scores``, zeros in a row without scores."""
+    exponentials, peak, total = _exponentials(scores, thresholds, gains)
+    return (exponentials * _reciprocal(peak, total)).to(scores.dtype)
+
+
+@kernel
+def multimax_rows_backward(
+    scores: Tensor, probabilities: Tensor, grad: Tensor, thresholds: Tensor, gains: Tensor
+) -> Tuple[Tensor, Tensor]:
+    """∂L/∂x and moments, from ∂L/∂p."""
+    dtype = compute_dtype(scores.dtype)
+    probabilities, grad = probabilities.to(dtype), grad.to(dtype)
+    upstream = probabilities * (grad - (grad * probabilities).sum(-1, keepdim=True))
+    return _modulate_backward(scores, upstream, thresholds, gains)
+
+
+@kernel
+def modulate_rows(scores: Tensor, thresholds: Tensor, gains: Tensor) -> Tensor:
+    """σ(x), of the dtype of ``scores``; −inf stays −inf."""
+    x = scores.to(compute_dtype(scores.dtype))
+    return _modulate(x, thresholds, gains).masked_fill(is_absent(x), float("-inf")).to(scores.dtype)
+
+
+@kernel
+def modulate_rows_backward(
+    scores: Tensor, grad: Tensor, thresholds: Tensor, gains: Tensor
+) -> Tuple[Tensor, Tensor]:
+    """∂L/∂x and moments, from ∂L/∂σ."""
+    upstream = grad.to(compute_dtype(scores.dtype)).masked_fill(is_absent(scores), 0.0)
+    return _modulate_backward(scores, upstream, thresholds, gains)
+
+
+@kernel
+def exponentials_rows(scores: Tensor, thresholds: Tensor, gains: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
+    """What a row of attention keeps of its scores.
+
+    Returns:
+        exp(σ(x) − max σ), of the dtype of ``scores``; its factor 1 / Σ exp(σ − max σ), (rows, 1), 0 where no score
+        is there; and log Σ exp σ, (rows, 1), +inf there.
+    """
+    exponentials, peak, total = _exponentials(scores, thresholds, gains)
+    log_total = (peak + total.log()).masked_fill(peak == torch.finfo(peak.dtype).min, float("inf"))
+    return exponentials.to(scores.dtype), _reciprocal(peak, total), log_total
+
+
+@kernel
+def exponentials_rows_backward(
+    scores: Tensor, grad: Tensor, log_total: Tensor, expected_grad: Tensor, thresholds: Tensor, gains: Tensor
+) -> Tuple[Tensor, Tensor, Tensor]:
+    """Probabilities, ∂L/∂x and moments, from ∂L/∂p: one pass, as it is told what it would have to sum over a row.
+
+    Args:
+        log_total: (rows, 1), of :func:`exponentials_rows`.
+        expected_grad: (rows, 1), Σ p · ∂L/∂p.
+    """
+    x, grad = scores.to(log_total.dtype), grad.to(log_total.dtype)
+    lowest = torch.finfo(x.dtype).min
+    probabilities = (_modulate(x, thresholds, gains).masked_fill(is_absent(x), lowest) - log_total).exp()
+    grad_scores, moments = _modulate_backward(scores, probabilities * (grad - expected_grad), thresholds, gains)
+    return probabilities.to(scores.dtype), grad_scores, moments
+
+
+def parameter_gradients(moments: Tensor, gains: Tensor) -> Tuple[Tensor, Tensor]:
+    """∂L/∂thresholds and ∂L/∂gains, (N, 2) each, of the dtype of ``gains``."""
+    slopes, powers = moments.unbind(1)
+    towards_score = torch.tensor([1.0, -1.0], dtype=slopes.dtype, device=slopes.device)  # b − x, and x − d
+    return (slopes * gains * towards_score).to(gains.dtype), powers.to(gains.dtype)
+
+
+def _modulate(x: Tensor, thresholds: Tensor, gains: Tensor) -> Tensor:
+    """σ(x) in the dtype of ``x``; anything where a score is absent."""
+    modulated = x
+    thresholds, gains = thresholds.to(x.dtype), gains.to(x.dtype)
+    for row in range(len(gains)):
+        below, above = torch.relu(thresholds[row, 0] - x), torch.relu(x - thresholds[row, 1])
+        if row == 1:
+            below, above = below * below, above * above
+        modulated = modulated + gains[row, 0] * below + gains[row, 1] * above
+    return modulated
+
+
+def _exponentials(scores: Tensor, thresholds: Tensor, gains: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
+    """exp(σ(x) − max σ), max σ (the lowest number where no score is there) and the sum of the first."""
+    x = scores.to(compute_dtype(scores.dtype))
+    modulated = _modulate(x, thresholds, gains).masked_fill(is_absent(x), torch.finfo(x.dtype).min)
+    peak = modulated.amax(-1, keepdim=True)
+    exponentials = (modulated - peak).exp()
+    return exponentials, peak, exponentials.sum(-1, keepdim=True)
+
+
+def _reciprocal(peak: Tensor, total: Tensor) -> Tensor:
+    return (peak > torch.finfo(peak.dtype).min) / total
+
+
+def _modulate_backward(
+    scores: Tensor, upstream: Tensor, thresholds: Tensor, gains: Tensor
+) -> Tuple[Tensor, Tensor]:
+    """∂L/∂x in the dtype of ``scores``, and moments, from ∂L/∂σ, which is 0 where a score is absent."""
+    x = scores.to(upstream.dtype).clamp(min=FAR_BELOW)
+    thresholds, gains = thresholds.to(x.dtype), gains.to(x.dtype)
+    grad, moments = upstream, []
+    for row in range(len(gains)):
+        below, above = torch.relu(thresholds[row, 0] - x), torch.relu(x - thresholds[row, 1])
+        if row == 0:
+            slope_below, slope_above = torch.where(below > 0, upstream, 0.0), torch.where(above > 0, upstream, 0.0)
+            powers = upstream * below, upstream * above
+        else:
+            half_below, half_above = upstream * below, upstream * above
+            slope_below, slope_above = 2 * half_below, 2 * half_above
+            powers = half_below * below, half_above * above
+        grad = grad - gains[row, 0] * slope_below + gains[row, 1] * slope_above
+        moments += [slope_below, slope_above, *powers]
+    # Row by row first: short sums lose less, and the compiler makes them on the way.
+    sums = torch.stack([terms.sum(-1).sum() for terms in moments])
+    return grad.to(scores.dtype), sums.view(len(gains), 2, 2)
