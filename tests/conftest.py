@@ -8,6 +8,8 @@ from pathlib import Path
 
 # Models and tensors are tiny here: more threads cost more than they bring. Before torch, and for the commands too.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Compiling takes seconds a kernel and a dtype; the tests that are about it say so.
+os.environ.setdefault("MULTIMAX_BACKEND", "eager")
 
 import pytest  # noqa: E402
 import torch  # noqa: E402

@@ -66,6 +66,15 @@ def test_resuming_gives_the_losses_of_the_uninterrupted_run(translation, corpus,
     assert losses(resumed) == losses(uninterrupted)
 
 
+def test_compiled_and_eager_train_the_same_model(translation, corpus, tmp_path, monkeypatch):
+    """Rounding differs, and training magnifies it: equal to three of the digits that the log shows."""
+    _, eager = translation
+    monkeypatch.setenv("MULTIMAX_BACKEND", "compiled")
+    compiled = train(corpus / "data-bin", "multimax_transformer", tmp_path, "--max-epoch", 1)
+    for kind, key in (("train", "train_loss"), ("valid", "valid_loss")):
+        assert float(compiled[kind][0][key]) == pytest.approx(float(eager[kind][0][key]), abs=2e-3)
+
+
 def test_softmax_gives_the_stock_models_losses(stock, corpus, tmp_path):
     log = train(corpus / "data-bin", "multimax_transformer", tmp_path, "--max-epoch", 1,
                 "--attention-mapping", "softmax")  # fmt: skip

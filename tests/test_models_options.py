@@ -5,7 +5,7 @@ from argparse import Namespace
 import pytest
 from omegaconf import OmegaConf
 
-from multimax_fairseq.mappings import MAPPINGS
+from multimax_fairseq.mappings import MAPPINGS, backend
 from multimax_fairseq.models import MappingChoice, MappingOptions
 from multimax_fairseq.models.options import SITES, SOFTMAX, with_defaults
 
@@ -27,7 +27,17 @@ def test_the_defaults_are_those_of_the_documentation():
         "multimax_terms": "below,above",
         "multimax_init": "normal",
         "entmax_alpha": "1.5",
+        "multimax_backend": "auto",
     }
+
+
+def test_the_backend_is_set_for_the_process(monkeypatch):
+    monkeypatch.setattr(backend, "_chosen", "auto")
+    monkeypatch.delenv("MULTIMAX_BACKEND", raising=False)
+    choose(multimax_backend="compiled")
+    assert backend.backend() == "compiled"
+    with pytest.raises(ValueError, match="--multimax-backend: there is no backend 'quick'"):
+        choose(multimax_backend="quick")
 
 
 @pytest.mark.parametrize("name", MAPPINGS)

@@ -77,7 +77,7 @@ def _checked(name: str, where: str) -> str:
 class Kernel:
     """A function of rows of scores, (rows, width), that is compiled when it is first called.
 
-    Its first argument has that shape; other arguments have it too, or (rows, 1), or are parameters.
+    Its first argument has that shape; others have it too, or (rows, 1), and the last two are thresholds and gains.
     """
 
     def __init__(self, function: Callable[..., Any]):
@@ -103,11 +103,13 @@ class Kernel:
     def __call__(self, *arguments: Tensor) -> Any:
         if not self.compiles(arguments[0]):
             return self.eager(*arguments)
-        key = tuple((tensor.dtype, tensor.device, tensor.dim()) for tensor in arguments)
-        compiled = self._compiled.get((key, len(arguments[-1])))
+        gains = arguments[-1]
+        variant = arguments[0].dtype, arguments[0].device, gains.dtype, len(gains)
+        compiled = self._compiled.get(variant)
         if compiled is None:
-            compiled = self._compiled[key, len(arguments[-1])] = self._compile(arguments)
-        return compiled(*arguments)
+            compiled = self._compiled[variant] = self._compile(arguments)
+        # .data: the compiler would take note of what a tensor is a view of, and make a kernel for each kind
+        return compiled(*(tensor.data for tensor in arguments))
 
     def _compile(self, arguments: Tuple[Tensor, ...]) -> Callable[..., Any]:
         global _failure
@@ -117,7 +119,7 @@ class Kernel:
             known = torch._inductor.list_options()
             options = {name: value for name, value in INDUCTOR_OPTIONS.items() if name in known}
             compiled = torch.compile(_copy(self.eager), dynamic=True, options=options)
-            compiled(*(_example(tensor, *arguments[0].shape) for tensor in arguments))
+            compiled(*(_example(tensor, *arguments[0].shape).data for tensor in arguments))
         except Exception as error:
             if backend() == "compiled":
                 raise

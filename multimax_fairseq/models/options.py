@@ -8,6 +8,7 @@ from fairseq.dataclass import FairseqDataclass
 from omegaconf import OmegaConf
 
 from ..mappings import MAPPINGS, build_mapping
+from ..mappings.backend import set_backend
 from ..mappings.multimax import TERMS
 
 SITES = ("encoder", "decoder", "cross")
@@ -49,6 +50,13 @@ class MappingOptions(FairseqDataclass):
     )
     entmax_alpha: str = field(
         default="1.5", metadata={"help": "α of entmax: a number in (1, 2], or learned (one a head)"}
+    )
+    multimax_backend: str = field(
+        default="auto",
+        metadata={
+            "help": "how MultiMax is computed: auto (compiled, where that is possible), compiled, or eager (plain "
+            "PyTorch); the environment variable MULTIMAX_BACKEND overrides it"
+        },
     )
 
 
@@ -97,7 +105,7 @@ class MappingChoice:
 
     @classmethod
     def from_options(cls, args: Any, available_sites: Sequence[str] = SITES) -> "MappingChoice":
-        """Check what the user chose.
+        """Check what the user chose; the backend, which is the process's and not the model's, is set here.
 
         Args:
             args: has the attributes of :class:`MappingOptions` (one that is missing has its default) among those
@@ -123,6 +131,7 @@ class MappingChoice:
         if options.attention_mapping != "softmax":
             _check_attention(args, sites, available_sites)
         _check_output(args, options.output_mapping)
+        set_backend(options.multimax_backend)
         return cls(
             attention=(options.attention_mapping, arguments.get(options.attention_mapping, {})),
             sites=sites,

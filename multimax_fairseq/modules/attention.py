@@ -6,7 +6,9 @@ import torch
 from fairseq.modules import MultiheadAttention
 from torch import Tensor, nn
 
-from ..mappings import additive_mask
+from ..mappings import MultiMax, additive_mask
+from .blockwise_attention import MIN_KEYS, Masks, blockwise_multimax, causal_corner
+from .masks import is_causal
 
 
 class MappedMultiheadAttention(MultiheadAttention):
@@ -18,6 +20,9 @@ class MappedMultiheadAttention(MultiheadAttention):
 
         probabilities = mapping(scores)        (bsz, num_heads, tgt_len, src_len)
         output = out_proj(concat over heads of dropout(probabilities) · values)
+
+    Where rows are long, and nobody asks for the probabilities, MultiMax takes another path to the same output, one
+    that never has all of them (:mod:`.blockwise_attention`).
 
     An instance is made from one of fairseq's by :meth:`adopt`.
 
@@ -72,6 +77,10 @@ class MappedMultiheadAttention(MultiheadAttention):
             fp32, (bsz, tgt_len, src_len) averaged over heads, or (num_heads, bsz, tgt_len, src_len) with
             ``need_head_weights``; else None.
         """
+        wants_weights = need_weights or need_head_weights or before_softmax
+        if not wants_weights and incremental_state is None and self._goes_blockwise(query, key, attn_mask):
+            return self._attend_blockwise(query, key, value, key_padding_mask, attn_mask), None
+
         if attn_mask is not None:
             attn_mask = additive_mask(attn_mask, query.dtype)
         scores, values = super().forward(
@@ -98,6 +107,52 @@ class MappedMultiheadAttention(MultiheadAttention):
             return output, None
         weights = probabilities.float().transpose(0, 1)  # (num_heads, bsz, tgt_len, src_len)
         return output, weights if need_head_weights else weights.mean(dim=0)
+
+    def _goes_blockwise(self, query: Tensor, key: Optional[Tensor], attn_mask: Optional[Tensor]) -> bool:
+        """Whether the path without a matrix of probabilities serves, and pays."""
+        drops = self.dropout_module.p > 0 and (self.training or self.dropout_module.apply_during_inference)
+        return (
+            isinstance(self.mapping, MultiMax)
+            and (query if self.self_attention else key).size(0) >= MIN_KEYS
+            and not drops
+            and self.bias_k is None
+            and not self.add_zero_attn
+            and not (attn_mask is not None and attn_mask.requires_grad)
+            and not torch.jit.is_tracing()
+        )
+
+    def _attend_blockwise(
+        self,
+        query: Tensor,
+        key: Optional[Tensor],
+        value: Optional[Tensor],
+        key_padding_mask: Optional[Tensor],
+        attn_mask: Optional[Tensor],
+    ) -> Tensor:
+        """The output of :meth:`forward`, by way of :func:`.blockwise_attention.blockwise_multimax`."""
+        tgt_len, bsz = query.shape[:2]
+        if self.self_attention:
+            key = value = query
+        elif self.encoder_decoder_attention:
+            value = key
+        by_head = (-1, bsz * self.num_heads, self.head_dim)
+        queries = (self.q_proj(query) * self.scaling).view(by_head).transpose(0, 1)
+        keys, values = (
+            projection(tensor).view(by_head).transpose(0, 1)
+            for projection, tensor in ((self.k_proj, key), (self.v_proj, value))
+        )
+        causal = attn_mask is not None and is_causal(attn_mask)
+        masks = Masks(
+            causal=causal_corner(queries) if causal else None,
+            keys=None if key_padding_mask is None else self._hidden_keys(key_padding_mask, queries.dtype),
+            scores=None if causal or attn_mask is None else additive_mask(attn_mask, queries.dtype),
+        )
+        output = blockwise_multimax(queries, keys, values, *self.mapping.parameters_in_use(), masks)
+        return self.out_proj(output.transpose(0, 1).reshape(tgt_len, bsz, self.embed_dim))
+
+    def _hidden_keys(self, key_padding_mask: Tensor, dtype: torch.dtype) -> Tensor:
+        """(bsz, src_len) → (bsz · num_heads, 1, src_len), to be added to scores."""
+        return additive_mask(key_padding_mask.bool(), dtype).repeat_interleave(self.num_heads, dim=0)[:, None]
 
     def _weighted_sum(self, probabilities: Tensor, values: Tensor) -> Tensor:
         """probabilities · values, head by head.

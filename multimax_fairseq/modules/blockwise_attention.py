@@ -1,0 +1,163 @@
+"""MultiMax attention block by block: memory linear in the length, no work on scores that the causal mask hides.
+
+A block is the scores of some heads, for some queries, against all the keys that these may see. What is kept for the
+backward is the output and one number a query, log Σ exp σ; the scores are computed again there. That costs one more
+product, and saves keeping, and reading back from memory, scores and probabilities of the size length².
+
+With P the probabilities, O = P·V, and G = ∂L/∂O, the sum over a row that the gradient of softmax asks for is
+Σ_j P_ij (G·Vᵀ)_ij = Σ_c G_ic O_ic: it is known before the row is.
+
+Source of the idea: Rabe and Staats, *Self-attention Does Not Need O(n²) Memory*, 2021; Dao et al.,
+*FlashAttention*, NeurIPS 2022.
+"""
+
+from typing import Iterator, NamedTuple, Optional, Tuple
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from ..mappings.kernels import exponentials_rows, exponentials_rows_backward, parameter_gradients
+
+# Queries in a block. A causal block has queries²/2 scores in vain on its diagonal, a lower one multiplies less
+# efficiently.
+QUERIES = 64
+
+# Scores in a block, for each thread of a CPU: 4 MiB in fp32. Smaller blocks would stay in a core's cache between the
+# products and the mapping, but then Python, which gives the orders, takes a share: measured best at 512 and at 2,048
+# keys. A GPU is to be filled rather than spared.
+SCORES_PER_THREAD = 2**20
+SCORES_ON_GPU = 2**26
+
+
+# Keys from which on this pays.
+MIN_KEYS = 192
+
+
+class Masks(NamedTuple):
+    """What hides keys from queries.
+
+    Attributes:
+        causal: where a query sees only the keys up to its own position, :func:`causal_corner`; else None.
+        keys: (bsz · num_heads, 1, src_len), 0 or −inf, or None.
+        scores: (tgt_len, src_len), to be added, or None.
+    """
+
+    causal: Optional[Tensor] = None
+    keys: Optional[Tensor] = None
+    scores: Optional[Tensor] = None
+
+
+def causal_corner(query: Tensor) -> Tensor:
+    """What hides the last keys of a causal block: (QUERIES, QUERIES), −inf above the diagonal and 0 elsewhere."""
+    return query.new_full((QUERIES, QUERIES), float("-inf")).triu_(1)
+
+
+class BlockwiseMultiMax(Function):
+    """multimax(query · keyᵀ + masks) · value, head by head; differentiable once.
+
+    Args of ``apply``:
+        query: (heads, tgt_len, head_dim), scaled; ``heads`` are those of all sentences, bsz · num_heads.
+        key, value: (heads, src_len, head_dim).
+        thresholds, gains: as in :func:`..mappings.multimax.multimax`.
+        masks: the :class:`Masks`.
+
+    Returns:
+        (heads, tgt_len, head_dim), laid out in memory as (tgt_len, heads, head_dim).
+    """
+
+    @staticmethod
+    def forward(
+        ctx, query: Tensor, key: Tensor, value: Tensor, thresholds: Tensor, gains: Tensor, masks: Masks
+    ) -> Tensor:
+        parameters = thresholds.detach(), gains.detach()
+        output = _like(query)
+        # one head after the other in memory: products of such are a fifth faster than of projections as they come
+        query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
+        log_totals = []
+        for heads, queries, keys in _blocks(query, key, masks):
+            scores = _scores(query[heads, queries], key[heads, keys], masks, heads, queries, keys)
+            exponentials, factor, log_total = exponentials_rows(scores.flatten(0, 1), *parameters)
+            block = torch.bmm(exponentials.view_as(scores), value[heads, keys])
+            torch.mul(block, factor.view(*block.shape[:2], 1), out=output[heads, queries])
+            log_totals.append(log_total)
+        ctx.masks = masks
+        ctx.save_for_backward(query, key, value, *parameters, output, *log_totals)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
+        query, key, value, thresholds, gains, output, *log_totals = ctx.saved_tensors
+        grad = grad.contiguous()
+        expected_grads = torch.linalg.vecdot(grad, output).to(log_totals[0].dtype)
+        grad_query, grad_key, grad_value = _like(query), _like(key), _like(value)
+        moments = []
+        for (heads, queries, keys), log_total in zip(_blocks(query, key, ctx.masks), log_totals):
+            q, k, v, g = query[heads, queries], key[heads, keys], value[heads, keys], grad[heads, queries]
+            scores = _scores(q, k, ctx.masks, heads, queries, keys)
+            probabilities, grad_scores, block_moments = exponentials_rows_backward(
+                scores.flatten(0, 1),
+                torch.bmm(g, v.transpose(1, 2)).flatten(0, 1),
+                log_total,
+                expected_grads[heads, queries].reshape(-1, 1),
+                thresholds,
+                gains,
+            )
+            moments.append(block_moments)
+            grad_scores = grad_scores.view_as(scores)
+            torch.bmm(grad_scores, k, out=grad_query[heads, queries])
+            if queries.stop == query.size(1):  # the first block of these heads: it sees all keys
+                grad_k, grad_v = (k.new_zeros(k.shape, dtype=log_total.dtype) for _ in range(2))
+            _add_product(grad_k[:, keys], grad_scores, q)
+            _add_product(grad_v[:, keys], probabilities.view_as(scores), g)
+            if queries.start == 0:  # the last one
+                grad_key[heads], grad_value[heads] = grad_k, grad_v
+        return grad_query, grad_key, grad_value, *parameter_gradients(torch.stack(moments).sum(0), gains), None
+
+
+def blockwise_multimax(
+    query: Tensor, key: Tensor, value: Tensor, thresholds: Tensor, gains: Tensor, masks: Masks
+) -> Tensor:
+    """:class:`BlockwiseMultiMax` in the dtype of ``query``, also where autocast would choose another."""
+    with torch.autocast(query.device.type, enabled=False):
+        return BlockwiseMultiMax.apply(query, key.to(query.dtype), value.to(query.dtype), thresholds, gains, masks)
+
+
+def _like(tensor: Tensor) -> Tensor:
+    """An empty tensor of this shape, (heads, length, head_dim), with length first in memory, as in projections."""
+    heads, length, head_dim = tensor.shape
+    return tensor.new_empty(length, heads, head_dim).transpose(0, 1)
+
+
+def _blocks(query: Tensor, key: Tensor, masks: Masks) -> Iterator[Tuple[slice, slice, slice]]:
+    """The blocks, as slices of heads, of queries, from the last to the first, and of the keys that these may see."""
+    (num_heads, tgt_len, _), src_len = query.shape, key.size(1)
+    size = SCORES_PER_THREAD * torch.get_num_threads() if query.device.type == "cpu" else SCORES_ON_GPU
+    count = max(size // (min(QUERIES, tgt_len) * src_len), 1)
+    for head in range(0, num_heads, count):
+        for start in reversed(range(0, tgt_len, QUERIES)):
+            end = min(start + QUERIES, tgt_len)
+            yield slice(head, head + count), slice(start, end), slice(0, src_len if masks.causal is None else end)
+
+
+def _scores(q: Tensor, k: Tensor, masks: Masks, heads: slice, queries: slice, keys: slice) -> Tensor:
+    """The masked scores of a block, (heads, queries, keys), from the queries and keys in it."""
+    scores = torch.bmm(q, k.transpose(1, 2))
+    if masks.causal is not None:
+        count = queries.stop - queries.start
+        scores[:, :, queries].add_(masks.causal[:count, :count])
+    if masks.scores is not None:
+        scores.add_(masks.scores[queries, keys])
+    if masks.keys is not None:
+        scores.add_(masks.keys[heads, :, keys])
+    return scores
+
+
+def _add_product(total: Tensor, rows: Tensor, factor: Tensor) -> None:
+    """total += rowsᵀ · factor, in place; ``total`` may be of higher precision."""
+    if total.dtype == rows.dtype:
+        total.baddbmm_(rows.transpose(1, 2), factor)
+    else:
+        total.add_(torch.bmm(rows.transpose(1, 2), factor))

@@ -1,0 +1,123 @@
+"""Compiled or eager: who decides, what happens without a compiler, and how many kernels are made."""
+
+import logging
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from multimax_fairseq.mappings import MultiMax, backend
+from multimax_fairseq.mappings.backend import Kernel, row_blocks, set_backend
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch):
+    monkeypatch.delenv("MULTIMAX_BACKEND", raising=False)
+    monkeypatch.setattr(backend, "_chosen", "auto")
+    monkeypatch.setattr(backend, "_failure", "")
+
+
+def double(scores, thresholds, gains):
+    return 2 * scores
+
+
+ARGUMENTS = torch.randn(4, 6), torch.zeros(2, 2), torch.zeros(2, 2)
+
+
+def fail(*_, **__):
+    raise RuntimeError("no C++ compiler found\nand more")
+
+
+def test_the_environment_overrides_the_choice(monkeypatch):
+    assert backend.backend() == "auto"
+    set_backend("eager")
+    assert backend.backend() == "eager"
+    monkeypatch.setenv("MULTIMAX_BACKEND", "compiled")
+    assert backend.backend() == "compiled"
+
+
+def test_a_backend_that_does_not_exist(monkeypatch):
+    with pytest.raises(ValueError, match="--multimax-backend: there is no backend 'fast'; choose from: auto, c"):
+        set_backend("fast")
+    monkeypatch.setenv("MULTIMAX_BACKEND", "slow")
+    with pytest.raises(ValueError, match="MULTIMAX_BACKEND: there is no backend 'slow'"):
+        set_backend("auto")
+
+
+def test_without_a_compiler_one_warning_and_plain_pytorch(monkeypatch, caplog):
+    monkeypatch.setattr(torch, "compile", fail)
+    kernels = Kernel(double), Kernel(double)
+    with caplog.at_level(logging.WARNING):
+        for kernel in (*kernels, *kernels):
+            torch.testing.assert_close(kernel(*ARGUMENTS), 2 * ARGUMENTS[0])
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "no C++ compiler found" in caplog.text and "and more" not in caplog.text
+
+
+def test_without_a_compiler_but_told_to_compile(monkeypatch):
+    monkeypatch.setattr(torch, "compile", fail)
+    set_backend("compiled")
+    with pytest.raises(RuntimeError, match="no C"):
+        Kernel(double)(*ARGUMENTS)
+
+
+def test_a_machine_without_a_compiler():
+    """The real thing: a process whose compiler is not there."""
+    code = (
+        "import torch; from multimax_fairseq.mappings import MultiMax; "
+        "m = MultiMax(); x = torch.randn(3, 5, requires_grad=True); m(x).pow(2).sum().backward(); print(x.grad.shape)"
+    )
+    environment = {
+        "CXX": "/no/such/compiler",
+        "PATH": "",
+        "PYTHONPATH": ":".join(sys.path),
+        "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1",
+    }
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert "torch.Size([3, 5])" in result.stdout, result.stderr
+    assert result.stderr.count("MultiMax runs in plain PyTorch") == 1
+
+
+def test_eager_never_compiles(monkeypatch):
+    monkeypatch.setattr(torch, "compile", fail)
+    set_backend("eager")
+    assert torch.equal(Kernel(double)(*ARGUMENTS), 2 * ARGUMENTS[0])
+
+
+@pytest.mark.parametrize("shape", [(1, 5), (5, 1)])
+def test_single_scores_and_rows_stay_eager(shape, monkeypatch):
+    monkeypatch.setattr(torch, "compile", fail)
+    set_backend("compiled")
+    scores = torch.randn(shape)
+    assert torch.equal(Kernel(double)(scores, *ARGUMENTS[1:]), 2 * scores)
+
+
+def test_one_kernel_for_all_shapes():
+    """What an epoch and a generation run see: batches of any size, rows that grow from 1."""
+    set_backend("compiled")
+    module = MultiMax()
+    before = None
+    for shape in [(7, 5), (8, 4, 6, 6), (2, 300, 17), (64, 1, 33), (1, 1, 9), (3, 2), (2, 2), (40, 1), (160, 160)]:
+        scores = torch.randn(shape, requires_grad=True)
+        module(scores).pow(2).sum().backward()
+        before = before or counters["stats"]["unique_graphs"]
+    assert counters["stats"]["unique_graphs"] == before
+
+
+def test_the_first_call_is_announced(caplog):
+    set_backend("compiled")
+    with caplog.at_level(logging.INFO):
+        Kernel(double)(*ARGUMENTS)
+        assert "compiling double" in caplog.text and "compiled double in" in caplog.text
+
+
+def test_rows_in_blocks_where_eager_and_whole_where_compiled(monkeypatch):
+    monkeypatch.setattr(backend, "EAGER_BLOCK", 12)
+    scores = torch.arange(60.0).view(2, 5, 6)
+    for name, heights in (("eager", [2, 2, 2, 2, 2]), ("compiled", [10])):
+        set_backend(name)
+        blocks = [block for (block,) in row_blocks(Kernel(double), scores)]
+        assert [len(block) for block in blocks] == heights
+        assert torch.equal(torch.cat(blocks), scores.view(10, 6))

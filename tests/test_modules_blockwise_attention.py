@@ -1,0 +1,209 @@
+"""Attention block by block against all of it at once, in float64 by autograd, and as part of fairseq's module."""
+
+import math
+
+import pytest
+import torch
+from fairseq.modules import MultiheadAttention
+
+from multimax_fairseq.mappings import build_mapping
+from multimax_fairseq.mappings.multimax import multimax_formula
+from multimax_fairseq.modules import MappedMultiheadAttention, attention, blockwise_attention
+from multimax_fairseq.modules.blockwise_attention import Masks, blockwise_multimax, causal_corner
+
+HEADS, HEAD_DIM = 6, 5
+INF = float("inf")
+
+
+@pytest.fixture(params=["compiled", "eager"], autouse=True)
+def backend(request, monkeypatch):
+    monkeypatch.setenv("MULTIMAX_BACKEND", request.param)
+
+
+@pytest.fixture(params=[(3, 40), (64, 2**20), (4, 1)], ids=lambda sizes: "{} queries, {} scores".format(*sizes))
+def blocks(request, monkeypatch):
+    """Small blocks, one block, and blocks of a single head."""
+    queries, scores = request.param
+    monkeypatch.setattr(blockwise_attention, "QUERIES", queries)
+    monkeypatch.setattr(blockwise_attention, "SCORES_PER_THREAD", scores)
+
+
+def case(tgt_len, src_len, order=2, dtype=torch.float64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+
+    query, key, value = (draw(HEADS, length, HEAD_DIM) for length in (tgt_len, src_len, src_len))
+    return [query, key, value, draw(order, 2), draw(order, 2)]
+
+
+def padding(src_len):
+    """Some keys of the second half of the heads hidden, all of those of the last head."""
+    keys = torch.zeros(HEADS, 1, src_len, dtype=torch.float64)
+    keys[HEADS // 2 :, :, src_len // 2 :] = -INF
+    keys[-1] = -INF
+    return keys
+
+
+def whole(query, key, value, thresholds, gains, mask):
+    return multimax_formula(query @ key.transpose(1, 2) + mask, thresholds, gains) @ value
+
+
+MASKS = {
+    "none": lambda tgt, src: (Masks(), torch.zeros(tgt, src)),
+    "causal": lambda tgt, src: (
+        Masks(causal=causal_corner(torch.zeros(1, dtype=torch.float64))), torch.full((tgt, tgt), -INF).triu(1)
+    ),
+    "keys": lambda tgt, src: (Masks(keys=padding(src)), padding(src)),
+    "causal and keys": lambda tgt, src: (
+        Masks(causal=causal_corner(torch.zeros(1, dtype=torch.float64)), keys=padding(src)),
+        torch.full((tgt, tgt), -INF).triu(1) + padding(src),
+    ),
+    "scores": lambda tgt, src: (
+        Masks(scores=-torch.arange(float(tgt * src), dtype=torch.float64).view(tgt, src).remainder(5)),
+        -torch.arange(float(tgt * src), dtype=torch.float64).view(tgt, src).remainder(5),
+    ),
+}  # fmt: skip
+
+
+def compare(inputs, masks, mask, **tolerance):
+    upstream = torch.randn(HEADS, inputs[0].size(1), HEAD_DIM, dtype=torch.float64)
+    expected = whole(*(tensor.double() for tensor in inputs), mask)
+    expected_grads = torch.autograd.grad((expected * upstream).sum(), inputs)
+    output = blockwise_multimax(*inputs, masks)
+    grads = torch.autograd.grad((output * upstream).sum(), inputs)
+    assert output.dtype == inputs[0].dtype
+    torch.testing.assert_close(output.double(), expected, **tolerance)
+    for grad, expected_grad in zip(grads, expected_grads):
+        scale = expected_grad.abs().max().double()
+        torch.testing.assert_close(grad / scale, expected_grad / scale, check_dtype=False, **tolerance)
+
+
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("name", MASKS)
+def test_output_and_gradients_are_those_of_the_formula(name, order, blocks):
+    tgt_len, src_len = (11, 11) if "causal" in name else (10, 13)
+    masks, mask = MASKS[name](tgt_len, src_len)
+    compare(case(tgt_len, src_len, order), masks, mask, atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [(torch.float32, 1e-5), (torch.bfloat16, 1e-1)],  # some ten roundings: 24 and 8 binary digits
+)
+def test_lower_precision_stays_close_to_double(dtype, tolerance, blocks):
+    inputs = case(11, 11, dtype=dtype)
+    with torch.no_grad():
+        inputs[4].mul_(0.125)  # gains as they are learned: σ of a score of 10 stays of the size of scores
+    corner = causal_corner(torch.zeros(1, dtype=dtype))
+    compare(inputs, Masks(causal=corner), torch.full((11, 11), -INF).triu(1), atol=tolerance, rtol=tolerance)
+
+
+def test_a_query_that_sees_no_key_gets_zeros_and_gives_none(blocks):
+    inputs = case(10, 13)
+    output = blockwise_multimax(*inputs, Masks(keys=padding(13)))
+    assert output[-1].eq(0).all()
+    grads = torch.autograd.grad(output.pow(2).sum(), inputs)
+    assert all(grad[-1].eq(0).all() for grad in grads[:3]) and all(torch.isfinite(grad).all() for grad in grads)
+
+
+def test_gradients_of_gradients_are_refused():
+    inputs = case(4, 4)
+    grads = torch.autograd.grad(blockwise_multimax(*inputs, Masks()).pow(2).sum(), inputs, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grads[0].sum().backward()
+
+
+def test_nothing_of_length_squared_is_kept(monkeypatch):
+    monkeypatch.setattr(blockwise_attention, "QUERIES", 4)
+    monkeypatch.setattr(blockwise_attention, "SCORES_PER_THREAD", 64)
+    length, kept = 64, []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda _: _):
+        blockwise_multimax(*case(length, length), Masks(causal=causal_corner(torch.zeros(1, dtype=torch.float64))))
+    assert sum(tensor.numel() for tensor in kept) <= HEADS * length * (4 * HEAD_DIM + 1) + 8
+
+
+# ---------------------------------------------------------------- as part of fairseq's attention
+
+
+def module(mapping="multimax", dropout=0.0, **options):
+    torch.manual_seed(0)
+    stock = MultiheadAttention(8, 2, dropout=dropout, **(options or {"self_attention": True}))
+    return MappedMultiheadAttention.adopt(stock, build_mapping(mapping), "decoder").double()
+
+
+def paths(monkeypatch, layer, *arguments, **options):
+    """What a layer gives, with the gradients of all of its parameters, blockwise and as a whole."""
+    results, taken = [], []
+    original = blockwise_multimax
+    monkeypatch.setattr(attention, "blockwise_multimax", lambda *args: taken.append(True) or original(*args))
+    for threshold in (1, math.inf):
+        monkeypatch.setattr(attention, "MIN_KEYS", threshold)
+        output, weights = layer(*arguments, need_weights=False, **options)
+        assert weights is None
+        layer.zero_grad()
+        output.pow(2).sum().backward()
+        results.append([output, *(parameter.grad for parameter in layer.parameters())])
+    assert len(taken) == 1
+    return results
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("mask", [None, torch.full((9, 9), -INF).triu(1), torch.full((9, 9), -1e8).triu(1),
+                                  torch.ones(9, 9, dtype=torch.bool).triu(1), torch.eye(9, dtype=torch.double)],
+                         ids=["none", "causal", "-1e8", "bool", "bias"])  # fmt: skip
+def test_self_attention_takes_either_path_to_the_same(mask, padded, monkeypatch, blocks):
+    x = torch.randn(9, 3, 8, dtype=torch.float64)
+    hidden = torch.zeros(3, 9, dtype=torch.bool)
+    hidden[1, 6:] = hidden[2, :2] = True
+    blockwise, plain = paths(
+        monkeypatch, module(), x, x, x, attn_mask=mask, key_padding_mask=hidden if padded else None
+    )
+    torch.testing.assert_close(blockwise, plain, atol=1e-12, rtol=1e-10)
+
+
+def test_cross_attention_takes_either_path_to_the_same(monkeypatch, blocks):
+    layer = module(encoder_decoder_attention=True)
+    x, memory = torch.randn(4, 3, 8, dtype=torch.float64), torch.randn(9, 3, 8, dtype=torch.float64)
+    hidden = torch.arange(9).expand(3, 9) >= torch.tensor([[9], [5], [2]])
+    blockwise, plain = paths(monkeypatch, layer, x, memory, memory, key_padding_mask=hidden, static_kv=True)
+    torch.testing.assert_close(blockwise, plain, atol=1e-12, rtol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("layer", "call"),
+    [
+        (lambda: module(dropout=0.5).train(), {}),
+        (lambda: module(), {"need_weights": True}),
+        (lambda: module(), {"need_head_weights": True}),
+        (lambda: module(), {"incremental_state": {}}),
+        (lambda: module("sparsemax"), {}),
+        (lambda: module(self_attention=True, add_zero_attn=True), {}),
+        (lambda: module(), {"attn_mask": torch.zeros(9, 9, dtype=torch.float64, requires_grad=True)}),
+    ],
+    ids=["dropout", "weights", "weights of heads", "decoding", "sparsemax", "zero_attn", "learned bias"],
+)
+def test_the_plain_path_where_the_other_does_not_serve(layer, call, monkeypatch):
+    monkeypatch.setattr(attention, "MIN_KEYS", 1)
+    monkeypatch.setattr(attention, "blockwise_multimax", None)  # cannot be called
+    x = torch.randn(9, 3, 8, dtype=torch.float64)
+    output, _ = layer()(x, x, x, **{"need_weights": False, **call})
+    assert torch.isfinite(output).all()
+
+
+def test_dropout_in_evaluation_is_no_reason_for_the_plain_path(monkeypatch):
+    x = torch.randn(9, 3, 8, dtype=torch.float64)
+    blockwise, plain = paths(monkeypatch, module(dropout=0.5).eval(), x, x, x)
+    torch.testing.assert_close(blockwise, plain, atol=1e-12, rtol=1e-10)
+
+
+def test_under_autocast(monkeypatch):
+    monkeypatch.setattr(attention, "MIN_KEYS", 1)
+    layer, x = module().float(), torch.randn(9, 3, 8, requires_grad=True)
+    expected = layer(x, x, x, need_weights=False)[0]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = layer(x, x, x, need_weights=False)[0]
+    output.float().pow(2).sum().backward()
+    torch.testing.assert_close(output.float(), expected, atol=2e-2, rtol=2e-2)
+    assert torch.isfinite(x.grad).all()
