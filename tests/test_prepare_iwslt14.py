@@ -383,6 +383,11 @@ def test_download(tmp_path, server, downloader):
     assert len(server.requests) == 1
 
 
+def test_default_address(tmp_path, no_network):
+    message = fail(IWSLT14, "--out", tmp_path / "out", **no_network)
+    assert "de-en.tgz from http://dl.fbaipublicfiles.com/fairseq/data/iwslt14/de-en.tgz. " in message
+
+
 @pytest.mark.parametrize(
     ("trouble", "expected"),
     [
