@@ -44,6 +44,8 @@ EXAMPLE_ROWS, EXAMPLE_WIDTH = 3_072, 160
 # in use at a time, which fit into a cache of 2 MiB.
 EAGER_BLOCK = 2**17
 
+compile_seconds: Dict[str, float] = {}  # of this process, by kernel, all its dtypes together
+
 _chosen = "auto"
 _failure = ""  # why compiling is not tried again
 
@@ -129,7 +131,9 @@ class Kernel:
                 "(--multimax-backend eager, or %s=eager, says so from the start)", _failure, ENVIRONMENT_VARIABLE
             )
             return self.eager
-        logger.info("compiled %s in %.1f s", self.__name__, time.perf_counter() - start)
+        seconds = time.perf_counter() - start
+        compile_seconds[self.__name__] = compile_seconds.get(self.__name__, 0.0) + seconds
+        logger.info("compiled %s in %.1f s", self.__name__, seconds)
         return compiled
 
 

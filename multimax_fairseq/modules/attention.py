@@ -136,7 +136,7 @@ class MappedMultiheadAttention(MultiheadAttention):
         elif self.encoder_decoder_attention:
             value = key
         by_head = (-1, bsz * self.num_heads, self.head_dim)
-        queries = (self.q_proj(query) * self.scaling).view(by_head).transpose(0, 1)
+        queries = self.q_proj(query).mul_(self.scaling).view(by_head).transpose(0, 1)
         keys, values = (
             projection(tensor).view(by_head).transpose(0, 1)
             for projection, tensor in ((self.k_proj, key), (self.v_proj, value))

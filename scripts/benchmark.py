@@ -1,0 +1,530 @@
+"""How fast, and in how much memory, beside what fairseq and PyTorch ship.
+
+    python scripts/benchmark.py                                   # mapping, attention, step, output
+    python scripts/benchmark.py mapping attention --rounds 21
+    python scripts/benchmark.py generate epoch --data data/multi30k/data-bin --path softmax/checkpoint_best.pt
+
+Every comparison has its sides take turns in one process, and its figure is the median of their ratios: below 1 is
+faster, or less, than the first side. So it stands on a machine that is not quite idle, where times do not.
+
+    mapping    scores → probabilities, against torch's softmax: MultiMax, its formula in eager PyTorch, the others
+    attention  the module of fairseq, and what lies between its projections; the peak of memory
+    step       a training step of the IWSLT'14 and WikiText-103 models, against fairseq's own
+    output     output layer and loss at 267,744 types, against fairseq's cross-entropy: time, and the peak of memory
+               above weights and their gradients
+    generate   sentences a second of beam search. --path: a softmax checkpoint of this plugin, on --data; the other
+               side has its weights, and MultiMax with modulators at the identity: both find the same hypotheses
+    epoch      words a second of training on --data (translation), in a first and a second pass
+
+Kernels compiled, and the seconds that took, are counted at the end. A GPU is used if there is one.
+"""
+
+import argparse
+import gc
+import json
+import logging
+import multiprocessing
+import os
+import platform
+import statistics
+import time
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
+
+import torch
+import torch.nn.functional as F
+from fairseq import checkpoint_utils, options, tasks, utils
+from fairseq.data import Dictionary
+from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+from fairseq.modules import MultiheadAttention
+from fairseq.trainer import Trainer
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+from tqdm import tqdm
+
+import multimax_fairseq  # noqa: F401  registers the models
+from multimax_fairseq.mappings import MultiMax, build_mapping, chunked_cross_entropy, modulate
+from multimax_fairseq.mappings.backend import compile_seconds
+from multimax_fairseq.mappings.multimax import multimax_formula
+from multimax_fairseq.modules import MappedMultiheadAttention
+from multimax_fairseq.modules.blockwise_attention import Masks, blockwise_multimax, causal_corner
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+Rows = List[Dict[str, Any]]
+Sides = Dict[str, Callable[[], Any]]
+
+# ---------------------------------------------------------------- measuring
+
+
+def alternate(sides: Sides, rounds: int, warm_up: int = 2) -> Dict[str, List[float]]:
+    """Seconds of each side, in rounds in which the sides take turns."""
+    seconds: Dict[str, List[float]] = {name: [] for name in sides}
+    for number in tqdm(range(warm_up + rounds), leave=False, disable=None):
+        for name, side in sides.items():
+            synchronise()
+            start = time.perf_counter()
+            side()
+            synchronise()
+            if number >= warm_up:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def compare(case: str, sides: Sides, rounds: int) -> Rows:
+    """One row for each side: the median of its time, and of its ratio to the first side in the same round."""
+    seconds = alternate(sides, rounds)
+    first = next(iter(seconds.values()))
+    return [
+        {
+            "case": case,
+            "side": name,
+            "ratio": statistics.median(own / other for own, other in zip(times, first)),
+            "milliseconds": 1e3 * statistics.median(times),
+        }
+        for name, times in seconds.items()
+    ]
+
+
+def synchronise() -> None:
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def peak_bytes(side: Callable[[], Any]) -> int:
+    """How far a call raises the memory in use above what is in use before it."""
+    gc.collect()
+    if DEVICE.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        side()
+        return torch.cuda.max_memory_allocated() - before
+    Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak of resident memory starts again from here
+    before = resident("VmRSS")
+    side()
+    return resident("VmHWM") - before
+
+
+def resident(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(field))
+
+
+def in_new_process(function: Callable[..., int], *arguments: Any) -> int:
+    """``function(*arguments)`` in a process of its own, whose memory nothing else has touched."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_with_threads, (torch.get_num_threads(), function, arguments))
+
+
+def _with_threads(threads: int, function: Callable[..., int], arguments: Tuple) -> int:
+    torch.set_num_threads(threads)
+    return function(*arguments)
+
+
+def compare_memory(case: str, measure: Callable[..., int], sides: List[str], *arguments: Any) -> Rows:
+    """Like :func:`compare`, for the bytes that ``measure(side, *arguments)`` gives."""
+    peaks = {side: in_new_process(measure, side, *arguments) for side in sides}
+    first = peaks[sides[0]]
+    return [
+        {"case": case, "side": side, "ratio": peak / first, "megabytes": peak / 2**20} for side, peak in peaks.items()
+    ]
+
+
+# ---------------------------------------------------------------- mapping
+
+
+def benchmark_mapping(rounds: int) -> Iterator[Rows]:
+    for shape in ((512, 32, 32), (32, 512, 512)):
+        for masked in (False, True):
+            scores = torch.randn(shape, device=DEVICE)
+            if masked:
+                scores += future_mask(shape[-1])
+            upstream = torch.randn(shape, device=DEVICE)
+            sides = {name: mapping_sides(mapping, scores, upstream) for name, mapping in mappings().items()}
+            case = f"{shape}{' causal' if masked else ''}"
+            yield compare(f"{case} forward", {name: forward for name, (forward, _) in sides.items()}, rounds)
+            yield compare(f"{case} forward+backward", {name: both for name, (_, both) in sides.items()}, rounds)
+
+
+def mapping_sides(mapping: Callable[[Tensor], Tensor], scores: Tensor, upstream: Tensor) -> Tuple[Callable, Callable]:
+    """Forward alone, and forward with backward to the scores and to what the mapping has learned."""
+    wanted = [scores.clone().requires_grad_(), *(mapping.parameters() if isinstance(mapping, nn.Module) else ())]
+
+    def forward() -> None:
+        with torch.no_grad():
+            mapping(wanted[0])
+
+    return forward, lambda: torch.autograd.grad(mapping(wanted[0]), wanted, upstream)
+
+
+class Formula(MultiMax):
+    """MultiMax as it is written, left to autograd."""
+
+    def forward(self, scores: Tensor) -> Tensor:
+        return multimax_formula(scores, *self.parameters_in_use())
+
+
+def mappings() -> Dict[str, Callable[[Tensor], Tensor]]:
+    modules = {
+        "multimax": MultiMax(),
+        "multimax, formula": Formula(),
+        "sparsemax": build_mapping("sparsemax"),
+        "entmax15": build_mapping("entmax15"),
+        "entmax": build_mapping("entmax", alpha=1.3),
+        "evsoftmax": build_mapping("evsoftmax"),
+    }
+    softmax = {"torch softmax": lambda scores: scores.softmax(-1)}
+    return softmax | {name: module.to(DEVICE) for name, module in modules.items()}
+
+
+# ---------------------------------------------------------------- attention
+
+HEADS, WIDTH = 8, 512
+
+
+def benchmark_attention(rounds: int) -> Iterator[Rows]:
+    for bsz, length in ((4, 512), (2, 2_048)):
+        case = f"{bsz} × {length} tokens, causal, forward+backward"
+        yield compare(f"core, {case}", attention_core(bsz, length), rounds)
+        yield compare(f"module, {case}", attention_module(bsz, length), rounds)
+    for bsz, length in ((4, 512), (2, 2_048), (1, 8_192)):
+        case = f"module, {bsz} × {length} tokens, peak"
+        yield compare_memory(case, module_peak, ["stock", "multimax"], bsz, length)
+
+
+def attention_core(bsz: int, length: int) -> Sides:
+    """Between projections: stock fairseq leaves this to torch's scaled dot-product attention, with its mask."""
+    shape = length, bsz * HEADS, WIDTH // HEADS
+    # as projections give them: length first in memory, scores of standard deviation 2
+    inputs = [torch.randn(shape, device=DEVICE).mul_(0.5).transpose(0, 1).requires_grad_() for _ in range(3)]
+    upstream = torch.randn(shape, device=DEVICE).transpose(0, 1)
+    mask = future_mask(length)
+    multimax = MultiMax().to(DEVICE)
+
+    def stock() -> None:
+        by_sentence = (tensor.view(bsz, HEADS, length, -1) for tensor in inputs)
+        output = F.scaled_dot_product_attention(*by_sentence, mask, scale=1.0)
+        torch.autograd.grad(output, inputs, upstream.view(output.shape))
+
+    def blockwise() -> None:
+        parameters = multimax.parameters_in_use()
+        output = blockwise_multimax(*inputs, *parameters, Masks(causal=causal_corner(upstream)))
+        torch.autograd.grad(output, (*inputs, *parameters), upstream)
+
+    return {"stock": stock, "multimax": blockwise}
+
+
+def attention_module(bsz: int, length: int) -> Sides:
+    inputs = torch.randn(length, bsz, WIDTH, device=DEVICE, requires_grad=True)
+    upstream, mask = torch.randn(length, bsz, WIDTH, device=DEVICE), future_mask(length)
+
+    def side(name: str) -> Callable[[], None]:
+        module = attention(name)
+        return lambda: module(inputs, inputs, inputs, attn_mask=mask, need_weights=False)[0].backward(upstream)
+
+    return {name: side(name) for name in ("stock", "multimax")}
+
+
+def attention(name: str) -> nn.Module:
+    module = MultiheadAttention(WIDTH, HEADS, self_attention=True).to(DEVICE)
+    if name == "multimax":
+        module = MappedMultiheadAttention.adopt(module, MultiMax().to(DEVICE), "decoder")
+    return module
+
+
+def future_mask(length: int) -> Tensor:
+    return torch.full((length, length), float("-inf"), device=DEVICE).triu_(1)
+
+
+def module_peak(name: str, bsz: int, length: int) -> int:
+    module = attention(name)
+    mask = future_mask(length)
+
+    def run(length: int) -> None:
+        inputs = torch.randn(length, bsz, WIDTH, device=DEVICE, requires_grad=True)
+        visible = mask[:length, :length]
+        module(inputs, inputs, inputs, attn_mask=visible, need_weights=False)[0].sum().backward()
+
+    run(256)  # compiles, and makes the gradients of the weights
+    return peak_bytes(lambda: run(length))
+
+
+# ---------------------------------------------------------------- training step
+
+
+def benchmark_step(rounds: int) -> Iterator[Rows]:
+    yield compare("IWSLT'14, 64 × 24 tokens", step_sides(translation_step), rounds)
+    for bsz, length in ((4, 512), (2, 2_048)):
+        sides = step_sides(language_model_step, bsz, length)
+        yield compare(f"WikiText-103 with 6,000 types, {bsz} × {length} tokens", sides, rounds)
+
+
+def step_sides(build: Callable[..., Callable[[], None]], *arguments: Any) -> Sides:
+    return {"stock": build("", *arguments), "multimax": build("multimax_", *arguments)}
+
+
+def words(count: int) -> Dictionary:
+    dictionary = Dictionary()
+    for number in range(count - len(dictionary)):
+        dictionary.add_symbol(f"word{number}")
+    return dictionary
+
+
+def arguments_of(*arguments: Any) -> Any:
+    parser = options.get_training_parser()
+    return options.parse_args_and_arch(parser, [str(argument) for argument in arguments])
+
+
+def translation_step(prefix: str) -> Callable[[], None]:
+    args = arguments_of(
+        "none", "--arch", f"{prefix}transformer_iwslt_de_en", "--share-decoder-input-output-embed",
+        "--dropout", 0.3, "--criterion", "label_smoothed_cross_entropy", "--label-smoothing", 0.1,
+    )  # fmt: skip
+    task = tasks.TASK_REGISTRY["translation"](convert_namespace_to_omegaconf(args).task, words(8_848), words(6_632))
+    source, target = (torch.randint(4, 6_000, (64, 24), device=DEVICE) for _ in range(2))
+    lengths = torch.full((64,), 24, device=DEVICE)
+    net_input = {"src_tokens": source, "src_lengths": lengths, "prev_output_tokens": target}
+    return step_of(task, args, {"net_input": net_input, "target": target, "ntokens": target.numel()})
+
+
+def language_model_step(prefix: str, bsz: int, length: int) -> Callable[[], None]:
+    args = arguments_of(
+        "none", "--task", "language_modeling", "--arch", f"{prefix}transformer_lm", "--decoder-layers", 6,
+        "--decoder-embed-dim", 512, "--decoder-ffn-embed-dim", 2_048, "--decoder-attention-heads", 8,
+        "--share-decoder-input-output-embed", "--dropout", 0.1, "--tokens-per-sample", length,
+        "--criterion", "cross_entropy",
+    )  # fmt: skip
+    args.max_target_positions = length
+    dictionary = words(6_000)
+    task = tasks.TASK_REGISTRY["language_modeling"](args, dictionary, dictionary, targets=["future"])
+    source, target = (torch.randint(4, 6_000, (bsz, length), device=DEVICE) for _ in range(2))
+    lengths = torch.full((bsz,), length, device=DEVICE)
+    net_input = {"src_tokens": source, "src_lengths": lengths}
+    return step_of(task, args, {"net_input": net_input, "target": target, "ntokens": target.numel()})
+
+
+def step_of(task: Any, args: Any, sample: Dict[str, Any]) -> Callable[[], None]:
+    """Forward, backward and an update."""
+    torch.manual_seed(1)
+    cfg = convert_namespace_to_omegaconf(args)
+    model, criterion = task.build_model(cfg.model).to(DEVICE).train(), task.build_criterion(cfg.criterion)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-5)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        criterion(model, sample)[0].backward()
+        optimizer.step()
+
+    return step
+
+
+# ---------------------------------------------------------------- output layer
+
+TYPES = 267_744
+
+
+def benchmark_output(rounds: int) -> Iterator[Rows]:
+    for tokens in (512, 2_048):
+        for mapping in ("softmax", "multimax"):
+            case = f"{tokens:,} tokens × {TYPES:,} types, {mapping}"
+            sides = {name: output_side(name, mapping, tokens)[0] for name in ("stock", "chunked")}
+            yield compare(f"{case}, forward+backward", sides, max(rounds // 4, 3))
+            del sides
+            yield compare_memory(f"{case}, peak", output_peak, ["stock", "chunked"], mapping, tokens)
+
+
+def output_side(name: str, mapping: str, tokens: int) -> Tuple[Callable[[], None], Tuple[Tensor, ...]]:
+    """A projection and its loss, forward and backward; and what gets gradients."""
+    torch.manual_seed(0)
+    features = torch.randn(tokens, WIDTH, device=DEVICE, requires_grad=True)
+    weight = nn.Parameter(torch.randn(TYPES, WIDTH, device=DEVICE) * WIDTH**-0.5)
+    targets = torch.randint(4, TYPES, (tokens,), device=DEVICE)
+    parameters = MultiMax().to(DEVICE).parameters_in_use() if mapping == "multimax" else ()
+    learned = features, weight, *parameters
+
+    def stock() -> None:
+        logits = F.linear(features, weight)
+        if parameters:
+            logits = modulate(logits, *parameters)
+        F.nll_loss(utils.log_softmax(logits, dim=-1), targets, reduction="sum").backward()
+
+    def chunked() -> None:
+        chunked_cross_entropy(features, weight, targets, None, *(parameters or (None, None))).loss.backward()
+
+    return {"stock": stock, "chunked": chunked}[name], learned
+
+
+def output_peak(name: str, mapping: str, tokens: int) -> int:
+    side, learned = output_side(name, mapping, tokens)
+    for tensor in learned:  # so that a gradient is added to one that is there, as with tied embeddings
+        tensor.grad = torch.zeros_like(tensor)
+    return peak_bytes(side)
+
+
+# ---------------------------------------------------------------- generation and epochs, on data
+
+
+def benchmark_generate(rounds: int, data: Path, path: Path) -> Iterator[Rows]:
+    overrides = {"data": str(data)}
+    sides, batches = {}, None
+    for mapping in ("softmax", "multimax"):
+        chosen = {**overrides, "attention_mapping": mapping, "multimax_init": "identity"}
+        (model,), cfg, task = checkpoint_utils.load_model_ensemble_and_task([str(path)], arg_overrides=chosen)
+        cfg.generation.beam = 5
+        model = model.to(DEVICE).eval()
+        model.prepare_for_inference_(cfg)
+        generator = task.build_generator([model], cfg.generation)
+        if batches is None:
+            task.load_dataset("test")
+            dataset = task.dataset("test")
+            indices = dataset.ordered_indices()
+            batches = [
+                utils.move_to_cuda(batch) if DEVICE.type == "cuda" else batch
+                for batch in (dataset.collater([dataset[i] for i in part]) for part in in_parts(indices, 50))
+            ]
+        sides[mapping] = translating(task, model, generator, batches)
+    sentences = sum(batch["nsentences"] for batch in batches)
+    rows = compare(f"{sentences} sentences, beam 5", sides, max(rounds // 4, 3))
+    for row in rows:
+        row["sentences a second"] = 1e3 * sentences / row["milliseconds"]
+    yield rows
+
+
+def translating(task: Any, model: nn.Module, generator: Any, batches: List[Dict[str, Any]]) -> Callable[[], None]:
+    return lambda: [task.inference_step(generator, [model], batch) for batch in batches]
+
+
+def in_parts(indices: Any, size: int) -> List[Any]:
+    return [indices[start : start + size] for start in range(0, len(indices), size)]
+
+
+def benchmark_epoch(data: Path, updates: Optional[int]) -> Iterator[Rows]:
+    """Two epochs of fairseq's trainer, update by update in turns; compiling is part of the first."""
+    trainers = {name: trainer_of(prefix, data) for name, prefix in (("stock", ""), ("multimax", "multimax_"))}
+    for epoch in (1, 2):
+        seconds = dict.fromkeys(trainers, 0.0)
+        count = 0
+        batches = epoch_batches(next(iter(trainers.values())), epoch)
+        for batch in tqdm(batches[:updates], leave=False, disable=None):
+            count += batch["ntokens"]
+            for name, trainer in trainers.items():
+                start = time.perf_counter()
+                trainer.train_step([batch])
+                synchronise()
+                seconds[name] += time.perf_counter() - start
+        yield [
+            {
+                "case": f"epoch {epoch}, {len(batches[:updates])} updates",
+                "side": name,
+                "ratio": spent / seconds["stock"],
+                "words a second": count / spent,
+            }
+            for name, spent in seconds.items()
+        ]
+
+
+def trainer_of(prefix: str, data: Path) -> Trainer:
+    size = ["--encoder-layers", 4, "--encoder-embed-dim", 128, "--encoder-ffn-embed-dim", 256,
+            "--encoder-attention-heads", 4, "--decoder-layers", 4, "--decoder-embed-dim", 128,
+            "--decoder-ffn-embed-dim", 256, "--decoder-attention-heads", 4, "--share-all-embeddings"]  # fmt: skip
+    args = arguments_of(
+        data, "--arch", f"{prefix}transformer", *size, "--dropout", 0.3,
+        "--criterion", "label_smoothed_cross_entropy", "--label-smoothing", 0.1,
+        "--optimizer", "adam", "--lr", 5e-4, "--max-tokens", 4_096, "--num-workers", 0,
+        *([] if DEVICE.type == "cuda" else ["--cpu"]),
+    )  # fmt: skip
+    cfg = convert_namespace_to_omegaconf(args)
+    task = tasks.setup_task(cfg.task)
+    task.load_dataset("train")
+    torch.manual_seed(1)
+    trainer = Trainer(cfg, task, task.build_model(cfg.model), task.build_criterion(cfg.criterion))
+    trainer.get_train_iterator(epoch=1)
+    trainer.begin_epoch(1)
+    return trainer
+
+
+def epoch_batches(trainer: Trainer, epoch: int) -> List[Dict[str, Any]]:
+    dataset = trainer.task.dataset("train")
+    batches = dataset.batch_by_size(dataset.ordered_indices(), max_tokens=4_096)
+    order = torch.randperm(len(batches), generator=torch.Generator().manual_seed(epoch)).tolist()
+    return [dataset.collater([dataset[index] for index in batches[number]]) for number in order]
+
+
+# ---------------------------------------------------------------- what is printed and written
+
+
+def show(rows: Rows) -> None:
+    figures = [key for key in rows[0] if key not in ("case", "side", "ratio")]
+    print(f"\n{rows[0]['case']}")
+    for row in rows:
+        rest = "  ".join(f"{row[key]:12,.2f} {key}" for key in figures)
+        print(f"  {row['side']:20}{row['ratio']:8.2f} ×  {rest}", flush=True)
+
+
+def machine() -> Dict[str, Any]:
+    return {
+        "device": torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"CPU, {platform.machine()}",
+        "threads": torch.get_num_threads(),
+        "load": os.getloadavg()[0],
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def compiled() -> Dict[str, Any]:
+    graphs, seconds = counters["stats"]["unique_graphs"], sum(compile_seconds.values())
+    return {"graphs": graphs, "kernels": len(compile_seconds), "seconds": seconds}
+
+
+def main() -> None:
+    sections = {
+        "mapping": lambda: benchmark_mapping(args.rounds),
+        "attention": lambda: benchmark_attention(args.rounds),
+        "step": lambda: benchmark_step(args.rounds),
+        "output": lambda: benchmark_output(args.rounds),
+        "generate": lambda: benchmark_generate(args.rounds, args.data, args.path),
+        "epoch": lambda: benchmark_epoch(args.data, args.updates),
+    }
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"of: {', '.join(sections)}")
+    parser.add_argument("--rounds", type=int, default=15, help="rounds of a comparison (15)")
+    parser.add_argument("--threads", type=int, help="threads on a CPU (what PyTorch takes)")
+    parser.add_argument("--data", type=Path, help="binarised translation data, for generate and epoch")
+    parser.add_argument("--path", type=Path, help="a softmax checkpoint on that data, for generate")
+    parser.add_argument("--updates", type=int, help="updates of an epoch (all)")
+    parser.add_argument("--json", type=Path, help="write all figures here too")
+    args = parser.parse_args()
+    chosen = args.sections or ["mapping", "attention", "step", "output"]
+    check(parser, args, chosen, list(sections))
+    logging.getLogger().setLevel(logging.WARNING)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+
+    results = {"machine": machine(), "rows": []}
+    print(results["machine"])
+    for section in chosen:
+        for rows in sections[section]():
+            show(rows)
+            results["rows"] += [{"section": section, **row} for row in rows]
+    results["compiled"] = compiled()
+    print("\ncompiled: {graphs} graphs of {kernels} kernels in {seconds:.1f} s".format(**results["compiled"]))
+    if args.json:
+        args.json.write_text(json.dumps(results, indent=2) + "\n")
+
+
+def check(parser: argparse.ArgumentParser, args: argparse.Namespace, chosen: List[str], sections: List[str]) -> None:
+    """End with a message, before any long work, where an argument is wrong or missing."""
+    for section in chosen:
+        if section not in sections:
+            parser.error(f"there is no section {section!r}; choose from: {', '.join(sections)}")
+    if {"generate", "epoch"} & set(chosen) and not (args.data and (args.data / "dict.de.txt").is_file()):
+        parser.error("generate and epoch need --data DATA_BIN, German-English translation data that is binarised")
+    if "generate" in chosen and not (args.path and args.path.is_file()):
+        parser.error("generate needs --path CHECKPOINT, trained with --attention-mapping softmax on this data")
+    if args.rounds < 1:
+        parser.error("--rounds takes 1 or more")
+    if args.json and not args.json.parent.is_dir():
+        parser.error(f"--json: there is no folder {args.json.parent}")
+
+
+if __name__ == "__main__":
+    main()
