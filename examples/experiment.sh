@@ -16,7 +16,8 @@
 #   --data DIR             made by the prepare script, which is run if DIR has no data-bin (default: data/EXPERIMENT)
 #   --archive FILE         of the data: the prepare script takes it instead of a download
 #   --from DIR             the same with a folder, for Multi30k
-#   --out DIR              checkpoints, logs, scores (default: runs/EXPERIMENT/MAPPING-seedN)
+#   --runs DIR             for checkpoints, logs and scores, a folder a run (default: runs/EXPERIMENT), or
+#   --out DIR              the folder of this run (default: MAPPING-seedN, and what else was chosen, in --runs)
 #   --only STAGE           prepare, train or evaluate, and nothing else (default: what is not done yet of the three)
 #   --processes N          train on N GPUs; an update sees as many tokens as with one (default: 1)
 #   --launch COMMAND       what starts the processes instead of fairseq-train itself: "torchrun --nproc-per-node 4"
@@ -25,8 +26,9 @@
 #   -- OPTION ...          further options of fairseq-train
 #   --help                 show this text
 #
-# Run it again with the same options and it goes on where it was stopped; when all is done it says so. DIR/run.json has
-# the scores with what they were got with; `python scripts/results_table.py runs` makes tables of all below runs/.
+# Run it again with the same options and it goes on where it was stopped; when all is done it says so. The run's folder
+# has the scores in run.json, with all that they were got with: `python scripts/results_table.py runs` makes tables of
+# what is below runs/.
 
 # shellcheck shell=bash
 
@@ -69,6 +71,7 @@ terms=
 entmax_alpha=1.5
 seed=1
 data=
+runs=
 run= # --out
 source=()
 only=
@@ -96,6 +99,7 @@ parse_options() {
         --average) need_number "$1" "${2-}" 0; average=$2; shift 2 ;;
         --data) need_value "$@"; data=$2; shift 2 ;;
         --archive | --from) need_value "$@"; source=("$1" "$2"); shift 2 ;;
+        --runs) need_value "$@"; runs=$2; shift 2 ;;
         --out) need_value "$@"; run=$2; shift 2 ;;
         --only) need_choice "$@"; only=$2; shift 2 ;;
         --processes) need_number "$1" "${2-}" 1; processes=$2; shift 2 ;;
@@ -321,7 +325,7 @@ run_experiment() {
         folder=smoke/$experiment
     fi
     data=${data:-data/$folder}
-    run=${run:-runs/$folder/$(run_name)}
+    run=${run:-${runs:-runs/$folder}/$(run_name)}
     compose_command
     if [[ -n $dry_run ]]; then
         quoted "${train_command[@]}"

@@ -7,7 +7,7 @@
 #   --checkpoint FILE      a checkpoint; several, joined by ':', make an ensemble
 #   --reference FILE       the test set in the target language, as published: one sentence a line
 #   --sentencepiece FILE   the model that the data was cut into pieces with, or
-#   --moses-bpe FILE       the BPE codes of a data set that was tokenised as Moses does it and lowercased: pieces are
+#   --moses LANGUAGE       the data are BPE units of lower-case Moses tokens, as scripts/prepare_iwslt14.sh makes them:
 #                          joined, detokenised, and scored without regard to case. Without either of the two the
 #                          tokens are words and punctuation, which is moved back to the word before it
 #   --beam N               (default: 5)
@@ -25,7 +25,7 @@ data_bin=
 checkpoint=
 reference=
 sentencepiece=
-moses_bpe=
+moses= # the target language
 beam=5
 prefix= # --out
 
@@ -37,7 +37,7 @@ while (($#)); do
     --checkpoint) need_value "$@"; checkpoint=$2; shift 2 ;;
     --reference) need_value "$@"; reference=$2; shift 2 ;;
     --sentencepiece) need_value "$@"; sentencepiece=$2; shift 2 ;;
-    --moses-bpe) need_value "$@"; moses_bpe=$2; shift 2 ;;
+    --moses) need_value "$@"; moses=$2; shift 2 ;;
     --beam) need_number "$1" "${2-}" 1; beam=$2; shift 2 ;;
     --out) need_value "$@"; prefix=$2; shift 2 ;;
     *) die "unknown option '$1'; see --help" ;;
@@ -45,37 +45,19 @@ while (($#)); do
 done
 [[ -n $data_bin && -n $checkpoint && -n $reference && -n $prefix ]] ||
     die "--data-bin, --checkpoint, --reference and --out are required; see --help"
-[[ -z $sentencepiece || -z $moses_bpe ]] || die "--sentencepiece and --moses-bpe exclude each other; see --help"
+[[ -z $sentencepiece || -z $moses ]] || die "--sentencepiece and --moses exclude each other; see --help"
 [[ -d $data_bin ]] || die "--data-bin $data_bin: there is no such folder"
 IFS=: read -r -a checkpoints <<<"$checkpoint"
-for file in "${checkpoints[@]}" "$reference" ${sentencepiece:+"$sentencepiece"} \
-    ${moses_bpe:+"$moses_bpe"}; do
+for file in "${checkpoints[@]}" "$reference" ${sentencepiece:+"$sentencepiece"}; do
     [[ -f $file ]] || die "$file: there is no such file"
 done
 need_tool fairseq-generate "activate the environment that holds fairseq"
 need_tool sacrebleu "$PYTHON -m pip install sacrebleu"
 
-# language_pair: "de en", as fairseq-preprocess has named its files: test.de-en.de.idx.
-language_pair() {
-    local file
-    for file in "$data_bin"/test.*-*.*.idx; do
-        file=${file##*/test.}
-        echo "${file%%.*}" | tr - ' '
-        return
-    done
-}
-
 pieces=()
 metric=()
-if [[ -n $sentencepiece ]]; then
-    pieces=(--bpe sentencepiece --sentencepiece-model "$sentencepiece")
-elif [[ -n $moses_bpe ]]; then
-    # fairseq detokenises into the language that it is told, which it reads from the data only for other purposes.
-    read -r source_lang target_lang < <(language_pair)
-    pieces=(--bpe subword_nmt --bpe-codes "$moses_bpe" --tokenizer moses
-        --source-lang "$source_lang" --target-lang "$target_lang")
-    metric=(--lowercase)
-fi
+[[ -z $sentencepiece ]] || pieces=(--bpe sentencepiece --sentencepiece-model "$sentencepiece")
+[[ -z $moses ]] || metric=(--lowercase)
 
 # Without --required-batch-size-multiple 1, fairseq's main branch leaves out up to 7 sentences that do not fill a batch.
 # What is written is built beside and renamed, so that a file that is there is whole.
@@ -88,8 +70,10 @@ mv "$prefix.generate.part" "$prefix.generate"
 
 # D-<index> <score> <sentence>, in order of length: back to the order of the reference.
 sed -n 's/^D-//p' "$prefix.generate" | sort -n -k 1,1 | cut -f 3 >"$prefix.tokens.part"
-if ((${#pieces[@]})); then
+if [[ -n $sentencepiece ]]; then
     mv "$prefix.tokens.part" "$prefix.hypotheses.part"
+elif [[ -n $moses ]]; then
+    "$PYTHON" "$scripts/iwslt14_text.py" decode --language "$moses" <"$prefix.tokens.part" >"$prefix.hypotheses.part"
 else
     detokenise <"$prefix.tokens.part" >"$prefix.hypotheses.part"
 fi

@@ -44,9 +44,9 @@ prepare() { bash "$scripts/prepare_iwslt14.sh" --out "$data" ${source[@]+"${sour
 
 prepare_smoke() {
     "$PYTHON" "$scripts/make_smoke_data.py" iwslt14 "$1.tgz"
-    bash "$scripts/prepare_iwslt14.sh" --out "$data" --archive "$1.tgz"
+    bash "$scripts/prepare_iwslt14.sh" --out "$data" --archive "$1.tgz" --merges 300
 }
 
-evaluate() { score_best_and_average "$data/raw/test.en" --moses-bpe "$data/bpe.codes"; }
+evaluate() { score_best_and_average "$data/raw/test.en" --moses en; }
 
 run_experiment "$@"
