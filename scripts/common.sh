@@ -14,24 +14,53 @@
 # shellcheck shell=bash
 
 PYTHON=${PYTHON:-python}
+STALL_SECONDS=${STALL_SECONDS:-60} # a download that brings nothing for so long has failed
 
+instead="--from FOLDER with files you already have" # of a download; a recipe may say otherwise
 out=        # where the result goes, absolute
 build=      # where it is built: OUT.partial.PID
 replaced=   # where the old OUT waits while --force puts the new one in its place
 settings=   # key=value lines; two runs with the same settings give the same OUT
 child=      # the running command that a signal has to stop
+explained=  # not empty: an error message has been shown
 
 # ---------------------------------------------------------------- messages and options
 
 info() { printf '%s\n' "$*"; }
 warn() { printf 'WARNING: %s\n' "$*" >&2; }
 die() {
-    printf 'ERROR: %s\n' "$*" >&2
+    printf 'ERROR: %s\n' "$*$(full_disk)" >&2
+    explained=yes
     exit 1
 }
 
 # show_help SCRIPT: print the comment that opens it.
 show_help() { awk 'NR > 1 { if (!/^#/) exit; sub(/^# ?/, ""); print }' "$1"; }
+
+# parse_options TABLE ARGUMENT ...: set the variables that TABLE names. A line of it is an option, its variable, and
+#
+#     text      the option takes a value, which must not be empty
+#     N         it takes a whole number, N or more
+#     =VALUE    it takes none, and sets the variable to VALUE
+parse_options() {
+    local table=$1 option variable kind
+    shift
+    while (($#)); do
+        case $1 in
+        --?*=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" ;; # --out=DIR is --out DIR
+        --help | -h) show_help "$0"; exit ;;
+        esac
+        read -r option variable kind < <(awk -v option="$1" 'NF && $1 == option' <<<"$table") ||
+            die "unknown option '$1'; see --help"
+        case $kind in
+        =*) set -- "$option" "${kind#=}" "${@:2}" ;;
+        text) need_value "$@" ;;
+        *) need_number "$option" "${2-}" "$kind" ;;
+        esac
+        printf -v "$variable" %s "$2"
+        shift 2
+    done
+}
 
 # need_value OPTION [VALUE ...]: stop unless a value follows the option.
 need_value() { [[ $# -ge 2 && -n $2 && $2 != --* ]] || die "$1 needs a value; see --help"; }
@@ -87,6 +116,16 @@ find_text() {
 # detokenise: move punctuation back to the word before it, from stdin to stdout.
 detokenise() { sed 's/ \([.,?!]\)/\1/g'; }
 
+# full_disk: a sentence for an error message if the disk of OUT is full (less than 1 MB is free), else nothing.
+full_disk() {
+    local free
+    [[ -n $out ]] || return 0
+    free=$(df -Pk "$(dirname "$out")" 2>/dev/null | awk 'NR == 2 { print $4 }') || return 0
+    if [[ $free =~ ^[0-9]+$ ]] && ((free < 1024)); then
+        printf '. The disk is full (%s kB are free in %s): make room and run the command again' "$free" "$(dirname "$out")"
+    fi
+}
+
 # count_lines FILE: counts a last line without newline, as fairseq does and wc -l does not.
 count_lines() { awk 'END { print NR }' "$1"; }
 
@@ -106,19 +145,33 @@ extract() {
 }
 
 # ---------------------------------------------------------------- is the source fit for use?
-# Each check takes the file to look at and the source it came from, which the message names.
+# Each check takes the file to look at; where it was unpacked from one, also its source, which the message names.
 
 # reject SOURCE REASON: stop; a download that is no good is not kept for the next run.
 reject() {
     if [[ $1 == "$out.download/"* ]]; then
-        rm -f "$1" "$1.part"
-        die "${1##*/}, as downloaded, $2. Run the command again to fetch it anew, or use --from FOLDER" \
-            "with files you already have"
+        rm -f "$1"
+        die "${1##*/}, as downloaded, $2. Run the command again to fetch it anew, or use $instead"
     fi
     die "$1 $2. Put a good copy in its place and run the command again"
 }
 
 is_web_page() { head -c 512 "$1" | LC_ALL=C grep -aiE '<!doctype html|<html' >/dev/null; }
+
+# unpack ARCHIVE FOLDER NAME ...: copy the files called NAME, in whatever folder of a tar or zip, to FOLDER.
+unpack() {
+    local archive=$1 status=0
+    info "unpacking ${archive##*/}"
+    if is_web_page "$archive"; then
+        reject "$archive" "is a web page, not an archive"
+    fi
+    supervise "$build/run.log" "$PYTHON" "$(dirname "${BASH_SOURCE[0]}")/unpack.py" "$@" || status=$?
+    case $status in
+    0) ;;
+    1) reject "$archive" "$(tail -n 1 "$build/run.log")" ;;
+    *) die "could not unpack $archive: $(tail -n 1 "$build/run.log")" ;;
+    esac
+}
 
 check_gzip() {
     if is_web_page "$1"; then
@@ -154,10 +207,10 @@ check_text() {
 
 # ---------------------------------------------------------------- long commands and interruption
 
-# run NAME COMMAND ...: run COMMAND with its output in a log, shown only if it fails. It gets its
-# own process group, so that a signal to the recipe stops it at once, worker processes included.
-run() {
-    local name=$1 log=$build/run.log status=0
+# supervise LOG COMMAND ...: run COMMAND, its output in LOG, and return its exit status. It gets its own process group, so
+# that a signal to the recipe stops it at once, worker processes included.
+supervise() {
+    local log=$1 status=0
     shift
     set -m
     "$@" </dev/null >"$log" 2>&1 &
@@ -165,11 +218,30 @@ run() {
     set +m
     wait "$child" || status=$?
     child=
+    return "$status"
+}
+
+# run NAME COMMAND ...: run COMMAND with its output in a log, shown only if it fails.
+run() {
+    local name=$1 log=$build/run.log status=0
+    shift
+    supervise "$log" "$@" || status=$?
     if ((status)); then
         tail -n 15 "$log" >&2
         die "$name failed (exit status $status); its last lines are above"
     fi
 }
+
+# run_with_progress NAME COMMAND ...: the same, but the terminal, if there is one, shows COMMAND's standard error.
+run_with_progress() {
+    if [[ -t 2 ]]; then
+        run "$1" with_shown_errors "${@:2}" 3>&2
+    else
+        run "$@"
+    fi
+}
+
+with_shown_errors() { exec "$@" 2>&3; }
 
 # binarise OPTION ...: fairseq-preprocess from $build/text to $build/data-bin; prints what it counted.
 binarise() {
@@ -190,7 +262,13 @@ stop_child() {
 }
 
 cleanup() {
+    local status=$? hint
     stop_child
+    # A command that failed has shown its own message, where set -e stopped the recipe; a full disk is worth saying.
+    if ((status > 0 && status < 128)) && [[ -z $explained ]]; then
+        hint=$(full_disk)
+        [[ -z $hint ]] || printf 'ERROR: stopped by the error above%s\n' "$hint" >&2
+    fi
     if [[ -n $replaced && -d $replaced && ! -e $out ]]; then
         rename "$replaced" "$out"
     fi
@@ -203,12 +281,16 @@ cleanup() {
 
 # begin_output OUT SETTINGS FORCE: see the top of this file. FORCE is empty or "yes".
 begin_output() {
+    local left
     out=$(absolute_path "$1")
     settings=$2
     if [[ -e $out ]]; then
         check_existing "$3"
     fi
     mkdir -p "$(dirname "$out")"
+    for left in "$out".partial.*; do
+        [[ ! -e $left ]] || warn "$left is there: from a run that is not over, or was killed; then remove it"
+    done
     build=$out.partial.$$
     trap cleanup EXIT
     trap 'exit 129' HUP
@@ -272,7 +354,8 @@ finish_output() {
 # ---------------------------------------------------------------- downloads
 # They wait in OUT.download until OUT is finished, so that an interrupted run need not start over.
 
-# begin_downloads URL: URL is where all of them come from; files from elsewhere are not mixed in.
+# begin_downloads SOURCE: SOURCE, an address or several, says where all of them come from; files from elsewhere are not
+# mixed in.
 begin_downloads() {
     local folder=$out.download
     if [[ -e $folder && "$(cat "$folder/url" 2>/dev/null)" != "$1" ]]; then
@@ -282,20 +365,58 @@ begin_downloads() {
     printf '%s\n' "$1" >"$folder/url"
 }
 
-# download URL FILE: fetch to FILE.part, resuming what an earlier run left, then move to FILE.
+# download FILE URL ...: fetch FILE from the first URL that has it. What the N-th has sent waits in FILE.partN, where
+# this or a later run resumes.
 download() {
-    local part=$2.part status=0
-    [[ ! -f $2 ]] || return 0
-    fetch "$1" "$part" || status=$?
-    if ((status == 2)) && [[ -s $part ]]; then
-        warn "$1 could not be resumed: starting over"
-        rm -f "$part"
-        status=0
-        fetch "$1" "$part" || status=$?
+    local file=$1 url part number=0
+    shift
+    [[ ! -f $file ]] || return 0
+    for url in "$@"; do
+        number=$((number + 1))
+        part=$file.part$number
+        if fetch_resuming "$url" "$part"; then
+            mv "$part" "$file"
+            return
+        fi
+        ((number == $#)) || warn "could not download $url: trying the next address"
+    done
+    die "could not download ${*: -1}. Run the command again to resume, or use $instead"
+}
+
+# choose_archive DEFAULT ENVIRONMENT: settle where a recipe's one archive comes from: $archive, a file that is there
+# already, or $url, one address or several with blanks between. Each argument may be such a list.
+choose_archive() {
+    [[ -z $archive || -z $url ]] || die "--archive and --url exclude each other; see --help"
+    if [[ -n $archive ]]; then
+        [[ -f $archive ]] || die "--archive $archive: there is no such file"
+        archive=$(absolute_path "$archive")
+    else
+        url=${url:-${2:-$1}}
     fi
-    ((status == 0)) || die "could not download $1. Run the command again to resume," \
-        "or get the files another way and use --from FOLDER"
-    mv "$part" "$2"
+}
+
+# fetch_archive NAME: download the archive from $url, unless $archive is there already; then $archive is its path.
+fetch_archive() {
+    local urls
+    [[ -z $archive ]] || return 0
+    read -r -a urls <<<"$url"
+    info "downloading from ${urls[0]}"
+    begin_downloads "$url"
+    archive=$out.download/$1
+    download "$archive" "${urls[@]}"
+}
+
+# fetch_resuming URL FILE: fetch, from the start if the server refuses to go on where FILE ends.
+fetch_resuming() {
+    local status=0
+    fetch "$1" "$2" || status=$?
+    if ((status == 2)) && [[ -s $2 ]]; then
+        warn "$1 could not be resumed: starting over"
+        rm -f "$2"
+        status=0
+        fetch "$1" "$2" || status=$?
+    fi
+    return "$status"
 }
 
 # fetch URL FILE: returns 2 if the server refused the request (perhaps only the resuming of FILE).
@@ -307,7 +428,7 @@ fetch() {
         fetch_with_wget "$@" &
     else
         die "neither curl nor wget was found: install one of them (for example: apt-get install curl)," \
-            "or use --from FOLDER with files you already have"
+            "or use $instead"
     fi
     child=$!
     wait "$child" || status=$?
@@ -319,13 +440,14 @@ fetch() {
 }
 
 fetch_with_curl() {
-    local options=(--fail --location --retry 2 --connect-timeout 30 --speed-time 60 --speed-limit 1)
+    local options=(--fail --location --retry 2 --connect-timeout 30
+        --speed-time "$STALL_SECONDS" --speed-limit 1)
     if [[ -t 2 ]]; then options+=(--progress-bar); else options+=(--silent --show-error); fi
     exec curl "${options[@]}" --continue-at - --output "$2" "$1"
 }
 
 fetch_with_wget() {
-    local options=(--tries 3 --timeout 30)
+    local options=(--tries 3 --timeout "$STALL_SECONDS")
     if [[ -t 2 ]]; then options+=(--quiet --show-progress); else options+=(--no-verbose); fi
     exec wget "${options[@]}" --continue --output-document "$2" "$1"
 }

@@ -7,8 +7,8 @@
 
 Names, folders, compression and markup are those of the published data; the sentences come from the grammar of
 make_demo_corpus.py, written as one would write them: capitals, no blank before punctuation. Besides, every 97 pairs,
-IWSLT's training text has one that tests the cleaning: tags, quotes, abbreviations, numbers, an empty side, lengths that
-do not match. The same --sentences and --seed give the same bytes.
+IWSLT's training text has one that tests the cleaning: tags, quotes, abbreviations, numbers, an empty side, lengths
+that do not match. The same --sentences and --seed give the same bytes.
 """
 
 from __future__ import annotations

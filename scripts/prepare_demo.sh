@@ -26,16 +26,11 @@ scripts=$(cd "$(dirname "$0")" >/dev/null && pwd)
 # shellcheck source=scripts/common.sh
 source "$scripts/common.sh"
 
-while (($#)); do
-    case $1 in
-    --*=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" ;; # --out=DIR is --out DIR
-    --help | -h) show_help "$0"; exit ;;
-    --force) force=yes; shift ;;
-    --out) need_value "$@"; target=$2; shift 2 ;;
-    --seed) need_number "$1" "${2-}" 0; seed=$2; shift 2 ;;
-    *) die "unknown option '$1'; see --help" ;;
-    esac
-done
+parse_options "
+--out    target  text
+--seed   seed    0
+--force  force   =yes
+" "$@"
 [[ -n $target ]] || die "--out DIR is required; see --help"
 
 need_python

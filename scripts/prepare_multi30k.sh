@@ -53,24 +53,15 @@ scripts=$(cd "$(dirname "$0")" >/dev/null && pwd)
 # shellcheck source=scripts/common.sh
 source "$scripts/common.sh"
 
-parse_options() {
-    while (($#)); do
-        case $1 in
-        --*=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" ;; # --out=DIR is --out DIR
-        --help | -h) show_help "$0"; exit ;;
-        --no-checksum) checksum=; shift ;;
-        --force) force=yes; shift ;;
-        --out) need_value "$@"; target=$2; shift 2 ;;
-        --from) need_value "$@"; folder=$2; shift 2 ;;
-        --url) need_value "$@"; url=$2; shift 2 ;;
-        --vocab-size) need_number "$1" "${2-}" 1; vocab_size=$2; shift 2 ;;
-        --workers) need_number "$1" "${2-}" 1; workers=$2; shift 2 ;;
-        *) die "unknown option '$1'; see --help" ;;
-        esac
-    done
-    [[ -n $target ]] || die "--out DIR is required; see --help"
-    [[ -z $folder || -z $url ]] || die "--from and --url exclude each other; see --help"
-}
+readonly OPTIONS="
+--out          target      text
+--from         folder      text
+--url          url         text
+--no-checksum  checksum    =
+--vocab-size   vocab_size  1
+--workers      workers     1
+--force        force       =yes
+"
 
 # source_name SPLIT: what the repository calls fairseq's split.
 source_name() {
@@ -141,7 +132,7 @@ extract_downloads() {
         for language in "${LANGUAGES[@]}"; do
             name=$(source_name "$split").$language
             source=$out.download/$name.gz
-            download "$url/$name.gz" "$source"
+            download "$source" "$url/$name.gz"
             extract "$source" "$build/raw/$split.$language"
             check_text "$build/raw/$split.$language" "$source"
             [[ -z $checksum ]] || is_known "$build/raw/$split.$language" "$name" ||
@@ -175,7 +166,9 @@ learn_and_apply_bpe() {
 }
 
 main() {
-    parse_options "$@"
+    parse_options "$OPTIONS" "$@"
+    [[ -n $target ]] || die "--out DIR is required; see --help"
+    [[ -z $folder || -z $url ]] || die "--from and --url exclude each other; see --help"
     need_python
     need_module sentencepiece
     need_fairseq

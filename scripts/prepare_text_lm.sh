@@ -37,22 +37,14 @@ scripts=$(cd "$(dirname "$0")" >/dev/null && pwd)
 # shellcheck source=scripts/common.sh
 source "$scripts/common.sh"
 
-parse_options() {
-    while (($#)); do
-        case $1 in
-        --*=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" ;; # --out=DIR is --out DIR
-        --help | -h) show_help "$0"; exit ;;
-        --force) force=yes; shift ;;
-        --out) need_value "$@"; target=$2; shift 2 ;;
-        --from) need_value "$@"; folder=$2; shift 2 ;;
-        --min-count) need_number "$1" "${2-}" 0; min_count=$2; shift 2 ;;
-        --max-vocab) need_number "$1" "${2-}" 5; max_vocab=$2; shift 2 ;;
-        --workers) need_number "$1" "${2-}" 1; workers=$2; shift 2 ;;
-        *) die "unknown option '$1'; see --help" ;;
-        esac
-    done
-    [[ -n $target ]] || die "--out DIR is required; see --help"
-}
+readonly OPTIONS="
+--out        target     text
+--from       folder     text
+--min-count  min_count  0
+--max-vocab  max_vocab  5
+--workers    workers    1
+--force      force      =yes
+"
 
 choose_source() {
     if [[ -z $folder && -n ${MULTIMAX_DATA:-} && -d $MULTIMAX_DATA/brown ]]; then
@@ -90,7 +82,8 @@ check_unknown() {
 }
 
 main() {
-    parse_options "$@"
+    parse_options "$OPTIONS" "$@"
+    [[ -n $target ]] || die "--out DIR is required; see --help"
     need_python
     need_fairseq
     choose_source

@@ -1,0 +1,287 @@
+#!/usr/bin/env python
+"""IWSLT'14 German-English: from the published files to subword units, line for line what fairseq's recipe makes.
+
+    python scripts/iwslt14_text.py prepare --from de-en --out DIR           # all of it
+    python scripts/iwslt14_text.py encode --codes DIR/bpe.codes --language de < raw > subwords
+    python scripts/iwslt14_text.py decode --language en < subwords > text
+
+`prepare` writes DIR/raw (the sentences as they were), DIR/text (the same in subwords) and DIR/bpe.codes. In order:
+markup goes; Moses tokenisation, with its escapes (&apos; and the like); of the training text, pairs of 1 to 175
+tokens stay if neither side is more than 1.5 times as long as the other; lower case; every 23rd pair of what stayed is
+for validation; joint BPE, learned on the others, both languages together.
+
+`encode` and `decode` go line by line and flush every line, so they can stand before and after fairseq-interactive. A
+decoded sentence is in lower case.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shutil
+import signal
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from itertools import chain, zip_longest
+from pathlib import Path
+
+import regex
+import sacremoses
+from subword_nmt.apply_bpe import BPE
+from subword_nmt.learn_bpe import learn_bpe
+from tqdm import tqdm
+
+LANGUAGES = ("de", "en")
+SPLITS = ("train", "valid", "test")
+TEST_SETS = ("TED.dev2010", "TEDX.dev2012", "TED.tst2010", "TED.tst2011", "TED.tst2012")  # in this order
+
+LINES_WITHOUT_TEXT = ("<url>", "<talkid>", "<keywords>")
+TAGS_AROUND_TEXT = re.compile("</?(?:title|description)>")
+SEGMENT_TAGS = re.compile(r'<seg id="[0-9]*">\s*|\s*</seg>\s*')
+
+MOST_TOKENS = 175
+GREATEST_RATIO = 1.5
+LONGEST_TOKEN = 1000  # characters
+EVERY_NTH_IS_VALID = 23
+BPE_SEPARATOR = "@@"  # ends a subword unit that does not end its word
+
+
+# ---------------------------------------------------------------------- tokens
+
+
+class MosesTokenizer(sacremoses.MosesTokenizer):
+    """Moses' tokenizer.perl, to the letter.
+
+    sacremoses differs from the Perl script (its version of 2019 and later) in three things, which this puts right:
+
+    - A full stop that ends the line is a token of its own, even after an abbreviation ("usw .").
+    - Letters and digits are those of Unicode. sacremoses has lists of an older one, without Chinese and Korean, so
+      that it takes such words apart.
+    - The control characters U+001C to U+001F are dropped. Python's regular expressions take them for white space.
+    """
+
+    def __init__(self, language: str) -> None:
+        super().__init__(language)
+        for name in ("PAD_NOT_ISALNUM", "COMMA_SEPARATE_1", "COMMA_SEPARATE_2", "COMMA_SEPARATE_3"):
+            setattr(self, name, with_unicode_classes(getattr(self, name)))
+        self.ENGLISH_SPECIFIC_APOSTROPHE = list(map(with_unicode_classes, self.ENGLISH_SPECIFIC_APOSTROPHE))
+
+    def islower(self, text: str) -> bool:
+        return text.islower()
+
+    def isanyalpha(self, text: str) -> bool:
+        return bool(regex.search(r"\p{Alphabetic}", text))
+
+    def handles_nonbreaking_prefixes(self, text: str) -> str:
+        return re.sub(r"(?<=\S)\.$", " .", super().handles_nonbreaking_prefixes(text))
+
+    def __call__(self, line: str) -> str:
+        return self.tokenize(re.sub("[\x1c-\x1f]", "", line), return_str=True)
+
+
+def with_unicode_classes(rule: tuple[re.Pattern, str]) -> tuple[regex.Pattern, str]:
+    """A rule of sacremoses with Unicode's classes for the characters that it enumerates."""
+    pattern, replacement = rule
+    source = pattern.pattern
+    for characters, unicode_class in (
+        (sacremoses.MosesTokenizer.IsAlnum, r"\p{Alphabetic}\p{Nd}"),
+        (sacremoses.MosesTokenizer.IsAlpha, r"\p{Alphabetic}"),
+        (sacremoses.MosesTokenizer.IsN, r"\p{N}"),
+    ):
+        source = source.replace(characters, unicode_class)
+    return regex.compile(source), replacement
+
+
+def lower_case(text: str) -> str:
+    """As Perl does it: Σ always becomes σ, where Python writes ς at the end of a word."""
+    return text.replace("Σ", "σ").lower()
+
+
+def is_clean(german: str, english: str) -> bool:
+    """Would Moses' clean-corpus-n keep this pair of tokenised sentences?"""
+    lengths = len(german.split(" ")), len(english.split(" "))
+    return (
+        bool(german and english)
+        and max(lengths) <= MOST_TOKENS
+        and max(lengths) <= GREATEST_RATIO * min(lengths)
+        and max(map(len, chain(german.split(" "), english.split(" ")))) <= LONGEST_TOKEN
+    )
+
+
+# ---------------------------------------------------------------------- the published files
+
+
+def read_lines(path: Path, progress: tqdm | None = None) -> Iterator[str]:
+    """Lines end at "\\n" and nowhere else. `progress` counts bytes.
+
+    Raises:
+        ValueError: a line is not UTF-8.
+    """
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if progress is not None:
+                progress.update(len(line))
+            try:
+                yield line.decode("utf-8").removesuffix("\n")
+            except UnicodeDecodeError:
+                raise ValueError(f"{path.name} is not UTF-8 (the first bad line is number {number})") from None
+
+
+def training_sentences(path: Path, progress: tqdm | None = None) -> Iterator[str]:
+    """The text of train.tags.de-en.*: sentences, titles and descriptions."""
+    for line in read_lines(path, progress):
+        if not any(tag in line for tag in LINES_WITHOUT_TEXT):
+            yield TAGS_AROUND_TEXT.sub("", line)
+
+
+def segments(path: Path) -> Iterator[str]:
+    """The sentences of a test set's XML, their curly apostrophes made straight."""
+    for line in read_lines(path):
+        if "<seg id" in line:
+            yield SEGMENT_TAGS.sub("", line).replace("’", "'")
+
+
+def in_pairs(german: Iterable[str], english: Iterable[str], names: str) -> Iterator[tuple[str, str]]:
+    """Zip that stops at an error.
+
+    Raises:
+        ValueError: one side has more sentences.
+    """
+    for number, (left, right) in enumerate(zip_longest(german, english)):
+        if left is None or right is None:
+            longer = "German" if right is None else "English"
+            raise ValueError(f"{names}: more sentences in {longer} than the other language's {number}")
+        yield left, right
+
+
+# ---------------------------------------------------------------------- prepare
+
+
+def write_pairs(source: Path, out: Path) -> None:
+    """out/raw and out/tokens: the sentences of each split as they were, and as lower-case tokens.
+
+    Raises:
+        ValueError: a file is not UTF-8, or the two languages do not match.
+    """
+    tokenisers = [MosesTokenizer(language) for language in LANGUAGES]
+    with ExitStack() as stack:
+        files = {}
+        for folder in ("raw", "tokens"):
+            (out / folder).mkdir()
+            for split in SPLITS:
+                paths = [out / folder / f"{split}.{language}" for language in LANGUAGES]
+                files[folder, split] = [
+                    stack.enter_context(path.open("w", encoding="utf-8", newline="\n")) for path in paths
+                ]
+
+        def write(split: str, raw: Sequence[str], tokens: Sequence[str]) -> None:
+            for side in range(len(LANGUAGES)):
+                files["raw", split][side].write(f"{raw[side]}\n")
+                files["tokens", split][side].write(f"{lower_case(tokens[side])}\n")
+
+        paths = [source / f"train.tags.de-en.{language}" for language in LANGUAGES]
+        kept = 0
+        with tqdm(total=paths[0].stat().st_size, unit="B", unit_scale=True, desc="tokenising", disable=None) as bar:
+            pairs = in_pairs(training_sentences(paths[0], bar), training_sentences(paths[1]), "train.tags.de-en")
+            for raw in pairs:
+                tokens = [tokenise(line).strip() for tokenise, line in zip(tokenisers, raw)]
+                if is_clean(*tokens):
+                    kept += 1
+                    write("train" if kept % EVERY_NTH_IS_VALID else "valid", raw, tokens)
+
+        for name in TEST_SETS:
+            paths = [source / f"IWSLT14.{name}.de-en.{language}.xml" for language in LANGUAGES]
+            for raw in in_pairs(segments(paths[0]), segments(paths[1]), f"IWSLT14.{name}.de-en"):
+                write("test", raw, [tokenise(line) for tokenise, line in zip(tokenisers, raw)])
+
+
+def learn_codes(texts: Sequence[Path], codes: Path, merges: int) -> None:
+    """Learn joint BPE on `texts`, at most `merges` merges, and write it to `codes`.
+
+    Raises:
+        ValueError: there is nothing to merge.
+    """
+    lines = chain.from_iterable(map(read_lines, texts))
+    with codes.open("w", encoding="utf-8", newline="\n") as file:
+        try:
+            learn_bpe(lines, file, merges)
+        except ValueError as error:  # the maximum of an empty sequence
+            raise ValueError(f"no training text is left to learn subword units from ({error})") from error
+
+
+def load_codes(codes: Path) -> BPE:
+    with codes.open(encoding="utf-8") as file:
+        return BPE(file, separator=BPE_SEPARATOR)
+
+
+def prepare(source: Path, out: Path, merges: int) -> None:
+    """The whole recipe; see the top of this file. `out` is there already."""
+    write_pairs(source, out)
+    learn_codes([out / "tokens" / f"train.{language}" for language in LANGUAGES], out / "bpe.codes", merges)
+    bpe = load_codes(out / "bpe.codes")
+    (out / "text").mkdir()
+    for path in sorted((out / "tokens").iterdir()):
+        with (out / "text" / path.name).open("w", encoding="utf-8", newline="\n") as file:
+            for line in tqdm(read_lines(path), unit=" lines", desc=f"subwords of {path.name}", disable=None):
+                file.write(f"{bpe.process_line(line)}\n")
+    shutil.rmtree(out / "tokens")
+
+
+# ---------------------------------------------------------------------- encode and decode
+
+
+def filter_lines(convert: Callable[[str], str]) -> None:
+    """Apply `convert` to every line of standard input and write the result to standard output."""
+    sys.stdin.reconfigure(encoding="utf-8", newline="\n")
+    sys.stdout.reconfigure(encoding="utf-8", newline="\n", line_buffering=True)
+    for line in sys.stdin:
+        print(convert(line))
+
+
+def encode(codes: Path, language: str) -> None:
+    bpe, tokenise = load_codes(codes), MosesTokenizer(language)
+    filter_lines(lambda line: bpe.process_line(lower_case(tokenise(line)).strip()))
+
+
+def decode(language: str) -> None:
+    detokeniser = sacremoses.MosesDetokenizer(language)
+    filter_lines(lambda line: detokeniser.detokenize(f"{line.strip()} ".replace(f"{BPE_SEPARATOR} ", "").split()))
+
+
+def get_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    command = commands.add_parser("prepare", help="the published files to subwords")
+    command.add_argument("--from", dest="source", type=Path, required=True, help="folder with the published files")
+    command.add_argument("--out", type=Path, required=True, help="a folder that is there already")
+    command.add_argument("--merges", type=int, default=10000, help="of BPE (default: %(default)s)")
+
+    command = commands.add_parser("encode", help="sentences to subwords, standard input to standard output")
+    command.add_argument("--codes", type=Path, required=True, help="bpe.codes, made by `prepare`")
+    command.add_argument("--language", choices=LANGUAGES, required=True)
+
+    command = commands.add_parser("decode", help="subwords to sentences, standard input to standard output")
+    command.add_argument("--language", choices=LANGUAGES, required=True)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    args = get_parser().parse_args(arguments)
+    try:
+        if args.command == "prepare":
+            prepare(args.source, args.out, args.merges)
+        elif args.command == "encode":
+            encode(args.codes, args.language)
+        else:
+            decode(args.language)
+    except (OSError, ValueError) as error:  # no file, a full disk; not UTF-8, languages that do not match
+        sys.exit(f"iwslt14_text.py {args.command}: {error}")
+
+
+if __name__ == "__main__":
+    # Like any filter, end quietly on Ctrl-C and when the reader of our output goes away.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    main()

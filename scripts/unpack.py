@@ -1,0 +1,169 @@
+#!/usr/bin/env python
+"""Copy files out of an archive that may be cut short, the wrong one, or hostile.
+
+    python scripts/unpack.py ARCHIVE FOLDER NAME [NAME ...]
+
+writes FOLDER/NAME for each NAME: a file in whatever folder of ARCHIVE, which is a zip or a tar, plain or compressed.
+No path of the archive becomes a path on the disk, so nothing is written anywhere else. An archive with a path that
+leads out of its folder, a link or a device is refused all the same: whoever made it did not make it for this.
+
+Exit status: 0, or 1 if the archive is at fault, 2 if the command line is, 3 if the disk is. Standard error then ends
+with a line that says how, and nothing is left in FOLDER.
+"""
+
+from __future__ import annotations
+
+import argparse
+import lzma
+import re
+import shutil
+import stat
+import sys
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import IO, NamedTuple
+
+MOST_MEMBERS = 10_000
+MOST_BYTES = 4 * 2**30  # unpacked; WikiText-103 has 0.5 GB
+BLOCK = 2**20  # bytes read at a time
+
+# Where a file of the kind begins with what: the name says nothing certain.
+SIGNATURES = {"zip": (0, (b"PK",)), "tar": (0, (b"\x1f\x8b", b"BZh", b"\xfd7zXZ")), "plain tar": (257, (b"ustar",))}
+
+# What the standard library raises on damaged, encrypted and otherwise unreadable archives, besides OSError.
+UNREADABLE = (
+    tarfile.TarError,
+    zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
+    EOFError,
+    NotImplementedError,
+    RuntimeError,
+)
+
+
+class BadArchive(Exception):
+    """The archive is at fault. The message goes on after its name: "is cut short"."""
+
+
+class Member(NamedTuple):
+    path: str
+    size: int  # bytes, unpacked
+    kind: str  # file, folder, link or device
+    open: Callable[[], IO[bytes]]
+
+
+def tar_members(archive: Path) -> Iterator[Member]:
+    with tarfile.open(archive) as tar:
+        for info in tar:
+            link = info.issym() or info.islnk()
+            kind = "file" if info.isfile() else "folder" if info.isdir() else "link" if link else "device"
+            yield Member(info.name, info.size, kind, lambda info=info: tar.extractfile(info))
+        # The checksum stands at the end, behind the padding.
+        for _ in range(MOST_BYTES // BLOCK):
+            if not tar.fileobj.read(BLOCK):
+                break
+
+
+def zip_members(archive: Path) -> Iterator[Member]:
+    with zipfile.ZipFile(archive) as file:
+        for info in file.infolist():
+            mode = info.external_attr >> 16  # zips made on Unix have it, others have 0
+            special = stat.S_IFMT(mode) not in (0, stat.S_IFREG, stat.S_IFDIR)
+            kind = "folder" if info.is_dir() else "link" if stat.S_ISLNK(mode) else "device" if special else "file"
+            yield Member(info.filename, info.file_size, kind, lambda info=info: file.open(info))
+
+
+def members(archive: Path) -> Iterator[Member]:
+    """What is in the archive, in its order.
+
+    Raises:
+        BadArchive: it is none.
+    """
+    with archive.open("rb") as file:
+        head = file.read(512)
+    if not head:
+        raise BadArchive("is empty")
+    for kind, (start, signatures) in SIGNATURES.items():
+        if head[start:].startswith(signatures):
+            return zip_members(archive) if kind == "zip" else tar_members(archive)
+    raise BadArchive("is neither a tar nor a zip archive")
+
+
+def check_safe(member: Member) -> None:
+    parts = re.split(r"[/\\]", member.path)
+    if not parts[0] or ".." in parts or re.match("[A-Za-z]:", member.path):
+        raise BadArchive(f"is not safe to unpack: {member.path!r} leads out of its folder")
+    if member.kind in ("link", "device"):
+        raise BadArchive(f"is not safe to unpack: {member.path!r} is a {member.kind}")
+
+
+def copy_wanted(archive: Path, folder: Path, wanted: set[str], most_bytes: int) -> Iterator[Path]:
+    """Write the wanted files, and yield each before it is written."""
+    found, others, total = set(), set(), 0
+    for number, member in enumerate(members(archive), start=1):
+        total += member.size
+        if number > MOST_MEMBERS or total > most_bytes:
+            raise BadArchive(f"unpacks to more than {MOST_MEMBERS:,} files or {most_bytes / 2**30:.3g} GB")
+        check_safe(member)
+        name = re.split(r"[/\\]", member.path)[-1]
+        if member.kind == "folder":
+            continue
+        if name not in wanted:
+            others.add(name)
+            continue
+        if name in found:
+            raise BadArchive(f"has more than one {name}")
+        found.add(name)
+        target = folder / name
+        yield target
+        with member.open() as source, target.open("xb") as file:
+            shutil.copyfileobj(source, file, BLOCK)
+    if found != wanted:
+        has = ", ".join(sorted({*found, *others})[:5]) or "no file at all"
+        raise BadArchive(f"lacks {', '.join(sorted(wanted - found))} (it has {has})")
+
+
+def unpack(archive: Path, folder: Path, names: Sequence[str], most_bytes: int = MOST_BYTES) -> None:
+    """Copy the files called `names` out of `archive` into `folder`: all of them, or none.
+
+    Raises:
+        BadArchive: it is no archive, unreadable, unsafe, too large, or lacks a file.
+        OSError: it cannot be opened, or `folder` cannot be written.
+    """
+    written = []
+    try:
+        for target in copy_wanted(archive, folder, set(names), most_bytes):
+            written.append(target)
+    except BaseException as error:
+        for target in written:
+            target.unlink(missing_ok=True)
+        # An OSError without a number comes from gzip and bz2, about the data.
+        if isinstance(error, UNREADABLE) or isinstance(error, OSError) and error.errno is None:
+            raise BadArchive("is corrupt or cut short") from error
+        raise
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("archive", type=Path, metavar="ARCHIVE")
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="is there already")
+    parser.add_argument("names", nargs="+", metavar="NAME", help="a file's name, without folders")
+    parser.add_argument("--most-bytes", type=int, default=MOST_BYTES, metavar="N",
+                        help="refuse an archive that unpacks to more (default: %(default)s)")  # fmt: skip
+    args = parser.parse_args(arguments)
+    try:
+        unpack(args.archive, args.folder, args.names, args.most_bytes)
+    except BadArchive as error:
+        print(error, file=sys.stderr)
+        sys.exit(1)
+    except OSError as error:
+        print(f"{error.filename or args.folder}: {error.strerror}", file=sys.stderr)
+        sys.exit(3)
+
+
+if __name__ == "__main__":
+    main()
