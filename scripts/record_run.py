@@ -3,8 +3,8 @@
 
     python scripts/record_run.py runs/multi30k_de_en/multimax-seed1 --experiment multi30k_de_en
 
-examples/*/run.sh calls it when a model is scored. The folder holds checkpoint_best.pt, checkpoint_last.pt and train.log
-of fairseq-train and, of the evaluation, NAME.bleu and NAME.hypotheses for `best` and `average` (as
+examples/*/run.sh calls it when a model is scored. The folder holds checkpoint_best.pt, checkpoint_last.pt and
+train.log of fairseq-train and, of the evaluation, NAME.bleu and NAME.hypotheses for `best` and `average` (as
 scripts/score_translation.sh writes them), or SPLIT.context-WINDOW.eval (what fairseq-eval-lm prints). What the
 checkpoint knows is taken from it, not from the command line. scripts/results_table.py makes tables of such files.
 """
@@ -95,16 +95,16 @@ def bleu_scores(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def perplexities(folder: Path) -> dict[str, dict[str, Any]]:
-    """What fairseq-eval-lm measured, by split and context window: ``test, context 400``."""
+    """What fairseq-eval-lm measured, by split and context window, the longest first: ``test, context 400``."""
     scores = {}
-    for path in sorted(folder.glob("*.context-*.eval")):
-        text = path.read_text(encoding="utf-8")
+    names = [re.fullmatch(r"(\w+)\.context-(\d+)\.eval", path.name) for path in folder.glob("*.context-*.eval")]
+    for name in sorted(filter(None, names), key=lambda name: (name[1], -int(name[2]))):
+        text = (folder / name[0]).read_text(encoding="utf-8")
         loss = re.search(r"Loss \(base 2\): ([\d.]+), Perplexity: ([\d.]+)", text)
         tokens = re.search(r"Evaluated ([\d,]+) tokens", text)
         if loss is None or tokens is None:
-            raise ValueError(f"{path} is not what fairseq-eval-lm prints")
-        split, window = re.fullmatch(r"(\w+)\.context-(\d+)\.eval", path.name).groups()
-        scores[f"{split}, context {window}"] = {
+            raise ValueError(f"{folder / name[0]} is not what fairseq-eval-lm prints")
+        scores[f"{name[1]}, context {name[2]}"] = {
             "perplexity": float(loss[2]),
             "bits_per_token": float(loss[1]),
             "tokens": int(tokens[1].replace(",", "")),

@@ -194,9 +194,7 @@ def table(runs: list[Run], paper: dict[str, Any], samples: int) -> str:
     scores = list(dict.fromkeys(name for run in runs for name in run.content["scores"]))
     is_translation = "best" in scores
     key = "bleu" if is_translation else "perplexity"
-    columns = {name: f"BLEU, {name}" if is_translation else f"perplexity, {name}" for name in scores}
-
-    header = ["mapping", "seeds", "valid ppl", *columns.values()]
+    header = ["mapping", "seeds", "valid ppl", *(f"BLEU, {name}" if is_translation else name for name in scores)]
     p = p_values(runs, "best", samples) if is_translation else {}
     header += ["p against softmax"] if p else []
     published = paper.get(runs[0].content["experiment"], {})
@@ -216,7 +214,8 @@ def table(runs: list[Run], paper: dict[str, Any], samples: int) -> str:
         if published:
             cells.append(published["rows"].get(row, "–"))
         body.append(cells)
-    return "\n".join([f"### {runs[0].experiment}", "", markdown(header, body), "", *notes(runs, p, published, samples)])
+    lines = [f"### {runs[0].experiment}", "", markdown(header, body), "", *notes(runs, p, published, samples)]
+    return "\n".join(lines)
 
 
 def notes(runs: list[Run], p: dict, published: dict[str, Any], samples: int) -> list[str]:

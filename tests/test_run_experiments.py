@@ -63,7 +63,8 @@ def test_the_hydra_config_is_the_recipe(experiment, tmp_path):
     models = []
     for cfg in (by_flags, config):
         # all that a model can ask for: what was given, then what its architecture leaves open
-        model = Namespace(**OmegaConf.to_container(OmegaConf.create({"model": cfg.model}))["model"])
+        is_config = OmegaConf.is_config(cfg.model)
+        model = Namespace(**(OmegaConf.to_container(cfg, resolve=True)["model"] if is_config else vars(cfg.model)))
         ARCH_CONFIG_REGISTRY.get(config.model._name, lambda _: None)(model)
         models.append(model)
     expected, found = (dataclasses.asdict(TransformerConfig.from_namespace(model)) for model in models)
@@ -212,7 +213,8 @@ def test_the_record_says_what_the_run_was(smoke):
     assert len(record["learned"]) == 3  # one layer each: encoder, decoder, cross
     for module, learned in record["learned"].items():
         for name in ("thresholds", "gains"):
-            torch.testing.assert_close(torch.tensor(learned[name]), best["model"][f"{module}.{name}"], atol=1e-6, rtol=0)
+            parameter = best["model"][f"{module}.{name}"]
+            torch.testing.assert_close(torch.tensor(learned[name]), parameter, atol=1e-6, rtol=0)
     log = (folder / RUN / "train.log").read_text()
     (logged,) = set(re.findall(rf"valid on 'valid' subset \| loss (\S+) .* ppl (\S+) .* num_updates "
                                rf"{record['validation']['updates']}\b", log))  # fmt: skip
