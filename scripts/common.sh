@@ -384,7 +384,7 @@ download() {
 }
 
 # choose_archive DEFAULT ENVIRONMENT: settle where a recipe's one archive comes from: $archive, a file that is there
-# already, or $url, one address or several with blanks between. Each argument may be such a list.
+# already, or $url, one address or several with blanks between, as the arguments are.
 choose_archive() {
     [[ -z $archive || -z $url ]] || die "--archive and --url exclude each other; see --help"
     if [[ -n $archive ]]; then

@@ -9,8 +9,8 @@
 #   --out DIR        where the result goes (required)
 #   --corpus NAME    wikitext-103 (default) or wikitext-2
 #   --archive FILE   the published wikitext-103-v1.zip or wikitext-2-v1.zip, if you have it; then nothing is downloaded
-#   --url URL        download the archive from URL (default: $WIKITEXT_URL, else one mirror after the other; the original
-#                    address is gone; 190 MB, and 5 MB)
+#   --url URL        download the archive (190 MB, and 5 MB) from URL, or from the first of several, separated by blanks,
+#                    that has it (default: $WIKITEXT_URL, else the mirrors that this script knows)
 #   --no-checksum    accept a download that is not the archive this script knows
 #   --workers N      processes for fairseq-preprocess; the result is the same (default: 2)
 #   --force          rebuild a folder that an earlier run made

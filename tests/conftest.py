@@ -1,8 +1,10 @@
 """What several test files need: small real data, models built by fairseq's own parser, real commands."""
 
 import os
+import shutil
 import subprocess
 import sys
+import threading
 from argparse import Namespace
 from pathlib import Path
 
@@ -10,6 +12,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest  # noqa: E402
+import recipes  # noqa: E402
 import torch  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -96,3 +99,53 @@ def batch(corpus):
         return dataset.collater([dataset[index] for index in range(size)])
 
     return batch
+
+
+# ---------------------------------------------------------------------- prepare_*.sh; see recipes.py
+
+
+@pytest.fixture
+def stand_in(tmp_path):
+    """Environment in which fairseq-preprocess only writes its --destdir and the file `reached`.
+
+    $STAND_IN_LOG, if set, is the log that it writes, and it goes on for $STAND_IN_SECONDS.
+    """
+    folder = tmp_path / "stand-in"
+    folder.mkdir()
+    command = folder / "fairseq-preprocess"
+    command.write_text(
+        "#!/usr/bin/env bash\n"
+        "while (($#)); do if [[ $1 == --destdir ]]; then destdir=$2; fi; shift; done\n"
+        'mkdir -p "$destdir"\n'
+        'echo stand-in >"$destdir/dict.txt"\n'
+        'printf "%s" "${STAND_IN_LOG:-}" >"$destdir/preprocess.log"\n'
+        'sleep "${STAND_IN_SECONDS:-0}" &\n'
+        f'echo $! >"{folder}/reached.new"\n'
+        f'mv "{folder}/reached.new" "{folder}/reached"\n'
+        "wait\n"
+    )
+    command.chmod(0o755)
+    return {"PATH": os.pathsep.join([str(folder), recipes.environment()["PATH"]])}
+
+
+@pytest.fixture
+def server():
+    """A server without files; the test puts them in."""
+    server = recipes.Server()
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield server
+    server.over.set()
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+@pytest.fixture(params=["curl", "wget"])
+def downloader(request, tmp_path, stand_in):
+    """The stand-in's environment, with one of the two download programs."""
+    if shutil.which(request.param) is None:
+        pytest.skip(f"{request.param} is not installed")
+    other = {"curl": "wget", "wget": "curl"}[request.param]
+    path = recipes.path_without(tmp_path / "tools", other, "fairseq-preprocess")
+    return {"PATH": os.pathsep.join([str(tmp_path / "stand-in"), path]), "PYTHON": sys.executable}

@@ -10,21 +10,31 @@ from __future__ import annotations
 import gzip
 import os
 import random
-import shutil
-import signal
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from recipes import (
+    MULTI30K,
+    SCRIPTS,
+    TEXT_LM,
+    Prepared,
+    Server,
+    accepted_options,
+    environment,
+    fail,
+    fairseq_task,
+    interrupt,
+    lines_of,
+    path_without,
+    reached,
+    siblings,
+    snapshot,
+    succeed,
+)
 
-SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
-MULTI30K = SCRIPTS / "prepare_multi30k.sh"
-TEXT_LM = SCRIPTS / "prepare_text_lm.sh"
 BPE = SCRIPTS / "sentencepiece_bpe.py"
 
 # fairseq's name for a split, and Multi30k's.
@@ -38,65 +48,11 @@ WORDS = {
     "en": 'A girl dog runs across wide street "Stop" and - green, red. number 28 at the beach',
 }
 
-Prepared = tuple[Path, Path, subprocess.CompletedProcess]  # source, --out, what was printed
-
-
 # ---------------------------------------------------------------------- helpers
-
-
-def environment(**changes: str) -> dict[str, str]:
-    """The user's environment, the tests' own Python first on PATH and no settings."""
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    unset = {"MULTIMAX_DATA", "MULTI30K_URL", "PYTHON", "PYTHONUNBUFFERED"}
-    base = {name: value for name, value in os.environ.items() if name not in unset}
-    return {**base, "PATH": path, "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1", **changes}
-
-
-def prepare(script: Path, *arguments: object, **changes: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [str(script), *map(str, arguments)],
-        env=environment(**changes),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-
-
-def succeed(script: Path, *arguments: object, **changes: str) -> subprocess.CompletedProcess:
-    result = prepare(script, *arguments, **changes)
-    assert result.returncode == 0, result.stdout + result.stderr
-    return result
-
-
-def fail(script: Path, *arguments: object, **changes: str) -> str:
-    """Run, expect one clear error, and return what was written to stderr."""
-    result = prepare(script, *arguments, **changes)
-    assert result.returncode == 1, result.stdout + result.stderr
-    assert result.stderr.count("ERROR: ") == 1, result.stderr
-    assert "Traceback" not in result.stderr
-    return result.stderr
-
-
-def snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:
-    """Every file below `folder` with its modification time and content."""
-    return {
-        str(path.relative_to(folder)): (path.stat().st_mtime_ns, path.read_bytes())
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
-
-
-def lines_of(path: Path) -> list[str]:
-    """Lines end at newline characters only: the text has no-break spaces and the like."""
-    return path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
 
 
 def normalised(line: str) -> str:
     return " ".join(line.split())
-
-
-def siblings(out: Path) -> list[str]:
-    return sorted(path.name for path in out.parent.iterdir() if path.name.startswith(out.name))
 
 
 def make_multi30k(folder: Path, compress: bool = True) -> Path:
@@ -132,54 +88,6 @@ def make_tokens(folder: Path, prefix: str = "", compress: bool = False) -> Path:
         else:
             (folder / name).write_bytes(text)
     return folder
-
-
-@pytest.fixture
-def stand_in(tmp_path: Path) -> dict[str, str]:
-    """Environment in which fairseq-preprocess only writes its --destdir and the file `reached`."""
-    folder = tmp_path / "stand-in"
-    folder.mkdir()
-    command = folder / "fairseq-preprocess"
-    command.write_text(
-        "#!/usr/bin/env bash\n"
-        "while (($#)); do if [[ $1 == --destdir ]]; then destdir=$2; fi; shift; done\n"
-        'mkdir -p "$destdir"\n'
-        'echo stand-in >"$destdir/dict.txt"\n'
-        ': >"$destdir/preprocess.log"\n'
-        'sleep "${STAND_IN_SECONDS:-0}" &\n'
-        f'echo $! >"{folder}/reached.new"\n'
-        f'mv "{folder}/reached.new" "{folder}/reached"\n'
-        "wait\n"
-    )
-    command.chmod(0o755)
-    return {"PATH": os.pathsep.join([str(folder), environment()["PATH"]])}
-
-
-def reached(tmp_path: Path) -> Path:
-    """Holds the id of the process that the stand-in started."""
-    return tmp_path / "stand-in" / "reached"
-
-
-def path_without(folder: Path, *names: str) -> str:
-    """A PATH with links to all but `names`. A linked Python lacks its modules: set PYTHON."""
-    folder.mkdir()
-    for directory in environment()["PATH"].split(os.pathsep):
-        for command in Path(directory).glob("*"):
-            link = folder / command.name
-            if command.name not in names and not link.is_symlink():
-                link.symlink_to(command)
-    return str(folder)
-
-
-def fairseq_task(name: str, out: Path, *options: str):
-    """The task that `fairseq-train OUT/data-bin --task NAME` sets up (any architecture will do)."""
-    fairseq_options = pytest.importorskip("fairseq.options")
-    from fairseq import tasks
-
-    parser = fairseq_options.get_training_parser(default_task=name)
-    architecture = {"translation": "transformer", "language_modeling": "transformer_lm"}[name]
-    arguments = [str(out / "data-bin"), "--task", name, "--arch", architecture, *options]
-    return tasks.setup_task(fairseq_options.parse_args_and_arch(parser, arguments))
 
 
 # ---------------------------------------------------------------------- what is made: Multi30k
@@ -416,12 +324,7 @@ def test_bad_options(script, arguments, message):
 @pytest.mark.parametrize("script", [MULTI30K, TEXT_LM])
 def test_help_names_every_option(script):
     result = succeed(script, "--help", PYTHON="/nowhere/python")  # help needs nothing installed
-    accepted = {
-        word.strip("|)")
-        for line in script.read_text().splitlines()
-        for word in line.split()
-        if word.startswith("--") and word.endswith(")")
-    } - {"--*=*"}
+    accepted = accepted_options(script)
     assert len(accepted) >= 6
     for option in accepted | {"--help"}:
         assert f"  {option} " in result.stdout
@@ -597,50 +500,6 @@ def test_force_keeps_what_the_user_put_there(tmp_path, stand_in):
 # ---------------------------------------------------------------------- interruption
 
 
-def interrupt(tmp_path: Path, changes: dict[str, str], how: str, *arguments: object) -> int:
-    """Start a recipe, interrupt it inside fairseq-preprocess, return its exit status."""
-    process = subprocess.Popen(
-        [str(argument) for argument in arguments],
-        env=environment(STAND_IN_SECONDS="120", **changes),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-        text=True,
-        # A suite in the background of a shell ignores Ctrl-C, and what it starts could not be interrupted either.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    wait_for(reached(tmp_path).exists)
-    if how == "Ctrl-C":  # the terminal signals the whole foreground group
-        os.killpg(process.pid, signal.SIGINT)
-    else:  # kill(1) signals the one process
-        process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=300)
-    assert "ERROR" not in output
-
-    worker = int(reached(tmp_path).read_text())
-    wait_for(lambda: not running(worker))
-    return process.returncode
-
-
-def wait_for(condition, seconds: float = 30) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited too long"
-        time.sleep(0.02)
-
-
-def running(process_id: int) -> bool:
-    """Ended but not yet reaped counts as ended: who reaps an orphan is not our business."""
-    if sys.platform == "linux":  # small images lack ps
-        stat = Path(f"/proc/{process_id}/stat")
-        try:
-            return stat.read_text().rpartition(") ")[2][0] not in "ZX"
-        except OSError:
-            return False
-    command = ["ps", "-o", "stat=", "-p", str(process_id)]
-    return subprocess.run(command, capture_output=True, text=True).stdout.strip() not in ("", "Z")
-
-
 @pytest.mark.parametrize(("how", "status"), [("Ctrl-C", 130), ("SIGTERM", 143)])
 @pytest.mark.parametrize("script", [MULTI30K, TEXT_LM])
 def test_an_interrupted_run_leaves_nothing(tmp_path, stand_in, script, how, status):
@@ -678,69 +537,12 @@ def test_a_failing_command_shows_its_output_and_leaves_nothing(tmp_path, stand_i
 # ---------------------------------------------------------------------- downloads
 
 
-class Server(ThreadingHTTPServer):
-    """Serves `files` on the loopback interface; `trouble` names what goes wrong with val.en.gz."""
-
-    files: dict[str, bytes]
-    trouble = ""
-    requests: list[tuple[str, str | None]]
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}/raw"
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: Server
-
-    def do_GET(self):
-        name = self.path.removeprefix("/raw/")
-        requested = self.headers.get("Range")
-        self.server.requests.append((name, requested))
-        trouble = self.server.trouble if name == "val.en.gz" else ""
-        body = self.server.files.get(name, b"")
-        if trouble == "404" or not body:
-            self.send_error(404)
-            return
-        if trouble == "web page":
-            body = b"<!DOCTYPE html><html><body>Sign in to the network</body></html>"
-        start = 0
-        if requested and trouble != "no ranges":
-            start = int(requested.removeprefix("bytes=").removesuffix("-"))
-            self.send_response(206)
-            self.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
-        else:
-            self.send_response(200)
-        self.send_header("Content-Length", str(len(body) - start))
-        self.end_headers()
-        self.wfile.write(body[start:100] if trouble == "cut short" else body[start:])
-
-    def log_message(self, format, *args):
-        pass
-
-
 @pytest.fixture
-def server(tmp_path: Path) -> Iterator[Server]:
+def server(server: Server, tmp_path: Path) -> Server:
+    """The server, with the files of Multi30k."""
     folder = make_multi30k(tmp_path / "served")
-    server = Server(("127.0.0.1", 0), Handler)
     server.files = {path.name: path.read_bytes() for path in folder.iterdir()}
-    server.requests = []
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield server
-    server.shutdown()
-    server.server_close()
-    thread.join()
-
-
-@pytest.fixture(params=["curl", "wget"])
-def downloader(request, tmp_path, stand_in) -> dict[str, str]:
-    """The stand-in's environment, with one of the two download programs."""
-    if shutil.which(request.param) is None:
-        pytest.skip(f"{request.param} is not installed")
-    other = {"curl": "wget", "wget": "curl"}[request.param]
-    path = path_without(tmp_path / "tools", other, "fairseq-preprocess")
-    return {"PATH": os.pathsep.join([str(tmp_path / "stand-in"), path]), "PYTHON": sys.executable}
+    return server
 
 
 def test_download(tmp_path, server, downloader):
@@ -786,13 +588,13 @@ def test_bad_download(tmp_path, server, downloader, trouble, expected):
     """An error that says what to do; the same command completes once the trouble is over."""
     out = tmp_path / "out"
     arguments = [MULTI30K, "--url", server.url, "--out", out, "--vocab-size", 200, "--no-checksum"]
-    server.trouble = trouble
+    server.troubles["val.en.gz"] = trouble
     message = fail(*arguments, **downloader)
     assert expected in message and "--from" in message
     assert siblings(out) == ["out.download"]
     assert not reached(tmp_path).exists()
 
-    server.trouble = ""
+    server.troubles.clear()
     server.requests.clear()
     succeed(*arguments, **downloader)
     assert "train.de.gz" not in [name for name, _ in server.requests]  # it was there already
@@ -806,9 +608,9 @@ def test_bad_download(tmp_path, server, downloader, trouble, expected):
 def test_download_starts_over_where_it_cannot_resume(tmp_path, server, downloader):
     out = tmp_path / "out"
     arguments = [MULTI30K, "--url", server.url, "--out", out, "--vocab-size", 200, "--no-checksum"]
-    server.trouble = "cut short"
+    server.troubles["val.en.gz"] = "cut short"
     fail(*arguments, **downloader)
-    server.trouble = "no ranges"
+    server.troubles["val.en.gz"] = "no ranges"
     succeed(*arguments, **downloader)
     original = gzip.decompress(server.files["val.en.gz"])
     assert (out / "raw" / "valid.en").read_bytes() == original

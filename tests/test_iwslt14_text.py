@@ -1,0 +1,274 @@
+"""scripts/iwslt14_text.py, against what Moses' Perl scripts print.
+
+The expected tokens are the output of tokenizer.perl for the line, with its lists of abbreviations. Where there is
+perl, and $MOSES_SCRIPTS is the folder `scripts` of a copy of mosesdecoder, the last tests run these scripts.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import random
+import shutil
+import subprocess
+import sys
+import unicodedata
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+pytest.importorskip("sacremoses")
+pytest.importorskip("subword_nmt")
+
+SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "iwslt14_text.py"
+
+
+@pytest.fixture(scope="module")
+def module() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("iwslt14_text", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+# ---------------------------------------------------------------------- tokens
+
+TOKENS = [
+    # abbreviations and ordinals keep their full stop, but not at the end of the line
+    ("de", "Er mag Äpfel usw. und Birnen.", "Er mag Äpfel usw. und Birnen ."),
+    ("de", "Er mag Äpfel, Birnen usw.", "Er mag Äpfel , Birnen usw ."),
+    ("de", "Das war im 3. Jahrhundert v. Chr.", "Das war im 3. Jahrhundert v. Chr ."),
+    ("de", "Am 3. Mai um 10:30 Uhr kam Dr. Müller, z.B. mit dem Bus.",
+     "Am 3. Mai um 10 : 30 Uhr kam Dr. Müller , z.B. mit dem Bus ."),
+    ("en", "Mr. Smith e.g. paid $5,300 to the U.S. in No. 5, not No. Five, at 5 p.m.",
+     "Mr. Smith e.g. paid $ 5,300 to the U.S. in No. 5 , not No . Five , at 5 p.m ."),
+    # numbers and commas
+    ("de", "Nr. 5, 3,5 Mio. Euro, S. 12", "Nr. 5 , 3,5 Mio. Euro , S. 12"),
+    ("de", "Das kostet 1.000,50 € (rund 5,- mehr) [sic]...",
+     "Das kostet 1.000,50 € ( rund 5 , - mehr ) &#91; sic &#93; ..."),
+    ("en", "A,B,C 1,2,3,x and 4,", "A , B , C 1,2,3 , x and 4 ,"),
+    # apostrophes and quotes
+    ("de", "„Wie geht's?“, fragte er – ‚gut‘.", "„ Wie geht &apos; s ? “ , fragte er – ‚ gut ‘ ."),
+    ("en", "I can't believe it's the 1990's, don't you?",
+     "I can &apos;t believe it &apos;s the 1990 &apos;s , don &apos;t you ?"),
+    ("en", "He said 'no' and left.'", "He said &apos; no &apos; and left . &apos; "),  # the blank is Moses'
+    ("en", '"Stop," she said; "please..."', "&quot; Stop , &quot; she said ; &quot; please ... &quot;"),
+    ("en", "don’t — it’s fine…", "don ’ t — it ’ s fine …"),
+    # markup and entities are text
+    ("en", "a|b <i>x</i> & y [z] & Q&amp;A",
+     "a &#124; b &lt; i &gt; x &lt; / i &gt; &amp; y &#91; z &#93; &amp; Q &amp; amp ; A"),
+    # dots and hyphens
+    ("en", "Wait.... What? Hm.. No.", "Wait .... What ? Hm .. No ."),
+    ("en", "well-known co-op -- yes", "well-known co-op -- yes"),
+    # other scripts, white space, control characters
+    ("en", "The character 中文 means 한국, ½ of Ⅷ.", "The character 中文 means 한국 , ½ of Ⅷ ."),
+    ("en", "a\x1db\u00a0c\u2028d\te\x07f", "ab c d ef"),
+    ("en", "  two  spaces . , ", "two spaces . ,"),
+    ("en", "", ""),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("language", "line", "tokens"), TOKENS, ids=[line for _, line, _ in TOKENS])
+def test_tokens_are_those_of_moses(module, language, line, tokens):
+    assert module.MosesTokenizer(language)(line) == tokens
+
+
+def test_lower_case_is_that_of_perl(module):
+    assert module.lower_case("ÄÖÜ ẞ &APOS; İI ΟΔΟΣ") == "äöü ß &apos; i̇i οδοσ"
+
+
+def words(number: int) -> str:
+    return " ".join(["w"] * number)
+
+
+@pytest.mark.parametrize(
+    ("german", "english", "kept"),
+    [
+        (words(1), words(1), True),
+        (words(175), words(175), True),
+        (words(176), words(176), False),
+        (words(120), words(176), False),
+        (words(3), words(2), True),  # 1.5 times as long
+        (words(2), words(3), True),
+        (words(100), words(151), False),
+        (words(151), words(100), False),
+        ("", words(1), False),
+        (words(1), "", False),
+        ("", "", False),
+        ("x" * 1000, "y", True),
+        ("x" * 1001, "y", False),
+        ("x", f"y {'z' * 1001}", False),
+    ],
+)
+def test_cleaning(module, german, english, kept):
+    assert module.is_clean(german, english) is kept
+
+
+# ---------------------------------------------------------------------- the published files
+
+
+def test_training_sentences(module, tmp_path):
+    path = tmp_path / "train.tags.de-en.de"
+    path.write_text(
+        "<url>http://www.ted.com/talks/1</url>\n"
+        "<keywords>talks</keywords>\n"
+        "<talkid>1</talkid>\n"
+        "<title>Der Titel: ein Test</title>\n"
+        "<description>Eine <b>Beschreibung</b></description>\n"
+        "Ein Satz\u2028mit zwei Zeilen.\r\n"
+        "\n"
+        " Ein <url> mitten im Satz\n"
+        "Der letzte Satz"
+    )
+    assert list(module.training_sentences(path)) == [
+        "Der Titel: ein Test",
+        "Eine <b>Beschreibung</b>",
+        "Ein Satz\u2028mit zwei Zeilen.\r",
+        "",
+        "Der letzte Satz",
+    ]
+
+
+def test_segments(module, tmp_path):
+    path = tmp_path / "IWSLT14.TED.tst2010.de-en.en.xml"
+    path.write_text(
+        '<?xml version="1.0" encoding="UTF-8"?>\n'
+        '<refset setid="tst2010">\n'
+        '<doc docid="1"><title>Not a segment</title>\n'
+        '<seg id="1"> It’s a ‘test’. </seg>\n'
+        '   <seg id="23">Q&amp;A</seg>   \n'
+        '<seg id="24"> </seg>\n'
+        "</doc></refset>\n"
+    )
+    assert [line.strip() for line in module.segments(path)] == ["It's a ‘test'.", "Q&amp;A", ""]
+
+
+def test_lines_end_at_newlines_and_are_utf8(module, tmp_path):
+    path = tmp_path / "text"
+    path.write_bytes("a\u2028b\rc\x85d\n\nlast".encode())
+    assert list(module.read_lines(path)) == ["a\u2028b\rc\x85d", "", "last"]
+    path.write_bytes("gut\nStraße\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"text is not UTF-8 \(the first bad line is number 2\)"):
+        list(module.read_lines(path))
+
+
+@pytest.mark.parametrize(("german", "english", "longer"), [(3, 2, "German"), (2, 3, "English")])
+def test_uneven_languages_are_an_error(module, german, english, longer):
+    with pytest.raises(ValueError, match=f"x: more sentences in {longer} than the other language's 2"):
+        list(module.in_pairs(["s"] * german, ["s"] * english, "x"))
+
+
+def test_no_text_is_an_error(module, tmp_path):
+    (tmp_path / "empty").write_text("")
+    with pytest.raises(ValueError, match="no training text is left"):
+        module.learn_codes([tmp_path / "empty"], tmp_path / "codes", 10)
+
+
+# ---------------------------------------------------------------------- encode and decode
+
+
+@pytest.fixture(scope="module")
+def codes(module, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("codes")
+    (folder / "text").write_text("der hund läuft über die straße , die alte straße .\n" * 3)
+    module.learn_codes([folder / "text"], folder / "codes", 20)
+    return folder / "codes"
+
+
+def run_filter(text: str, *arguments: object) -> str:
+    command = [sys.executable, str(SCRIPT), *map(str, arguments)]
+    return subprocess.run(command, input=text.encode(), stdout=subprocess.PIPE, check=True).stdout.decode()
+
+
+def test_encode_makes_lower_case_tokens_in_subwords(codes):
+    text = "Der Hund läuft über die »Straße«.\n\nWie geht's, Dr. Maier.\u2028?\n"
+    lines = run_filter(text, "encode", "--codes", codes, "--language", "de").split("\n")
+    tokens = [line.replace("@@ ", "") for line in lines]
+    assert tokens == ["der hund läuft über die » straße « .", "", "wie geht &apos; s , dr. maier . ?", ""]
+    assert "d@@ r@@ " in lines[2] and "straße" in lines[0]
+
+
+def test_decode_makes_sentences():
+    text = "i can &apos;t be@@ lie@@ ve it &apos;s &quot; true &quot; , q &amp; a .\n\nend@@\n"
+    decoded = run_filter(text, "decode", "--language", "en")
+    assert decoded == 'i can\'t believe it\'s "true", q & a.\n\nend\n'
+
+
+def test_filters_answer_line_by_line(codes):
+    """Whoever types a sentence into fairseq-interactive waits for it, not for a full buffer."""
+    command = [sys.executable, str(SCRIPT), "encode", "--codes", str(codes), "--language", "de"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        process.stdin.write(b"Hund.\n")
+        process.stdin.flush()
+        assert process.stdout.readline().decode().replace("@@ ", "") == "hund .\n"
+        process.stdin.close()
+
+
+def test_errors_are_one_line(tmp_path, codes):
+    (tmp_path / "train.tags.de-en.de").write_text("")
+    for arguments, text in (
+        (["encode", "--codes", tmp_path / "nothing", "--language", "de"], b""),
+        (["encode", "--codes", codes, "--language", "de"], b"\xff\n"),
+        (["prepare", "--from", tmp_path / "nowhere", "--out", tmp_path], b""),
+    ):
+        command = [sys.executable, str(SCRIPT), *map(str, arguments)]
+        result = subprocess.run(command, input=text, capture_output=True)
+        assert result.returncode == 1
+        assert result.stderr.decode().startswith(f"iwslt14_text.py {arguments[0]}: ")
+        assert result.stderr.count(b"\n") == 1
+
+
+# ---------------------------------------------------------------------- against Perl
+
+# Strings that the rules look at, and some that they do not.
+PIECES = [
+    *(". .. ... , ' \" ’ - a B z.B usw Dr No 3 12 1990 s ä Ω 中文 한국 ( ) [ ] | & < > &amp; % $ ` ``".split()),
+    *("'' … – / : é i.e e.g p.m U.S ½ Ⅷ ٣ İ Σ".split()),
+    *(" ", "  ", "\t", "\x1d", "\x00", "\u00a0", "\u2028"),
+]
+
+
+@pytest.fixture(scope="module")
+def moses() -> Path:
+    if "MOSES_SCRIPTS" not in os.environ or shutil.which("perl") is None:
+        pytest.skip("needs perl, and in MOSES_SCRIPTS the folder scripts of a copy of mosesdecoder")
+    return Path(os.environ["MOSES_SCRIPTS"])
+
+
+def perl(script: Path, lines: list[str], *options: str) -> list[str]:
+    text = "".join(f"{line}\n" for line in lines).encode()
+    command = ["perl", str(script), *options]
+    result = subprocess.run(command, input=text, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=True)
+    return result.stdout.decode().removesuffix("\n").split("\n")
+
+
+@pytest.mark.parametrize("language", ["de", "en"])
+def test_perl_tokenises_the_same(module, moses, language):
+    rng = random.Random(1)
+    lines = [line for other, line, _ in TOKENS if other == language and line]
+    lines += ["x" + "".join(rng.choices(PIECES, k=rng.randint(1, 14))) for _ in range(3000)]
+    tokenise = module.MosesTokenizer(language)
+    expected = perl(moses / "tokenizer" / "tokenizer.perl", lines, "-l", language)
+    differing = [(line, e, tokenise(line)) for line, e in zip(lines, expected, strict=True) if tokenise(line) != e]
+    assert differing == []
+
+
+def test_perl_makes_the_same_lower_case(module, moses):
+    letters = [chr(code) for code in range(0x10000) if unicodedata.category(chr(code)) in ("Lu", "Ll", "Lt")]
+    lines = [f"a{letter} {letter}b" for letter in letters]
+    expected = perl(moses / "tokenizer" / "lowercase.perl", lines)
+    assert list(map(module.lower_case, lines)) == expected
+
+
+def test_perl_cleans_the_same(module, moses, tmp_path):
+    rng = random.Random(2)
+    pairs = [[words(rng.choice([0, 1, 2, 3, 100, 150, 174, 175, 176])) for _ in range(2)] for _ in range(300)]
+    for side, language in enumerate(("de", "en")):
+        (tmp_path / f"in.{language}").write_text("".join(f"{pair[side]}\n" for pair in pairs))
+    script = moses / "training" / "clean-corpus-n.perl"
+    arguments = ["-ratio", "1.5", tmp_path / "in", "de", "en", tmp_path / "out", "1", "175"]
+    subprocess.run(["perl", script, *arguments], check=True, stderr=subprocess.DEVNULL)
+    kept = [pair for pair in pairs if module.is_clean(*pair)]
+    for side, language in enumerate(("de", "en")):
+        assert (tmp_path / f"out.{language}").read_text() == "".join(f"{pair[side]}\n" for pair in kept)
