@@ -56,9 +56,10 @@ smoke_model=()   # with --cpu-smoke, instead of model,
 smoke_length=()  # instead of length,
 smoke_training=() # and after training
 
-# And three functions:
-#   prepare               make $data, with ${source[@]} if that is not empty (--archive FILE or --from DIR)
-#   prepare_smoke SOURCE  the same from what make_smoke_data.py has put at SOURCE, small
+prepare_script=  # of scripts/: makes $data
+
+# And two functions:
+#   prepare_smoke PATH    make $data, small, from what scripts/make_smoke_data.py writes to PATH
 #   evaluate              write scores beside $run/checkpoint_best.pt, for scripts/record_run.py to collect
 
 # ---------------------------------------------------------------- what the command line sets
@@ -218,7 +219,7 @@ prepare_data() {
         trap 'rm -rf "$made_up"' EXIT
         prepare_smoke "$made_up/source"
     else
-        prepare
+        bash "$scripts/$prepare_script" --out "$data" ${source[@]+"${source[@]}"}
     fi
 }
 
@@ -247,6 +248,7 @@ train() {
         info "already trained: $run"
         return
     fi
+    [[ -d $data/data-bin ]] || die "$data has no data-bin: run this with --only prepare first"
     if [[ $precision != fp32 ]] && ! "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
         die "--precision $precision needs a GPU, and torch sees none: --precision fp32 trains on the CPU"
     fi

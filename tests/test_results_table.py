@@ -60,7 +60,8 @@ def results_table(*arguments, **kwargs):
 
 def rows_of(markdown):
     """The cells of a table by the name of its row, the header as "mapping"."""
-    lines = [[cell.strip() for cell in line.strip("| ").split("|")] for line in markdown.splitlines() if line[:1] == "|"]
+    table = [line for line in markdown.splitlines() if line.startswith("|")]
+    lines = [[cell.strip() for cell in line.strip("| ").split("|")] for line in table]
     return {cells[0]: cells[1:] for cells in lines if len(cells) > 2 and cells[0].strip("-")}
 
 

@@ -7,6 +7,7 @@ import shlex
 from argparse import Namespace
 
 import pytest
+import sacrebleu
 import torch
 from conftest import PLUGIN, ROOT, parse, run
 from fairseq.dataclass.configs import FairseqConfig
@@ -187,26 +188,28 @@ def test_a_list_that_cannot_be_run(arguments, message, tmp_path):
 def smoke(tmp_path_factory):
     """One translation experiment from made-up data to scores: (folder, what it printed)."""
     folder = tmp_path_factory.mktemp("smoke")
-    return folder, recipe("multi30k_de_en", "--cpu-smoke", cwd=folder).stdout
+    return folder, recipe("iwslt14_de_en", "--cpu-smoke", cwd=folder).stdout
 
 
-RUN = "runs/smoke/multi30k_de_en/multimax-seed1"
+DATA = "data/smoke/iwslt14_de_en"
+RUN = "runs/smoke/iwslt14_de_en/multimax-seed1"
 
 
 @pytest.mark.slow
 def test_the_record_says_what_the_run_was(smoke):
     folder, printed = smoke
     record = json.loads((folder / RUN / "run.json").read_text())
-    assert (record["experiment"], record["smoke"], record["seed"]) == ("multi30k_de_en", True, 1)
+    assert (record["experiment"], record["smoke"], record["seed"]) == ("iwslt14_de_en", True, 1)
     assert record["mapping"]["attention_mapping"] == "multimax"
     for name, score in record["scores"].items():
         assert score["details"] in printed and f" = {score['bleu']:.2f} " in score["details"]
         hypotheses = (folder / RUN / score["hypotheses"]).read_text().splitlines()
         references = (folder / RUN / score["references"]).read_text().splitlines()
         assert len(hypotheses) == len(references) > 0, name
-        import sacrebleu
-
-        assert sacrebleu.corpus_bleu(hypotheses, [references]).score == pytest.approx(score["bleu"], abs=0.005)
+        lower_case = [[line.lower() for line in lines] for lines in (hypotheses, references)]
+        bleu = sacrebleu.corpus_bleu(lower_case[0], [lower_case[1]])
+        assert bleu.score == pytest.approx(score["bleu"], abs=0.005) and "case:lc" in score["signature"]
+        assert "@@" not in "".join(hypotheses) and not re.search(r"&\w+;| [,.]", "".join(hypotheses))
     assert set(record["scores"]) == {"best", "average"}
 
     best = torch.load(folder / RUN / "checkpoint_best.pt")
@@ -216,14 +219,15 @@ def test_the_record_says_what_the_run_was(smoke):
             parameter = best["model"][f"{module}.{name}"]
             torch.testing.assert_close(torch.tensor(learned[name]), parameter, atol=1e-6, rtol=0)
     log = (folder / RUN / "train.log").read_text()
-    (logged,) = set(re.findall(rf"valid on 'valid' subset \| loss (\S+) .* ppl (\S+) .* num_updates "
-                               rf"{record['validation']['updates']}\b", log))  # fmt: skip
-    assert (record["validation"]["loss"], record["validation"]["ppl"]) == tuple(map(float, logged))
-    assert record["validation"]["value"] == record["validation"]["loss"]
+    logged = re.findall(r"valid on 'valid' subset \| loss (\S+) .* ppl (\S+) \| bleu (\S+) .* num_updates (\d+)", log)
+    loss, ppl, bleu, updates = max(logged, key=lambda line: float(line[2]))  # the best checkpoint is that by BLEU
+    assert record["validation"] == {
+        "updates": int(updates), "metric": "bleu", "value": float(bleu), "loss": float(loss), "ppl": float(ppl)
+    }  # fmt: skip
     assert record["whole_epochs"] == 2 and record["updates"] == int(re.findall(r"num_updates (\d+)", log)[-1])
     assert record["versions"]["torch"] == torch.__version__ and record["training_seconds"] > 0
     assert "--cpu-smoke" in record["command"] and "--attention-mapping multimax" in record["train_command"]
-    # decoder embeddings and output are one matrix
+    # decoder embeddings and output are one matrix, counted once
     assert record["parameters"] == sum(p.numel() for p in parameters_of(folder / RUN / "checkpoint_best.pt"))
 
 
@@ -231,7 +235,7 @@ def parameters_of(path):
     from fairseq import checkpoint_utils
 
     (model,), _, _ = checkpoint_utils.load_model_ensemble_and_task(
-        [str(path)], arg_overrides={"data": str(path.parents[4] / "data/smoke/multi30k_de_en/data-bin")}
+        [str(path)], arg_overrides={"data": str(path.parents[4] / DATA / "data-bin")}
     )
     return model.parameters()
 
@@ -240,9 +244,9 @@ def parameters_of(path):
 def test_what_is_done_is_not_done_again_and_nothing_is_mixed(smoke):
     folder, _ = smoke
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
-    again = recipe("multi30k_de_en", "--cpu-smoke", cwd=folder).stdout
+    again = recipe("iwslt14_de_en", "--cpu-smoke", cwd=folder).stdout
     assert again == f"already done: {RUN}/run.json\n"
-    mixed = recipe("multi30k_de_en", "--cpu-smoke", "--mapping", "softmax", "--out", RUN, cwd=folder, check=False)
+    mixed = recipe("iwslt14_de_en", "--cpu-smoke", "--mapping", "softmax", "--out", RUN, cwd=folder, check=False)
     assert "holds a run with other settings (there: mapping=multimax; asked for: mapping=softmax)" in mixed.stderr
     assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
 
@@ -251,11 +255,27 @@ def test_what_is_done_is_not_done_again_and_nothing_is_mixed(smoke):
 def test_raw_german_is_translated_from_one_command(smoke):
     """Line by line, the translations of the test set, which fairseq-generate made in batches."""
     folder, _ = smoke
-    data = folder / "data/smoke/multi30k_de_en"
+    data = folder / DATA
     german = (data / "raw" / "test.de").read_text().splitlines()[:3]
     translated = run("bash", ROOT / "scripts" / "translate.sh", "--run", folder / RUN, "--data", data,
                      input="\n".join(german) + "\n").stdout.splitlines()  # fmt: skip
     assert translated == (folder / RUN / "best.hypotheses").read_text().splitlines()[:3]
+
+
+@pytest.mark.slow
+def test_a_language_model_is_scored_with_and_without_context(tmp_path):
+    recipe("wikitext103", "--cpu-smoke", "--output-mapping", "multimax", cwd=tmp_path)
+    folder = tmp_path / "runs/smoke/wikitext103/multimax-output_multimax-seed1"
+    record = json.loads((folder / "run.json").read_text())
+    assert list(record["scores"]) == ["test, context 400", "test, context 0"]
+    text = (tmp_path / "data/smoke/wikitext103/text/test.tokens").read_text()
+    for score in record["scores"].values():
+        # every word of the test set, and an end of each line
+        assert score["tokens"] == len(text.split()) + text.count("\n")
+        assert score["perplexity"] == pytest.approx(2 ** score["bits_per_token"], rel=1e-4)
+    assert len({score["perplexity"] for score in record["scores"].values()}) == 2
+    assert set(record["learned"]) == {"decoder.output_mapping", "decoder.layers.0.self_attn.mapping"}
+    assert record["updates"] == 40 and record["validation"]["metric"] == "loss"
 
 
 @pytest.mark.parametrize("arguments, message", [

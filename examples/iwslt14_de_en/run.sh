@@ -13,6 +13,7 @@ here=$(cd "$(dirname "$0")" >/dev/null && pwd)
 source "$here/../experiment.sh"
 
 experiment=iwslt14_de_en
+prepare_script=prepare_iwslt14.sh
 arch=transformer_iwslt_de_en # 6 + 6 layers of width 512, FFN 1024, 4 heads
 model=(--share-decoder-input-output-embed --dropout 0.3)
 
@@ -40,11 +41,9 @@ smoke_model=(
 smoke_length=(--max-epoch 2)
 smoke_training=(--lr 5e-3 --warmup-updates 40 --max-valid-steps 2)
 
-prepare() { bash "$scripts/prepare_iwslt14.sh" --out "$data" ${source[@]+"${source[@]}"}; }
-
 prepare_smoke() {
-    "$PYTHON" "$scripts/make_smoke_data.py" iwslt14 "$1.tgz"
-    bash "$scripts/prepare_iwslt14.sh" --out "$data" --archive "$1.tgz" --merges 300
+    "$PYTHON" "$scripts/make_smoke_data.py" iwslt14 "$1.tgz" --sentences 500
+    bash "$scripts/$prepare_script" --out "$data" --archive "$1.tgz" --merges 300
 }
 
 evaluate() { score_best_and_average "$data/raw/test.en" --moses en; }

@@ -13,6 +13,7 @@ here=$(cd "$(dirname "$0")" >/dev/null && pwd)
 source "$here/../experiment.sh"
 
 experiment=multi30k_de_en
+prepare_script=prepare_multi30k.sh
 arch=transformer
 # 4 + 4 layers of width 128: 1.0M of the 2.3M parameters are the embeddings of the pieces.
 model=(
@@ -39,11 +40,9 @@ smoke_model=(
 smoke_length=(--max-epoch 2)
 smoke_training=(--warmup-updates 40)
 
-prepare() { bash "$scripts/prepare_multi30k.sh" --out "$data" ${source[@]+"${source[@]}"}; }
-
 prepare_smoke() {
-    "$PYTHON" "$scripts/make_smoke_data.py" multi30k "$1"
-    bash "$scripts/prepare_multi30k.sh" --out "$data" --from "$1" --vocab-size 500
+    "$PYTHON" "$scripts/make_smoke_data.py" multi30k "$1" --sentences 500
+    bash "$scripts/$prepare_script" --out "$data" --from "$1" --vocab-size 500
 }
 
 evaluate() { score_best_and_average "$data/raw/test.en" --sentencepiece "$data/sentencepiece.bpe.model"; }

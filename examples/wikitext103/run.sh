@@ -13,6 +13,7 @@ here=$(cd "$(dirname "$0")" >/dev/null && pwd)
 source "$here/../experiment.sh"
 
 experiment=wikitext103
+prepare_script=prepare_wikitext103.sh
 arch=transformer_lm # 6 layers of width 512, FFN 2048, 8 heads
 model=(--share-decoder-input-output-embed --dropout 0.1)
 
@@ -36,11 +37,9 @@ smoke_model=(
 smoke_length=(--max-update 40)
 smoke_training=(--lr 5e-3 --warmup-updates 20)
 
-prepare() { bash "$scripts/prepare_wikitext103.sh" --out "$data" ${source[@]+"${source[@]}"}; }
-
 prepare_smoke() {
     "$PYTHON" "$scripts/make_smoke_data.py" wikitext103 "$1.zip"
-    bash "$scripts/prepare_wikitext103.sh" --out "$data" --archive "$1.zip"
+    bash "$scripts/$prepare_script" --out "$data" --archive "$1.zip"
 }
 
 evaluate() {
