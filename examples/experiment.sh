@@ -43,20 +43,19 @@ source "$scripts/common.sh"
 
 # ---------------------------------------------------------------- what a recipe sets
 
-experiment=    # the name of its folder
-arch=          # fairseq's architecture; with "multimax_" before it unless --mapping stock
-model=()       # its dimensions, where they are not the architecture's own
-training=()    # task, loss, optimiser, batches: what does not depend on the command line
-max_tokens=    # in a batch, and
-update_freq=1  # batches in an update, for one process
-length=()      # --max-update N, --max-epoch N
+experiment=       # the name of its folder
+prepare_script=   # of scripts/: makes $data
+arch=             # fairseq's architecture; with "multimax_" before it unless --mapping stock
+model=()          # its dimensions, where they are not the architecture's own
+training=()       # task, loss, optimiser, batches: what does not depend on the command line
+max_tokens=       # in a batch, and
+update_freq=1     # batches in an update, for one process
+length=()         # --max-update N or --max-epoch N
 precision=fp32
-average=0        # epochs to keep, and to score the average of
-smoke_model=()   # with --cpu-smoke, instead of model,
-smoke_length=()  # instead of length,
+average=0         # epochs to keep, and to score the average of
+smoke_model=()    # with --cpu-smoke, instead of model,
+smoke_length=()   # instead of length,
 smoke_training=() # and after training
-
-prepare_script=  # of scripts/: makes $data
 
 # And two functions:
 #   prepare_smoke PATH    make $data, small, from what scripts/make_smoke_data.py writes to PATH
