@@ -8,6 +8,7 @@ from setuptools import find_packages, setup
 root = Path(__file__).parent
 version = re.search(r'^__version__ = "(.+)"$', (root / "multimax_fairseq" / "__init__.py").read_text(), re.M)[1]
 figures = ["matplotlib"]
+iwslt14 = ["sacremoses", "subword-nmt"]  # scripts/prepare_iwslt14.sh
 
 setup(
     name="multimax_fairseq",
@@ -30,5 +31,5 @@ setup(
         "sentencepiece",
         "tqdm",
     ],
-    extras_require={"figures": figures, "test": [*figures, "hypothesis", "pytest"]},
+    extras_require={"figures": figures, "iwslt14": iwslt14, "test": [*figures, *iwslt14, "hypothesis", "pytest"]},
 )

@@ -195,14 +195,15 @@ with open(sys.argv[1], "rb") as file:
 ' "$1"
 }
 
+# check_text FILE SOURCE [NAME]: NAME is what FILE is called in an archive SOURCE.
 check_text() {
-    local line
+    local line what=${3:+"has a $3 that "}
     if is_web_page "$1"; then
-        reject "$2" "is a web page, not text"
+        reject "$2" "${what}is a web page, not text"
     fi
-    LC_ALL=C grep -aq '[^[:space:]]' "$1" || reject "$2" "is empty"
+    LC_ALL=C grep -aq '[^[:space:]]' "$1" || reject "$2" "${what}is empty"
     line=$(first_invalid_line "$1")
-    [[ -z $line ]] || reject "$2" "is not UTF-8 (the first bad line is number $line)"
+    [[ -z $line ]] || reject "$2" "${what}is not UTF-8 (the first bad line is number $line)"
 }
 
 # ---------------------------------------------------------------- long commands and interruption
@@ -358,6 +359,8 @@ finish_output() {
 # mixed in.
 begin_downloads() {
     local folder=$out.download
+    command -v curl >/dev/null || command -v wget >/dev/null ||
+        die "neither curl nor wget was found: install one of them (for example: apt-get install curl), or use $instead"
     if [[ -e $folder && "$(cat "$folder/url" 2>/dev/null)" != "$1" ]]; then
         die "$folder is in the way: it does not hold downloads from $1. Remove it or choose another --out"
     fi
@@ -368,8 +371,9 @@ begin_downloads() {
 # download FILE URL ...: fetch FILE from the first URL that has it. What the N-th has sent waits in FILE.partN, where
 # this or a later run resumes.
 download() {
-    local file=$1 url part number=0
+    local file=$1 url part number=0 all
     shift
+    all=$*
     [[ ! -f $file ]] || return 0
     for url in "$@"; do
         number=$((number + 1))
@@ -380,7 +384,7 @@ download() {
         fi
         ((number == $#)) || warn "could not download $url: trying the next address"
     done
-    die "could not download ${*: -1}. Run the command again to resume, or use $instead"
+    die "could not download ${file##*/} from ${all// / or }. Run the command again to resume, or use $instead"
 }
 
 # choose_archive DEFAULT ENVIRONMENT: settle where a recipe's one archive comes from: $archive, a file that is there
@@ -424,11 +428,8 @@ fetch() {
     local status=0
     if command -v curl >/dev/null; then
         fetch_with_curl "$@" &
-    elif command -v wget >/dev/null; then
-        fetch_with_wget "$@" &
     else
-        die "neither curl nor wget was found: install one of them (for example: apt-get install curl)," \
-            "or use $instead"
+        fetch_with_wget "$@" &
     fi
     child=$!
     wait "$child" || status=$?

@@ -113,7 +113,7 @@ source=${archive:-$url}" "$force"
     unpack "$archive" "$build/text" wiki.train.tokens wiki.valid.tokens wiki.test.tokens
     for split in "${SPLITS[@]}"; do
         mv "$build/text/wiki.$split.tokens" "$build/text/$split.tokens"
-        check_text "$build/text/$split.tokens" "$archive"
+        check_text "$build/text/$split.tokens" "$archive" "wiki.$split.tokens"
     done
     binarise --only-source --trainpref text/train.tokens --validpref text/valid.tokens --testpref text/test.tokens \
         --workers "$workers"

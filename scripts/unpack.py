@@ -123,8 +123,13 @@ def copy_wanted(archive: Path, folder: Path, wanted: set[str], most_bytes: int) 
         with member.open() as source, target.open("xb") as file:
             shutil.copyfileobj(source, file, BLOCK)
     if found != wanted:
-        has = ", ".join(sorted({*found, *others})[:5]) or "no file at all"
-        raise BadArchive(f"lacks {', '.join(sorted(wanted - found))} (it has {has})")
+        raise BadArchive(f"lacks {some(wanted - found)} (it has {some(found | others) or 'no file at all'})")
+
+
+def some(names: set[str], number: int = 3) -> str:
+    """The first names, and how many more there are."""
+    more = f" and {len(names) - number} more" if len(names) > number else ""
+    return ", ".join(sorted(names)[:number]) + more
 
 
 def unpack(archive: Path, folder: Path, names: Sequence[str], most_bytes: int = MOST_BYTES) -> None:

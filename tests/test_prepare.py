@@ -23,11 +23,13 @@ from recipes import (
     Prepared,
     Server,
     accepted_options,
+    clear_error,
     environment,
     fail,
     fairseq_task,
     interrupt,
     lines_of,
+    on_small_disk,
     path_without,
     reached,
     siblings,
@@ -307,6 +309,7 @@ def test_multimax_data_is_the_default_source(tmp_path, stand_in):
         (MULTI30K, ["--out", "x", "--from", "a", "--url", "b"], "exclude each other"),
         (MULTI30K, ["--out", "x", "--from", "nowhere"], "no such folder"),
         (MULTI30K, ["--archive", "x"], "unknown option '--archive'"),
+        (MULTI30K, [""], "unknown option ''"),
         (TEXT_LM, [], "--out DIR is required"),
         (TEXT_LM, ["--out", "x"], "--from DIR is required"),
         (TEXT_LM, ["--out", "x", "--from", "nowhere"], "no such folder"),
@@ -532,6 +535,26 @@ def test_a_failing_command_shows_its_output_and_leaves_nothing(tmp_path, stand_i
     message = fail(TEXT_LM, "--from", source, "--out", tmp_path / "out", **stand_in)
     assert "no space left on device" in message and "exit status 28" in message
     assert siblings(tmp_path / "out") == []
+
+
+# ---------------------------------------------------------------------- full disks
+
+
+@pytest.mark.parametrize("script", [MULTI30K, TEXT_LM])
+def test_a_full_disk_is_named(tmp_path, stand_in, script):
+    source = tmp_path / "source"
+    if script == MULTI30K:  # unpacked
+        text = gzip.decompress((make_multi30k(source) / "train.de.gz").read_bytes())
+        (source / "train.de.gz").write_bytes(gzip.compress(text * 200))
+    else:  # copied
+        text = (make_tokens(source) / "train.tokens").read_bytes()
+        (source / "train.tokens").write_bytes(text * 200)
+    disk = tmp_path / "disk"
+    result, left = on_small_disk(disk, "1m", script, "--from", source, "--out", disk / "out", **stand_in)
+    message = clear_error(result)
+    assert "No space left on device" in message
+    assert f"kB are free in {disk}): make room and run the command again" in message
+    assert left == []
 
 
 # ---------------------------------------------------------------------- downloads

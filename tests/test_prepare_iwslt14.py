@@ -355,8 +355,8 @@ def test_download(tmp_path, server, downloader):
 @pytest.mark.parametrize(
     ("trouble", "expected"),
     [
-        ("404", "could not download http://"),
-        ("cut short", "could not download http://"),
+        ("404", "could not download de-en.tgz from http://"),
+        ("cut short", "could not download de-en.tgz from http://"),
         ("web page", "de-en.tgz, as downloaded, is a web page, not an archive"),
         ("wrong file", "de-en.tgz, as downloaded, lacks IWSLT14."),
         ("half a file", "de-en.tgz, as downloaded, is corrupt or cut short"),
@@ -426,6 +426,7 @@ def test_download_needs_a_program_for_it(tmp_path, server, stand_in):
     arguments = (IWSLT14, "--url", f"{server.url}/de-en.tgz", "--out", tmp_path / "out")
     message = fail(*arguments, PATH=path, PYTHON=sys.executable)
     assert "neither curl nor wget was found" in message and "--archive FILE" in message
+    assert siblings(tmp_path / "out") == []
 
 
 # ---------------------------------------------------------------------- interruption and full disks

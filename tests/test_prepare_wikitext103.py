@@ -41,11 +41,11 @@ SHA256 = {
 }
 
 
-def make_archive(path: Path, name: str = "wikitext-103/wiki.{}.tokens", texts: dict[str, str] = TEXTS) -> Path:
+def make_archive(path: Path, name: str = "wikitext-103/wiki.{}.tokens", texts: dict = TEXTS) -> Path:
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr(name.partition("/")[0] + "/", b"")
         for split, text in texts.items():
-            archive.writestr(name.format(split), text.encode())
+            archive.writestr(name.format(split), text)
     return path
 
 
@@ -177,7 +177,14 @@ FAULTS = {
         lambda path: make_archive(path, "wikitext-103/../../wiki.{}.tokens"),
         "is not safe to unpack: 'wikitext-103/../../wiki.train.tokens' leads out of its folder",
     ),
-    "empty text": (lambda path: make_archive(path, texts={**TEXTS, "valid": " \n"}), "is empty"),
+    "empty text": (
+        lambda path: make_archive(path, texts={**TEXTS, "valid": " \n"}),
+        "has a wiki.valid.tokens that is empty",
+    ),
+    "another encoding": (
+        lambda path: make_archive(path, texts={**TEXTS, "test": b"gut\nStra\xdfe\n"}),
+        "has a wiki.test.tokens that is not UTF-8 (the first bad line is number 2)",
+    ),
 }
 
 
@@ -225,7 +232,8 @@ def test_the_next_mirror_is_tried(tmp_path, server, mirrors, downloader):
 def test_no_mirror_left(tmp_path, server, mirrors, stand_in):
     server.files.clear()
     message = fail(WIKITEXT, "--out", tmp_path / "out", **mirrors, **stand_in)
-    assert f"ERROR: could not download {server.url}/wikitext-103-v1.zip. " in message
+    addresses = mirrors["WIKITEXT_URL"].replace(" ", " or ")
+    assert f"ERROR: could not download wikitext-103-v1.zip from {addresses}. " in message
     assert "Run the command again to resume, or use --archive FILE with an archive you already have" in message
     assert siblings(tmp_path / "out") == ["out.download"]
 

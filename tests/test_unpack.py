@@ -113,6 +113,10 @@ BAD = {
     "zip cut short": (zip_bytes()[:-30], "is corrupt or cut short"),
     "zip damaged": (flip(zip_bytes(compression=zipfile.ZIP_STORED), 500), "is corrupt or cut short"),
     "another one": (tar_bytes(texts={"a.txt": b"a", "b.txt": b"b"}), "lacks one.txt, two.txt (it has a.txt, b.txt)"),
+    "quite another one": (
+        tar_bytes(texts={f"{number}.txt": b"" for number in range(5)}),
+        "lacks one.txt, two.txt (it has 0.txt, 1.txt, 2.txt and 2 more)",
+    ),
     "one file less": (tar_bytes(texts={"one.txt": b"a"}), "lacks two.txt (it has one.txt)"),
     "no file": (tar_bytes(member("data", tarfile.DIRTYPE), texts={}), "(it has no file at all)"),
     "twice": (tar_bytes(member("other/one.txt")), "has more than one one.txt"),
