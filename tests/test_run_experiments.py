@@ -181,6 +181,22 @@ def test_a_list_that_cannot_be_run(arguments, message, tmp_path):
     assert result.returncode == 1 and message in result.stderr and not list(tmp_path.iterdir())
 
 
+def test_slurm_gives_each_line_and_seed_a_job(tmp_path):
+    lines = ["# comment", "--mapping softmax --dry-run", "--mapping multimax --order 1 --dry-run"]
+    (tmp_path / "list.txt").write_text("\n".join(lines) + "\n")
+
+    def job(number, **kwargs):
+        command = ["bash", EXAMPLES / "slurm.sh", "iwslt14_de_en", tmp_path / "list.txt", 3]
+        return run("env", f"SLURM_ARRAY_TASK_ID={number}", *command, cwd=ROOT, **kwargs)
+
+    folders = [value(shlex.split(job(number).stdout), "--save-dir") for number in range(1, 7)]
+    assert [folder.removeprefix("runs/iwslt14_de_en/") for folder in folders] == [
+        f"{name}-seed{seed}" for name in ("softmax", "multimax-order1") for seed in (1, 2, 3)
+    ]
+    result = job(7, check=False)
+    assert result.returncode == 1 and "has no line 3: --array is too long" in result.stderr
+
+
 # ---------------------------------------------------------------------- the whole path
 
 
