@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # All three experiments from made-up archives to a table of results, with tiny models: does everything work here?
+# A minute and a half on a CPU core.
 #
 #     scripts/smoke.sh [--out DIR] [OPTION OF run.sh ...]        for example: scripts/smoke.sh --mapping sparsemax
 #

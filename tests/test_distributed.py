@@ -78,9 +78,10 @@ def assert_same_training(alone, together, folders):
         assert [line[field] for line in alone[0]] == [line[field] for line in together[0]]
     states = [torch.load(folder / "checkpoint_last.pt")["model"] for folder in folders]
     for name, tensor in states[0].items():
-        # fp32, sums of gradients in another order, dozens of updates of Adam: whose steps are lr, however small
-        # the gradient that gives them their sign, so that a parameter without gradient could differ by more
-        torch.testing.assert_close(states[1][name], tensor, atol=5e-4, rtol=1e-3, msg=name)
+        if not name.endswith("_float_tensor"):  # fairseq 0.12.2 never sets it
+            # fp32, gradients summed in another order. Adam makes of a gradient near 0 a step of up to lr, whatever
+            # its size, so what is left of rounding can be seen in single parameters.
+            torch.testing.assert_close(states[1][name], tensor, atol=5e-4, rtol=1e-3, msg=name)
 
 
 def test_two_processes_train_like_one_with_twice_the_update_frequency(corpus, tmp_path):
