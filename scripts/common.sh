@@ -14,7 +14,8 @@
 # shellcheck shell=bash
 
 PYTHON=${PYTHON:-python}
-STALL_SECONDS=${STALL_SECONDS:-60} # a download that brings nothing for so long has failed
+STALL_SECONDS=${STALL_SECONDS:-60}       # a download that brings nothing for so long has failed
+UNPACK_LIMIT=${UNPACK_LIMIT:-4294967296} # bytes that an archive may unpack to: a few KB can hold a full disk
 
 instead="--from FOLDER with files you already have" # of a download; a recipe may say otherwise
 out=        # where the result goes, absolute
@@ -165,7 +166,8 @@ unpack() {
     if is_web_page "$archive"; then
         reject "$archive" "is a web page, not an archive"
     fi
-    supervise "$build/run.log" "$PYTHON" "$(dirname "${BASH_SOURCE[0]}")/unpack.py" "$@" || status=$?
+    supervise "$build/run.log" "$PYTHON" "$(dirname "${BASH_SOURCE[0]}")/unpack.py" \
+        --most-bytes "$UNPACK_LIMIT" "$@" || status=$?
     case $status in
     0) ;;
     1) reject "$archive" "$(tail -n 1 "$build/run.log")" ;;
@@ -174,9 +176,12 @@ unpack() {
 }
 
 check_gzip() {
+    local size
     if is_web_page "$1"; then
         reject "$2" "is a web page, not a gzip file"
     fi
+    size=$({ gzip -dc "$1" 2>/dev/null || true; } | head -c $((UNPACK_LIMIT + 1)) | wc -c)
+    ((size <= UNPACK_LIMIT)) || reject "$2" "unpacks to more than $UNPACK_LIMIT bytes"
     gzip -t "$1" 2>/dev/null || reject "$2" "is corrupt or cut short (gzip -t fails)"
 }
 

@@ -14,7 +14,8 @@
 #   --help          show this text
 #
 # Makes
-#   DIR/raw/{train,valid,test}.{de,en}    the sentences before tokenisation: the references for SacreBLEU
+#   DIR/raw/{train,valid,test}.{de,en}    the sentences before tokenisation: the references for SacreBLEU (with its
+#                                         --lowercase, as a model that reads DIR/text writes lower case)
 #   DIR/bpe.codes                         joint BPE, learned on the training text
 #   DIR/text/{train,valid,test}.{de,en}   Moses tokens in lower case, in subwords: what fairseq-preprocess reads
 #   DIR/data-bin                          what fairseq-train reads, a dictionary for each language

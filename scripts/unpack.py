@@ -106,8 +106,10 @@ def copy_wanted(archive: Path, folder: Path, wanted: set[str], most_bytes: int) 
     found, others, total = set(), set(), 0
     for number, member in enumerate(members(archive), start=1):
         total += member.size
-        if number > MOST_MEMBERS or total > most_bytes:
-            raise BadArchive(f"unpacks to more than {MOST_MEMBERS:,} files or {most_bytes / 2**30:.3g} GB")
+        if number > MOST_MEMBERS:
+            raise BadArchive(f"has more than {MOST_MEMBERS} files")
+        if total > most_bytes:
+            raise BadArchive(f"unpacks to more than {most_bytes} bytes")
         check_safe(member)
         name = re.split(r"[/\\]", member.path)[-1]
         if member.kind == "folder":

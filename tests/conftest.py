@@ -129,6 +129,15 @@ def stand_in(tmp_path):
 
 
 @pytest.fixture
+def no_network(tmp_path, stand_in):
+    """The stand-in's environment, with a curl that finds no host."""
+    command = tmp_path / "stand-in" / "curl"
+    command.write_text("#!/bin/sh\nexit 6\n")
+    command.chmod(0o755)
+    return stand_in
+
+
+@pytest.fixture
 def server():
     """A server without files; the test puts them in."""
     server = recipes.Server()

@@ -413,6 +413,19 @@ def test_text_lm_refuses_a_damaged_source(tmp_path, stand_in, how):
     assert not reached(tmp_path).exists()
 
 
+@pytest.mark.parametrize("script", [MULTI30K, TEXT_LM])
+def test_a_source_that_unpacks_to_too_much_is_refused(tmp_path, stand_in, script):
+    if script == MULTI30K:
+        file = make_multi30k(tmp_path / "source") / "test_2016_flickr.en.gz"
+    else:
+        file = make_tokens(tmp_path / "source", compress=True) / "test.tokens.gz"
+    file.write_bytes(gzip.compress(bytes(1_000_000)))
+    arguments = [script, "--from", file.parent, "--out", tmp_path / "out"]
+    message = fail(*arguments, UNPACK_LIMIT="999999", **stand_in)
+    assert f"{file} unpacks to more than 999999 bytes" in message
+    assert siblings(tmp_path / "out") == []
+
+
 def test_multi30k_refuses_unaligned_files(tmp_path, stand_in):
     source = make_multi30k(tmp_path / "source")
     damage(source / "train.en.gz", "a line less")

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import gzip
 import io
+import os
 import random
+import struct
 import subprocess
 import sys
 import tarfile
+import termios
 from pathlib import Path
 
 import pytest
@@ -16,6 +20,7 @@ from recipes import (
     Prepared,
     accepted_options,
     clear_error,
+    environment,
     fail,
     fairseq_task,
     interrupt,
@@ -221,6 +226,23 @@ def test_layout_and_second_run(iwslt14):
     assert snapshot(out) == before
 
 
+def test_progress_is_shown_on_a_terminal_only(iwslt14, tmp_path, stand_in):
+    assert "tokenising:" not in iwslt14[2].stdout + iwslt14[2].stderr
+    terminal, inside = os.openpty()
+    fcntl.ioctl(inside, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))
+    command = [str(IWSLT14), "--archive", str(iwslt14[0]), "--out", str(tmp_path / "out"), "--merges", "10"]
+    subprocess.run(command, env=environment(**stand_in), stdout=subprocess.DEVNULL, stderr=inside, check=True)
+    os.close(inside)
+    shown = b""
+    try:
+        while block := os.read(terminal, 4096):
+            shown += block
+    except OSError:  # how a terminal ends on Linux
+        pass
+    os.close(terminal)
+    assert b"tokenising: 100%" in shown and b"10/10 " in shown and b"subwords of train.de: 47 lines" in shown
+
+
 # ---------------------------------------------------------------------- options and tools
 
 
@@ -313,6 +335,15 @@ def test_bad_archives_are_refused(tmp_path, stand_in, fault):
     assert not reached(tmp_path).exists()
 
 
+def test_an_archive_that_unpacks_to_too_much_is_refused(tmp_path, stand_in):
+    archive = make_archive(tmp_path / "de-en.tgz", {"zeros": bytes(10_000_000)})
+    assert archive.stat().st_size < 30_000
+    arguments = [IWSLT14, "--archive", archive, "--out", tmp_path / "out"]
+    message = fail(*arguments, UNPACK_LIMIT="10000000", **stand_in)
+    assert f"ERROR: {archive} unpacks to more than 10000000 bytes" in message
+    assert siblings(tmp_path / "out") == []
+
+
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
@@ -350,6 +381,11 @@ def test_download(tmp_path, server, downloader):
     assert siblings(out) == ["out"]
     assert "already prepared" in succeed(IWSLT14, "--out", out, IWSLT14_URL=url, **downloader).stdout
     assert len(server.requests) == 1
+
+
+def test_default_address(tmp_path, no_network):
+    message = fail(IWSLT14, "--out", tmp_path / "out", **no_network)
+    assert "de-en.tgz from http://dl.fbaipublicfiles.com/fairseq/data/iwslt14/de-en.tgz. " in message
 
 
 @pytest.mark.parametrize(

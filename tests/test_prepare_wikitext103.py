@@ -238,6 +238,14 @@ def test_no_mirror_left(tmp_path, server, mirrors, stand_in):
     assert siblings(tmp_path / "out") == ["out.download"]
 
 
+def test_default_addresses(tmp_path, no_network):
+    message = fail(WIKITEXT, "--corpus", "wikitext-2", "--out", tmp_path / "out", **no_network)
+    assert (
+        "ERROR: could not download wikitext-2-v1.zip from https://wikitext.smerity.com/wikitext-2-v1.zip or "
+        "https://s3.amazonaws.com/research.metamind.io/wikitext/wikitext-2-v1.zip. "
+    ) in message
+
+
 def test_a_download_is_resumed_from_its_own_mirror(tmp_path, server, mirrors, stand_in):
     arguments = [WIKITEXT, "--out", tmp_path / "out", "--no-checksum"]
     server.troubles["wikitext-103-v1.zip"] = "cut short"

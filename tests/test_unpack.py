@@ -152,7 +152,7 @@ def test_refuses_what_is_too_large(module, tmp_path, folder, monkeypatch):
     archive = tmp_path / "archive"
     archive.write_bytes(TAR_GZ)
     total = sum(map(len, TEXTS.values()))
-    with pytest.raises(module.BadArchive, match="unpacks to more than"):
+    with pytest.raises(module.BadArchive, match=f"unpacks to more than {total - 1} bytes"):
         module.unpack(archive, folder, WANTED, most_bytes=total - 1)
     assert list(folder.iterdir()) == []
     module.unpack(archive, folder, WANTED, most_bytes=total)
@@ -160,12 +160,12 @@ def test_refuses_what_is_too_large(module, tmp_path, folder, monkeypatch):
     header = tarfile.TarInfo("data/one.txt")
     header.size = 10**12
     archive.write_bytes(header.tobuf())
-    with pytest.raises(module.BadArchive, match="unpacks to more than 10,000 files or 4 GB"):
+    with pytest.raises(module.BadArchive, match="unpacks to more than 4294967296 bytes"):
         module.unpack(archive, folder, WANTED)
 
     monkeypatch.setattr(module, "MOST_MEMBERS", 2)
     archive.write_bytes(tar_bytes(member("data/README")))
-    with pytest.raises(module.BadArchive, match="more than 2 files"):
+    with pytest.raises(module.BadArchive, match="has more than 2 files"):
         module.unpack(archive, folder, ["README"])
 
 
