@@ -1,3 +1,4 @@
+# Shared by examples/*/run.sh: sourced, never run.
 # The options of every examples/*/run.sh:
 #
 #   --mapping NAME         of attention: multimax, softmax, sparsemax, entmax15, entmax, evsoftmax (default: multimax),
@@ -32,8 +33,8 @@
 
 # shellcheck shell=bash
 
-# To be sourced by a run.sh. That is a recipe: it names its settings, below, and says how its data are made and
-# its model is scored; then `run_experiment "$@"` does what all experiments have in common.
+# A run.sh is a recipe: it names its settings, below, and says how its data are made and its model is scored; then
+# `run_experiment "$@"` does what all experiments have in common.
 
 examples=$(cd "$(dirname "${BASH_SOURCE[0]}")" >/dev/null && pwd)
 root=$(dirname "$examples")
