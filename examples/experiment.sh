@@ -227,7 +227,7 @@ prepare_data() {
 settings_of_run() {
     printf '%s\n' "experiment=$experiment${smoke:+ (smoke)}" "mapping=$mapping" "sites=${sites:-all}" \
         "output-mapping=$output_mapping" "order=$order" "terms=${terms:-both}" "entmax-alpha=$entmax_alpha" \
-        "seed=$seed" "precision=$precision" "options=$(quoted ${extra[@]+"${extra[@]}"})"
+        "seed=$seed" "precision=$precision" "options=$(quoted ${extra[@]+"${extra[@]}"})" | LC_ALL=C sort
 }
 
 check_settings() {
@@ -259,10 +259,10 @@ train() {
     write_file "$run/trained" <<<"${length[*]}"
 }
 
-# write_file FILE: from standard input, whole or not at all.
+# write_file FILE: from standard input, whole or not at all, by however many machines at the same time.
 write_file() {
-    cat >"$1.part"
-    mv "$1.part" "$1"
+    cat >"$1.part.$$"
+    mv "$1.part.$$" "$1"
 }
 
 evaluate_and_record() {
