@@ -168,8 +168,9 @@ def p_values(runs: list[Run], which: str, samples: int) -> dict[tuple[str, int],
         # references=None: the test takes those of the metric, tokenised once
         metrics = {"BLEU": BLEU(references=[references], lowercase="case:lc" in signature)}
         test = PairedTest(systems, metrics, references=None, test_type="bs", n_samples=samples)
-        for run, result in zip(others, test()[1]["BLEU"][1:]):
-            found[run.row, seed] = result.p_value
+        for run, (_, lines), result in zip(others, systems[1:], test()[1]["BLEU"][1:]):
+            # the test counts resampled differences above the real one: of equal translations none is, so p would be 0
+            found[run.row, seed] = 1.0 if lines == systems[0][1] else result.p_value
     return found
 
 

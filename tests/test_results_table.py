@@ -113,6 +113,14 @@ def test_the_bootstrap_is_sacrebleus(translation, tmp_path):
     assert float(rows["EvSoftMax"][column]) < 0.05  # four times as many errors, over 120 sentences
 
 
+def test_the_same_translations_do_not_differ(tmp_path):
+    """sacrebleu by itself gives them the smallest p that there is."""
+    for name in ("softmax", "stock"):
+        write_run(tmp_path / name, hypotheses=translations(0.1, 1), attention_mapping=name)
+    rows = rows_of(results_table(tmp_path).stdout)
+    assert rows["softmax (stock fairseq)"][rows["mapping"].index("p against softmax")] == "1.000"
+
+
 def test_perplexities_of_language_models(tmp_path):
     for seed, value in ((1, 29.0), (2, 30.0)):
         write_run(tmp_path / f"a{seed}", seed, experiment="wikitext103", attention_mapping="softmax",
