@@ -92,10 +92,10 @@ multi30k_demo() {
     bash "$scripts/prepare_multi30k.sh" --out "$data" ${folder:+--from "$folder"}
 
     step "Training and translation" "4+4 layers of width 128, $mapping in attention, $epochs epochs"
-    bash "$root/examples/multi30k_de_en/train.sh" --data "$data" --mapping "$mapping" --seed "$seed" \
-        --epochs "$epochs" --out "$run" -- --log-format tqdm | epochs_of_log
-    cat "$run/test.bleu"
-    show_translations "$data/raw/test.de" "$data/raw/test.en" "$run/test.hypotheses"
+    bash "$root/examples/multi30k_de_en/run.sh" --data "$data" --mapping "$mapping" --seed "$seed" \
+        --epochs "$epochs" --average 0 --out "$run" -- --log-format tqdm | epochs_of_log
+    cat "$run/best.bleu"
+    show_translations "$data/raw/test.de" "$data/raw/test.en" "$run/best.hypotheses"
 }
 
 step() { printf '\n== %s: %s\n' "$1" "$2"; }

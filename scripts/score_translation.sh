@@ -6,8 +6,10 @@
 #   --data-bin DIR         binarised data whose test split is translated
 #   --checkpoint FILE      a checkpoint; several, joined by ':', make an ensemble
 #   --reference FILE       the test set in the target language, as published: one sentence a line
-#   --sentencepiece FILE   the model that the data was cut into pieces with; without it the tokens are words and
-#                          punctuation, which is moved back to the word before it
+#   --sentencepiece FILE   the model that the data was cut into pieces with, or
+#   --moses LANGUAGE       the data are BPE units of lower-case Moses tokens, as scripts/prepare_iwslt14.sh makes them:
+#                          joined, detokenised, and scored without regard to case. Without either of the two the
+#                          tokens are words and punctuation, which is moved back to the word before it
 #   --beam N               (default: 5)
 #   --out PREFIX           writes PREFIX.generate and PREFIX.log (what fairseq-generate prints), PREFIX.hypotheses (one
 #                          sentence a line, in the order of the reference) and PREFIX.bleu
@@ -23,6 +25,7 @@ data_bin=
 checkpoint=
 reference=
 sentencepiece=
+moses= # the target language
 beam=5
 prefix= # --out
 
@@ -34,6 +37,7 @@ while (($#)); do
     --checkpoint) need_value "$@"; checkpoint=$2; shift 2 ;;
     --reference) need_value "$@"; reference=$2; shift 2 ;;
     --sentencepiece) need_value "$@"; sentencepiece=$2; shift 2 ;;
+    --moses) need_value "$@"; moses=$2; shift 2 ;;
     --beam) need_number "$1" "${2-}" 1; beam=$2; shift 2 ;;
     --out) need_value "$@"; prefix=$2; shift 2 ;;
     *) die "unknown option '$1'; see --help" ;;
@@ -41,6 +45,7 @@ while (($#)); do
 done
 [[ -n $data_bin && -n $checkpoint && -n $reference && -n $prefix ]] ||
     die "--data-bin, --checkpoint, --reference and --out are required; see --help"
+[[ -z $sentencepiece || -z $moses ]] || die "--sentencepiece and --moses exclude each other; see --help"
 [[ -d $data_bin ]] || die "--data-bin $data_bin: there is no such folder"
 IFS=: read -r -a checkpoints <<<"$checkpoint"
 for file in "${checkpoints[@]}" "$reference" ${sentencepiece:+"$sentencepiece"}; do
@@ -49,11 +54,10 @@ done
 need_tool fairseq-generate "activate the environment that holds fairseq"
 need_tool sacrebleu "$PYTHON -m pip install sacrebleu"
 
-if [[ -n $sentencepiece ]]; then
-    pieces=(--bpe sentencepiece --sentencepiece-model "$sentencepiece")
-else
-    pieces=()
-fi
+pieces=()
+metric=()
+[[ -z $sentencepiece ]] || pieces=(--bpe sentencepiece --sentencepiece-model "$sentencepiece")
+[[ -z $moses ]] || metric=(--lowercase)
 
 # Without --required-batch-size-multiple 1, fairseq's main branch leaves out up to 7 sentences that do not fill a batch.
 # What is written is built beside and renamed, so that a file that is there is whole.
@@ -68,6 +72,8 @@ mv "$prefix.generate.part" "$prefix.generate"
 sed -n 's/^D-//p' "$prefix.generate" | sort -n -k 1,1 | cut -f 3 >"$prefix.tokens.part"
 if [[ -n $sentencepiece ]]; then
     mv "$prefix.tokens.part" "$prefix.hypotheses.part"
+elif [[ -n $moses ]]; then
+    "$PYTHON" "$scripts/iwslt14_text.py" decode --language "$moses" <"$prefix.tokens.part" >"$prefix.hypotheses.part"
 else
     detokenise <"$prefix.tokens.part" >"$prefix.hypotheses.part"
 fi
@@ -77,6 +83,7 @@ references=$(count_lines "$reference")
     die "$hypotheses translations for $references references: is $reference the test set of $data_bin?"
 mv "$prefix.hypotheses.part" "$prefix.hypotheses"
 
-sacrebleu "$reference" --input "$prefix.hypotheses" --metrics bleu --width 2 --format text >"$prefix.bleu.part"
+sacrebleu "$reference" --input "$prefix.hypotheses" --metrics bleu --width 2 --format text \
+    ${metric[@]+"${metric[@]}"} >"$prefix.bleu.part"
 mv "$prefix.bleu.part" "$prefix.bleu"
 cat "$prefix.bleu"

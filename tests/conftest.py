@@ -32,11 +32,15 @@ TINY_LM = [
 ]
 
 
+def environment():
+    """That of this process, with the commands of its Python first."""
+    return {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+
+
 def run(*command, check=True, **kwargs):
     """Run a command of this Python's environment; its output goes into the error when it fails."""
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     result = subprocess.run(
-        [str(part) for part in command], capture_output=True, text=True, env=environment, **kwargs
+        [str(part) for part in command], capture_output=True, text=True, env=environment(), **kwargs
     )
     assert not check or result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
     return result

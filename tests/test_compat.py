@@ -20,6 +20,16 @@ def test_a_namespace_can_be_loaded_and_what_is_unsafe_cannot(tmp_path):
         torch.load(tmp_path / "unsafe.pt")
 
 
+@pytest.mark.parametrize("dtype", ["int64", "float32", "float64"])
+def test_an_array_can_be_loaded(dtype, tmp_path):
+    """--eval-bleu leaves counts of n-grams in a checkpoint."""
+    compat.apply()
+    counts = numpy.arange(4, dtype=dtype)
+    torch.save({"counts": counts}, tmp_path / "counts.pt")
+    loaded = torch.load(tmp_path / "counts.pt")["counts"]
+    assert loaded.dtype == dtype and (loaded == counts).all()
+
+
 def test_numpy_has_the_integer_that_fairseq_asks_for():
     compat.apply()
     assert numpy.dtype(numpy.compat.long) == numpy.dtype(int)

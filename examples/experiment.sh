@@ -1,0 +1,346 @@
+# Shared by examples/*/run.sh: sourced, never run.
+# The options of every examples/*/run.sh:
+#
+#   --mapping NAME         of attention: multimax, softmax, sparsemax, entmax15, entmax, evsoftmax (default: multimax),
+#                          or stock: fairseq's own architecture
+#   --sites LIST           of encoder, decoder, cross: where it applies, softmax elsewhere (default: everywhere)
+#   --output-mapping NAME  of the vocabulary: softmax or multimax (default: softmax)
+#   --order N              of MultiMax's modulator: 1 or 2 (default: 2)
+#   --terms LIST           its sides that are learned: below,above or one of them (default: both)
+#   --entmax-alpha A       α of entmax: a number in (1, 2], or learned (default: 1.5)
+#   --seed N               (default: 1)
+#   --epochs N             how long, instead of what the recipe says
+#   --updates N            the same, in updates
+#   --precision NAME       fp32, fp16 or bf16
+#   --average N            keep the last N epochs, and score the average of them, too (0: neither; the default is the
+#                          recipe's)
+#   --data DIR             made by the prepare script, which is run if DIR has no data-bin (default: data/EXPERIMENT)
+#   --archive FILE         of the data: the prepare script takes it instead of a download
+#   --from DIR             the same with a folder, for Multi30k
+#   --runs DIR             for checkpoints, logs and scores, a folder a run (default: runs/EXPERIMENT), or
+#   --out DIR              the folder of this run (default: MAPPING-seedN, and what else was chosen, in --runs)
+#   --only STAGE           prepare, train or evaluate, and nothing else (default: what is not done yet of the three)
+#   --processes N          train on N GPUs; an update sees as many tokens as with one (default: 1)
+#   --launch COMMAND       what starts the processes instead of fairseq-train itself: "torchrun --nproc-per-node 4"
+#   --cpu-smoke            the whole path with a tiny model on made-up data: a minute or so on a CPU
+#   --dry-run              print the command that trains, and do nothing
+#   -- OPTION ...          further options of fairseq-train
+#   --help                 show this text
+#
+# Run it again with the same options and it goes on where it was stopped; when all is done it says so. The run's folder
+# has the scores in run.json, with all that they were got with: `python scripts/results_table.py runs` makes tables of
+# what is below runs/.
+
+# shellcheck shell=bash
+
+# A run.sh is a recipe: it names its settings, below, and says how its data are made and its model is scored; then
+# `run_experiment "$@"` does what all experiments have in common.
+
+examples=$(cd "$(dirname "${BASH_SOURCE[0]}")" >/dev/null && pwd)
+root=$(dirname "$examples")
+scripts=$root/scripts
+# shellcheck source=scripts/common.sh
+source "$scripts/common.sh"
+
+# ---------------------------------------------------------------- what a recipe sets
+
+experiment=       # the name of its folder
+prepare_script=   # of scripts/: makes $data
+arch=             # fairseq's architecture; with "multimax_" before it unless --mapping stock
+model=()          # its dimensions, where they are not the architecture's own
+training=()       # task, loss, optimiser, batches: what does not depend on the command line
+max_tokens=       # in a batch, and
+update_freq=1     # batches in an update, for one process
+length=()         # --max-update N or --max-epoch N
+precision=fp32
+average=0         # epochs to keep, and to score the average of
+smoke_model=()    # with --cpu-smoke, instead of model,
+smoke_length=()   # instead of length,
+smoke_training=() # and after training
+
+# And two functions:
+#   prepare_smoke PATH    make $data, small, from what scripts/make_smoke_data.py writes to PATH
+#   evaluate              write scores beside $run/checkpoint_best.pt, for scripts/record_run.py to collect
+
+# ---------------------------------------------------------------- what the command line sets
+
+mapping=multimax
+sites=
+output_mapping=softmax
+order=2
+terms=
+entmax_alpha=1.5
+seed=1
+data=
+runs=
+run= # --out
+source=()
+only=
+processes=1
+launch=()
+smoke=
+dry_run=
+extra=()
+
+parse_options() {
+    while (($#)); do
+        case $1 in
+        --?*=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" ;; # --out=DIR is --out DIR
+        --help | -h) show_help "$0"; echo; show_help "$examples/experiment.sh"; exit ;;
+        --mapping) need_choice "$@"; mapping=$2; shift 2 ;;
+        --sites) need_choice "$@"; sites=$2; shift 2 ;;
+        --output-mapping) need_choice "$@"; output_mapping=$2; shift 2 ;;
+        --order) need_choice "$@"; order=$2; shift 2 ;;
+        --terms) need_choice "$@"; terms=$2; shift 2 ;;
+        --entmax-alpha) need_alpha "$@"; entmax_alpha=$2; shift 2 ;;
+        --seed) need_number "$1" "${2-}" 1; seed=$2; shift 2 ;;
+        --epochs) need_number "$1" "${2-}" 1; length=(--max-epoch "$2"); smoke_length=("${length[@]}"); shift 2 ;;
+        --updates) need_number "$1" "${2-}" 1; length=(--max-update "$2"); smoke_length=("${length[@]}"); shift 2 ;;
+        --precision) need_choice "$@"; precision=$2; shift 2 ;;
+        --average) need_number "$1" "${2-}" 0; average=$2; shift 2 ;;
+        --data) need_value "$@"; data=$2; shift 2 ;;
+        --archive | --from) need_value "$@"; source=("$1" "$2"); shift 2 ;;
+        --runs) need_value "$@"; runs=$2; shift 2 ;;
+        --out) need_value "$@"; run=$2; shift 2 ;;
+        --only) need_choice "$@"; only=$2; shift 2 ;;
+        --processes) need_number "$1" "${2-}" 1; processes=$2; shift 2 ;;
+        --launch) need_value "$@"; read -r -a launch <<<"$2"; shift 2 ;;
+        --cpu-smoke) smoke=yes; shift ;;
+        --dry-run) dry_run=yes; shift ;;
+        --) shift; extra=("$@"); break ;;
+        *) die "unknown option '$1'; see --help" ;;
+        esac
+    done
+}
+
+# choices OPTION: what it can be. (multimax_fairseq knows as well, but only after the data are prepared.)
+choices() {
+    case $1 in
+    --mapping) echo "softmax multimax sparsemax entmax15 entmax evsoftmax stock" ;;
+    --sites) echo "encoder decoder cross" ;;
+    --output-mapping) echo "softmax multimax" ;;
+    --order) echo "1 2" ;;
+    --terms) echo "below above" ;;
+    --precision) echo "fp32 fp16 bf16" ;;
+    --only) echo "prepare train evaluate" ;;
+    esac
+}
+
+# need_choice OPTION VALUE: stop unless VALUE, or each in a list of --sites or --terms, is a choice.
+need_choice() {
+    local value values=("${2-}")
+    need_value "$@"
+    if [[ $1 == --sites || $1 == --terms ]]; then IFS=, read -r -a values <<<"$2"; fi
+    for value in "${values[@]}"; do
+        [[ " $(choices "$1") " == *" $value "* ]] || die "$1: there is no '$value'; choose from: $(choices "$1")"
+    done
+}
+
+need_alpha() {
+    [[ ${2-} == learned || ${2-} =~ ^(1\.[0-9]+|2(\.0+)?)$ ]] || die "$1 takes a number in (1, 2] or 'learned': got '${2-}'"
+}
+
+# ---------------------------------------------------------------- the command that trains
+
+# run_name: what tells this run from others, such as multimax-order1-below-seed1.
+run_name() {
+    local name=$mapping
+    [[ -z $sites ]] || name+=-${sites//,/+}
+    [[ $output_mapping == softmax ]] || name+=-output_$output_mapping
+    [[ $order == 2 ]] || name+=-order$order
+    [[ -z $terms ]] || name+=-${terms//,/+}
+    [[ $entmax_alpha == 1.5 ]] || name+=-alpha_$entmax_alpha
+    echo "$name-seed$seed"
+}
+
+mapping_options() {
+    if [[ $mapping == stock ]]; then
+        [[ -z $sites$terms && $output_mapping == softmax ]] ||
+            die "--mapping stock is fairseq's own model: it has no --sites, --terms or --output-mapping"
+        options=(--arch "$arch")
+        return
+    fi
+    options=(--arch "multimax_$arch" --attention-mapping "$mapping" --output-mapping "$output_mapping"
+        --multimax-order "$order" --entmax-alpha "$entmax_alpha")
+    [[ -z $sites ]] || options+=(--attention-mapping-sites "$sites")
+    [[ -z $terms ]] || options+=(--multimax-terms "$terms")
+}
+
+# Tokens in an update = processes · update-freq · max-tokens. More processes take it out of update-freq first: then
+# the batches, and their order, are the ones that a single process has. What is left is taken out of max-tokens.
+share_among_processes() {
+    local rest=$processes divisor
+    for ((divisor = rest; divisor > 1; divisor--)); do # the greatest common divisor
+        if ((rest % divisor == 0 && update_freq % divisor == 0)); then break; fi
+    done
+    update_freq=$((update_freq / divisor))
+    rest=$((rest / divisor))
+    ((max_tokens % rest == 0)) ||
+        die "--processes $processes: $max_tokens tokens cannot be shared among $rest; take a power of two"
+    max_tokens=$((max_tokens / rest))
+}
+
+compose_command() {
+    local options
+    mapping_options
+    share_among_processes
+    if ((${#launch[@]})); then
+        train_command=("${launch[@]}" -m fairseq_cli.train)
+    else
+        train_command=(fairseq-train)
+    fi
+    # With the plugin for stock, too: to resume, torch 2.6 and later have to be told that its checkpoints are safe.
+    train_command+=("$data/data-bin" --user-dir "$root/multimax_fairseq" "${options[@]}"
+        ${model[@]+"${model[@]}"} "${training[@]}" "${length[@]}" --max-tokens "$max_tokens"
+        --update-freq "$update_freq" --distributed-world-size "$processes" --seed "$seed"
+        --save-dir "$run" --log-format simple --log-file "$run/train.log")
+    if ((average)); then
+        train_command+=(--keep-last-epochs "$average")
+    else
+        train_command+=(--no-epoch-checkpoints)
+    fi
+    [[ $precision == fp32 ]] || train_command+=("--$precision")
+    train_command+=(${extra[@]+"${extra[@]}"})
+}
+
+# quoted WORD ...: as one would type it.
+quoted() {
+    local word line=
+    for word in "$@"; do line+=" $(printf %q "$word")"; done
+    echo "${line# }"
+}
+
+# ---------------------------------------------------------------- the three stages
+
+prepare_data() {
+    [[ ! -d $data/data-bin ]] || return 0
+    if [[ -n $smoke ]]; then
+        made_up=$(mktemp -d)
+        trap 'rm -rf "$made_up"' EXIT
+        prepare_smoke "$made_up/source"
+    else
+        bash "$scripts/$prepare_script" --out "$data" ${source[@]+"${source[@]}"}
+    fi
+}
+
+# What has to stay the same for a run to go on: all but its length, its machines and where things are.
+settings_of_run() {
+    printf '%s\n' "experiment=$experiment${smoke:+ (smoke)}" "mapping=$mapping" "sites=${sites:-all}" \
+        "output-mapping=$output_mapping" "order=$order" "terms=${terms:-both}" "entmax-alpha=$entmax_alpha" \
+        "seed=$seed" "precision=$precision" "options=$(quoted ${extra[@]+"${extra[@]}"})" | LC_ALL=C sort
+}
+
+check_settings() {
+    local there
+    [[ -f $run/settings ]] || return 0
+    there=$(cat "$run/settings")
+    [[ $there == "$(settings_of_run)" ]] ||
+        die "$run holds a run with other settings (there: $(only_in_first "$there" "$(settings_of_run)"); asked for:" \
+            "$(only_in_first "$(settings_of_run)" "$there")). Choose another --out, or remove it"
+}
+
+# is_trained: for as long as it is asked for? fairseq itself would train an update more, each time it is asked again
+# for the --max-update that it has reached.
+is_trained() { [[ -f $run/trained && $(cat "$run/trained") == "${length[*]}" ]]; }
+
+train() {
+    if is_trained; then
+        info "already trained: $run"
+        return
+    fi
+    [[ -d $data/data-bin ]] || die "$data has no data-bin: run this with --only prepare first"
+    if [[ $precision != fp32 ]] && ! "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+        die "--precision $precision needs a GPU, and torch sees none: --precision fp32 trains on the CPU"
+    fi
+    mkdir -p "$run"
+    write_file "$run/settings" < <(settings_of_run)
+    rm -f "$run/trained" "$run/run.json"
+    "${train_command[@]}"
+    write_file "$run/trained" <<<"${length[*]}"
+}
+
+# write_file FILE: from standard input, whole or not at all, by however many machines at the same time.
+write_file() {
+    cat >"$1.part.$$"
+    mv "$1.part.$$" "$1"
+}
+
+evaluate_and_record() {
+    [[ -f $run/checkpoint_best.pt ]] || die "$run has no checkpoint_best.pt: train first"
+    rm -f "$run"/{best,average}.* "$run"/*.eval "$run/run.json"
+    evaluate
+    "$PYTHON" "$scripts/record_run.py" "$run" --experiment "$experiment" ${smoke:+--smoke} \
+        --command "$command_line" --train-command "$(quoted "${train_command[@]}")"
+}
+
+# translate_and_score CHECKPOINT PREFIX OPTION ...: scripts/score_translation.sh, with the references beside the scores.
+translate_and_score() {
+    local checkpoint=$1 prefix=$2
+    shift 2
+    bash "$scripts/score_translation.sh" --data-bin "$data/data-bin" --checkpoint "$run/$checkpoint" \
+        --reference "$run/references" --out "$run/$prefix" "$@"
+}
+
+# score_best_and_average REFERENCE OPTION ...: the two scores of a translation model. OPTIONs are those of
+# scripts/score_translation.sh that say how to get from tokens to text.
+score_best_and_average() {
+    local reference=$1 checkpoints
+    shift
+    write_file "$run/references" <"$reference"
+    translate_and_score checkpoint_best.pt best "$@"
+    checkpoints=$(find "$run" -name 'checkpoint[0-9]*.pt' | awk 'END { print NR }')
+    ((checkpoints <= average)) || checkpoints=$average
+    if ((checkpoints > 1)); then
+        "$PYTHON" "$scripts/average_checkpoints.py" --last "$checkpoints" "$run" --output "$run/average.pt"
+        translate_and_score average.pt average "$@"
+    fi
+}
+
+# perplexity SPLIT WINDOW OPTION ...: of the best checkpoint, each token predicted from at least WINDOW before it.
+perplexity() {
+    local log=$run/$1.context-$2.eval
+    fairseq-eval-lm "$data/data-bin" --user-dir "$root/multimax_fairseq" --path "$run/checkpoint_best.pt" \
+        --gen-subset "$1" --context-window "$2" --sample-break-mode none --num-workers 0 "${@:3}" \
+        >"$log.part" 2>&1 || { tail -n 15 "$log.part" >&2; die "fairseq-eval-lm failed"; }
+    mv "$log.part" "$log"
+    printf '%s, context window %s: %s\n' "$1" "$2" "$(grep -o 'Perplexity: .*' "$log")"
+}
+
+# ---------------------------------------------------------------- all of it
+
+use_smoke_settings() {
+    model=("${smoke_model[@]}")
+    training+=(--num-workers 0 --cpu ${smoke_training[@]+"${smoke_training[@]}"})
+    length=("${smoke_length[@]}")
+    precision=fp32
+    max_tokens=1024
+    update_freq=1
+    ((average < 2)) || average=2
+}
+
+run_experiment() {
+    local folder=$experiment command_line
+    command_line=$(quoted "$0" "$@")
+    parse_options "$@"
+    if [[ -n $smoke ]]; then
+        use_smoke_settings
+        folder=smoke/$experiment
+    fi
+    data=${data:-data/$folder}
+    run=${run:-${runs:-runs/$folder}/$(run_name)}
+    compose_command
+    if [[ -n $dry_run ]]; then
+        quoted "${train_command[@]}"
+        return
+    fi
+    need_python
+    need_fairseq
+    check_settings
+    if [[ -z $only && -f $run/run.json ]] && is_trained; then
+        info "already done: $run/run.json"
+        return
+    fi
+    if [[ -z $only || $only == prepare ]]; then prepare_data; fi
+    if [[ -z $only || $only == train ]]; then train; fi
+    if [[ -z $only || $only == evaluate ]]; then evaluate_and_record; fi
+}

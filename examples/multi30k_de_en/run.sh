@@ -1,0 +1,50 @@
+#!/usr/bin/env bash
+# Multi30k German-English: 29,000 image descriptions, a Transformer of 2.3M parameters, half an hour or so on a CPU.
+#
+#     examples/multi30k_de_en/run.sh --mapping multimax --seed 1
+#
+# Scores the checkpoint with the lowest loss on validation, and the average of the last epochs, on test_2016_flickr:
+# beam 5, detokenised SacreBLEU.
+
+set -euo pipefail
+
+here=$(cd "$(dirname "$0")" >/dev/null && pwd)
+# shellcheck source=examples/experiment.sh
+source "$here/../experiment.sh"
+
+experiment=multi30k_de_en
+prepare_script=prepare_multi30k.sh
+arch=transformer
+# 4 + 4 layers of width 128: 1.0M of the 2.3M parameters are the embeddings of the pieces.
+model=(
+    --encoder-layers 4 --encoder-embed-dim 128 --encoder-ffn-embed-dim 256 --encoder-attention-heads 4
+    --decoder-layers 4 --decoder-embed-dim 128 --decoder-ffn-embed-dim 256 --decoder-attention-heads 4
+    --share-all-embeddings --dropout 0.3
+)
+
+training=(
+    --task translation
+    --criterion label_smoothed_cross_entropy --label-smoothing 0.1
+    --optimizer adam --adam-betas '(0.9, 0.98)' --lr 5e-3 --lr-scheduler inverse_sqrt --warmup-updates 2000
+    --num-workers 0 --log-interval 50
+)
+max_tokens=4096
+length=(--max-epoch 20)
+average=5
+
+smoke_model=(
+    --encoder-layers 1 --encoder-embed-dim 32 --encoder-ffn-embed-dim 32 --encoder-attention-heads 2
+    --decoder-layers 1 --decoder-embed-dim 32 --decoder-ffn-embed-dim 32 --decoder-attention-heads 2
+    --share-all-embeddings --dropout 0.3
+)
+smoke_length=(--max-epoch 2)
+smoke_training=(--warmup-updates 40)
+
+prepare_smoke() {
+    "$PYTHON" "$scripts/make_smoke_data.py" multi30k "$1" --sentences 500
+    bash "$scripts/$prepare_script" --out "$data" --from "$1" --vocab-size 500
+}
+
+evaluate() { score_best_and_average "$data/raw/test.en" --sentencepiece "$data/sentencepiece.bpe.model"; }
+
+run_experiment "$@"

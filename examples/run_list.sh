@@ -1,0 +1,63 @@
+#!/usr/bin/env bash
+# Runs a list of experiments one after another, and prints the table of their results.
+#
+#     examples/run_list.sh multi30k_de_en examples/mappings.txt --epochs 12
+#     examples/run_list.sh iwslt14_de_en examples/ablation.txt --seeds 1,2,3
+#
+#   EXPERIMENT LIST   a folder of examples/, and a file with options of its run.sh, a line a run
+#   --seeds LIST      comma-separated: each line is run with each of them (default: 1)
+#   --runs DIR        where the runs go (default: runs/EXPERIMENT)
+#   --dry-run         print the commands, and do nothing
+#   OPTION ...        any other option is handed to each run.sh
+#   --help            show this text
+#
+# It can be stopped at any time: started again, it goes on with the run that was stopped. A run that fails does not keep
+# the next ones from running; the exit status is then 1.
+
+set -euo pipefail
+
+examples=$(cd "$(dirname "$0")" >/dev/null && pwd)
+scripts=$(dirname "$examples")/scripts
+# shellcheck source=scripts/common.sh
+source "$scripts/common.sh"
+
+seeds=(1)
+runs=
+dry_run=
+common=()
+
+[[ ${1:-} != --help && ${1:-} != -h ]] || { show_help "$0"; exit; }
+[[ $# -ge 2 ]] || die "the experiment and the list of runs are required; see --help"
+experiment=$1
+list=$2
+shift 2
+[[ -f $examples/$experiment/run.sh ]] || die "there is no experiment '$experiment'; choose a folder of $examples"
+[[ -f $list ]] || die "$list: there is no such file"
+while (($#)); do
+    case $1 in
+    --seeds=* | --runs=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" ;; # --seeds=1,2 is --seeds 1,2
+    --seeds) need_value "$@"; IFS=, read -r -a seeds <<<"$2"; shift 2 ;;
+    --runs) need_value "$@"; runs=$2; shift 2 ;;
+    --dry-run) dry_run=--dry-run; shift ;;
+    --seed | --seed=* | --out | --out=*) die "${1%%=*} is for a single run: use --seeds or --runs here" ;;
+    *) common+=("$1"); shift ;;
+    esac
+done
+for seed in "${seeds[@]}"; do need_number --seeds "$seed" 1; done
+
+trap 'exit 130' INT # or Ctrl-C would only go on to the next run
+failed=
+while read -r -a options <&3; do
+    [[ ${#options[@]} -gt 0 && ${options[0]} != \#* ]] || continue
+    for seed in "${seeds[@]}"; do
+        [[ -n $dry_run ]] || printf '\n== %s %s --seed %s\n' "$experiment" "${options[*]}" "$seed"
+        bash "$examples/$experiment/run.sh" "${options[@]}" --seed "$seed" ${runs:+--runs "$runs"} $dry_run \
+            ${common[@]+"${common[@]}"} || failed+=$'\n'"  ${options[*]} --seed $seed"
+    done
+done 3<"$list"
+if [[ -z $dry_run ]]; then
+    echo
+    need_python
+    "$PYTHON" "$scripts/results_table.py" "${runs:-runs/$experiment}" || failed+=$'\n  the table'
+fi
+[[ -z $failed ]] || die "these failed:$failed"

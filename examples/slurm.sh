@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# A list of runs as jobs of Slurm, a GPU each. Prepare the data first, then
+#
+#     bash examples/iwslt14_de_en/run.sh --only prepare
+#     sbatch --array 1-15 examples/slurm.sh iwslt14_de_en examples/ablation.txt 3
+#
+#   EXPERIMENT LIST SEEDS   the jobs are the lines of LIST that are no comments, each with seeds 1 to SEEDS; the array
+#                           has as many numbers: lines × SEEDS
+#
+# A job that runs out of time is sent again by the same line, and goes on from its last checkpoint.
+
+#SBATCH --job-name=multimax
+#SBATCH --gres=gpu:1
+#SBATCH --cpus-per-task=4
+#SBATCH --mem=32G
+#SBATCH --time=12:00:00
+#SBATCH --output=slurm-%A_%a.out
+
+set -euo pipefail
+
+if [[ $# -ne 3 || -z ${SLURM_ARRAY_TASK_ID:-} ]]; then
+    awk 'NR > 1 { if (!/^#/) exit; sub(/^# ?/, ""); print }' "$0"
+    exit 1
+fi
+experiment=$1
+list=$2
+seeds=$3
+
+line=$(((SLURM_ARRAY_TASK_ID - 1) / seeds + 1))
+seed=$(((SLURM_ARRAY_TASK_ID - 1) % seeds + 1))
+read -r -a options < <(grep -v '^#' "$list" | sed -n "${line}p") ||
+    { echo "ERROR: $list has no line $line: --array is too long" >&2; exit 1; }
+
+# sbatch runs a copy of this file: the examples are where it was called from
+exec bash "examples/$experiment/run.sh" "${options[@]}" --seed "$seed"

@@ -1,0 +1,205 @@
+#!/usr/bin/env python
+"""Writes run.json: the scores of a training run, with all that they were got with.
+
+    python scripts/record_run.py runs/multi30k_de_en/multimax-seed1 --experiment multi30k_de_en
+
+examples/*/run.sh calls it when a model is scored. The folder holds checkpoint_best.pt, checkpoint_last.pt and
+train.log of fairseq-train and, of the evaluation, NAME.bleu and NAME.hypotheses for `best` and `average` (as
+scripts/score_translation.sh writes them), or SPLIT.context-WINDOW.eval (what fairseq-eval-lm prints). What the
+checkpoint knows is taken from it, not from the command line. scripts/results_table.py makes tables of such files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import multimax_fairseq  # lets torch load fairseq's checkpoints
+
+FORMAT = 1  # of run.json; a reader that knows another one can say so
+DISTRIBUTIONS = ("torch", "fairseq", "ve-fairseq", "numpy", "entmax", "sacrebleu", "sentencepiece", "sacremoses",
+                 "subword-nmt")  # fmt: skip
+OPTIONS = ("attention_mapping", "attention_mapping_sites", "output_mapping", "multimax_order", "multimax_terms",
+           "multimax_init", "entmax_alpha")  # fmt: skip
+
+
+def option(model: Any, name: str) -> Any:
+    """An option of the model as its checkpoint has it: a namespace, or from fairseq-hydra-train a config."""
+    return model.get(name) if hasattr(model, "get") else getattr(model, name, None)
+
+
+def mapping_of(model: Any) -> dict[str, Any]:
+    """The choice of mappings by their flags' names; ``attention_mapping`` of fairseq's own model is ``stock``."""
+    choice = {name: option(model, name) for name in OPTIONS}
+    return choice if choice["attention_mapping"] else {"attention_mapping": "stock"}
+
+
+def learned_parameters(state: dict[str, Tensor]) -> dict[str, dict[str, list]]:
+    """What the mappings have learned, by module.
+
+    Args:
+        state: the parameters of a checkpoint by name.
+
+    Returns:
+        for each module that has them ``thresholds`` and ``gains``, both (order, 2), or ``alpha_logits``, (heads,),
+        with six decimals.
+    """
+    learned: dict[str, dict[str, list]] = {}
+    for name, tensor in state.items():
+        module, _, parameter = name.rpartition(".")
+        if parameter in ("thresholds", "gains", "alpha_logits"):
+            learned.setdefault(module, {})[parameter] = tensor.double().mul(1e6).round().div(1e6).tolist()
+    return learned
+
+
+def validation(folder: Path, checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """The best checkpoint on validation: what it was chosen by, after how many updates, and its perplexity."""
+    updates = checkpoint["optimizer_history"][-1]["num_updates"]
+    found = {
+        "updates": updates,
+        "metric": checkpoint["cfg"]["checkpoint"]["best_checkpoint_metric"],
+        "value": checkpoint["extra_state"]["val_loss"],
+    }
+    log = folder / "train.log"
+    for line in log.read_text(encoding="utf-8").splitlines() if log.is_file() else ():
+        # "epoch 001 | valid on 'valid' subset | loss 4.302 | nll_loss 2.744 | ppl 6.7 | … | num_updates 130 | …"
+        fields = dict(part.split(" ", 1) for part in line.split(" | ") if part.count(" ") == 1)
+        if " | valid on " in line and fields.get("num_updates") == str(updates):
+            found.update({name: float(fields[name]) for name in ("loss", "ppl") if name in fields})
+    return found
+
+
+def bleu_scores(folder: Path) -> dict[str, dict[str, Any]]:
+    """``best`` and ``average`` if they were scored: BLEU, its signature and the files that it was computed from."""
+    scores = {}
+    for name in ("best", "average"):
+        path = folder / f"{name}.bleu"
+        if path.is_file():
+            text = path.read_text(encoding="utf-8").strip()
+            match = re.match(r"(BLEU\|\S+) = ([\d.]+) ", text)
+            if match is None:
+                raise ValueError(f"{path} is not what sacrebleu prints: {text[:80]!r}")
+            scores[name] = {"bleu": float(match[2]), "signature": match[1], "details": text,
+                            "hypotheses": f"{name}.hypotheses", "references": "references"}  # fmt: skip
+    return scores
+
+
+def perplexities(folder: Path) -> dict[str, dict[str, Any]]:
+    """What fairseq-eval-lm measured, by split and context window, the longest first: ``test, context 400``."""
+    scores = {}
+    names = [re.fullmatch(r"(\w+)\.context-(\d+)\.eval", path.name) for path in folder.glob("*.context-*.eval")]
+    for name in sorted(filter(None, names), key=lambda name: (name[1], -int(name[2]))):
+        text = (folder / name[0]).read_text(encoding="utf-8")
+        loss = re.search(r"Loss \(base 2\): ([\d.]+), Perplexity: ([\d.]+)", text)
+        tokens = re.search(r"Evaluated ([\d,]+) tokens", text)
+        if loss is None or tokens is None:
+            raise ValueError(f"{folder / name[0]} is not what fairseq-eval-lm prints")
+        scores[f"{name[1]}, context {name[2]}"] = {
+            "perplexity": float(loss[2]),
+            "bits_per_token": float(loss[1]),
+            "tokens": int(tokens[1].replace(",", "")),
+        }
+    return scores
+
+
+def versions() -> dict[str, str]:
+    """Of everything that a score can depend on."""
+    found = {"python": platform.python_version(), "multimax_fairseq": multimax_fairseq.__version__}
+    for name in DISTRIBUTIONS:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            pass
+    return found
+
+
+def hardware() -> dict[str, Any]:
+    """Processor and graphics cards, without names of machines or users."""
+    cpuinfo = Path("/proc/cpuinfo")
+    models = re.findall(r"^model name\s*: (.*)$", cpuinfo.read_text(), re.M) if cpuinfo.is_file() else []
+    return {
+        "processor": models[0] if models else platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+        "cuda": torch.version.cuda if torch.cuda.is_available() else None,
+    }
+
+
+def record(folder: Path) -> dict[str, Any]:
+    """Everything about a run but the commands that made it.
+
+    Raises:
+        ValueError: the folder lacks a checkpoint or scores, or a file is not what it should be.
+    """
+    for name in ("checkpoint_best.pt", "checkpoint_last.pt"):
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder} has no {name}: train first")
+    scores = {**bleu_scores(folder), **perplexities(folder)}
+    if not scores:
+        raise ValueError(f"{folder} has no scores: neither best.bleu nor a *.context-*.eval")
+    best = torch.load(folder / "checkpoint_best.pt", map_location="cpu")
+    state, cfg = best["model"], best["cfg"]
+    valid = validation(folder, best)
+    parameters = sum(tensor.numel() for tensor in unique_storage(state))
+    learned, mapping = learned_parameters(state), mapping_of(cfg["model"])
+    del best, state  # one checkpoint at a time: they can be large
+    last = torch.load(folder / "checkpoint_last.pt", map_location="cpu")
+    return {
+        "scores": scores,
+        "validation": valid,
+        "mapping": mapping,
+        "seed": cfg["common"]["seed"],
+        "updates": last["optimizer_history"][-1]["num_updates"],
+        "whole_epochs": last["extra_state"]["train_iterator"]["epoch"] - 1,  # it is the one that comes next
+        # fairseq keeps it in its checkpoints, so it is that of all sittings together, without what was lost
+        "training_seconds": round(last["extra_state"]["previous_training_time"], 1),
+        "processes": cfg["distributed_training"]["distributed_world_size"],
+        "tokens_per_batch": cfg["dataset"]["max_tokens"],
+        "update_freq": list(cfg["optimization"]["update_freq"]),
+        "parameters": parameters,
+        "learned": learned,
+        "versions": versions(),
+        "hardware": hardware(),
+    }
+
+
+def unique_storage(state: dict[str, Tensor]) -> list[Tensor]:
+    """The parameters, with those that are shared (embeddings and output) once, and without fairseq's own marks."""
+    by_storage = {
+        tensor.data_ptr(): tensor for name, tensor in state.items() if not name.endswith(("version", "_float_tensor"))
+    }
+    return list(by_storage.values())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="of the run; run.json is written there")
+    parser.add_argument("--experiment", required=True, help="what the table is called that the run belongs to")
+    parser.add_argument("--smoke", action="store_true", help="made-up data: the scores mean nothing")
+    parser.add_argument("--command", help="that started all of it")
+    parser.add_argument("--train-command", help="the command of fairseq-train")
+    args = parser.parse_args()
+    try:
+        found = record(args.folder)
+    except ValueError as error:
+        sys.exit(f"ERROR: {error}")
+    commands = {"command": args.command, "train_command": args.train_command}
+    whole = {"format": FORMAT, "experiment": args.experiment, "smoke": args.smoke, **found, **commands}
+    part = args.folder / "run.json.part"
+    part.write_text(json.dumps(whole, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(part, args.folder / "run.json")
+    print(f"wrote {args.folder / 'run.json'}")
+
+
+if __name__ == "__main__":
+    main()

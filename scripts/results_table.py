@@ -1,0 +1,264 @@
+#!/usr/bin/env python
+"""Tables of results, in Markdown, from the run.json files below a folder.
+
+    python scripts/results_table.py runs
+    python scripts/results_table.py runs/multi30k_de_en --samples 5000
+
+A table for each experiment, a row for each choice of mappings: mean ± standard deviation over its seeds (that of a
+sample, with n − 1; none for one seed). For translation sacrebleu's paired bootstrap (Koehn 2004) compares the
+translations of each run with those of softmax with the same seed: p is the share of resampled test sets, were the two
+equally good, that differ by as much.
+
+--paper FILE puts published numbers in a column beside. FILE is JSON: {"EXPERIMENT": {"source": "Author (year), table
+n", "rows": {"MultiMax": "34.5 ± 0.1"}}}, with the names of experiments and rows that the tables have.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import statistics
+import sys
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+FORMAT = 1  # of run.json, as record_run.py writes it
+
+NAMES = {"softmax": "softmax", "multimax": "MultiMax", "sparsemax": "sparsemax", "entmax15": "1.5-entmax",
+         "entmax": "α-entmax", "evsoftmax": "EvSoftMax", "stock": "softmax (stock fairseq)"}  # fmt: skip
+ALL_SITES = {"encoder", "decoder", "cross"}
+BOTH_TERMS = {"below", "above"}
+BASELINE = "softmax"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run.json: what it says, and the folder that it and the translations are in."""
+
+    folder: Path
+    content: dict[str, Any]
+
+    @property
+    def experiment(self) -> str:
+        name = self.content["experiment"]
+        return f"{name}, smoke run on made-up data" if self.content["smoke"] else name
+
+    @property
+    def row(self) -> str:
+        return row_name(self.content["mapping"])
+
+    @property
+    def seed(self) -> int:
+        return self.content["seed"]
+
+    def lines(self, which: str, kind: str) -> list[str]:
+        """The ``hypotheses`` or ``references`` of the score ``which``.
+
+        Raises:
+            ValueError: the file is not there any more.
+        """
+        path = self.folder / self.content["scores"][which][kind]
+        try:
+            return path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+        except OSError as error:
+            raise ValueError(f"{self.folder / 'run.json'} needs {path.name} beside it: {error.strerror}") from error
+
+
+def row_name(mapping: dict[str, Any]) -> str:
+    """What a choice of mappings is called: ``MultiMax, order 1``; only what is not the default is named.
+
+    Args:
+        mapping: flags' names to values, as record_run.py has them.
+    """
+    attention = mapping["attention_mapping"]
+    name = NAMES[attention]
+    if attention == "stock":
+        return name
+    if attention == "entmax":
+        alpha = mapping["entmax_alpha"]
+        name += ", α learned" if alpha == "learned" else f", α = {alpha}"
+    if attention != "softmax":
+        sites = mapping["attention_mapping_sites"].split(",")
+        if not ALL_SITES <= set(sites):
+            name += f", {' and '.join(sites)} only"
+    if "multimax" in (attention, mapping["output_mapping"]):
+        terms = mapping["multimax_terms"].split(",")
+        name += "" if mapping["multimax_order"] == 2 else f", order {mapping['multimax_order']}"
+        name += "" if set(terms) == BOTH_TERMS else f", only {terms[0]}"
+        name += "" if mapping["multimax_init"] == "normal" else f", {mapping['multimax_init']} at the start"
+    if mapping["output_mapping"] != "softmax":
+        name += f"; {NAMES[mapping['output_mapping']]} of the vocabulary"
+    return name
+
+
+def load_runs(folder: Path) -> list[Run]:
+    """Every run.json below ``folder``.
+
+    Raises:
+        ValueError: there is none, one is not readable, or two are the same run.
+    """
+    runs: dict[tuple[str, str, int], Run] = {}
+    for path in sorted(folder.rglob("run.json")):
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if content["format"] != FORMAT:
+                raise ValueError(f"format {content['format']}, and this script knows {FORMAT}")
+            run = Run(path.parent, content)
+            key = (run.experiment, run.row, run.seed)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is not a file of record_run.py: {error!r}") from error
+        if key in runs:
+            raise ValueError(
+                f"{path} and {runs[key].folder / 'run.json'} are both {run.experiment}, {run.row}, seed {run.seed}: "
+                "name the folder of one of them"
+            )
+        runs[key] = run
+    if not runs:
+        raise ValueError(f"there is no run.json below {folder}")
+    return list(runs.values())
+
+
+def mean_and_deviation(values: Iterable[float]) -> str:
+    """``35.28 ± 0.12``, or the value itself if there is one only."""
+    values = list(values)
+    mean = f"{statistics.fmean(values):.2f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.2f}"
+
+
+def p_values(runs: list[Run], which: str, samples: int) -> dict[tuple[str, int], float]:
+    """sacrebleu's paired bootstrap of each run against softmax with the same seed.
+
+    Args:
+        runs: of one experiment.
+        which: the score whose translations are compared: ``best``.
+        samples: how often the test set is resampled.
+
+    Returns:
+        (row, seed) → p, for all runs that have a softmax run to be compared with.
+
+    Raises:
+        ValueError: translations are missing, or were scored against other references or in another way.
+    """
+    from sacrebleu.metrics import BLEU
+    from sacrebleu.significance import PairedTest
+
+    by_seed: dict[int, list[Run]] = defaultdict(list)
+    for run in runs:
+        if which in run.content["scores"]:
+            by_seed[run.seed].append(run)
+    found = {}
+    for seed, group in by_seed.items():
+        baselines = [run for run in group if run.row == BASELINE]
+        others = [run for run in group if run.row != BASELINE]
+        if not baselines or not others:
+            continue
+        ordered = [*baselines, *others]
+        references = ordered[0].lines(which, "references")
+        signature = ordered[0].content["scores"][which]["signature"]
+        for run in others:
+            if run.lines(which, "references") != references:
+                raise ValueError(f"{run.folder} and {ordered[0].folder} have different references")
+            if run.content["scores"][which]["signature"] != signature:
+                raise ValueError(f"{run.folder} and {ordered[0].folder} are scored in different ways")
+        systems = [(f"{number}", run.lines(which, "hypotheses")) for number, run in enumerate(ordered)]
+        # references=None: the test takes those of the metric, tokenised once
+        metrics = {"BLEU": BLEU(references=[references], lowercase="case:lc" in signature)}
+        test = PairedTest(systems, metrics, references=None, test_type="bs", n_samples=samples)
+        for run, (_, lines), result in zip(others, systems[1:], test()[1]["BLEU"][1:]):
+            # the test counts resampled differences above the real one: of equal translations none is, so p would be 0
+            found[run.row, seed] = 1.0 if lines == systems[0][1] else result.p_value
+    return found
+
+
+def in_order(rows: Iterable[str]) -> list[str]:
+    """softmax first, then as the mappings stand in NAMES."""
+    names = list(NAMES.values())
+    return sorted(rows, key=lambda row: (row != BASELINE, names.index(row.split(",")[0].split(";")[0]), row))
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    """A table whose columns are aligned in the source, too."""
+    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
+    lines = [header, ["-" * width for width in widths], *rows]
+    return "\n".join("| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths)) + " |" for line in lines)
+
+
+def table(runs: list[Run], paper: dict[str, Any], samples: int) -> str:
+    """The table of one experiment, with what has to be said about it below."""
+    by_row: dict[str, list[Run]] = defaultdict(list)
+    for run in sorted(runs, key=lambda run: run.seed):
+        by_row[run.row].append(run)
+    scores = list(dict.fromkeys(name for run in runs for name in run.content["scores"]))
+    is_translation = "best" in scores
+    key = "bleu" if is_translation else "perplexity"
+    header = ["mapping", "seeds", "valid ppl", *(f"BLEU, {name}" if is_translation else name for name in scores)]
+    p = p_values(runs, "best", samples) if is_translation else {}
+    header += ["p against softmax"] if p else []
+    published = paper.get(runs[0].content["experiment"], {})
+    header += ["published"] if published else []
+    body = []
+    for row in in_order(by_row):
+        group = by_row[row]
+        cells = [row, " ".join(str(run.seed) for run in group)]
+        validation = [run.content["validation"].get("ppl") for run in group]
+        cells.append("–" if None in validation else mean_and_deviation(validation))
+        for name in scores:
+            values = [run.content["scores"][name][key] for run in group if name in run.content["scores"]]
+            # a mean over fewer runs than the row says would not be comparable with the one beside it
+            cells.append(mean_and_deviation(values) if len(values) == len(group) else "–")
+        if p:
+            cells.append(" ".join(f"{p[row, run.seed]:.3f}" for run in group if (row, run.seed) in p) or "–")
+        if published:
+            cells.append(published["rows"].get(row, "–"))
+        body.append(cells)
+    lines = [f"### {runs[0].experiment}", "", markdown(header, body), "", *notes(runs, p, published, samples)]
+    return "\n".join(lines)
+
+
+def notes(runs: list[Run], p: dict, published: dict[str, Any], samples: int) -> list[str]:
+    """What the numbers were got with, and warnings where they cannot be compared."""
+    found = []
+    signatures = sorted({s["signature"] for run in runs for s in run.content["scores"].values() if "signature" in s})
+    found += [f"`{signature}`" for signature in signatures]
+    if len(signatures) > 1:
+        found.append("WARNING: scored in different ways; compare no numbers across signatures.")
+    updates = sorted({run.content["updates"] for run in runs})
+    found.append(f"{' or '.join(f'{number:,}' for number in updates)} updates.")
+    if len(updates) > 1:
+        found.append("WARNING: not all runs are equally long.")
+    tokens = {(name, s["tokens"]) for run in runs for name, s in run.content["scores"].items() if "tokens" in s}
+    if len(tokens) > len({name for name, _ in tokens}):
+        found.append("WARNING: perplexities over different numbers of tokens cannot be compared.")
+    if p:
+        found.append(f"p: sacrebleu's paired bootstrap of the best checkpoints, {samples:,} samples, a value a seed.")
+    if published:
+        found.append(f"Published: {published['source']}.")
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="with run.json files in it or below")
+    parser.add_argument("--samples", type=int, default=1000, metavar="N",
+                        help="of the bootstrap (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--paper", type=Path, metavar="FILE", help="published numbers, as above")
+    args = parser.parse_args()
+    if args.samples < 1:
+        parser.error("--samples takes a number of at least 1")
+    logging.getLogger("sacrebleu").setLevel(logging.WARNING)  # it tells of each system that it resamples
+    try:
+        paper = json.loads(args.paper.read_text(encoding="utf-8")) if args.paper else {}
+        by_experiment: dict[str, list[Run]] = defaultdict(list)
+        for run in load_runs(args.folder):
+            by_experiment[run.experiment].append(run)
+        print("\n\n".join(table(by_experiment[name], paper, args.samples) for name in sorted(by_experiment)))
+    except (OSError, ValueError) as error:
+        sys.exit(f"ERROR: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,45 @@
+#!/usr/bin/env bash
+# All three experiments from made-up archives to a table of results, with tiny models: does everything work here?
+# A minute and a half on a CPU core.
+#
+#     scripts/smoke.sh [--out DIR] [OPTION OF run.sh ...]        for example: scripts/smoke.sh --mapping sparsemax
+#
+#   --out DIR    data, checkpoints, scores and logs (default: a temporary folder, removed at the end)
+#   --help       show this text
+#
+# The scores mean nothing. Each experiment is the `run.sh --cpu-smoke` of its folder in examples/.
+
+set -euo pipefail
+
+scripts=$(cd "$(dirname "$0")" >/dev/null && pwd)
+# shellcheck source=scripts/common.sh
+source "$scripts/common.sh"
+
+out_folder=
+options=()
+while (($#)); do
+    case $1 in
+    --help | -h) show_help "$0"; exit ;;
+    --out=*) out_folder=${1#*=}; shift ;;
+    --out) need_value "$@"; out_folder=$2; shift 2 ;;
+    *) options+=("$1"); shift ;;
+    esac
+done
+need_python
+need_fairseq
+if [[ -z $out_folder ]]; then
+    out_folder=$(mktemp -d)
+    trap 'rm -rf "$out_folder"' EXIT
+fi
+mkdir -p "$out_folder"
+
+for experiment in multi30k_de_en iwslt14_de_en wikitext103; do
+    start=$SECONDS
+    log=$out_folder/$experiment.log
+    bash "$scripts/../examples/$experiment/run.sh" --cpu-smoke --data "$out_folder/data/$experiment" \
+        --runs "$out_folder/runs/$experiment" ${options[@]+"${options[@]}"} >"$log" 2>&1 ||
+        { tail -n 15 "$log" >&2; die "$experiment failed; its last lines are above"; }
+    info "$experiment: $((SECONDS - start)) s"
+done
+echo
+"$PYTHON" "$scripts/results_table.py" "$out_folder/runs"

@@ -1,0 +1,108 @@
+"""scripts/record_run.py on files as the commands write them. Whole runs: test_run_experiments.py."""
+
+import platform
+from argparse import Namespace
+
+import pytest
+import torch
+from conftest import ROOT
+from omegaconf import OmegaConf
+
+BLEU = "BLEU|nrefs:1|case:lc|eff:no|tok:13a|smooth:exp|version:2.6.0 = 34.56 66.1/41.2/28.0/19.4 (BP = 0.98 …)\n"
+EVAL = """\
+INFO:fairseq_cli.eval_lm:num. model params: 156,000,000
+INFO:fairseq_cli.eval_lm:Evaluated 245,569 tokens in 9.1s (26985.60 tokens/s)
+INFO:fairseq_cli.eval_lm:Loss (base 2): {loss}, Perplexity: {perplexity}
+"""
+LOG = """\
+epoch 001 | valid on 'valid' subset | loss 7.413 | nll_loss 7.103 | ppl 137.45 | wps 1 | num_updates 59
+epoch 001 | loss 8.326 | nll_loss 8.169 | ppl 287.84 | wps 2 | num_updates 59 | lr 0.004
+epoch 002 | valid on 'valid' subset | loss 6.53 | nll_loss 6.064 | ppl 66.91 | wps 3 | num_updates 118 | best_loss 7
+epoch 003 | valid on 'valid' subset | loss 6.6 | nll_loss 6.1 | ppl 68.6 | wps 3 | num_updates 177 | best_loss 6.53
+"""
+
+
+@pytest.fixture
+def record_run(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    import record_run
+
+    return record_run
+
+
+def checkpoint(updates=118, metric="loss", value=6.53):
+    """As much of one as the validation of a run is read from."""
+    return {
+        "optimizer_history": [{"num_updates": 3}, {"num_updates": updates}],
+        "extra_state": {"val_loss": value},
+        "cfg": {"checkpoint": {"best_checkpoint_metric": metric}},
+    }
+
+
+def test_scores_are_read_from_what_the_commands_print(record_run, tmp_path):
+    (tmp_path / "best.bleu").write_text(BLEU)
+    for window, loss, perplexity in ((0, "4.9069", "30.00"), (400, "4.8580", "29.00"), (80, "4.8", "27.86")):
+        (tmp_path / f"test.context-{window}.eval").write_text(EVAL.format(loss=loss, perplexity=perplexity))
+    (bleu,) = record_run.bleu_scores(tmp_path).values()
+    assert (bleu["bleu"], bleu["signature"]) == (34.56, BLEU.split(" = ")[0])
+    scores = record_run.perplexities(tmp_path)
+    assert list(scores) == ["test, context 400", "test, context 80", "test, context 0"]
+    assert scores["test, context 400"] == {"perplexity": 29.0, "bits_per_token": 4.858, "tokens": 245569}
+
+
+@pytest.mark.parametrize("name, function", [("average.bleu", "bleu_scores"), ("test.context-0.eval", "perplexities")])
+def test_a_file_without_a_score_is_an_error(name, function, record_run, tmp_path):
+    (tmp_path / name).write_text("Traceback (most recent call last):\n")
+    with pytest.raises(ValueError, match=rf"{name} is not what (sacrebleu|fairseq-eval-lm) prints"):
+        getattr(record_run, function)(tmp_path)
+
+
+def test_the_validation_of_the_best_checkpoint_is_found_in_the_log(record_run, tmp_path):
+    (tmp_path / "train.log").write_text(LOG)
+    assert record_run.validation(tmp_path, checkpoint()) == {
+        "updates": 118, "metric": "loss", "value": 6.53, "loss": 6.53, "ppl": 66.91
+    }  # fmt: skip
+    absent = record_run.validation(tmp_path / "elsewhere", checkpoint(metric="bleu", value=3.5))
+    assert absent == {"updates": 118, "metric": "bleu", "value": 3.5}
+
+
+@pytest.mark.parametrize("kind", [lambda options: Namespace(**options), OmegaConf.create])
+def test_the_mapping_is_that_of_the_checkpoint(kind, record_run):
+    mapping = record_run.mapping_of(kind({"attention_mapping": "entmax", "entmax_alpha": "learned"}))
+    assert (mapping["attention_mapping"], mapping["entmax_alpha"]) == ("entmax", "learned")
+    assert record_run.mapping_of(kind({"arch": "transformer"})) == {"attention_mapping": "stock"}
+
+
+def test_what_is_learned_is_listed_by_module_and_shared_parameters_count_once(record_run):
+    embedding = torch.zeros(10, 4)
+    state = {
+        "encoder.version": torch.tensor([3.0]),
+        "decoder.embed_tokens.weight": embedding,
+        "decoder.output_projection.weight": embedding,
+        "decoder.layers.0.self_attn.mapping.thresholds": torch.tensor([[0.1, 0.2], [0.3, 0.4]]),
+        "decoder.layers.0.self_attn.mapping.gains": torch.tensor([[-0.1, 0.0], [0.0, 1e-9]]),
+        "decoder.layers.1.self_attn.mapping.alpha_logits": torch.tensor([0.5]),
+    }
+    assert record_run.learned_parameters(state) == {
+        "decoder.layers.0.self_attn.mapping": {"thresholds": [[0.1, 0.2], [0.3, 0.4]], "gains": [[-0.1, 0], [0, 0]]},
+        "decoder.layers.1.self_attn.mapping": {"alpha_logits": [0.5]},
+    }
+    assert sum(tensor.numel() for tensor in record_run.unique_storage(state)) == 40 + 4 + 4 + 1
+
+
+def test_hardware_names_no_machine(record_run):
+    text = str(record_run.hardware())
+    assert platform.node() not in text.split() and "cores" in text
+
+
+@pytest.mark.parametrize("files, message", [
+    ([], "has no checkpoint_best.pt: train first"),
+    (["checkpoint_best.pt", "checkpoint_last.pt"], "has no scores"),
+])  # fmt: skip
+def test_an_unfinished_run_has_no_record(files, message, record_run, tmp_path, monkeypatch):
+    for name in files:
+        torch.save({}, tmp_path / name)
+    monkeypatch.setattr("sys.argv", ["record_run.py", str(tmp_path), "--experiment", "x"])
+    with pytest.raises(SystemExit, match=message):
+        record_run.main()
+    assert not (tmp_path / "run.json").exists()

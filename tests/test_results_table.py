@@ -1,0 +1,219 @@
+"""scripts/results_table.py: tables from the records of runs. That scripts/record_run.py writes such records is tested
+with the runs themselves."""
+
+import json
+import random
+import re
+import statistics
+import sys
+
+import pytest
+from conftest import ROOT, run
+from sacrebleu.metrics import BLEU
+
+SCRIPT = ROOT / "scripts" / "results_table.py"
+SIGNATURE = "BLEU|nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:2.6.0"
+DEFAULT = {"attention_mapping": "multimax", "attention_mapping_sites": "encoder,decoder,cross",
+           "output_mapping": "softmax", "multimax_order": 2, "multimax_terms": "below,above",
+           "multimax_init": "normal", "entmax_alpha": "1.5"}  # fmt: skip
+WORDS = "a the dog cat man woman runs sleeps sees red small street house in on near and with quickly today".split()
+
+
+def sentences(number, seed):
+    rng = random.Random(seed)
+    return [" ".join(rng.choices(WORDS, k=rng.randint(6, 14))) for _ in range(number)]
+
+
+REFERENCES = sentences(120, 0)
+
+
+def translations(errors, seed):
+    """The references with a share of their words replaced: a system of about that quality."""
+    rng = random.Random(seed)
+    return [
+        " ".join(rng.choice(WORDS) if rng.random() < errors else word for word in line.split()) for line in REFERENCES
+    ]
+
+
+def write_run(folder, seed=1, hypotheses=None, references=REFERENCES, perplexities=None, smoke=False, updates=100,
+              experiment="iwslt14_de_en", signature=SIGNATURE, **mapping):  # fmt: skip
+    """A folder as a run leaves it; returns its BLEU."""
+    folder.mkdir(parents=True)
+    scores = {}
+    if hypotheses:
+        bleu = round(BLEU().corpus_score(hypotheses, [references]).score, 2)
+        scores["best"] = {"bleu": bleu, "signature": signature, "details": "", "hypotheses": "best.hypotheses",
+                          "references": "references"}  # fmt: skip
+        (folder / "best.hypotheses").write_text("\n".join(hypotheses) + "\n")
+        (folder / "references").write_text("\n".join(references) + "\n")
+    for name, perplexity in (perplexities or {}).items():
+        scores[name] = {"perplexity": perplexity, "bits_per_token": 1.0, "tokens": 1000}
+    record = {"format": 1, "experiment": experiment, "smoke": smoke, "scores": scores, "seed": seed,
+              "updates": updates, "validation": {"ppl": 5.0 + seed}, "mapping": {**DEFAULT, **mapping}}  # fmt: skip
+    (folder / "run.json").write_text(json.dumps(record))
+    return scores["best"]["bleu"] if hypotheses else None
+
+
+def results_table(*arguments, **kwargs):
+    return run(sys.executable, SCRIPT, *arguments, **kwargs)
+
+
+def rows_of(markdown):
+    """The cells of a table by the name of its row, the header as "mapping"."""
+    table = [line for line in markdown.splitlines() if line.startswith("|")]
+    lines = [[cell.strip() for cell in line.strip("| ").split("|")] for line in table]
+    return {cells[0]: cells[1:] for cells in lines if len(cells) > 2 and cells[0].strip("-")}
+
+
+@pytest.fixture(scope="module")
+def translation(tmp_path_factory):
+    """Two systems with three seeds each, and one with a single seed: (folder, BLEU by system)."""
+    folder = tmp_path_factory.mktemp("runs")
+    bleu = {
+        name: [
+            write_run(folder / f"{name}-{seed}", seed, translations(errors, f"{name}{seed}"), attention_mapping=name)
+            for seed in seeds
+        ]
+        for name, errors, seeds in (
+            ("multimax", 0.10, (1, 2, 3)),
+            ("softmax", 0.12, (1, 2, 3)),
+            ("evsoftmax", 0.4, (2,)),
+        )
+    }
+    return folder, bleu
+
+
+def test_mean_and_standard_deviation_over_seeds(translation):
+    folder, bleu = translation
+    rows = rows_of(results_table(folder).stdout)
+    assert list(rows) == ["mapping", "softmax", "MultiMax", "EvSoftMax"]
+    column = rows["mapping"].index("BLEU, best")
+    for name, values in (("softmax", bleu["softmax"]), ("MultiMax", bleu["multimax"])):
+        mean = sum(values) / 3
+        deviation = (sum((value - mean) ** 2 for value in values) / 2) ** 0.5
+        assert rows[name][column] == f"{mean:.2f} ± {deviation:.2f}"
+        assert rows[name][0] == "1 2 3" and rows[name][1] == "7.00 ± 1.00"  # perplexities 6, 7, 8
+    assert rows["EvSoftMax"][column] == f"{bleu['evsoftmax'][0]:.2f}"  # one seed has no deviation
+
+
+def test_the_bootstrap_is_sacrebleus(translation, tmp_path):
+    """Against sacrebleu's own command, seed by seed."""
+    folder, _ = translation
+    rows = rows_of(results_table(folder, "--samples", 300).stdout)
+    column = rows["mapping"].index("p against softmax")
+    assert rows["softmax"][column] == "–"
+    for row, name, seeds in (("MultiMax", "multimax", (1, 2, 3)), ("EvSoftMax", "evsoftmax", (2,))):
+        expected = []
+        for seed in seeds:
+            systems = [folder / f"{system}-{seed}" / "best.hypotheses" for system in ("softmax", name)]
+            result = run("sacrebleu", folder / f"{name}-{seed}" / "references", "-i", *systems, "-m", "bleu",
+                         "--paired-bs", "--paired-bs-n", 300, "--format", "json")  # fmt: skip
+            expected.append(json.loads(result.stdout)[1]["BLEU"]["p_value"])
+        assert rows[row][column].split() == [f"{p:.3f}" for p in expected]
+    assert float(rows["EvSoftMax"][column]) < 0.05  # four times as many errors, over 120 sentences
+
+
+def test_the_same_translations_do_not_differ(tmp_path):
+    """sacrebleu by itself gives them the smallest p that there is."""
+    for name in ("softmax", "stock"):
+        write_run(tmp_path / name, hypotheses=translations(0.1, 1), attention_mapping=name)
+    rows = rows_of(results_table(tmp_path).stdout)
+    assert rows["softmax (stock fairseq)"][rows["mapping"].index("p against softmax")] == "1.000"
+
+
+def test_perplexities_of_language_models(tmp_path):
+    for seed, value in ((1, 29.0), (2, 30.0)):
+        write_run(tmp_path / f"a{seed}", seed, experiment="wikitext103", attention_mapping="softmax",
+                  perplexities={"test, context 400": value, "test, context 0": value + 5})  # fmt: skip
+    write_run(tmp_path / "b", 1, experiment="wikitext103", output_mapping="multimax",
+              perplexities={"test, context 400": 28.5, "test, context 0": 33.25})  # fmt: skip
+    rows = rows_of(results_table(tmp_path).stdout)
+    assert rows["mapping"][2:] == ["test, context 400", "test, context 0"]
+    assert rows["softmax"][2:] == [f"29.50 ± {statistics.stdev((29, 30)):.2f}", "34.50 ± 0.71"]
+    assert rows["MultiMax; MultiMax of the vocabulary"][2:] == ["28.50", "33.25"]
+
+
+@pytest.mark.parametrize("mapping, name", [
+    ({}, "MultiMax"),
+    ({"multimax_order": 1, "multimax_terms": "above"}, "MultiMax, order 1, only above"),
+    ({"attention_mapping_sites": "encoder,cross"}, "MultiMax, encoder and cross only"),
+    ({"attention_mapping_sites": "cross,decoder,encoder", "multimax_terms": "above,below"}, "MultiMax"),
+    ({"multimax_init": "identity"}, "MultiMax, identity at the start"),
+    ({"attention_mapping": "softmax", "multimax_order": 1, "entmax_alpha": "learned"}, "softmax"),
+    ({"attention_mapping": "softmax", "output_mapping": "multimax"}, "softmax; MultiMax of the vocabulary"),
+    ({"attention_mapping": "entmax", "entmax_alpha": "learned"}, "α-entmax, α learned"),
+    ({"attention_mapping": "entmax"}, "α-entmax, α = 1.5"),
+    ({"attention_mapping": "sparsemax", "multimax_order": 1}, "sparsemax"),
+    ({"attention_mapping": "stock"}, "softmax (stock fairseq)"),
+])  # fmt: skip
+def test_a_row_is_named_after_what_is_not_the_default(mapping, name, monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    from results_table import row_name
+
+    assert row_name({**DEFAULT, **mapping}) == name
+
+
+def test_published_numbers_stand_beside_with_their_source(translation, tmp_path):
+    paper = {"iwslt14_de_en": {"source": "Somebody (2020), table 7", "rows": {"MultiMax": "12.3 ± 0.4"}}}
+    (tmp_path / "paper.json").write_text(json.dumps(paper))
+    text = results_table(translation[0], "--paper", tmp_path / "paper.json").stdout
+    rows = rows_of(text)
+    column = rows["mapping"].index("published")
+    assert (rows["MultiMax"][column], rows["softmax"][column]) == ("12.3 ± 0.4", "–")
+    assert "Published: Somebody (2020), table 7." in text
+    assert "published" not in results_table(translation[0]).stdout.lower()
+
+
+def test_smoke_runs_are_told_from_real_ones(tmp_path):
+    write_run(tmp_path / "a", hypotheses=REFERENCES)
+    write_run(tmp_path / "b", hypotheses=REFERENCES, smoke=True)
+    text = results_table(tmp_path).stdout
+    assert re.findall("^### (.*)$", text, re.M) == ["iwslt14_de_en", "iwslt14_de_en, smoke run on made-up data"]
+
+
+def test_what_cannot_be_compared_is_said(tmp_path):
+    write_run(tmp_path / "a", 1, translations(0.1, 1), updates=100)
+    write_run(tmp_path / "b", 2, translations(0.1, 2), updates=2000, signature=SIGNATURE.replace("mixed", "lc"))
+    text = results_table(tmp_path).stdout
+    assert "WARNING: not all runs are equally long" in text and "100 or 2,000 updates" in text
+    assert "WARNING: scored in different ways" in text
+
+
+def faulty(tmp_path, what):
+    """A folder of runs with one thing wrong."""
+    softmax, multimax = tmp_path / "softmax", tmp_path / "multimax"
+    write_run(softmax, hypotheses=translations(0.1, 1), attention_mapping="softmax")
+    if what == "other references":
+        write_run(multimax, hypotheses=REFERENCES[::-1], references=REFERENCES[::-1])
+        return
+    signature = SIGNATURE.replace("mixed", "lc") if what == "signature" else SIGNATURE
+    write_run(multimax, hypotheses=translations(0.1, 2), signature=signature)
+    if what == "twice":
+        write_run(tmp_path / "again", hypotheses=translations(0.1, 3))
+    elif what == "no hypotheses":
+        (multimax / "best.hypotheses").unlink()
+    elif what == "no JSON":
+        (multimax / "run.json").write_text("{")
+    elif what == "another format":
+        record = json.loads((multimax / "run.json").read_text())
+        (multimax / "run.json").write_text(json.dumps({**record, "format": 2}))
+
+
+@pytest.mark.parametrize("what, message", [
+    ("other references", "have different references"),
+    ("signature", "are scored in different ways"),
+    ("twice", "are both iwslt14_de_en, MultiMax, seed 1"),
+    ("no hypotheses", "needs best.hypotheses beside it: No such file"),
+    ("no JSON", "is not a file of record_run.py"),
+    ("another format", "format 2, and this script knows 1"),
+])  # fmt: skip
+def test_a_faulty_folder_is_an_error_that_names_it(what, message, tmp_path):
+    faulty(tmp_path, what)
+    result = results_table(tmp_path, check=False)
+    assert result.returncode == 1 and not result.stdout
+    assert message in result.stderr and str(tmp_path) in result.stderr and "Traceback" not in result.stderr
+
+
+def test_an_empty_folder_is_an_error(tmp_path):
+    result = results_table(tmp_path, check=False)
+    assert result.returncode == 1 and f"there is no run.json below {tmp_path}" in result.stderr

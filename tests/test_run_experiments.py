@@ -1,0 +1,303 @@
+"""examples/*/run.sh and what they are made of: the recipes, their Hydra configs, their whole path on made-up data."""
+
+import dataclasses
+import json
+import re
+import shlex
+from argparse import Namespace
+
+import pytest
+import sacrebleu
+import torch
+from conftest import PLUGIN, ROOT, parse, run
+from fairseq.dataclass.configs import FairseqConfig
+from fairseq.dataclass.initialize import add_defaults
+from fairseq.models import ARCH_CONFIG_REGISTRY
+from fairseq.models.transformer import TransformerConfig
+from omegaconf import OmegaConf
+
+from multimax_fairseq.mappings import MAPPINGS
+from multimax_fairseq.mappings.multimax import TERMS
+from multimax_fairseq.models.options import MAPPING_OPTIONS, OUTPUT_MAPPINGS, SITES
+
+EXAMPLES = ROOT / "examples"
+EXPERIMENTS = ("iwslt14_de_en", "wikitext103", "multi30k_de_en")
+
+
+def recipe(experiment, *options, **kwargs):
+    return run("bash", EXAMPLES / experiment / "run.sh", *options, **kwargs)
+
+
+def train_command(experiment, *options):
+    """The words of the command that would train."""
+    return shlex.split(recipe(experiment, "--dry-run", *options).stdout)
+
+
+def value(command, flag):
+    """Of a flag in a command: the last one, which is what fairseq takes."""
+    return command[len(command) - command[::-1].index(flag)]
+
+
+# ---------------------------------------------------------------------- the recipe and its config
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_the_hydra_config_is_the_recipe(experiment, tmp_path):
+    """Both are taken to the configuration that fairseq trains with; it has hundreds of fields."""
+    _, by_flags = parse(train_command(experiment, "--data", tmp_path, "--out", tmp_path)[1:])
+
+    config = OmegaConf.load(EXAMPLES / experiment / f"{experiment}.yaml")
+    assert {OmegaConf.to_container(config)[group][key] for group, key in
+            (("task", "data"), ("checkpoint", "save_dir"), ("common", "user_dir"))} == {"???"}  # fmt: skip
+    config.task.data = str(tmp_path / "data-bin")
+    config.checkpoint.save_dir = str(tmp_path)
+    config.common.user_dir = str(PLUGIN)
+    config.common.log_file = str(tmp_path / "train.log")  # Hydra has its own
+    # the schema and the defaults of the parts, as fairseq-hydra-train adds them
+    config = OmegaConf.merge(OmegaConf.structured(FairseqConfig()), config)
+    add_defaults(config)
+    for group in config:  # scoring is of fairseq-generate: the parser of fairseq-train does not have it
+        if group not in ("model", "scoring"):
+            expected, found = (OmegaConf.to_container(cfg, resolve=True)[group] for cfg in (by_flags, config))
+            assert found == expected, group
+
+    models = []
+    for cfg in (by_flags, config):
+        # all that a model can ask for: what was given, then what its architecture leaves open
+        is_config = OmegaConf.is_config(cfg.model)
+        model = Namespace(**(OmegaConf.to_container(cfg, resolve=True)["model"] if is_config else vars(cfg.model)))
+        ARCH_CONFIG_REGISTRY.get(config.model._name, lambda _: None)(model)
+        models.append(model)
+    expected, found = (dataclasses.asdict(TransformerConfig.from_namespace(model)) for model in models)
+    assert found == expected
+    for option in MAPPING_OPTIONS:
+        assert getattr(models[1], option.name) == getattr(models[0], option.name)
+
+
+@pytest.mark.parametrize("experiment, tokens", [
+    ("iwslt14_de_en", 4096), ("wikitext103", 32768), ("multi30k_de_en", 4096),
+])  # fmt: skip
+@pytest.mark.parametrize("processes", [1, 2, 4, 8, 32])
+def test_an_update_sees_as_many_tokens_whatever_the_number_of_processes(experiment, tokens, processes):
+    command = train_command(experiment, "--processes", processes)
+    assert value(command, "--distributed-world-size") == str(processes)
+    max_tokens, update_freq = int(value(command, "--max-tokens")), int(value(command, "--update-freq"))
+    assert processes * max_tokens * update_freq == tokens
+    # batches stay as they are for as long as there are several in an update
+    assert max_tokens == int(value(train_command(experiment), "--max-tokens")) or update_freq == 1
+
+
+def test_several_processes_can_be_started_by_torchrun():
+    command = train_command("wikitext103", "--processes", 8, "--launch", "torchrun --nnodes 2 --nproc-per-node 4")
+    assert command[:7] == ["torchrun", "--nnodes", "2", "--nproc-per-node", "4", "-m", "fairseq_cli.train"]
+    assert value(command, "--update-freq") == "2"
+
+
+# ---------------------------------------------------------------------- options
+
+
+@pytest.mark.parametrize("option, names", [
+    ("--mapping", [*MAPPINGS, "stock"]),
+    ("--sites", SITES),
+    ("--output-mapping", OUTPUT_MAPPINGS),
+    ("--terms", TERMS),
+])  # fmt: skip
+def test_run_knows_the_choices_that_the_models_know(option, names):
+    result = recipe("multi30k_de_en", option, "?", check=False)
+    assert result.returncode == 1
+    (listed,) = re.findall(r"choose from: (.*)", result.stderr)
+    assert sorted(listed.split()) == sorted(names)
+
+
+@pytest.mark.parametrize("options, message", [
+    (["--sites", "encoder,nowhere"], "--sites: there is no 'nowhere'"),
+    (["--order", "3"], "--order: there is no '3'"),
+    (["--entmax-alpha", "2.5"], "--entmax-alpha takes a number in (1, 2] or 'learned'"),
+    (["--mapping", "stock", "--sites", "cross"], "--mapping stock is fairseq's own model"),
+    (["--processes", "3"], "4096 tokens cannot be shared among 3"),
+    (["--seed"], "--seed takes a whole number"),
+    (["--epoch", "3"], "unknown option '--epoch'"),
+])  # fmt: skip
+def test_wrong_options_end_before_anything_is_made(options, message, tmp_path):
+    result = recipe("multi30k_de_en", *options, check=False, cwd=tmp_path)
+    assert result.returncode == 1 and message in result.stderr and "Traceback" not in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_options_of_a_run_reach_its_model():
+    command = train_command("iwslt14_de_en", "--mapping=entmax", "--entmax-alpha=learned", "--sites=encoder,cross",
+                            "--seed=3", "--updates=70", "--", "--lr", "1e-3")  # fmt: skip
+    args, _ = parse(command[1:])
+    assert (args.attention_mapping, args.entmax_alpha, args.attention_mapping_sites) == (
+        "entmax", "learned", "encoder,cross")  # fmt: skip
+    assert (args.seed, args.max_update, args.lr) == (3, 70, [1e-3])
+    assert args.save_dir == "runs/iwslt14_de_en/entmax-encoder+cross-alpha_learned-seed3"
+    assert value(train_command("iwslt14_de_en", "--mapping", "stock"), "--arch") == "transformer_iwslt_de_en"
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_help_is_the_recipes_own_and_that_of_all(experiment):
+    text = recipe(experiment, "--help").stdout
+    assert f"examples/{experiment}/run.sh --mapping multimax" in text and "--cpu-smoke" in text
+    assert "shellcheck" not in text
+
+
+# ---------------------------------------------------------------------- lists of runs
+
+
+def test_a_list_is_run_with_each_seed():
+    names = {}
+    for experiment, file in (("multi30k_de_en", "mappings.txt"), ("iwslt14_de_en", "ablation.txt"),
+                             ("wikitext103", "wikitext103/rows.txt")):  # fmt: skip
+        lines = run("bash", EXAMPLES / "run_list.sh", experiment, EXAMPLES / file, "--seeds", "1,2", "--runs", "r",
+                    "--epochs", 12, "--dry-run").stdout.splitlines()  # fmt: skip
+        commands = list(map(shlex.split, lines))
+        assert all(value(command, "--max-epoch") == "12" for command in commands)
+        names[file] = [value(command, "--save-dir").removeprefix("r/") for command in commands]
+        assert len(set(names[file])) == len(names[file])  # no run overwrites another
+    assert names["mappings.txt"] == [
+        f"{name}-seed{seed}"
+        for name in ("softmax", "multimax", "sparsemax", "entmax15", "entmax-alpha_learned", "evsoftmax")
+        for seed in (1, 2)
+    ]
+    assert names["ablation.txt"][::2] == [
+        f"{name}-seed1"
+        for name in ("softmax", "multimax-order1", "multimax", "multimax-below", "multimax-above")
+    ]
+    assert names["wikitext103/rows.txt"][::2] == [
+        "softmax-seed1", "multimax-seed1", "multimax-output_multimax-seed1"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["wmt", EXAMPLES / "mappings.txt"], "there is no experiment 'wmt'"),
+    (["wikitext103", "absent.txt"], "absent.txt: there is no such file"),
+    (["wikitext103"], "the experiment and the list of runs are required"),
+    (["wikitext103", EXAMPLES / "mappings.txt", "--seed", "2"], "--seed is for a single run"),
+    (["wikitext103", EXAMPLES / "mappings.txt", "--seeds", "1,b"], "--seeds takes a whole number"),
+])  # fmt: skip
+def test_a_list_that_cannot_be_run(arguments, message, tmp_path):
+    result = run("bash", EXAMPLES / "run_list.sh", *arguments, check=False, cwd=tmp_path)
+    assert result.returncode == 1 and message in result.stderr and not list(tmp_path.iterdir())
+
+
+def test_slurm_gives_each_line_and_seed_a_job(tmp_path):
+    lines = ["# comment", "--mapping softmax --dry-run", "--mapping multimax --order 1 --dry-run"]
+    (tmp_path / "list.txt").write_text("\n".join(lines) + "\n")
+
+    def job(number, **kwargs):
+        command = ["bash", EXAMPLES / "slurm.sh", "iwslt14_de_en", tmp_path / "list.txt", 3]
+        return run("env", f"SLURM_ARRAY_TASK_ID={number}", *command, cwd=ROOT, **kwargs)
+
+    folders = [value(shlex.split(job(number).stdout), "--save-dir") for number in range(1, 7)]
+    assert [folder.removeprefix("runs/iwslt14_de_en/") for folder in folders] == [
+        f"{name}-seed{seed}" for name in ("softmax", "multimax-order1") for seed in (1, 2, 3)
+    ]
+    result = job(7, check=False)
+    assert result.returncode == 1 and "has no line 3: --array is too long" in result.stderr
+
+
+# ---------------------------------------------------------------------- the whole path
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    """One translation experiment from made-up data to scores: (folder, what it printed)."""
+    folder = tmp_path_factory.mktemp("smoke")
+    return folder, recipe("iwslt14_de_en", "--cpu-smoke", cwd=folder).stdout
+
+
+DATA = "data/smoke/iwslt14_de_en"
+RUN = "runs/smoke/iwslt14_de_en/multimax-seed1"
+
+
+@pytest.mark.slow
+def test_the_record_says_what_the_run_was(smoke):
+    folder, printed = smoke
+    record = json.loads((folder / RUN / "run.json").read_text())
+    assert (record["experiment"], record["smoke"], record["seed"]) == ("iwslt14_de_en", True, 1)
+    assert record["mapping"]["attention_mapping"] == "multimax"
+    for name, score in record["scores"].items():
+        assert score["details"] in printed and f" = {score['bleu']:.2f} " in score["details"]
+        hypotheses = (folder / RUN / score["hypotheses"]).read_text().splitlines()
+        references = (folder / RUN / score["references"]).read_text().splitlines()
+        assert len(hypotheses) == len(references) > 0, name
+        lower_case = [[line.lower() for line in lines] for lines in (hypotheses, references)]
+        bleu = sacrebleu.corpus_bleu(lower_case[0], [lower_case[1]])
+        assert bleu.score == pytest.approx(score["bleu"], abs=0.005) and "case:lc" in score["signature"]
+        assert "@@" not in "".join(hypotheses) and not re.search(r"&\w+;| [,.]", "".join(hypotheses))
+    assert set(record["scores"]) == {"best", "average"}
+
+    best = torch.load(folder / RUN / "checkpoint_best.pt")
+    assert len(record["learned"]) == 3  # one layer each: encoder, decoder, cross
+    for module, learned in record["learned"].items():
+        for name in ("thresholds", "gains"):
+            parameter = best["model"][f"{module}.{name}"]
+            torch.testing.assert_close(torch.tensor(learned[name]), parameter, atol=1e-6, rtol=0)
+    log = (folder / RUN / "train.log").read_text()
+    logged = re.findall(r"valid on 'valid' subset \| loss (\S+) .* ppl (\S+) \| bleu (\S+) .* num_updates (\d+)", log)
+    loss, ppl, bleu, updates = max(logged, key=lambda line: float(line[2]))  # the best checkpoint is that by BLEU
+    assert record["validation"] == {
+        "updates": int(updates), "metric": "bleu", "value": float(bleu), "loss": float(loss), "ppl": float(ppl)
+    }  # fmt: skip
+    assert record["whole_epochs"] == 2 and record["updates"] == int(re.findall(r"num_updates (\d+)", log)[-1])
+    assert record["versions"]["torch"] == torch.__version__ and record["training_seconds"] > 0
+    assert "--cpu-smoke" in record["command"] and "--attention-mapping multimax" in record["train_command"]
+    # decoder embeddings and output are one matrix, counted once
+    assert record["parameters"] == sum(p.numel() for p in parameters_of(folder / RUN / "checkpoint_best.pt"))
+
+
+def parameters_of(path):
+    from fairseq import checkpoint_utils
+
+    (model,), _, _ = checkpoint_utils.load_model_ensemble_and_task(
+        [str(path)], arg_overrides={"data": str(path.parents[4] / DATA / "data-bin")}
+    )
+    return model.parameters()
+
+
+@pytest.mark.slow
+def test_what_is_done_is_not_done_again_and_nothing_is_mixed(smoke):
+    folder, _ = smoke
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+    again = recipe("iwslt14_de_en", "--cpu-smoke", cwd=folder).stdout
+    assert again == f"already done: {RUN}/run.json\n"
+    mixed = recipe("iwslt14_de_en", "--cpu-smoke", "--mapping", "softmax", "--out", RUN, cwd=folder, check=False)
+    assert "holds a run with other settings (there: mapping=multimax; asked for: mapping=softmax)" in mixed.stderr
+    assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.slow
+def test_raw_german_is_translated_from_one_command(smoke):
+    """Line by line, the translations of the test set, which fairseq-generate made in batches."""
+    folder, _ = smoke
+    data = folder / DATA
+    german = (data / "raw" / "test.de").read_text().splitlines()[:3]
+    translated = run("bash", ROOT / "scripts" / "translate.sh", "--run", folder / RUN, "--data", data,
+                     input="\n".join(german) + "\n").stdout.splitlines()  # fmt: skip
+    assert translated == (folder / RUN / "best.hypotheses").read_text().splitlines()[:3]
+
+
+@pytest.mark.slow
+def test_a_language_model_is_scored_with_and_without_context(tmp_path):
+    recipe("wikitext103", "--cpu-smoke", "--output-mapping", "multimax", cwd=tmp_path)
+    folder = tmp_path / "runs/smoke/wikitext103/multimax-output_multimax-seed1"
+    record = json.loads((folder / "run.json").read_text())
+    assert list(record["scores"]) == ["test, context 400", "test, context 0"]
+    text = (tmp_path / "data/smoke/wikitext103/text/test.tokens").read_text()
+    for score in record["scores"].values():
+        # every word of the test set, and an end of each line
+        assert score["tokens"] == len(text.split()) + text.count("\n")
+        assert score["perplexity"] == pytest.approx(2 ** score["bits_per_token"], rel=1e-4)
+    assert len({score["perplexity"] for score in record["scores"].values()}) == 2
+    assert set(record["learned"]) == {"decoder.output_mapping", "decoder.layers.0.self_attn.mapping"}
+    assert record["updates"] == 40 and record["validation"]["metric"] == "loss"
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--data", "data"], "--data, and --run or --checkpoint, are required"),
+    (["--data", "data", "--run", "run"], "data has no data-bin"),
+])  # fmt: skip
+def test_translate_says_what_is_missing(arguments, message, tmp_path):
+    result = run("bash", ROOT / "scripts" / "translate.sh", *arguments, check=False, cwd=tmp_path)
+    assert result.returncode == 1 and message in result.stderr
