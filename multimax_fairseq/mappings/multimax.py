@@ -146,12 +146,13 @@ class MultiMax(nn.Module):
         return f"order={self.order}, init={self.init!r}, terms={self.terms}"
 
     def forward(self, scores: Tensor) -> Tensor:
-        return multimax(scores, self.thresholds, self._learned_gains())
+        return multimax(scores, self.thresholds, self.effective_gains)
 
     def modulate(self, scores: Tensor) -> Tensor:
         """:func:`modulate` with this module's parameters; softmax of it is :meth:`forward`."""
-        return modulate(scores, self.thresholds, self._learned_gains())
+        return modulate(scores, self.thresholds, self.effective_gains)
 
-    def _learned_gains(self) -> Tensor:
-        # A gain times 0 passes no gradient on, to itself or to its threshold.
+    @property
+    def effective_gains(self) -> Tensor:
+        """(N, 2): the gains, 0 on a side that is not learned, which passes no gradient on to its threshold either."""
         return self.gains if self.terms == TERMS else self.gains * self.learned
