@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from .backend import kernel, row_blocks
+from .backend import Kernel, kernel, row_blocks
 from .kernels import _modulate, _modulate_backward, modulate_rows, modulate_rows_backward, parameter_gradients
 from .masking import compute_dtype, is_absent
 
@@ -25,6 +25,10 @@ from .masking import compute_dtype, is_absent
 # leaves of 267,744 types that is 750, some 75 ms of a core's 100 GFLOP/s for the 8 ms that 80 MB take at 10 GB/s.
 LOGITS_AT_A_TIME = 2**26
 TOKENS_MULTIPLE = 32  # chunks are of so many tokens, or a multiple: what matrix products like
+
+# Logits in one call of a compiled kernel, which has a copy of its own of them: of each thread as many as its cache
+# holds (2 MiB in fp32), on a GPU enough to occupy it (64 MiB).
+CPU_BLOCK, GPU_BLOCK = 2**19, 2**24
 
 # In fp16 the gradient of a logit, some 1 / V, would be below the smallest number (6e-8), and a sum over tokens could
 # be above the largest (65,504): the first is held times 2^8, and multiplied with features times 2^-4.
@@ -190,7 +194,7 @@ class _Chunks:
                 _product(grad.t(), features[tokens], grad_weight, tokens.start == 0)
             if grad_bias is not None:
                 grad_bias.add_(grad.sum(0, dtype=dtype), alpha=1 / _gradient_scale(grad.dtype))
-        parameters = parameter_gradients(moments.to(dtype), self.gains) if wanted[3] or wanted[4] else (None, None)
+        parameters = parameter_gradients(moments.to(dtype), self.gains.to(dtype))
         return self._joined(losses), [grad_features, grad_weight, grad_bias, *parameters]
 
     def _logits(self):
@@ -232,10 +236,21 @@ class _Chunks:
         return TokenLosses(*(torch.cat(kind) for kind in zip(*losses)))
 
 
-def _rows(function, logits: Tensor, *arguments: Tensor) -> List[Tensor]:
+def _rows(function: Kernel, logits: Tensor, *arguments: Tensor) -> List[Tensor]:
     """A kernel's results for all rows: those of a row each one after another, moments (of all rows) summed."""
-    results = zip(*(function(block, *arguments) for (block,) in row_blocks(function, logits)))
+    if function.compiles(logits):
+        blocks = logits.split(_compiled_rows(logits))
+    else:
+        blocks = [block for (block,) in row_blocks(function, logits)]
+    results = zip(*(function(block, *arguments) for block in blocks))
     return [torch.cat(result) if result[0].dim() == 2 else sum(result) for result in results]
+
+
+def _compiled_rows(logits: Tensor) -> int:
+    """Rows for one call of a compiled kernel, at least 2: on a CPU as many for each of its threads."""
+    if logits.device.type != "cpu":
+        return max(GPU_BLOCK // logits.size(1), 2)
+    return max(CPU_BLOCK // logits.size(1) * torch.get_num_threads(), torch.get_num_threads(), 2)
 
 
 def _product(left: Tensor, right: Tensor, result: Tensor, first: bool) -> None:
