@@ -1,7 +1,7 @@
 """MultiMax and other alternatives to softmax, for fairseq's Transformers.
 
-With fairseq installed, importing this package registers its models, as ``--user-dir`` does; without it,
-:mod:`multimax_fairseq.mappings` works all the same.
+With fairseq installed, importing this package registers its models and criterions, as ``--user-dir`` does; without
+it, :mod:`multimax_fairseq.mappings` works all the same.
 """
 
 import importlib.util
@@ -13,4 +13,4 @@ if importlib.util.find_spec("fairseq") is not None:
 
     compat.apply()
 
-    from . import models  # noqa: F401, E402
+    from . import criterions, models  # noqa: F401, E402

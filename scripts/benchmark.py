@@ -160,7 +160,7 @@ class Formula(MultiMax):
     """MultiMax as it is written, left to autograd."""
 
     def forward(self, scores: Tensor) -> Tensor:
-        return multimax_formula(scores, *self.parameters_in_use())
+        return multimax_formula(scores, self.thresholds, self.gains)
 
 
 def mappings() -> Dict[str, Callable[[Tensor], Tensor]]:
@@ -206,7 +206,7 @@ def attention_core(bsz: int, length: int) -> Sides:
         torch.autograd.grad(output, inputs, upstream.view(output.shape))
 
     def blockwise() -> None:
-        parameters = multimax.parameters_in_use()
+        parameters = multimax.thresholds, multimax.gains
         output = blockwise_multimax(*inputs, *parameters, Masks(causal=causal_corner(upstream)))
         torch.autograd.grad(output, (*inputs, *parameters), upstream)
 
@@ -338,7 +338,7 @@ def output_side(name: str, mapping: str, tokens: int) -> Tuple[Callable[[], None
     features = torch.randn(tokens, WIDTH, device=DEVICE, requires_grad=True)
     weight = nn.Parameter(torch.randn(TYPES, WIDTH, device=DEVICE) * WIDTH**-0.5)
     targets = torch.randint(4, TYPES, (tokens,), device=DEVICE)
-    parameters = MultiMax().to(DEVICE).parameters_in_use() if mapping == "multimax" else ()
+    parameters = tuple(MultiMax().to(DEVICE).parameters()) if mapping == "multimax" else ()  # thresholds, gains
     learned = features, weight, *parameters
 
     def stock() -> None:

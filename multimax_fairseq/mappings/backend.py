@@ -37,8 +37,10 @@ INDUCTOR_OPTIONS = {
 }
 
 # The shape that kernels are compiled for: two different numbers (of equal ones the compiler takes note), large enough
-# for Inductor to share the rows among threads. It serves every other shape too.
+# for Inductor to share the rows among threads. It serves every other shape too, but for the rows of a vocabulary:
+# more than 4,096 scores Inductor sums up in another way, in a kernel of its own.
 EXAMPLE_ROWS, EXAMPLE_WIDTH = 3_072, 160
+WIDE, WIDE_EXAMPLE = 4_096, 4_128
 
 # Scores in a block where a kernel runs eagerly on a CPU: 512 KiB in fp32. Of the tensors of that size some three are
 # in use at a time, which fit into a cache of 2 MiB.
@@ -150,7 +152,7 @@ def _copy(function: Callable[..., Any]) -> Callable[..., Any]:
 def _example(tensor: Tensor, rows: int, width: int) -> Tensor:
     """A tensor in the place of an argument, of the shape to compile for."""
     if tensor.shape == (rows, width):
-        return tensor.new_zeros(EXAMPLE_ROWS, EXAMPLE_WIDTH)
+        return tensor.new_zeros(EXAMPLE_ROWS, EXAMPLE_WIDTH if width <= WIDE else WIDE_EXAMPLE)
     if tensor.shape == (rows, 1):
         return tensor.new_zeros(EXAMPLE_ROWS, 1)
     return tensor

@@ -41,14 +41,14 @@ def multimax_rows_backward(
     dtype = compute_dtype(scores.dtype)
     probabilities, grad = probabilities.to(dtype), grad.to(dtype)
     upstream = probabilities * (grad - (grad * probabilities).sum(-1, keepdim=True))
-    return _modulate_backward(scores, upstream, thresholds, gains)
+    return sigma_backward(scores, upstream, thresholds, gains)
 
 
 @kernel
 def modulate_rows(scores: Tensor, thresholds: Tensor, gains: Tensor) -> Tensor:
     """σ(x), of the dtype of ``scores``; −inf stays −inf."""
     x = scores.to(compute_dtype(scores.dtype))
-    return _modulate(x, thresholds, gains).masked_fill(is_absent(x), float("-inf")).to(scores.dtype)
+    return sigma(x, thresholds, gains).masked_fill(is_absent(x), float("-inf")).to(scores.dtype)
 
 
 @kernel
@@ -57,7 +57,7 @@ def modulate_rows_backward(
 ) -> Tuple[Tensor, Tensor]:
     """∂L/∂x and moments, from ∂L/∂σ."""
     upstream = grad.to(compute_dtype(scores.dtype)).masked_fill(is_absent(scores), 0.0)
-    return _modulate_backward(scores, upstream, thresholds, gains)
+    return sigma_backward(scores, upstream, thresholds, gains)
 
 
 @kernel
@@ -85,8 +85,8 @@ def exponentials_rows_backward(
     """
     x, grad = scores.to(log_total.dtype), grad.to(log_total.dtype)
     lowest = torch.finfo(x.dtype).min
-    probabilities = (_modulate(x, thresholds, gains).masked_fill(is_absent(x), lowest) - log_total).exp()
-    grad_scores, moments = _modulate_backward(scores, probabilities * (grad - expected_grad), thresholds, gains)
+    probabilities = (sigma(x, thresholds, gains).masked_fill(is_absent(x), lowest) - log_total).exp()
+    grad_scores, moments = sigma_backward(scores, probabilities * (grad - expected_grad), thresholds, gains)
     return probabilities.to(scores.dtype), grad_scores, moments
 
 
@@ -97,7 +97,7 @@ def parameter_gradients(moments: Tensor, gains: Tensor) -> Tuple[Tensor, Tensor]
     return (slopes * gains * towards_score).to(gains.dtype), powers.to(gains.dtype)
 
 
-def _modulate(x: Tensor, thresholds: Tensor, gains: Tensor) -> Tensor:
+def sigma(x: Tensor, thresholds: Tensor, gains: Tensor) -> Tensor:
     """σ(x) in the dtype of ``x``; anything where a score is absent."""
     modulated = x
     thresholds, gains = thresholds.to(x.dtype), gains.to(x.dtype)
@@ -112,7 +112,7 @@ def _modulate(x: Tensor, thresholds: Tensor, gains: Tensor) -> Tensor:
 def _exponentials(scores: Tensor, thresholds: Tensor, gains: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
     """exp(σ(x) − max σ), max σ (the lowest number where no score is there) and the sum of the first."""
     x = scores.to(compute_dtype(scores.dtype))
-    modulated = _modulate(x, thresholds, gains).masked_fill(is_absent(x), torch.finfo(x.dtype).min)
+    modulated = sigma(x, thresholds, gains).masked_fill(is_absent(x), torch.finfo(x.dtype).min)
     peak = modulated.amax(-1, keepdim=True)
     exponentials = (modulated - peak).exp()
     return exponentials, peak, exponentials.sum(-1, keepdim=True)
@@ -122,7 +122,7 @@ def _reciprocal(peak: Tensor, total: Tensor) -> Tensor:
     return (peak > torch.finfo(peak.dtype).min) / total
 
 
-def _modulate_backward(
+def sigma_backward(
     scores: Tensor, upstream: Tensor, thresholds: Tensor, gains: Tensor
 ) -> Tuple[Tensor, Tensor]:
     """∂L/∂x in the dtype of ``scores``, and moments, from ∂L/∂σ, which is 0 where a score is absent."""

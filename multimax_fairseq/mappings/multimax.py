@@ -10,7 +10,7 @@ Source: Zhou, Fritz, Keuper, *MultiMax: Sparse and Multi-Modal Attention Learnin
 235:61897-61912). In the paper's temperatures t, g_b,n = 1 − t_b,n and g_d,n = t_d,n − 1: g = 0 is softmax.
 """
 
-from typing import Sequence, Tuple
+from typing import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -146,13 +146,13 @@ class MultiMax(nn.Module):
         return f"order={self.order}, init={self.init!r}, terms={self.terms}"
 
     def forward(self, scores: Tensor) -> Tensor:
-        return multimax(scores, *self.parameters_in_use())
+        return multimax(scores, self.thresholds, self.effective_gains)
 
     def modulate(self, scores: Tensor) -> Tensor:
         """:func:`modulate` with this module's parameters; softmax of it is :meth:`forward`."""
-        return modulate(scores, *self.parameters_in_use())
+        return modulate(scores, self.thresholds, self.effective_gains)
 
-    def parameters_in_use(self) -> Tuple[Tensor, Tensor]:
-        """Thresholds and gains, as :func:`modulate` takes them."""
-        # A gain times 0 passes no gradient on, to itself or to its threshold.
-        return self.thresholds, self.gains if self.terms == TERMS else self.gains * self.learned
+    @property
+    def effective_gains(self) -> Tensor:
+        """(N, 2): the gains, 0 on a side that is not learned, which passes no gradient on to its threshold either."""
+        return self.gains if self.terms == TERMS else self.gains * self.learned

@@ -1,11 +1,13 @@
 """The Transformer language model, with MultiMax or another mapping in its attention and on the vocabulary."""
 
+import sys
 from dataclasses import dataclass
 
 from fairseq.models import ARCH_CONFIG_REGISTRY, register_model, register_model_architecture, transformer_lm
 from fairseq.models.transformer import TransformerConfig
 from fairseq.models.transformer_lm import TransformerLanguageModel, TransformerLanguageModelConfig
 
+from ..mappings import default_chunk_tokens
 from ..modules import MappedDecoder
 from .mapped_model import MappedModelMixin
 from .options import MappingChoice, MappingOptions, with_defaults
@@ -37,6 +39,20 @@ class MultimaxTransformerLanguageModel(MappedModelMixin, TransformerLanguageMode
             return super().build_model(args, task)
         finally:
             transformer_lm.TransformerDecoder = stock_decoder
+
+    def prepare_for_inference_(self, cfg) -> None:
+        """Also lets ``fairseq-eval-lm`` have logits of a chunk of tokens at a time only.
+
+        Its ``--softmax-batch`` bounds what comes after the output layer, and is unbounded by default; here it bounds
+        the output layer too (see :class:`.MappedDecoder`), and is a chunk by default. Commands ask for probabilities
+        by ``get_normalized_probs``; whoever loads a model in Python (and has no --path) may ask it for logits.
+        """
+        super().prepare_for_inference_(cfg)
+        if self.decoder.adaptive_softmax is not None or cfg.common_eval.path is None:
+            return
+        self.decoder.defers_output_layer = True
+        if cfg.eval_lm.softmax_batch == sys.maxsize:  # not the user's
+            cfg.eval_lm.softmax_batch = default_chunk_tokens(len(self.decoder.dictionary))
 
 
 for stock_name in ("transformer_lm_gpt", "transformer_lm_big", "transformer_lm_baevski_wiki103"):

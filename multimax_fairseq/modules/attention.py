@@ -147,7 +147,8 @@ class MappedMultiheadAttention(MultiheadAttention):
             keys=None if key_padding_mask is None else self._hidden_keys(key_padding_mask, queries.dtype),
             scores=None if causal or attn_mask is None else additive_mask(attn_mask, queries.dtype),
         )
-        output = blockwise_multimax(queries, keys, values, *self.mapping.parameters_in_use(), masks)
+        thresholds, gains = self.mapping.thresholds, self.mapping.effective_gains
+        output = blockwise_multimax(queries, keys, values, thresholds, gains, masks)
         return self.out_proj(output.transpose(0, 1).reshape(tgt_len, bsz, self.embed_dim))
 
     def _hidden_keys(self, key_padding_mask: Tensor, dtype: torch.dtype) -> Tensor:

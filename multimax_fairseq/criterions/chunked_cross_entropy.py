@@ -1,0 +1,133 @@
+"""Cross-entropy that never has the logits of all tokens, for any of fairseq's Transformers."""
+
+from dataclasses import dataclass, field
+from typing import Any, Dict, Tuple
+
+from fairseq.criterions import register_criterion
+from fairseq.criterions.label_smoothed_cross_entropy import LabelSmoothedCrossEntropyCriterion
+from fairseq.dataclass import FairseqDataclass
+from fairseq.dataclass.constants import DDP_BACKEND_CHOICES
+from fairseq.models.transformer import TransformerDecoderBase
+from omegaconf import II
+from torch import Tensor, nn
+
+from ..mappings import chunked_cross_entropy
+from ..mappings.chunked_cross_entropy import TokenLosses, check_options
+from ..modules import MappedDecoder
+
+# What is known to be a projection, and for ours an output mapping after it, and nothing else.
+OUTPUT_LAYERS = (TransformerDecoderBase.output_layer, MappedDecoder.output_layer)
+
+
+@dataclass
+class ChunkedCrossEntropyCriterionConfig(FairseqDataclass):
+    """Each is a field of a Hydra config and, written with dashes, an option of ``fairseq-train``."""
+
+    label_smoothing: float = field(
+        default=0.0, metadata={"help": "share of the probability that goes to all other words; 0 for none"}
+    )
+    chunk_tokens: int = field(
+        default=0,
+        metadata={"help": "tokens whose logits are computed at a time; 0: as many as make 2^26 logits (256 MiB)"},
+    )
+    sentence_avg: bool = II("optimization.sentence_avg")
+    ddp_backend: DDP_BACKEND_CHOICES = II("distributed_training.ddp_backend")
+    find_unused_parameters: bool = II("distributed_training.find_unused_parameters")
+
+
+@register_criterion("chunked_cross_entropy", dataclass=ChunkedCrossEntropyCriterionConfig)
+class ChunkedCrossEntropyCriterion(LabelSmoothedCrossEntropyCriterion):
+    """fairseq's ``label_smoothed_cross_entropy`` (``cross_entropy`` where that is 0), in a fraction of its memory.
+
+    The model is asked for features; projection, output mapping and loss are then computed for a chunk of tokens at a
+    time (see :func:`..mappings.chunked_cross_entropy`), of tokens that are not padding. The log shows the same
+    numbers.
+
+    Args:
+        sentence_avg, label_smoothing, chunk_tokens: as on the command line.
+
+    Raises:
+        ValueError: ``label_smoothing`` or ``chunk_tokens`` is out of its range; in training, the model has no plain
+            projection.
+    """
+
+    def __init__(self, task, sentence_avg: bool, label_smoothing: float = 0.0, chunk_tokens: int = 0):
+        check_options(label_smoothing, chunk_tokens)
+        super().__init__(task, sentence_avg, label_smoothing)
+        self.chunk_tokens = chunk_tokens
+
+    @classmethod
+    def build_criterion(cls, cfg: ChunkedCrossEntropyCriterionConfig, task):
+        if cfg.ddp_backend == "fully_sharded":
+            raise ValueError(
+                "--criterion chunked_cross_entropy reads the weight of the output layer, which FSDP has spread over "
+                "processes when the model has returned; use --ddp-backend legacy_ddp or pytorch_ddp"
+            )
+        if cfg.ddp_backend in ("c10d", "pytorch_ddp") and cfg.find_unused_parameters:
+            raise ValueError(
+                "--criterion chunked_cross_entropy uses the output layer after the model has returned, so "
+                "--find-unused-parameters would take it for unused; use --ddp-backend legacy_ddp, or drop this flag"
+            )
+        return super().build_criterion(cfg, task)
+
+    def forward(self, model, sample: Dict[str, Any], reduce: bool = True) -> Tuple[Tensor, int, Dict[str, Any]]:
+        """Losses of a batch.
+
+        Args:
+            model: one of fairseq's Transformers, or of this package's.
+            sample: a batch of fairseq's.
+            reduce: whether to return their sum, or a number for each token, 0 at padding, without a gradient.
+
+        Returns:
+            loss in nat, () or (tokens,), sample size, and what is logged.
+        """
+        check_output_layer(model)
+        features, *rest = model(**sample["net_input"], features_only=True)
+        targets = model.get_targets(sample, (features, *rest)).reshape(-1)
+        losses = self.chunked_losses(model.decoder, features.reshape(-1, features.size(-1)), targets, reduce)
+        sample_size = sample["target"].size(0) if self.sentence_avg else sample["ntokens"]
+        logging_output = {
+            "loss": losses.loss.data,
+            "nll_loss": losses.nll_loss.data,
+            "ntokens": sample["ntokens"],
+            "nsentences": sample["target"].size(0),
+            "sample_size": sample_size,
+        }
+        return losses.loss, sample_size, logging_output
+
+    def chunked_losses(self, decoder: nn.Module, features: Tensor, targets: Tensor, reduce: bool) -> TokenLosses:
+        """Losses of features, (tokens, D), and targets, (tokens,), of which some are padding."""
+        projection, mapping = decoder.output_projection, getattr(decoder, "output_mapping", None)
+        words = targets.ne(self.padding_idx)
+        losses = chunked_cross_entropy(
+            features[words].to(projection.weight.dtype),  # under autocast they can differ
+            projection.weight,
+            targets[words],
+            projection.bias,
+            None if mapping is None else mapping.thresholds,
+            None if mapping is None else mapping.effective_gains,
+            label_smoothing=self.eps,
+            chunk_tokens=self.chunk_tokens,
+            reduce=reduce,
+        )
+        if reduce:
+            return losses
+        return TokenLosses(*(kind.new_zeros(len(targets)).masked_scatter(words, kind) for kind in losses))
+
+
+def check_output_layer(model: nn.Module) -> None:
+    """Raises ValueError, which says what to do, unless a model's output layer is a plain projection."""
+    decoder = getattr(model, "decoder", None)
+    if getattr(decoder, "adaptive_softmax", None) is not None:
+        raise ValueError(
+            "--criterion chunked_cross_entropy: an adaptive softmax has no logits of all words; use --criterion "
+            "adaptive_loss, or drop --adaptive-softmax-cutoff"
+        )
+    if not isinstance(getattr(decoder, "output_projection", None), nn.Linear) or (
+        getattr(type(decoder), "output_layer", None) not in OUTPUT_LAYERS
+    ):
+        raise ValueError(
+            "--criterion chunked_cross_entropy needs a Transformer whose output layer is a linear projection of its "
+            f"decoder's features; that of {type(decoder).__name__} is not known to be one: use --criterion "
+            "cross_entropy or label_smoothed_cross_entropy"
+        )
