@@ -17,7 +17,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from .backend import Kernel, kernel, row_blocks
-from .kernels import sigma, sigma_backward, modulate_rows, modulate_rows_backward, parameter_gradients
+from .kernels import modulate_rows, modulate_rows_backward, parameter_gradients, sigma, sigma_backward
 from .masking import compute_dtype, is_absent
 
 # Logits that exist at a time: 2^26, 256 MiB in fp32. A chunk of N tokens reads and writes the gradient of the whole
