@@ -20,7 +20,7 @@ def backend(request, monkeypatch):
     monkeypatch.setenv("MULTIMAX_BACKEND", request.param)
 
 
-@pytest.fixture(params=[(3, 40), (64, 2**20), (4, 1)], ids=lambda sizes: "{} queries, {} scores".format(*sizes))
+@pytest.fixture(params=[(6, 40), (128, 2**20), (8, 1)], ids=lambda sizes: "{} queries, {} scores".format(*sizes))
 def blocks(request, monkeypatch):
     """Small blocks, one block, and blocks of a single head."""
     queries, scores = request.param
@@ -116,7 +116,7 @@ def test_gradients_of_gradients_are_refused():
 
 
 def test_nothing_of_length_squared_is_kept(monkeypatch):
-    monkeypatch.setattr(blockwise_attention, "QUERIES", 4)
+    monkeypatch.setattr(blockwise_attention, "QUERIES", 8)
     monkeypatch.setattr(blockwise_attention, "SCORES_PER_THREAD", 64)
     length, kept = 64, []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda _: _):

@@ -61,33 +61,47 @@ def modulate_rows_backward(
 
 
 @kernel
-def exponentials_rows(scores: Tensor, thresholds: Tensor, gains: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
-    """What a row of attention keeps of its scores.
+def exponentials_rows_(scores: Tensor, thresholds: Tensor, gains: Tensor) -> Tuple[Tensor, Tensor]:
+    """Puts exp(σ(x) − max σ) in the place of a row of scores.
 
     Returns:
-        exp(σ(x) − max σ), of the dtype of ``scores``; its factor 1 / Σ exp(σ − max σ), (rows, 1), 0 where no score
-        is there; and log Σ exp σ, (rows, 1), +inf there.
+        its factor 1 / Σ exp(σ − max σ), (rows, 1), 0 where no score is there; and log Σ exp σ, (rows, 1), +inf there.
     """
     exponentials, peak, total = _exponentials(scores, thresholds, gains)
     log_total = (peak + total.log()).masked_fill(peak == torch.finfo(peak.dtype).min, float("inf"))
-    return exponentials.to(scores.dtype), _reciprocal(peak, total), log_total
+    scores.copy_(exponentials)
+    return _reciprocal(peak, total), log_total
 
 
 @kernel
 def exponentials_rows_backward(
-    scores: Tensor, grad: Tensor, log_total: Tensor, expected_grad: Tensor, thresholds: Tensor, gains: Tensor
-) -> Tuple[Tensor, Tensor, Tensor]:
+    scores: Tensor,
+    grad: Tensor,
+    log_total: Tensor,
+    expected_grad: Tensor,
+    probabilities: Tensor,
+    grad_scores: Tensor,
+    thresholds: Tensor,
+    gains: Tensor,
+) -> Tensor:
     """Probabilities, ∂L/∂x and moments, from ∂L/∂p: one pass, as it is told what it would have to sum over a row.
 
     Args:
-        log_total: (rows, 1), of :func:`exponentials_rows`.
+        log_total: (rows, 1), of :func:`exponentials_rows_`.
         expected_grad: (rows, 1), Σ p · ∂L/∂p.
+        probabilities, grad_scores: (rows, width), written to; new memory for each block would cost the operating
+            system more than the kernel takes.
+
+    Returns:
+        moments.
     """
     x, grad = scores.to(log_total.dtype), grad.to(log_total.dtype)
     lowest = torch.finfo(x.dtype).min
-    probabilities = (sigma(x, thresholds, gains).masked_fill(is_absent(x), lowest) - log_total).exp()
-    grad_scores, moments = sigma_backward(scores, probabilities * (grad - expected_grad), thresholds, gains)
-    return probabilities.to(scores.dtype), grad_scores, moments
+    p = (sigma(x, thresholds, gains).masked_fill(is_absent(x), lowest) - log_total).exp()
+    grad_x, moments = sigma_backward(scores, p * (grad - expected_grad), thresholds, gains)
+    probabilities.copy_(p)
+    grad_scores.copy_(grad_x)
+    return moments
 
 
 def parameter_gradients(moments: Tensor, gains: Tensor) -> Tuple[Tensor, Tensor]:

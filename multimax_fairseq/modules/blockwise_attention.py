@@ -11,18 +11,19 @@ Source of the idea: Rabe and Staats, *Self-attention Does Not Need O(n²) Memory
 *FlashAttention*, NeurIPS 2022.
 """
 
-from typing import Iterator, NamedTuple, Optional, Tuple
+import math
+from typing import Iterator, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from ..mappings.kernels import exponentials_rows, exponentials_rows_backward, parameter_gradients
+from ..mappings.kernels import exponentials_rows_, exponentials_rows_backward, parameter_gradients
 
 # Queries in a block. A causal block has queries²/2 scores in vain on its diagonal, a lower one multiplies less
-# efficiently.
-QUERIES = 64
+# efficiently: half as many where rows are not long.
+QUERIES, LONG_ROW = 128, 1_024
 
 # Scores in a block, for each thread of a CPU: 4 MiB in fp32. Smaller blocks would stay in a core's cache between the
 # products and the mapping, but then Python, which gives the orders, takes a share: measured best at 512 and at 2,048
@@ -30,6 +31,8 @@ QUERIES = 64
 SCORES_PER_THREAD = 2**20
 SCORES_ON_GPU = 2**26
 
+
+Block = Tuple[slice, slice, slice]  # heads, queries, keys
 
 # Keys from which on this pays.
 MIN_KEYS = 192
@@ -76,10 +79,11 @@ class BlockwiseMultiMax(Function):
         # one head after the other in memory: products of such are a fifth faster than of projections as they come
         query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
         log_totals = []
+        scratch = _scratch(query, key)
         for heads, queries, keys in _blocks(query, key, masks):
-            scores = _scores(query[heads, queries], key[heads, keys], masks, heads, queries, keys)
-            exponentials, factor, log_total = exponentials_rows(scores.flatten(0, 1), *parameters)
-            block = torch.bmm(exponentials.view_as(scores), value[heads, keys])
+            scores = _scores(query[heads, queries], key[heads, keys], masks, (heads, queries, keys), scratch)
+            factor, log_total = exponentials_rows_(scores.flatten(0, 1), *parameters)
+            block = torch.bmm(scores, value[heads, keys])
             torch.mul(block, factor.view(*block.shape[:2], 1), out=output[heads, queries])
             log_totals.append(log_total)
         ctx.masks = masks
@@ -94,24 +98,28 @@ class BlockwiseMultiMax(Function):
         expected_grads = torch.linalg.vecdot(grad, output).to(log_totals[0].dtype)
         grad_query, grad_key, grad_value = _like(query), _like(key), _like(value)
         moments = []
+        scratches = [_scratch(query, key) for _ in range(4)]
         for (heads, queries, keys), log_total in zip(_blocks(query, key, ctx.masks), log_totals):
             q, k, v, g = query[heads, queries], key[heads, keys], value[heads, keys], grad[heads, queries]
-            scores = _scores(q, k, ctx.masks, heads, queries, keys)
-            probabilities, grad_scores, block_moments = exponentials_rows_backward(
+            scores = _scores(q, k, ctx.masks, (heads, queries, keys), scratches[0])
+            grad_probabilities, probabilities, grad_scores = (_part(memory, scores.shape) for memory in scratches[1:])
+            torch.bmm(g, v.transpose(1, 2), out=grad_probabilities)
+            block_moments = exponentials_rows_backward(
                 scores.flatten(0, 1),
-                torch.bmm(g, v.transpose(1, 2)).flatten(0, 1),
+                grad_probabilities.flatten(0, 1),
                 log_total,
                 expected_grads[heads, queries].reshape(-1, 1),
+                probabilities.flatten(0, 1),
+                grad_scores.flatten(0, 1),
                 thresholds,
                 gains,
             )
             moments.append(block_moments)
-            grad_scores = grad_scores.view_as(scores)
-            torch.bmm(grad_scores, k, out=grad_query[heads, queries])
+            grad_query[heads, queries] = torch.bmm(grad_scores, k)
             if queries.stop == query.size(1):  # the first block of these heads: it sees all keys
                 grad_k, grad_v = (k.new_zeros(k.shape, dtype=log_total.dtype) for _ in range(2))
             _add_product(grad_k[:, keys], grad_scores, q)
-            _add_product(grad_v[:, keys], probabilities.view_as(scores), g)
+            _add_product(grad_v[:, keys], probabilities, g)
             if queries.start == 0:  # the last one
                 grad_key[heads], grad_value[heads] = grad_k, grad_v
         return grad_query, grad_key, grad_value, *parameter_gradients(torch.stack(moments).sum(0), gains), None
@@ -131,20 +139,39 @@ def _like(tensor: Tensor) -> Tensor:
     return tensor.new_empty(length, heads, head_dim).transpose(0, 1)
 
 
-def _blocks(query: Tensor, key: Tensor, masks: Masks) -> Iterator[Tuple[slice, slice, slice]]:
+def _block_size(query: Tensor, key: Tensor) -> Tuple[int, int]:
+    """Heads and queries of a block."""
+    (num_heads, tgt_len, _), src_len = query.shape, key.size(1)
+    count = min(QUERIES if src_len >= LONG_ROW else QUERIES // 2, tgt_len)
+    size = SCORES_PER_THREAD * torch.get_num_threads() if query.device.type == "cpu" else SCORES_ON_GPU
+    return min(max(size // (count * src_len), 1), num_heads), count
+
+
+def _blocks(query: Tensor, key: Tensor, masks: Masks) -> Iterator[Block]:
     """The blocks, as slices of heads, of queries, from the last to the first, and of the keys that these may see."""
     (num_heads, tgt_len, _), src_len = query.shape, key.size(1)
-    size = SCORES_PER_THREAD * torch.get_num_threads() if query.device.type == "cpu" else SCORES_ON_GPU
-    count = max(size // (min(QUERIES, tgt_len) * src_len), 1)
-    for head in range(0, num_heads, count):
-        for start in reversed(range(0, tgt_len, QUERIES)):
-            end = min(start + QUERIES, tgt_len)
-            yield slice(head, head + count), slice(start, end), slice(0, src_len if masks.causal is None else end)
+    heads, queries = _block_size(query, key)
+    for head in range(0, num_heads, heads):
+        for start in reversed(range(0, tgt_len, queries)):
+            end = min(start + queries, tgt_len)
+            keys = slice(0, src_len if masks.causal is None else end)
+            yield slice(head, min(head + heads, num_heads)), slice(start, end), keys
 
 
-def _scores(q: Tensor, k: Tensor, masks: Masks, heads: slice, queries: slice, keys: slice) -> Tensor:
+def _scratch(query: Tensor, key: Tensor) -> Tensor:
+    """Memory for the scores of any block."""
+    heads, queries = _block_size(query, key)
+    return query.new_empty(heads * queries * key.size(1))
+
+
+def _part(scratch: Tensor, shape: Sequence[int]) -> Tensor:
+    return scratch[: math.prod(shape)].view(shape)
+
+
+def _scores(q: Tensor, k: Tensor, masks: Masks, block: Block, scratch: Tensor) -> Tensor:
     """The masked scores of a block, (heads, queries, keys), from the queries and keys in it."""
-    scores = torch.bmm(q, k.transpose(1, 2))
+    heads, queries, keys = block
+    scores = torch.bmm(q, k.transpose(1, 2), out=_part(scratch, (len(q), q.size(1), k.size(1))))
     if masks.causal is not None:
         count = queries.stop - queries.start
         scores[:, :, queries].add_(masks.causal[:count, :count])
@@ -157,7 +184,7 @@ def _scores(q: Tensor, k: Tensor, masks: Masks, heads: slice, queries: slice, ke
 
 def _add_product(total: Tensor, rows: Tensor, factor: Tensor) -> None:
     """total += rowsᵀ · factor, in place; ``total`` may be of higher precision."""
-    if total.dtype == rows.dtype:
+    if total.dtype == rows.dtype and total.is_contiguous():
         total.baddbmm_(rows.transpose(1, 2), factor)
-    else:
+    else:  # of a part of the keys, baddbmm_ would be a product for each head, one after another
         total.add_(torch.bmm(rows.transpose(1, 2), factor))
