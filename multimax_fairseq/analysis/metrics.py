@@ -223,9 +223,12 @@ class ScoreHistogram:
 
     def update(self, scores: Tensor) -> None:
         """Count scores of any shape; those that are not finite are not there."""
-        values = scores[scores.isfinite()].double().cpu()
-        if not values.numel():
-            return
+        for part in scores.flatten().split(CHUNK_SIZE):
+            values = part[part.isfinite()].double().cpu()
+            if values.numel():
+                self._count(values)
+
+    def _count(self, values: Tensor) -> None:
         self.low, self.high = min(self.low, values.min().item()), max(self.high, values.max().item())
         while math.floor(self.high / self.width) - math.floor(self.low / self.width) >= self.num_bins:
             self._merge_neighbours()
