@@ -53,7 +53,8 @@ score are undefined: left out of the mean, and counted.</dd>
 undefined likewise. Scores are those before the mapping: with a σ that falls, what is relevant by its score need not
 be what is attended to.</dd>
 <dt>entropy</dt><dd>in nats. <b>Support</b>: entries above 0. <b>Effective support</b>: exp(entropy).
-<b>Top share</b>: probability of the most attended key. <b>Top-{TOP_K} share</b>: of the {TOP_K} likeliest words together.</dd>
+<b>Top share</b>: probability of the most attended key.
+<b>Top-{TOP_K} share</b>: of the {TOP_K} likeliest words together.</dd>
 <dt>MAD</dt><dd>mean cosine distance over pairs of tokens of a sentence, of a layer's output; layer 0 is what goes
 into the first.</dd>
 <dt>rollout</dt><dd>product over layers of ½A + ½I, heads averaged; for translation each cross-attention takes half of
@@ -61,8 +62,8 @@ a decoder layer, and the parts that come from the source are shown.</dd>
 <dt>AER</dt><dd>alignment error rate: each target word linked to the source word that it attends to most.</dd>
 </dl>
 <p>Probabilities are those that the model computes with, without dropout, under teacher forcing. Metrics are means
-over all queries that are no padding. Multi-modality and sparsity: Zhou, Fritz and Keuper 2024, Definitions 3.2 and 3.3;
-MAD: Chen et al. 2020; rollout: Abnar and Zuidema 2020; AER: Och and Ney 2003.</p>
+over all queries that are no padding. Multi-modality and sparsity: Zhou, Fritz and Keuper 2024, Definitions 3.2 and
+3.3; MAD: Chen et al. 2020; rollout: Abnar and Zuidema 2020; AER: Och and Ney 2003.</p>
 """
 
 
