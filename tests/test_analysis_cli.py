@@ -376,7 +376,7 @@ def no_alignments(checkpoints, corpus, tmp_path):
     (no_dictionary, "has no dictionary dict.de.txt"),
     (other_dictionary, "the vocabulary of"),
     (no_split, "has no split 'dev' for this model; --split takes one of: test, train, valid"),
-    (empty_split, "the split 'valid'"),
+    (empty_split, "is empty: there is nothing to analyse"),
     (no_attention, "LSTMModel has no attention to analyse"),
     (twice, "the same checkpoint is given twice"),
     (too_few_labels, "2 checkpoints need as many different --labels"),

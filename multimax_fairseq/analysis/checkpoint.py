@@ -1,6 +1,6 @@
 """From files to a model and its data, with errors that say what to do."""
 
-import logging
+import glob
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, NamedTuple, Sequence
 
@@ -11,8 +11,6 @@ from fairseq.tasks import FairseqTask
 from torch import nn
 
 from .collect import attention_modules
-
-logger = logging.getLogger(__name__)
 
 
 class AnalysisError(Exception):
@@ -110,6 +108,9 @@ def _build(path: Path, state: Dict[str, Any], data: Path):
 
 
 def _load_split(task: FairseqTask, data: Path, split: str) -> FairseqDataset:
+    # fairseq cannot open a file without a token, nor then close it without another error
+    if any(file.stat().st_size == 0 for file in data.glob(f"{glob.escape(split)}.*bin")):
+        raise AnalysisError(f"the split {split!r} of {data} is empty: there is nothing to analyse")
     try:
         task.load_dataset(split)
     except FileNotFoundError as error:
@@ -119,7 +120,7 @@ def _load_split(task: FairseqTask, data: Path, split: str) -> FairseqDataset:
         ) from error
     except Exception as error:
         raise AnalysisError(
-            f"the split {split!r} of {data} cannot be read (is it empty?): {type(error).__name__}: {error}"
+            f"the split {split!r} of {data} cannot be read: {type(error).__name__}: {error}"
         ) from error
     dataset = task.dataset(split)
     if not len(dataset):

@@ -19,8 +19,6 @@ from .alignment import SUBWORDS, GoldAlignment, guess_subwords, read_alignments
 from .checkpoint import AnalysisError, LoadedModel, batches, labels_of, load
 from .measure import MOST_TOKENS, Measurement
 
-logger = logging.getLogger(__name__)
-
 
 def parser() -> argparse.ArgumentParser:
     description, _, rest = __doc__.partition("\n\n")
