@@ -7,8 +7,6 @@ from setuptools import find_packages, setup
 
 root = Path(__file__).parent
 version = re.search(r'^__version__ = "(.+)"$', (root / "multimax_fairseq" / "__init__.py").read_text(), re.M)[1]
-figures = ["matplotlib"]
-
 setup(
     name="multimax_fairseq",
     version=version,
@@ -29,6 +27,8 @@ setup(
         "sacrebleu>=2.0",
         "sentencepiece",
         "tqdm",
+        "matplotlib",
     ],
-    extras_require={"figures": figures, "test": [*figures, "hypothesis", "pytest"]},
+    extras_require={"test": ["hypothesis", "pytest"]},
+    entry_points={"console_scripts": ["multimax-analyze = multimax_fairseq.analysis.cli:main"]},
 )

@@ -34,9 +34,11 @@ class MultimaxTransformerLanguageModel(MappedModelMixin, TransformerLanguageMode
         stock_decoder = transformer_lm.TransformerDecoder
         transformer_lm.TransformerDecoder = build_decoder
         try:
-            return super().build_model(args, task)
+            model = super().build_model(args, task)
         finally:
             transformer_lm.TransformerDecoder = stock_decoder
+        model.set_modulator_options(args)
+        return model
 
 
 for stock_name in ("transformer_lm_gpt", "transformer_lm_big", "transformer_lm_baevski_wiki103"):
