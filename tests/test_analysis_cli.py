@@ -395,6 +395,16 @@ def test_what_is_wrong_is_said_before_any_work(arguments, message, checkpoints, 
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("name, data", [("multimax", "data-bin"), ("lm", "data-bin-lm")])
+def test_the_example(name, data, checkpoints, corpus, tmp_path):
+    result = run(sys.executable, ROOT / "examples" / "analysis" / "look.py", checkpoints[name], corpus / data,
+                 "--sentence", 1, "--out", tmp_path / "attention.png", cwd=ROOT)  # fmt: skip
+    site = "cross" if name == "multimax" else "decoder"
+    assert re.search(rf"{site} +layer 1:  M \d\.\d{{3}}  S \d", result.stdout)
+    with Image.open(tmp_path / "attention.png") as image:
+        assert image.width > 3 * image.height / 2
+
+
 def test_as_a_command(checkpoints, corpus, tmp_path):
     module = [sys.executable, "-m", "multimax_fairseq.analysis"]
     assert "--max-sentences" in run(*module, "--help", cwd=ROOT).stdout

@@ -181,7 +181,8 @@ def test_in_training(corpus, tmp_path):
     them: lr · updates at most."""
     command = ["fairseq-train", corpus / "data-bin", "--user-dir", PLUGIN, "--arch", "multimax_transformer", *TINY,
                "--optimizer", "adam", "--lr", "0.01", "--weight-decay", "90", "--max-tokens", "1000",
-               "--max-update", "4", "--num-workers", "0", "--log-format", "json", "--log-interval", "1", "--cpu", "--clip-norm", "1",
+               "--max-update", "4", "--num-workers", "0", "--log-format", "json", "--log-interval", "1",
+               "--cpu", "--clip-norm", "1",
                "--modulator-weight-decay", "0", "--modulator-clip-norm", "1", "--disable-validation",
                "--save-dir", tmp_path]  # fmt: skip
     result = run(*command)

@@ -373,7 +373,8 @@ def draw_alignment(measurements: Sequence[Measurement]) -> Figure:
                 lw=0.6,
                 linestyle=(0, (1, 3)),
             )
-        axes.set(title=f"rows that are {rows_name} the word", xlabel="decoder layer", ylim=(0, 1))
+        verb = {"predicting": "predict", "reading": "read"}[rows_name]
+        axes.set(title=f"rows that {verb} the word", xlabel="decoder layer", ylim=(0, 1))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.axes[0].set_ylabel("alignment error rate")
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)

@@ -103,8 +103,8 @@ def log_modulators(model: nn.Module, detail: str = "module") -> None:
     Args:
         detail: ``"module"`` (sites and modules), ``"site"`` or ``"none"``.
     """
-    modulators = modulators_by_site(model)
-    if not modulators or detail == "none":
+    modulators = modulators_by_site(model) if detail != "none" else {}
+    if not modulators:
         return
     with torch.no_grad():
         groups = [torch.stack([torch.cat([m.thresholds, m.gains], dim=1) for m in g]) for g in modulators.values()]
