@@ -16,7 +16,9 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from multimax_fairseq.analysis import collect, figures
+from multimax_fairseq.analysis.checkpoint import batches, load
 from multimax_fairseq.analysis.cli import main
+from multimax_fairseq.analysis.measure import Measurement
 
 SENTENCES = 12
 
@@ -78,7 +80,7 @@ def report(checkpoints, corpus, tmp_path_factory):
     """A report of a stock model and one with MultiMax, on the first sentences of the validation set."""
     out = tmp_path_factory.mktemp("report") / "report"
     main([str(checkpoints["stock"]), str(checkpoints["multimax"]), "--data", str(corpus / "data-bin"),
-          "--out", str(out), "--max-sentences", str(SENTENCES), "--cpu", "--no-progress-bar", "--show", "3",
+          "--out", str(out), "--max-sentences", str(SENTENCES), "--cpu", "--no-progress-bar", "--show",
           "--alignments", str(corpus / "text" / "valid.align")])  # fmt: skip
     return out
 
@@ -215,6 +217,86 @@ def test_the_output_layer_of_a_language_model(lm_report, checkpoints):
     assert model["modules"][-1]["site"] == "output" and "b1" in model["modules"][-1]
 
 
+# ---------------------------------------------------------------------- figures
+
+
+@pytest.fixture(scope="session")
+def measurement(checkpoints, corpus):
+    """Of the model with MultiMax, keeping sentence 3 for heat maps."""
+    cpu = torch.device("cpu")
+    loaded = load(checkpoints["multimax"], "multimax", corpus / "data-bin", "valid", SENTENCES, cpu)
+    measurement = Measurement(loaded, examples=[3])
+    for sample in batches(loaded, max_tokens=100, device=cpu):
+        measurement.update(sample)
+    return measurement
+
+
+def test_a_sentence_to_be_drawn(measurement, collected, corpus):
+    """Taken out of a padded batch, it is what the sentence gives by itself, with its words beside it."""
+    (example,) = measurement.examples.values()
+    german, english = (
+        [*(corpus / "text" / f"valid.{language}").read_text().splitlines()[3].split(), "</s>"]
+        for language in ("de", "en")
+    )
+    known = set(measurement.loaded.source_dictionary.symbols)
+    german, english = ([word if word in known else "<unk>" for word in words] for words in (german, english))
+    written = ["</s>", *english[:-1]]
+    assert example.tokens == {"encoder": (german, german), "decoder": (written, written), "cross": (english, german)}
+    for (site, layer), attention in example.attention.items():
+        torch.testing.assert_close(attention, collected[3].at(site)[layer].probabilities[0], atol=1e-5, rtol=0)
+    assert example.rollout["cross"].shape == (len(english), len(german))
+
+    figure = figures.draw_attention(example, "cross", 1)
+    for head, axes in enumerate(figure.axes[:2]):
+        assert [label.get_text() for label in axes.get_yticklabels()] == english
+        assert [label.get_text() for label in axes.get_xticklabels()] == german
+        drawn = torch.tensor(axes.images[0].get_array().data)
+        torch.testing.assert_close(drawn, example.attention["cross", 1][head], check_dtype=False)
+
+
+def test_points_and_lines_are_the_numbers(measurement):
+    figure = figures.draw_sparsity_and_multimodality([measurement])
+    for axes, site in zip(figure.axes, ("encoder", "decoder", "cross")):
+        rows = [row for row in measurement.head_rows() if row["site"] == site]
+        points = axes.collections[0].get_offsets().tolist()
+        assert points == [[row["sparsity"], row["multimodality"]] for row in rows]
+        (middle,) = axes.collections[1].get_offsets().tolist()
+        assert middle == pytest.approx([mean([row[name] for row in rows]) for name in ("sparsity", "multimodality")])
+        assert axes.get_xlabel() and axes.get_title() == figures.SITE_NAMES[site]
+    figure = figures.draw_smoothing([measurement])
+    for axes, side in zip(figure.axes, ("encoder", "decoder")):
+        expected = [(row["layer"], row["mad"]) for row in measurement.layer_rows() if row["side"] == side]
+        assert list(zip(*axes.lines[0].get_data())) == expected
+
+
+def test_sigma_is_drawn_by_the_formula_over_the_scores(measurement):
+    modules = [module for module in measurement.module_reports() if module.site == "cross"]
+    figure = figures.draw_modulators(modules, "multimax")
+    for axes, module in zip(figure.axes, modules):
+        identity, sigma = axes.lines
+        x, y = (values.tolist() for values in sigma.get_data())
+        assert y == pytest.approx(reference.modulator(x, *(rows.tolist() for rows in module.parameters)), abs=1e-9)
+        assert module.histogram.low - module.histogram.width <= x[0] < x[-1] <= (
+            module.histogram.high + module.histogram.width
+        )
+        assert identity.get_xdata().tolist() == identity.get_ydata().tolist()
+
+
+def test_the_simplex_shows_what_mappings_make_of_the_three_scores():
+    softmax, others, ours = figures.draw_simplex().axes[:3]
+    for line, temperature in zip([line for line in softmax.lines if line.get_label()[0] == "T"], (0.25, 0.5, 1, 2)):
+        p = reference.softmax([1.5 / temperature, 1.5 / temperature, 0.0])  # the end, where t = 1.5
+        end = [values[-1] for values in line.get_data()]
+        assert end == pytest.approx([p[1] + p[2] / 2, p[2] * math.sqrt(3) / 2])
+    named = {line.get_label(): line for line in [*others.lines, *ours.lines]}
+    assert {"softmax", "1.5-entmax", "sparsemax", "EvSoftMax", "MultiMax, illustrative"} <= set(named)
+    # sparse and bimodal at the end: the middle of the lower edge
+    for name in ("1.5-entmax", "sparsemax", "EvSoftMax"):
+        assert [values[-1] for values in named[name].get_data()] == pytest.approx([0.5, 0])
+    x, y = (values[-1] for values in named["MultiMax, illustrative"].get_data())
+    assert x == pytest.approx(0.5) and 0 < y < named["softmax"].get_ydata()[-1] / 2
+
+
 # ---------------------------------------------------------------------- files
 
 
@@ -223,16 +305,18 @@ def test_the_page_needs_no_other_file_and_no_network(report):
     sources = re.findall(r'(?:src|href)="([^"]{0,30})', page)
     assert len(sources) > 10 and all(source.startswith("data:image/png;base64,") for source in sources)
     assert not re.search(r"@import|url\(|<script|<link", page)
-    assert "stock, sentence 3" in page and "multimax" in page and "Word alignment" in page
+    assert "multimax" in page and "Word alignment" in page
 
 
-def test_every_figure_is_there_as_png_and_svg(report):
+def test_every_figure_is_there_as_png_and_svg(report, lm_report):
+    sentence = {path.stem for path in (lm_report / "figures").glob("ours-0-*.svg")}
+    assert sentence == {"ours-0-decoder-layer1", "ours-0-decoder-layer2", "ours-0-decoder-rollout"}
+    assert "ours, sentence 0" in (lm_report / "report.html").read_text()
     pictures = sorted((report / "figures").glob("*.png"))
     names = {path.stem for path in pictures}
     assert names == {path.stem for path in (report / "figures").glob("*.svg")}
     assert {"simplex", "orders", "over-smoothing", "sparsity-multimodality", "alignment"} <= names
-    assert {"stock-modulators", "multimax-modulators", "stock-3-cross-rollout", "multimax-3-encoder-rollout"} <= names
-    assert {f"stock-3-{site}-layer{layer}" for site in ("encoder", "decoder", "cross") for layer in (1, 2)} <= names
+    assert {"stock-modulators", "multimax-modulators"} <= names
     for path in pictures:
         with Image.open(path) as image:
             assert image.width <= 1400  # 7 inch, the width of a page, at 200 dpi
@@ -264,7 +348,8 @@ def test_a_failure_leaves_nothing_behind(checkpoints, corpus, tmp_path, monkeypa
     assert not list((tmp_path / "new").iterdir())
 
 
-def test_force_replaces_a_report_and_nothing_else(checkpoints, corpus, tmp_path):
+def test_force_replaces_a_report_and_nothing_else(checkpoints, corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(figures, "drawings_of", lambda measurements: [])  # takes the time, and is seen elsewhere
     out = tmp_path / "out"
     out.mkdir()
     analyze(checkpoints["multimax"], corpus / "data-bin", out)

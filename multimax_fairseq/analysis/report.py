@@ -33,7 +33,7 @@ class Picture(NamedTuple):
 
 
 STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
+body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; max-width: 66rem; margin: 2rem auto; padding: 0 1rem }
 h1, h2, h3 { line-height: 1.2; margin-top: 2.2em } h1 { margin-top: 0 }
 table { border-collapse: collapse; font-size: .86rem; margin: 1rem 0; font-variant-numeric: tabular-nums }
 th, td { padding: .2rem .65rem; text-align: right; border-bottom: 1px solid #ddd } th { background: #f4f4f4 }
