@@ -328,6 +328,8 @@ def test_csv_holds_the_numbers_of_json(report, results):
         rows = list(csv.DictReader(file))
     expected = [(label, row) for label, model in results.items() for row in model["heads"]]
     assert len(rows) == len(expected) == 2 * 6 * 2
+    # both models saw the same sentences: none of fairseq's own layers has got around its attention module
+    assert len({(row["site"], row["rows"]) for row in rows}) == 3 and int(rows[0]["rows"]) > SENTENCES
     for row, (label, numbers) in zip(rows, expected):
         assert row["model"] == label and float(row["entropy"]) == numbers["entropy"]
     assert {path.name for path in report.glob("*.csv")} == {"heads.csv", "modules.csv", "layers.csv", "alignment.csv"}

@@ -390,7 +390,7 @@ def drawings_of(measurements: Sequence[Measurement]) -> List[Drawing]:
         (
             "sparsity-multimodality",
             "Sparsity against multi-modality, a point a head; the large points are means over a model's heads. "
-            "The paper claims that MultiMax moves towards the upper right.",
+            "The upper right is where MultiMax is meant to lead.",
             lambda: draw_sparsity_and_multimodality(measurements),
         ),
         (

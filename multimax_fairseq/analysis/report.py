@@ -9,7 +9,7 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Set, Tuple
 
 import matplotlib
 import tqdm
@@ -133,9 +133,10 @@ def _draw_all(folder: Path, measurements: Sequence[Measurement], progress: bool)
     plan: List[Tuple[str, str, figures.Drawing]] = []  # part, section, drawing
     for drawing in figures.drawings_of(measurements):
         plan.append(("comparison", drawing[0], drawing))
+    taken: Set[str] = set()
     for measurement in measurements:
         label = measurement.loaded.label
-        file_name = _file_name(label)
+        file_name = _file_name(label, taken)
         plan.append(("modulators", label, (
             f"{file_name}-modulators",
             f"{label}: the scores that each module saw, and what its modulator, if any, makes of them. The outermost "
@@ -163,8 +164,15 @@ def _draw_all(folder: Path, measurements: Sequence[Measurement], progress: bool)
     return {part: list(sections.items()) for part, sections in parts.items()}
 
 
-def _file_name(label: str) -> str:
-    return "".join(character if character.isalnum() or character in "-._" else "-" for character in label)
+def _file_name(label: str, taken: Set[str]) -> str:
+    """What a model's files begin with: its label without spaces and the like, and not that of another model."""
+    plain = "".join(character if character.isalnum() or character in "-._" else "-" for character in label)
+    name, number = plain, 1
+    while name in taken:
+        number += 1
+        name = f"{plain}-{number}"
+    taken.add(name)
+    return name
 
 
 def _save(figure: Figure, path: Path, caption: str) -> Picture:
