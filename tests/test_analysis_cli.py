@@ -398,6 +398,10 @@ def no_dictionary(checkpoints, corpus, tmp_path):
     return [checkpoints["stock"]], data
 
 
+def no_pairs(checkpoints, corpus, tmp_path):
+    return [checkpoints["stock"]], corpus / "data-bin-lm"
+
+
 def other_dictionary(checkpoints, corpus, tmp_path):
     data = tmp_path / "data"
     data.mkdir()
@@ -461,6 +465,7 @@ def no_alignments(checkpoints, corpus, tmp_path):
     (no_checkpoint, "there is no checkpoint"),
     (no_data, "there is no folder"),
     (no_dictionary, "has no dictionary dict.de.txt"),
+    (no_pairs, "its model cannot be built with the data in"),
     (other_dictionary, "the vocabulary of"),
     (no_split, "has no split 'dev' for this model; --split takes one of: test, train, valid"),
     (empty_split, "is empty: there is nothing to analyse"),

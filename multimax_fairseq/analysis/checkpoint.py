@@ -103,7 +103,9 @@ def _build(path: Path, state: Dict[str, Any], data: Path):
                 f"the vocabulary of {path} is another one than that of {data}: give with --data the folder that it "
                 f"was trained on ({_first_line(error, 'size mismatch')})"
             ) from error
-        raise AnalysisError(f"{path}: its model cannot be built: {type(error).__name__}: {error}") from error
+        raise AnalysisError(
+            f"{path}: its model cannot be built with the data in {data}: {type(error).__name__}: {error}"
+        ) from error
     return model, task, cfg
 
 
