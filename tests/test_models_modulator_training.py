@@ -86,7 +86,7 @@ def test_the_state_of_the_optimizer_is_saved_and_loaded(training):
                 built, optimizer = training("--modulator-weight-decay", "0", "--modulator-clip-norm", "0.5")
                 built.model.load_state_dict(weights)
                 optimizer.load_state_dict(state, optimizer_overrides={})
-        results.append(built.model.state_dict())
+        results.append(dict(built.model.named_parameters()))
     for name, tensor in results[0].items():
         torch.testing.assert_close(results[1][name], tensor, atol=0, rtol=0)
 
