@@ -7,7 +7,6 @@ from setuptools import find_packages, setup
 
 root = Path(__file__).parent
 version = re.search(r'^__version__ = "(.+)"$', (root / "multimax_fairseq" / "__init__.py").read_text(), re.M)[1]
-figures = ["matplotlib"]
 iwslt14 = ["sacremoses", "subword-nmt"]  # scripts/prepare_iwslt14.sh
 
 setup(
@@ -30,6 +29,8 @@ setup(
         "sacrebleu>=2.0",
         "sentencepiece",
         "tqdm",
+        "matplotlib",
     ],
-    extras_require={"figures": figures, "iwslt14": iwslt14, "test": [*figures, *iwslt14, "hypothesis", "pytest"]},
+    extras_require={"iwslt14": iwslt14, "test": [*iwslt14, "hypothesis", "pytest"]},
+    entry_points={"console_scripts": ["multimax-analyze = multimax_fairseq.analysis.cli:main"]},
 )

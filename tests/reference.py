@@ -125,3 +125,68 @@ def evsoftmax(row, training=False):
     below = EPSILON if training else 0.0
     weights = [(1.0 if x * len(row) >= total else below) * math.exp(x - largest) for x in row]
     return [w / math.fsum(weights) for w in weights]
+
+
+# ------------------------------------------------------------------------------------------ metrics
+
+
+def relevance_threshold(row):
+    """ε = log(1/K) + logsumexp(x) over the K scores that are there."""
+    present = [x for x in row if x != -math.inf]
+    largest = max(present)
+    return largest + math.log(math.fsum(math.exp(x - largest) for x in present)) - math.log(len(present))
+
+
+def multimodality(scores, probabilities, threshold):
+    """1 − (1/N) Σ_{ε < x_n < max x} (max φ − φ_n); None where N = 0  (Zhou et al. 2024, Definition 3.2)."""
+    gaps = [max(probabilities) - p for x, p in zip(scores, probabilities) if threshold < x < max(scores)]
+    return 1 - math.fsum(gaps) / len(gaps) if gaps else None
+
+
+def sparsity(scores, probabilities, threshold, reference):
+    """(1/L) Σ_{x_l < ε} exp((s − φ_l)/s − 1); None where L = 0  (Zhou et al. 2024, Definition 3.3)."""
+    terms = [
+        math.exp((reference - p) / reference - 1)
+        for x, p in zip(scores, probabilities)
+        if -math.inf < x < threshold
+    ]
+    return math.fsum(terms) / len(terms) if terms else None
+
+
+def entropy(probabilities):
+    """−Σ p log p, in nats."""
+    return -math.fsum(p * math.log(p) for p in probabilities if p > 0)
+
+
+def cosine(u, v):
+    """u · v / (|u| |v|)."""
+    lengths = [math.sqrt(math.fsum(a * a for a in vector)) for vector in (u, v)]
+    return math.fsum(a * b for a, b in zip(u, v)) / (lengths[0] * lengths[1])
+
+
+def mean_average_distance(vectors):
+    """The mean of 1 − cos(h_i, h_j) over the pairs i ≠ j  (Chen et al. 2020)."""
+    pairs = [(i, j) for i in range(len(vectors)) for j in range(len(vectors)) if i != j]
+    return math.fsum(1 - cosine(vectors[i], vectors[j]) for i, j in pairs) / len(pairs)
+
+
+def matrix_product(a, b):
+    """a · b, of lists of rows."""
+    columns = list(zip(*b))
+    return [[math.fsum(x * y for x, y in zip(row, column)) for column in columns] for row in a]
+
+
+def residual_step(attention):
+    """½ A + ½ I of one layer's attention, (heads, length, length), averaged over heads, each row made to sum to 1."""
+    step = []
+    for i in range(len(attention[0])):
+        row = [math.fsum(head[i][j] for head in attention) / len(attention) for j in range(len(attention[0]))]
+        row = [x / 2 + (0.5 if j == i else 0.0) for j, x in enumerate(row)]
+        step.append([x / math.fsum(row) for x in row])
+    return step
+
+
+def attention_rollout(layers):
+    """Π over layers of ½ A + ½ I  (Abnar & Zuidema 2020)."""
+    return functools.reduce(lambda rollout, layer: matrix_product(residual_step(layer), rollout), layers[1:],
+                            residual_step(layers[0]))  # fmt: skip

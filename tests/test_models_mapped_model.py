@@ -95,10 +95,23 @@ def test_mean_absolute_parameters_of_each_site_are_logged(build):
         model.set_num_updates(1)
     values = log.get_smoothed_values()
     assert {name.split("_")[0] for name in values} == {"encoder", "decoder", "cross", "output"}
+    # 4 numbers a site, and of each module the 8 themselves: two layers at three sites, and the output
+    assert len(values) == 4 * 4 + 7 * 8
+    assert values["cross_1_b2"] == -6.0 and values["encoder_0_d2"] == -4.0
+    assert values["decoder_1_g_b1"] == pytest.approx(0.2) and values["output_g_d2"] == pytest.approx(-0.4)
     # two layers, the second with twice the numbers of the first: 1.5 times the mean over orders
     assert values["encoder_b"] == pytest.approx(3.0) and values["cross_d"] == pytest.approx(4.5)
     assert values["decoder_g_b"] == pytest.approx(0.3) and values["encoder_g_d"] == pytest.approx(0.45)
     assert values["output_b"] == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize("detail, names", [("site", {"decoder_b", "decoder_d", "decoder_g_b", "decoder_g_d"}),
+                                           ("none", set())])  # fmt: skip
+def test_less_is_logged_if_less_is_asked_for(detail, names, build):
+    model = build("multimax_transformer_lm", "--log-modulators", detail).model.train()
+    with metrics.aggregate(new_root=True) as log:
+        model.set_num_updates(1)
+    assert set(log.get_smoothed_values()) == names
 
 
 def test_nothing_is_logged_without_modulators_or_outside_training(build):

@@ -28,6 +28,9 @@ def test_the_defaults_are_those_of_the_documentation():
         "multimax_init": "normal",
         "entmax_alpha": "1.5",
         "multimax_backend": "auto",
+        "modulator_weight_decay": None,
+        "modulator_clip_norm": None,
+        "log_modulators": "module",
     }
 
 
@@ -51,6 +54,7 @@ def test_other_sites_have_softmax():
 
 
 @pytest.mark.parametrize("options, message", [
+    ({"log_modulators": "layer"}, "--log-modulators.*'layer'.*module, site, none"),
     ({"attention_mapping": "softmin"}, "--attention-mapping.*'softmin'.*multimax.*evsoftmax"),
     ({"attention_mapping_sites": "encoder,output"}, "--attention-mapping-sites.*'output'.*encoder, decoder, cross"),
     ({"attention_mapping_sites": ""}, "--attention-mapping-sites.*''"),

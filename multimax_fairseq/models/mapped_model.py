@@ -2,7 +2,7 @@
 
 import logging
 from collections import defaultdict
-from typing import Dict, List
+from typing import Any, Dict, List
 
 import torch
 from fairseq.logging import metrics
@@ -10,8 +10,11 @@ from torch import Tensor, nn
 
 from ..mappings import MAPPINGS, MultiMax
 from ..modules import MappedMultiheadAttention
+from .modulator_training import ModulatorTraining
 
 logger = logging.getLogger(__name__)
+
+SYMBOLS = ("b", "d", "g_b", "g_d")
 
 
 class MappedModelMixin:
@@ -28,12 +31,27 @@ class MappedModelMixin:
         add_missing_mappings(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
+    def set_modulator_options(self, args: Any) -> None:
+        """Take what ``args`` (a namespace or config with :class:`.options.MappingOptions`) says of modulators.
+
+        Raises:
+            ValueError: a number below 0.
+        """
+        self.logged_modulators = getattr(args, "log_modulators", "module")
+        self.modulator_training = ModulatorTraining.from_options(args)
+        for modulators in modulators_by_site(self).values():
+            for modulator in modulators:
+                self.modulator_training.mark(modulator.parameters())
+
     def set_num_updates(self, num_updates: int) -> None:
         super().set_num_updates(num_updates)
         # fairseq calls this before each batch, of which an update can have many (--update-freq)
-        if self.training and num_updates != getattr(self, "_logged_update", None):
+        previous = getattr(self, "_logged_update", None)
+        if self.training and num_updates != previous:
+            if previous is not None:  # once is also what loading a checkpoint does, without an optimizer
+                self.modulator_training.check_applied()
             self._logged_update = num_updates
-            log_modulators(self)
+            log_modulators(self, self.logged_modulators)
 
 
 def add_missing_mappings(model: nn.Module, state_dict: Dict[str, Tensor], prefix: str) -> None:
@@ -75,20 +93,34 @@ def modulators_by_site(model: nn.Module) -> Dict[str, List[MultiMax]]:
     return dict(modulators)
 
 
-def log_modulators(model: nn.Module) -> None:
-    """Log the mean absolute thresholds (b, d) and gains (g_b, g_d) of each site, over its modules and orders.
+def log_modulators(model: nn.Module, detail: str = "module") -> None:
+    """Log the thresholds and gains of a model's modulators.
 
-    They appear as ``encoder_b``, ``encoder_d``, ``encoder_g_b``, … in fairseq's log and what reads it.
+    For each site the mean absolute thresholds (b, d) and gains (g_b, g_d) over its modules and orders, as
+    ``encoder_b``, ``encoder_d``, ``encoder_g_b``, …; for each module the numbers themselves, with the number of its
+    layer and the order, as ``encoder_0_b1``, …, ``encoder_0_g_d2``. They appear in fairseq's log and what reads it.
+
+    Args:
+        detail: ``"module"`` (sites and modules), ``"site"`` or ``"none"``.
     """
-    modulators = modulators_by_site(model)
+    modulators = modulators_by_site(model) if detail != "none" else {}
     if not modulators:
         return
     with torch.no_grad():
-        # (modules · order, 4) of each site
-        parameters = [
-            torch.cat([torch.cat([m.thresholds, m.gains], dim=1) for m in group]) for group in modulators.values()
-        ]
-        means = torch.stack([rows.abs().mean(dim=0) for rows in parameters])  # (sites, 4)
-    for site, values in zip(modulators, means.tolist()):  # fetched together: the GPU is waited for once
-        for symbol, value in zip(("b", "d", "g_b", "g_d"), values):
-            metrics.log_scalar(f"{site}_{symbol}", value, priority=1000, round=4)
+        groups = [torch.stack([torch.cat([m.thresholds, m.gains], dim=1) for m in g]) for g in modulators.values()]
+        numbers = torch.cat([group.flatten() for group in groups]).tolist()  # one transfer: a GPU is waited for once
+    start = 0
+    for site, group in zip(modulators, groups):
+        rows = [
+            numbers[i : i + 4] for i in range(start, start + group.numel(), 4)
+        ]  # modules · orders of b, d, g_b, g_d
+        start += group.numel()
+        for symbol, column in zip(SYMBOLS, zip(*rows)):
+            mean = sum(map(abs, column)) / len(column)
+            metrics.log_scalar(f"{site}_{symbol}", mean, priority=1000, round=4)
+        if detail == "module":
+            for number, row in enumerate(rows):
+                layer, order = divmod(number, group.size(1))
+                name = site if site == "output" else f"{site}_{layer}"
+                for symbol, value in zip(SYMBOLS, row):
+                    metrics.log_scalar(f"{name}_{symbol}{order + 1}", value, priority=1001, round=4)

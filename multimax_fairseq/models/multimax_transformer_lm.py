@@ -36,9 +36,11 @@ class MultimaxTransformerLanguageModel(MappedModelMixin, TransformerLanguageMode
         stock_decoder = transformer_lm.TransformerDecoder
         transformer_lm.TransformerDecoder = build_decoder
         try:
-            return super().build_model(args, task)
+            model = super().build_model(args, task)
         finally:
             transformer_lm.TransformerDecoder = stock_decoder
+        model.set_modulator_options(args)
+        return model
 
     def prepare_for_inference_(self, cfg) -> None:
         """Also lets ``fairseq-eval-lm`` have logits of a chunk of tokens at a time only.

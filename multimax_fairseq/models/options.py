@@ -2,7 +2,7 @@
 
 from argparse import Namespace
 from dataclasses import dataclass, field, fields
-from typing import Any, Callable, Dict, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, Optional, Sequence, Tuple, Union
 
 from fairseq.dataclass import FairseqDataclass
 from omegaconf import OmegaConf
@@ -13,6 +13,7 @@ from ..mappings.multimax import TERMS
 
 SITES = ("encoder", "decoder", "cross")
 OUTPUT_MAPPINGS = ("softmax", "multimax")
+LOG_MODULATORS = ("module", "site", "none")
 
 Mapping = Tuple[str, Dict[str, Any]]  # the arguments of build_mapping
 SOFTMAX: Mapping = ("softmax", {})
@@ -57,6 +58,20 @@ class MappingOptions(FairseqDataclass):
             "help": "how MultiMax is computed: auto (compiled, where that is possible), compiled, or eager (plain "
             "PyTorch); the environment variable MULTIMAX_BACKEND overrides it"
         },
+    )
+    modulator_weight_decay: Optional[float] = field(
+        default=None, metadata={"help": "weight decay of the modulators (default: that of the other parameters)"}
+    )
+    modulator_clip_norm: Optional[float] = field(
+        default=None,
+        metadata={
+            "help": "clip the gradient of the modulators to this norm, all of them together and apart from "
+            "--clip-norm (0: no limit; default: inside --clip-norm)"
+        },
+    )
+    log_modulators: str = field(
+        default="module",
+        metadata={"help": f"thresholds and gains in the log, of each of: {', '.join(LOG_MODULATORS)}"},
     )
 
 
@@ -117,6 +132,7 @@ class MappingChoice:
         """
         options = Namespace(**{o.name: getattr(args, o.name, o.default) for o in MAPPING_OPTIONS})
         _check_name("attention-mapping", options.attention_mapping, tuple(MAPPINGS))
+        _check_name("log-modulators", options.log_modulators, LOG_MODULATORS)
         sites = _names("attention-mapping-sites", options.attention_mapping_sites, SITES)
         arguments = {
             "multimax": {

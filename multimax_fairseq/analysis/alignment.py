@@ -1,0 +1,129 @@
+"""Word alignments: read out of attention, and compared with gold ones.
+
+Sources: alignment error rate, Och & Ney 2003; attention of words made from that of subwords (the sum over the pieces
+of a source word, the mean over the pieces of a target word), Zenkel, Wuebker & DeNero 2019.
+"""
+
+import re
+from pathlib import Path
+from typing import List, NamedTuple, Optional, Sequence, Set, Tuple, Union
+
+import torch
+from torch import Tensor
+
+Links = Set[Tuple[int, int]]  # (source word, target word), from 0
+
+SUBWORDS = ("none", "subword-nmt", "sentencepiece")
+SENTENCEPIECE_SPACE = "\u2581"
+
+
+class GoldAlignment(NamedTuple):
+    """The links of one sentence pair: the sure ones, and all that are possible (the sure among them)."""
+
+    sure: Links
+    possible: Links
+
+
+def parse_alignment(line: str) -> GoldAlignment:
+    """One line of Pharaoh format, words counted from 0: ``0-1`` is a sure link, ``0?1`` a possible one.
+
+    Raises:
+        ValueError: something else.
+    """
+    sure, possible = set(), set()
+    for link in line.split():
+        match = re.fullmatch(r"(\d+)([-?])(\d+)", link)
+        if not match:
+            raise ValueError(f"{link!r} is not a link of Pharaoh format, such as 3-4 (sure) or 3?4 (possible)")
+        (sure if match[2] == "-" else possible).add((int(match[1]), int(match[3])))
+    return GoldAlignment(sure, possible | sure)
+
+
+def read_alignments(path: Union[str, Path]) -> List[GoldAlignment]:
+    """A file of :func:`parse_alignment` lines, one a sentence pair.
+
+    Raises:
+        ValueError: a line that is not of the format, with its number.
+    """
+    alignments = []
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            alignments.append(parse_alignment(line))
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: {error}") from None
+    return alignments
+
+
+class AlignmentError:
+    """The alignment error rate of a corpus: AER = 1 − (Σ |A ∩ S| + Σ |A ∩ P|) / (Σ |A| + Σ |S|), 0 to 1.
+
+    A are predicted links, S the sure and P ⊇ S the possible gold ones; sums over sentence pairs.
+    """
+
+    def __init__(self):
+        self.sentences = self._agreed = self._all = 0
+
+    def update(self, predicted: Links, gold: GoldAlignment) -> None:
+        self.sentences += 1
+        self._agreed += len(predicted & gold.sure) + len(predicted & gold.possible)
+        self._all += len(predicted) + len(gold.sure)
+
+    def rate(self) -> Optional[float]:
+        """AER; None before there is a link."""
+        return 1 - self._agreed / self._all if self._all else None
+
+
+def guess_subwords(symbols: Sequence[str]) -> str:
+    """How a dictionary marks pieces of words: one of ``SUBWORDS``."""
+    if any(symbol.startswith(SENTENCEPIECE_SPACE) for symbol in symbols):
+        return "sentencepiece"
+    return "subword-nmt" if any(symbol.endswith("@@") for symbol in symbols) else "none"
+
+
+def words_of_tokens(tokens: Sequence[str], subwords: str) -> List[int]:
+    """The number of the word, from 0, that each token belongs to.
+
+    Args:
+        tokens: of one sentence, without ``</s>``.
+        subwords: ``"none"`` (a token is a word), ``"subword-nmt"`` (``Kar@@ toffel``) or ``"sentencepiece"``
+            (``▁Kar toffel``).
+    """
+    if subwords not in SUBWORDS:
+        raise ValueError(f"there is no marking of subwords {subwords!r}; choose from: {', '.join(SUBWORDS)}")
+    words, word = [], 0
+    for position, token in enumerate(tokens):
+        if position:
+            continues = {
+                "none": False,
+                "subword-nmt": tokens[position - 1].endswith("@@"),
+                "sentencepiece": not token.startswith(SENTENCEPIECE_SPACE),
+            }
+            word += not continues[subwords]
+        words.append(word)
+    return words
+
+
+def word_attention(attention: Tensor, tgt_words: Sequence[int], src_words: Sequence[int]) -> Tensor:
+    """Attention between words: summed over the pieces of a source word, averaged over those of a target word.
+
+    Args:
+        attention: (…, tgt_len, src_len), without the rows and columns of ``</s>`` and padding.
+        tgt_words, src_words: from :func:`words_of_tokens`.
+
+    Returns:
+        (…, number of target words, number of source words).
+    """
+    rows = torch.nn.functional.one_hot(torch.tensor(tgt_words)).to(attention)  # (tgt_len, words)
+    columns = torch.nn.functional.one_hot(torch.tensor(src_words)).to(attention)
+    return (rows / rows.sum(0)).t() @ attention @ columns
+
+
+def hard_alignment(attention: Tensor) -> Links:
+    """A link from each target word to the source word that it attends to most.
+
+    Args:
+        attention: (target words, source words). A row of zeros has no link.
+    """
+    links = {(int(source), target) for target, source in enumerate(attention.argmax(-1))}
+    empty = (attention.amax(-1) == 0).tolist()
+    return {(source, target) for source, target in links if not empty[target]}

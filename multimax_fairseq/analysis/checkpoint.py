@@ -1,0 +1,152 @@
+"""From files to a model and its data, with errors that say what to do."""
+
+import glob
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, NamedTuple, Sequence
+
+import torch
+from fairseq import checkpoint_utils, utils
+from fairseq.data import Dictionary, FairseqDataset
+from fairseq.tasks import FairseqTask
+from torch import nn
+
+from .collect import attention_modules
+
+
+class AnalysisError(Exception):
+    """Something that the user can put right; its text says how."""
+
+
+class LoadedModel(NamedTuple):
+    """A model in evaluation, and the data to look at it with.
+
+    Attributes:
+        label: what figures and tables call it.
+        path: of its checkpoint.
+        architecture: its ``--arch``.
+        indices: of the sentences (of a language model: samples) to analyse, in the order of the split.
+    """
+
+    label: str
+    path: Path
+    architecture: str
+    model: nn.Module
+    task: FairseqTask
+    dataset: FairseqDataset
+    indices: List[int]
+
+    @property
+    def is_translation(self) -> bool:
+        return hasattr(self.model, "encoder") and hasattr(self.model, "decoder")
+
+    @property
+    def source_dictionary(self) -> Dictionary:
+        return self.task.source_dictionary
+
+    @property
+    def target_dictionary(self) -> Dictionary:
+        return self.task.target_dictionary
+
+
+def labels_of(paths: Sequence[Path]) -> List[str]:
+    """A short name for each checkpoint: its folder's, or its path where that would not tell them apart."""
+    for name in (lambda path: path.parent.name or path.stem, lambda path: f"{path.parent.name}/{path.stem}", str):
+        labels = [name(path.absolute()) for path in paths]
+        if len(set(labels)) == len(labels):
+            return labels
+    raise AnalysisError("the same checkpoint is given twice")
+
+
+def load(path: Path, label: str, data: Path, split: str, max_sentences: int, device: torch.device) -> LoadedModel:
+    """Load a checkpoint of fairseq or of this plugin, and a split of the data.
+
+    Raises:
+        AnalysisError: the file is no checkpoint, the data does not fit it, the split is missing or empty, or the
+            model has no attention.
+    """
+    if not path.is_file():
+        raise AnalysisError(f"there is no checkpoint {path}")
+    state = _read(path, data)
+    model, task, cfg = _build(path, state, data)
+    try:
+        attention_modules(model)
+    except ValueError as error:
+        raise AnalysisError(f"{path}: {error}") from None
+    dataset = _load_split(task, data, split)
+    indices = list(range(len(dataset)))[:max_sentences]
+    architecture = str(getattr(cfg.model, "arch", None) or getattr(cfg.model, "_name", None) or type(model).__name__)
+    return LoadedModel(label, path, architecture, model.eval().to(device), task, dataset, indices)
+
+
+def _read(path: Path, data: Path) -> Dict[str, Any]:
+    try:
+        state = checkpoint_utils.load_checkpoint_to_cpu(str(path), {"data": str(data)})
+    except Exception as error:  # whatever unpickling raises
+        raise AnalysisError(
+            f"{path} cannot be read as a checkpoint of fairseq (damaged, cut off, or something else): "
+            f"{type(error).__name__}: {_first_line(error)}"
+        ) from error
+    return state
+
+
+def _build(path: Path, state: Dict[str, Any], data: Path):
+    try:
+        (model,), cfg, task = checkpoint_utils.load_model_ensemble_and_task([str(path)], state=state)
+    except FileNotFoundError as error:
+        raise AnalysisError(
+            f"{data} has no dictionary {Path(str(error.filename or error)).name}, which {path} needs: "
+            "give with --data the folder that fairseq-preprocess made for this model"
+        ) from error
+    except Exception as error:
+        if "size mismatch" in str(error):
+            raise AnalysisError(
+                f"the vocabulary of {path} is another one than that of {data}: give with --data the folder that it "
+                f"was trained on ({_first_line(error, 'size mismatch')})"
+            ) from error
+        raise AnalysisError(
+            f"{path}: its model cannot be built with the data in {data}: {type(error).__name__}: {error}"
+        ) from error
+    return model, task, cfg
+
+
+def _load_split(task: FairseqTask, data: Path, split: str) -> FairseqDataset:
+    # fairseq cannot open a file without a token, nor then close it without another error
+    if any(file.stat().st_size == 0 for file in data.glob(f"{glob.escape(split)}.*bin")):
+        raise AnalysisError(f"the split {split!r} of {data} is empty: there is nothing to analyse")
+    try:
+        task.load_dataset(split)
+    except FileNotFoundError as error:
+        splits = sorted({file.name.split(".")[0] for file in data.glob("*.idx")})
+        raise AnalysisError(
+            f"{data} has no split {split!r} for this model; --split takes one of: {', '.join(splits) or 'none'}"
+        ) from error
+    except Exception as error:
+        raise AnalysisError(
+            f"the split {split!r} of {data} cannot be read: {type(error).__name__}: {error}"
+        ) from error
+    dataset = task.dataset(split)
+    if not len(dataset):
+        raise AnalysisError(f"the split {split!r} of {data} is empty: there is nothing to analyse")
+    return dataset
+
+
+def _first_line(error: Exception, containing: str = "") -> str:
+    lines = [line.strip() for line in str(error).splitlines() if containing in line and line.strip()]
+    return lines[0] if lines else ""
+
+
+def batches(loaded: LoadedModel, max_tokens: int, device: torch.device) -> Iterator[Dict[str, Any]]:
+    """Batches of sentences of similar length, with at most ``max_tokens`` tokens or one sentence, on the device."""
+    by_length = sorted(loaded.indices, key=loaded.dataset.num_tokens)
+    group: List[int] = []
+    for index in by_length:
+        if group and (len(group) + 1) * loaded.dataset.num_tokens(index) > max_tokens:
+            yield _batch(loaded, group, device)
+            group = []
+        group.append(index)
+    yield _batch(loaded, group, device)
+
+
+def _batch(loaded: LoadedModel, indices: List[int], device: torch.device) -> Dict[str, Any]:
+    sample = loaded.dataset.collater([loaded.dataset[index] for index in indices])
+    return utils.apply_to_sample(lambda tensor: tensor.to(device), sample)

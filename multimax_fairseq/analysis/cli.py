@@ -1,0 +1,171 @@
+"""``multimax-analyze``: a report of what the attention of one or more checkpoints does on a split of the data.
+
+    multimax-analyze softmax/checkpoint_best.pt multimax/checkpoint_best.pt --data DATA_BIN --split valid --out FOLDER
+
+FOLDER gets report.html (one file, opens offline), figures/ (PNG and SVG), results.json and a CSV file a table.
+"""
+
+import argparse
+import logging
+import shlex
+import sys
+from pathlib import Path
+from typing import List, Optional, Sequence
+
+import torch
+import tqdm
+
+from .alignment import SUBWORDS, GoldAlignment, guess_subwords, read_alignments
+from .checkpoint import AnalysisError, LoadedModel, batches, labels_of, load
+from .measure import MOST_TOKENS, Measurement
+
+
+def parser() -> argparse.ArgumentParser:
+    description, _, rest = __doc__.partition("\n\n")
+    parser = argparse.ArgumentParser(
+        prog="multimax-analyze",
+        description=description,
+        epilog=rest,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "checkpoints", nargs="+", type=Path, metavar="CHECKPOINT", help="of this plugin or of fairseq"
+    )
+    parser.add_argument("--data", type=Path, required=True, help="the folder that fairseq-preprocess made")
+    parser.add_argument("--split", default="valid", help="of the data (default: valid)")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the report")
+    parser.add_argument("--force", action="store_true", help="replace a report that is in the folder")
+    parser.add_argument("--labels", nargs="+", metavar="NAME", help="names of the models (default: their folders')")
+    parser.add_argument(
+        "--max-sentences",
+        type=_positive,
+        default=1000,
+        metavar="N",
+        help="analyse the first N sentences (language models: samples) of the split (default: 1000)",
+    )
+    parser.add_argument(
+        "--max-tokens",
+        type=_positive,
+        default=1024,
+        metavar="N",
+        help="tokens in a batch; fewer take less memory (default: 1024)",
+    )
+    parser.add_argument(
+        "--show",
+        nargs="*",
+        type=int,
+        metavar="I",
+        help="sentences (from 0) to draw heat maps of (default: one of middling length; without numbers: none)",
+    )
+    parser.add_argument(
+        "--alignments",
+        type=Path,
+        metavar="FILE",
+        help="gold word alignments of the split, Pharaoh format (i-j), for the alignment error rate",
+    )
+    parser.add_argument(
+        "--subwords",
+        choices=SUBWORDS,
+        help="how pieces of words are marked in the data (default: as its dictionary looks)",
+    )
+    parser.add_argument("--cpu", action="store_true", help="do not use a GPU")
+    parser.add_argument("--no-progress-bar", action="store_true")
+    return parser
+
+
+def _positive(text: str) -> int:
+    if text.isdecimal() and int(text) > 0:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+
+
+def main(arguments: Optional[Sequence[str]] = None) -> None:
+    args = parser().parse_args(arguments)
+    _quiet()
+    try:
+        analyze(args, command=shlex.join(["multimax-analyze", *(arguments or sys.argv[1:])]))
+    except AnalysisError as error:
+        sys.exit(f"ERROR: {error}")
+
+
+def _quiet() -> None:
+    """Importing fairseq sets the root logger to DEBUG; what is left to say here is what went wrong."""
+    logging.getLogger().setLevel(logging.WARNING)
+    for name in ("fairseq", "matplotlib", "PIL"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def analyze(args: argparse.Namespace, command: str) -> None:
+    """Check everything that can be checked, then measure, then write.
+
+    Raises:
+        AnalysisError: something that the user can put right, before long work.
+    """
+    try:
+        from .report import is_report, write_report
+    except ImportError as error:
+        raise AnalysisError(f"figures are drawn with matplotlib: pip install matplotlib ({error})") from error
+    if args.out.exists() and not args.out.is_dir():
+        raise AnalysisError(f"{args.out} is a file; --out takes a folder")
+    if args.out.is_dir() and any(args.out.iterdir()) and not (args.force and is_report(args.out)):
+        hint = "--force replaces it" if is_report(args.out) else "choose another, or empty it"
+        raise AnalysisError(f"the folder {args.out} is not empty: {hint}")
+    if not args.data.is_dir():
+        raise AnalysisError(f"there is no folder {args.data}")
+    labels = args.labels or labels_of(args.checkpoints)
+    if len(set(labels)) != len(args.checkpoints):
+        raise AnalysisError(f"{len(args.checkpoints)} checkpoints need as many different --labels")
+    gold = _gold(args.alignments)
+    device = torch.device("cuda" if torch.cuda.is_available() and not args.cpu else "cpu")
+    models = [
+        load(path, label, args.data, args.split, args.max_sentences, device)
+        for path, label in zip(args.checkpoints, labels)
+    ]
+    measurements = [_prepare(loaded, args, gold) for loaded in models]
+    for measurement in measurements:
+        _measure(measurement, args, device)
+    write_report(args.out, measurements, command, replace=args.force, progress=not args.no_progress_bar)
+    print(f"{args.out / 'report.html'}")
+
+
+def _gold(path: Optional[Path]) -> Optional[List[GoldAlignment]]:
+    if path is None:
+        return None
+    try:
+        return read_alignments(path)
+    except FileNotFoundError:
+        raise AnalysisError(f"there is no file {path}") from None
+    except ValueError as error:
+        raise AnalysisError(str(error)) from error
+
+
+def _prepare(loaded: LoadedModel, args: argparse.Namespace, gold: Optional[List[GoldAlignment]]) -> Measurement:
+    """A measurement that is ready to begin: its options fit the model and the data."""
+    shown = args.show if args.show is not None else _middling(loaded)
+    absent = [index for index in shown if index not in range(len(loaded.indices))]
+    if absent:
+        raise AnalysisError(f"--show {absent[0]}: sentences 0 to {len(loaded.indices) - 1} are analysed")
+    subwords = args.subwords or guess_subwords(loaded.target_dictionary.symbols)
+    measurement = Measurement(loaded, shown, gold, subwords)
+    if gold is not None:
+        measurement.check_gold()
+    return measurement
+
+
+def _middling(loaded: LoadedModel) -> List[int]:
+    """The sentence whose length is nearest to 12 tokens: long enough to be of interest, short enough to be read."""
+    return [min(loaded.indices, key=lambda index: abs(loaded.dataset.num_tokens(index) - min(12, MOST_TOKENS)))]
+
+
+def _measure(measurement: Measurement, args: argparse.Namespace, device: torch.device) -> None:
+    loaded = measurement.loaded
+    with tqdm.tqdm(
+        total=len(loaded.indices), desc=loaded.label, unit="sentence", disable=args.no_progress_bar
+    ) as bar:
+        for sample in batches(loaded, args.max_tokens, device):
+            measurement.update(sample)
+            bar.update(len(sample["id"]))
+
+
+if __name__ == "__main__":
+    main()

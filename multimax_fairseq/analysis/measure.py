@@ -1,0 +1,348 @@
+"""A model's attention over many sentences, measured in one pass that keeps sums, not attention."""
+
+from dataclasses import dataclass, field
+from typing import Any, Dict, List, Optional, Sequence, Tuple
+
+import torch
+from torch import Tensor
+
+from ..mappings import MAPPINGS, MultiMax
+from .alignment import AlignmentError, GoldAlignment, hard_alignment, word_attention, words_of_tokens
+from .checkpoint import AnalysisError, LoadedModel
+from .collect import Attention, LayerOutput, attention_modules, output_modulator, run, token_masks
+from .metrics import MeanMetrics, ScoreHistogram, top_share
+from .modulator import ModulatorParameters, falling_share, is_monotone, parameters_of
+from .rollout import attention_rollout, translation_rollout
+from .smoothing import mean_cosine_similarity
+
+TOP_K = 10  # words of the vocabulary whose probability together is reported
+
+# Tokens of a sentence that a heat map shows: more cannot be read at the width of a page.
+MOST_TOKENS = 32
+
+# The rows of cross-attention that speak for a target word: those that predict its pieces, or those that read them
+# (one step later; Chen, Sun & Liu 2020 find the latter better).
+ROWS = ("predicting", "reading")
+
+Site = Tuple[str, int]  # site, layer
+
+
+@dataclass
+class Example:
+    """The attention of one sentence, to be drawn.
+
+    Attributes:
+        index: of the sentence in the split.
+        tokens: by site, the tokens of the rows and of the columns.
+        attention: by site and layer, (num_heads, rows, columns).
+        rollout: by what it is a rollout of, (title of rows, title of columns, row tokens, column tokens, matrix).
+        is_cut: there were more than ``MOST_TOKENS`` tokens.
+    """
+
+    index: int
+    tokens: Dict[str, Tuple[List[str], List[str]]] = field(default_factory=dict)
+    attention: Dict[Site, Tensor] = field(default_factory=dict)
+    rollout: Dict[str, Tensor] = field(default_factory=dict)
+    is_cut: bool = False
+
+
+@dataclass
+class ModuleReport:
+    """One attention module (or the output layer): its mapping, and the scores that it saw.
+
+    Attributes:
+        mapping: its name, such as ``"multimax"``.
+        parameters: of a MultiMax modulator, else None.
+        alpha: of entmax, one a head or one for all, else None.
+    """
+
+    site: str
+    layer: int
+    mapping: str
+    histogram: ScoreHistogram
+    parameters: Optional[ModulatorParameters] = None
+    alpha: Optional[List[float]] = None
+
+    def numbers(self) -> Dict[str, Any]:
+        """All of it as plain numbers, for JSON; ``b1`` … ``g_d2`` are the modulator's."""
+        histogram = self.histogram
+        result = {
+            "site": self.site,
+            "layer": self.layer,
+            "mapping": self.mapping,
+            "lowest_score": histogram.low,
+            "highest_score": histogram.high,
+        }
+        if self.alpha is not None:
+            result["alpha"] = self.alpha
+        if self.parameters is not None:
+            thresholds, gains = self.parameters
+            for n, ((b, d), (gain_b, gain_d)) in enumerate(zip(thresholds.tolist(), gains.tolist()), start=1):
+                result.update({f"b{n}": b, f"d{n}": d, f"g_b{n}": gain_b, f"g_d{n}": gain_d})
+            result["is_monotone"] = is_monotone(thresholds, gains, histogram.low, histogram.high)
+            result["falling_share"] = falling_share(thresholds, gains, histogram.edges, histogram.counts)
+        return result
+
+
+class Measurement:
+    """What one model does, gathered batch by batch with :meth:`update`.
+
+    Args:
+        loaded: the model and its data.
+        examples: indices of the sentences to keep for heat maps.
+        gold: gold alignments, one for each sentence of the split.
+        subwords: how dictionaries mark pieces of words, for the gold alignments.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        examples: Sequence[int] = (),
+        gold: Optional[Sequence[GoldAlignment]] = None,
+        subwords: str = "none",
+    ):
+        self.loaded = loaded
+        self.sentences = self.tokens = 0
+        self.gold, self.subwords = gold, subwords
+        self.examples = {index: Example(index) for index in examples}
+        self.heads: Dict[Site, MeanMetrics] = {}
+        self.modules: Dict[Site, ModuleReport] = {}
+        for attention in attention_modules(loaded.model):
+            site = attention.site, attention.layer
+            self.heads[site] = MeanMetrics(attention.module.num_heads)
+            self.modules[site] = ModuleReport(*site, **_describe(attention.mapping), histogram=ScoreHistogram())
+        # (side, layer) → sum of similarities, sentences that have one, sentences
+        self._similarity: Dict[Site, List[float]] = {}
+        self._errors: Dict[Tuple[str, int, str], AlignmentError] = {}
+        self.output: Optional[MeanMetrics] = None
+        self._output_top = 0.0
+        modulator = output_modulator(loaded.model)
+        self.with_output = not loaded.is_translation or modulator is not None
+        self.output_module = ModuleReport("output", 0, **_describe(modulator), histogram=ScoreHistogram())
+
+    # ------------------------------------------------------------------------------ gathering
+
+    def update(self, sample: Dict[str, Any]) -> None:
+        """Run a batch of fairseq through the model and add what it did."""
+        self._masks = token_masks(self.loaded.model, sample)
+        self._sample = sample
+        self._means: Dict[str, List[Tensor]] = {}  # by site, attention averaged over heads, one a layer
+        self._shown = {
+            row: self.examples[index] for row, index in enumerate(sample["id"].tolist()) if index in self.examples
+        }
+        for row, example in self._shown.items():
+            example.tokens, example.is_cut = self._tokens_of(row)
+        output = run(self.loaded.model, sample, self._on_attention, self._on_layer, self.with_output)
+        if output is not None:
+            self._on_output(output.scores[self._masks["decoder"]], output.probabilities[self._masks["decoder"]])
+        self._on_rollout()
+        self.sentences += len(sample["id"])
+        self.tokens += sample["ntokens"]
+
+    def _on_attention(self, attention: Attention) -> None:
+        site = attention.site, attention.layer
+        mask = self._masks[attention.site]
+        scores, probabilities = (  # (num_heads, rows, src_len), without padding's rows
+            tensor.transpose(1, 2)[mask].transpose(0, 1) for tensor in (attention.scores, attention.probabilities)
+        )
+        self.heads[site].update(scores, probabilities)
+        self.modules[site].histogram.update(scores)
+        if self._shown or self.gold is not None:
+            self._means.setdefault(attention.site, []).append(attention.probabilities.mean(1))
+        for row, example in self._shown.items():
+            rows, columns = self._positions(attention.site, row)
+            cut = attention.probabilities[row][:, rows][:, :, columns]
+            example.attention[site] = cut[:, :MOST_TOKENS, :MOST_TOKENS].float().cpu()
+        if self.gold is not None and attention.site == "cross":
+            for row in range(len(mask)):
+                heads = {f"head {head}": attention.probabilities[row, head] for head in range(scores.size(0))}
+                self._align(row, attention.layer, {**heads, "mean": attention.probabilities[row].mean(0)})
+
+    def _on_layer(self, output: LayerOutput) -> None:
+        similarity = mean_cosine_similarity(output.hidden, self._masks[output.side]).double()
+        is_defined = ~similarity.isnan()
+        total = self._similarity.setdefault((output.side, output.layer), [0.0, 0, 0])
+        total[0] += similarity[is_defined].sum().item()
+        total[1] += int(is_defined.sum())
+        total[2] += len(similarity)
+
+    def _on_output(self, scores: Tensor, probabilities: Tensor) -> None:
+        self.output = self.output or MeanMetrics(1)
+        self.output.update(scores.unsqueeze(0), probabilities.unsqueeze(0))
+        self.output_module.histogram.update(scores)
+        self._output_top += top_share(probabilities, TOP_K).double().sum().item()
+
+    def _on_rollout(self) -> None:
+        """Rollouts of the sentences to be drawn, and their alignment error."""
+        if not self._means:
+            return
+        matrices = {}
+        if self.loaded.is_translation:
+            over_source, _ = translation_rollout(*(self._means[site] for site in ("decoder", "cross", "encoder")))
+            matrices = {"encoder": attention_rollout(self._means["encoder"]), "cross": over_source}
+        else:
+            (side,) = self._means
+            matrices = {side: attention_rollout(self._means[side])}
+        for row, example in self._shown.items():
+            for site, matrix in matrices.items():
+                rows, columns = self._positions(site, row)
+                example.rollout[site] = matrix[row][rows][:, columns][:MOST_TOKENS, :MOST_TOKENS].cpu()
+        if self.gold is not None:
+            for row in range(len(self._sample["id"])):
+                self._align(row, len(self._means["cross"]) - 1, {"rollout": matrices["cross"][row]})
+
+    # ------------------------------------------------------------------------------ tokens
+
+    def _positions(self, site: str, row: int) -> Tuple[Tensor, Tensor]:
+        """Where the queries and the keys of a sentence are, without padding."""
+        keys = "encoder" if site == "cross" else site
+        return tuple(self._masks[side][row].nonzero().flatten() for side in (site, keys))
+
+    def _tokens_of(self, row: int) -> Tuple[Dict[str, Tuple[List[str], List[str]]], bool]:
+        """The tokens along the axes of each site; cross-attention's rows are what they are to predict."""
+        net_input = self._sample["net_input"]
+
+        def symbols(tokens: Tensor, dictionary) -> List[str]:
+            return [dictionary[token] for token in tokens[row].tolist() if token != dictionary.pad()]
+
+        source, target = self.loaded.source_dictionary, self.loaded.target_dictionary
+        read = symbols(net_input["src_tokens"], source)
+        tokens = {"encoder" if self.loaded.is_translation else next(iter(self._masks)): (read, read)}
+        if self.loaded.is_translation:
+            written = symbols(net_input["prev_output_tokens"], target)
+            tokens["decoder"] = (written, written)
+            tokens["cross"] = (symbols(self._sample["target"], target), read)
+        is_cut = any(len(axis) > MOST_TOKENS for axes in tokens.values() for axis in axes)
+        return {site: (rows[:MOST_TOKENS], columns[:MOST_TOKENS]) for site, (rows, columns) in tokens.items()}, is_cut
+
+    # ------------------------------------------------------------------------------ alignment
+
+    def words_of(self, index: int) -> Tuple[List[int], List[int]]:
+        """The word of each token of a sentence, source and target, without ``</s>``."""
+        pair = self.loaded.dataset[index]
+        sides = (
+            (pair["source"], self.loaded.source_dictionary),
+            (pair["target"], self.loaded.target_dictionary),
+        )
+        return tuple(
+            words_of_tokens([d[token] for token in tokens.tolist() if token != d.eos()], self.subwords)
+            for tokens, d in sides
+        )
+
+    def check_gold(self) -> None:
+        """Raise where gold alignments cannot be those of this split.
+
+        Raises:
+            AnalysisError: another number of sentences, or a link to a word that a sentence does not have.
+        """
+        if not self.loaded.is_translation:
+            raise AnalysisError(f"{self.loaded.path} is no translation model: it has nothing to align")
+        if len(self.gold) != len(self.loaded.dataset):
+            raise AnalysisError(
+                f"there are {len(self.gold)} gold alignments for the {len(self.loaded.dataset)} sentence pairs of "
+                "the split: give those of the same split, a line a pair"
+            )
+        for index in self.loaded.indices:
+            counts = [words[-1] + 1 if words else 0 for words in self.words_of(index)]
+            for link in self.gold[index].possible:
+                if link[0] >= counts[0] or link[1] >= counts[1]:
+                    raise AnalysisError(
+                        f"gold alignment {link[0]}-{link[1]} in line {index + 1} is outside of its sentences, which "
+                        f"have {counts[0]} and {counts[1]} words (from 0): other text, or another marking of "
+                        f"subwords than --subwords {self.subwords}"
+                    )
+
+    def _align(self, row: int, layer: int, attentions: Dict[str, Tensor]) -> None:
+        """Compare each (tgt_len, src_len) attention of a sentence with its gold alignment."""
+        index = int(self._sample["id"][row])
+        src_words, tgt_words = self.words_of(index)
+        if not src_words or not tgt_words:
+            return
+        _, source = self._positions("cross", row)
+        is_word = self._sample["net_input"]["src_tokens"][row][source] != self.loaded.source_dictionary.eos()
+        rows = self._positions("cross", row)[0]
+        stacked = torch.stack(list(attentions.values()))[:, :, source[is_word]]
+        for shift, name in enumerate(ROWS):
+            taken = rows[shift : shift + len(tgt_words)]
+            words = word_attention(stacked[:, taken].float().cpu(), tgt_words, src_words)
+            for head, attention in zip(attentions, words):
+                error = self._errors.setdefault((head, layer, name), AlignmentError())
+                error.update(hard_alignment(attention), self.gold[index])
+
+    # ------------------------------------------------------------------------------ results
+
+    def head_rows(self) -> List[Dict[str, Any]]:
+        """A row of numbers for each head."""
+        return [
+            {"site": site, "layer": layer, "head": head, **numbers}
+            for (site, layer), mean in self.heads.items()
+            for head, numbers in enumerate(mean.result())
+        ]
+
+    def layer_rows(self) -> List[Dict[str, Any]]:
+        """MAD and mean cosine similarity of each layer's output; layer 0 is what goes into the first."""
+        rows = []
+        for (side, layer), (total, count, sentences) in self._similarity.items():
+            similarity = total / count if count else None
+            rows.append({
+                "side": side,
+                "layer": layer,
+                "mad": None if similarity is None else 1 - similarity,
+                "cosine_similarity": similarity,
+                "sentences": sentences,
+                "undefined": sentences - count,
+            })  # fmt: skip
+        return rows
+
+    def alignment_rows(self) -> List[Dict[str, Any]]:
+        """AER of each cross-attention head, of each layer's mean, and of the rollout."""
+        return [
+            {"layer": layer, "head": head.replace("head ", ""), "rows": rows, "aer": error.rate()}
+            for (head, layer, rows), error in self._errors.items()
+        ]
+
+    def output_row(self) -> Optional[Dict[str, Any]]:
+        """The metrics of the vocabulary's distribution."""
+        if self.output is None:
+            return None
+        (numbers,) = self.output.result()
+        return {**numbers, f"top{TOP_K}_share": self._output_top / numbers["rows"]}
+
+    def module_reports(self) -> List[ModuleReport]:
+        """Each attention module, and the output layer where it was measured."""
+        return [*self.modules.values(), *([self.output_module] if self.output is not None else [])]
+
+    def results(self) -> Dict[str, Any]:
+        """All numbers, ready for JSON."""
+        model = self.loaded.model
+        return {
+            "label": self.loaded.label,
+            "checkpoint": str(self.loaded.path),
+            "architecture": self.loaded.architecture,
+            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+            "sentences": self.sentences,
+            "target_tokens": self.tokens,
+            "heads": self.head_rows(),
+            "modules": [
+                {
+                    **module.numbers(),
+                    "histogram": {"edges": module.histogram.edges, "counts": module.histogram.counts},
+                }
+                for module in self.module_reports()
+            ],
+            "layers": self.layer_rows(),
+            "alignment": self.alignment_rows(),
+            "output": self.output_row(),
+        }
+
+
+def _describe(mapping: Optional[torch.nn.Module]) -> Dict[str, Any]:
+    """Name and learned numbers of a mapping; None is fairseq's own softmax."""
+    name = next((name for name, kind in MAPPINGS.items() if isinstance(mapping, kind)), "softmax")
+    description: Dict[str, Any] = {"mapping": name}
+    if isinstance(mapping, MultiMax):
+        description["parameters"] = parameters_of(mapping)
+    elif name == "entmax":
+        alpha = mapping.alpha
+        description["alpha"] = alpha.detach().tolist() if isinstance(alpha, Tensor) else [float(alpha)]
+    return description

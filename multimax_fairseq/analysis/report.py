@@ -1,0 +1,389 @@
+"""A folder with figures (PNG and SVG), numbers (JSON and CSV), and one page that shows them and opens offline."""
+
+import base64
+import csv
+import html
+import io
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Set, Tuple
+
+import matplotlib
+import tqdm
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image
+
+from . import figures
+from .measure import TOP_K, Measurement
+
+PAGE = "report.html"
+
+
+class Picture(NamedTuple):
+    """A figure that has been written: its file name without ending, caption, and PNG."""
+
+    name: str
+    caption: str
+    png: bytes
+    width: int  # CSS pixels
+
+
+STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; max-width: 66rem; margin: 2rem auto; padding: 0 1rem }
+h1, h2, h3 { line-height: 1.2; margin-top: 2.2em } h1 { margin-top: 0 }
+table { border-collapse: collapse; font-size: .86rem; margin: 1rem 0; font-variant-numeric: tabular-nums }
+th, td { padding: .2rem .65rem; text-align: right; border-bottom: 1px solid #ddd } th { background: #f4f4f4 }
+.text { text-align: left } td:first-child { white-space: nowrap }
+.scroll { overflow-x: auto } figure { margin: 1.2rem 0 } img { max-width: 100%; height: auto }
+figcaption { font-size: .9rem; color: #444; max-width: 48rem }
+summary { cursor: pointer; font-weight: 600; margin: .6rem 0 }
+dt { font-weight: 600 } dd { margin: 0 0 .5rem 1.2rem } code { font-size: .9em }
+"""
+
+DEFINITIONS = f"""
+<dl>
+<dt>multi-modality M</dt><dd>1 − mean of (largest probability − φ<sub>n</sub>) over the relevant scores: those above ε
+and below the largest. ε = log(1/K) + logsumexp(x), K the number of keys that can be attended to. Rows without such a
+score are undefined: left out of the mean, and counted.</dd>
+<dt>sparsity S</dt><dd>mean of exp(−K φ<sub>l</sub>) over the irrelevant scores, those below ε. Rows without one are
+undefined likewise. Scores are those before the mapping: with a σ that falls, what is relevant by its score need not
+be what is attended to.</dd>
+<dt>entropy</dt><dd>in nats. <b>Support</b>: entries above 0. <b>Effective support</b>: exp(entropy).
+<b>Top share</b>: probability of the most attended key.
+<b>Top-{TOP_K} share</b>: of the {TOP_K} likeliest words together.</dd>
+<dt>MAD</dt><dd>mean cosine distance over pairs of tokens of a sentence, of a layer's output; layer 0 is what goes
+into the first.</dd>
+<dt>rollout</dt><dd>product over layers of ½A + ½I, heads averaged; for translation each cross-attention takes half of
+a decoder layer, and the parts that come from the source are shown.</dd>
+<dt>AER</dt><dd>alignment error rate: each target word linked to the source word that it attends to most.</dd>
+</dl>
+<p>Probabilities are those that the model computes with, without dropout, under teacher forcing. Metrics are means
+over all queries that are no padding. Multi-modality and sparsity: Zhou, Fritz and Keuper 2024, Definitions 3.2 and
+3.3; MAD: Chen et al. 2020; rollout: Abnar and Zuidema 2020; AER: Och and Ney 2003.</p>
+"""
+
+
+def write_report(
+    out: Path, measurements: Sequence[Measurement], command: str, replace: bool = False, progress: bool = True
+) -> None:
+    """Draw and write everything beside ``out``, then move it there.
+
+    Args:
+        out: the folder to make; with ``replace``, one that an earlier report made may be there.
+        command: how to make this report again, for the page and the JSON.
+    """
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as staging:
+        build = Path(staging, "report")
+        (build / "figures").mkdir(parents=True)
+        write_numbers(build, measurements, command)
+        with matplotlib.rc_context(figures.STYLE):
+            sections = _draw_all(build / "figures", measurements, progress)
+        (build / PAGE).write_text(render_page(measurements, sections, command), encoding="utf-8")
+        build.chmod(0o755)
+        if out.exists():
+            if replace and is_report(out):
+                shutil.rmtree(out)
+            else:
+                out.rmdir()  # it was empty when the work began
+        os.replace(build, out)
+
+
+def is_report(folder: Path) -> bool:
+    """Whether a folder holds what :func:`write_report` makes, and nothing else."""
+    known = {PAGE, "figures", "results.json", *(f"{name}.csv" for name in TABLES)}
+    return (folder / PAGE).is_file() and {path.name for path in folder.iterdir()} <= known
+
+
+# ---------------------------------------------------------------------- numbers
+
+TABLES = ("heads", "modules", "layers", "alignment", "output")
+
+
+def write_numbers(folder: Path, measurements: Sequence[Measurement], command: str) -> None:
+    """results.json with everything, and a CSV file a table, a column saying which model."""
+    results = [measurement.results() for measurement in measurements]
+    document = {"command": command, "models": results}
+    (folder / "results.json").write_text(json.dumps(document, indent=1, ensure_ascii=False), encoding="utf-8")
+    for table in TABLES:
+        rows = []
+        for result in results:
+            of_model = [result[table]] if isinstance(result[table], dict) else result[table] or []
+            for row in of_model:
+                rows.append({"model": result["label"], **{k: v for k, v in row.items() if k != "histogram"}})
+        if rows:
+            columns = list(dict.fromkeys(name for row in rows for name in row))
+            with open(folder / f"{table}.csv", "w", newline="", encoding="utf-8") as file:
+                writer = csv.DictWriter(file, columns)
+                writer.writeheader()
+                writer.writerows(rows)
+
+
+# ---------------------------------------------------------------------- figures
+
+Section = Tuple[str, List[Picture]]
+
+
+def _draw_all(folder: Path, measurements: Sequence[Measurement], progress: bool) -> Dict[str, List[Section]]:
+    """All figures, written; by part of the page."""
+    plan: List[Tuple[str, str, figures.Drawing]] = []  # part, section, drawing
+    for drawing in figures.drawings_of(measurements):
+        plan.append(("comparison", drawing[0], drawing))
+    taken: Set[str] = set()
+    for measurement in measurements:
+        label = measurement.loaded.label
+        file_name = _file_name(label, taken)
+        plan.append(("modulators", label, (
+            f"{file_name}-modulators",
+            f"{label}: the scores that each module saw, and what its modulator, if any, makes of them. The outermost "
+            "0.05 % of the scores on either side are not shown.",
+            lambda m=measurement: figures.draw_modulators(m.module_reports(), m.loaded.label),
+        )))  # fmt: skip
+        for example in measurement.examples.values():
+            section = f"{label}, sentence {example.index}"
+            cut = " (cut to what can be read)" if example.is_cut else ""
+            for site in example.rollout:
+                name = f"{file_name}-{example.index}-{site}-rollout"
+                caption = f"{section}{cut}: rollout of {figures.SITE_NAMES[site]}, all layers and heads together."
+                plan.append(("sentences", section, (
+                    name, caption, lambda e=example, s=site: figures.draw_rollout(e, s),
+                )))  # fmt: skip
+            for site, layer in example.attention:
+                name = f"{file_name}-{example.index}-{site}-layer{layer + 1}"
+                caption = f"{section}{cut}: {figures.SITE_NAMES[site]}, layer {layer + 1}."
+                plan.append(("sentences", section, (
+                    name, caption, lambda e=example, s=site, n=layer: figures.draw_attention(e, s, n),
+                )))  # fmt: skip
+    parts: Dict[str, Dict[str, List[Picture]]] = {}
+    for part, section, (name, caption, draw) in tqdm.tqdm(plan, "figures", unit="figure", disable=not progress):
+        parts.setdefault(part, {}).setdefault(section, []).append(_save(draw(), folder / name, caption))
+    return {part: list(sections.items()) for part, sections in parts.items()}
+
+
+def _file_name(label: str, taken: Set[str]) -> str:
+    """What a model's files begin with: its label without spaces and the like, and not that of another model."""
+    plain = "".join(character if character.isalnum() or character in "-._" else "-" for character in label)
+    name, number = plain, 1
+    while name in taken:
+        number += 1
+        name = f"{plain}-{number}"
+    taken.add(name)
+    return name
+
+
+def _save(figure: Figure, path: Path, caption: str) -> Picture:
+    FigureCanvasAgg(figure)
+    pixels, png = io.BytesIO(), io.BytesIO()
+    figure.savefig(pixels, format="png")
+    # A palette makes a third of the file, and no difference to be seen.
+    Image.open(pixels).convert("RGB").quantize(256).save(png, "png", optimize=True)
+    figure.set_layout_engine("none")  # everything has its place now; finding it again would take as long
+    figure.savefig(path.with_name(path.name + ".svg"), format="svg", metadata={"Date": None})
+    path.with_name(path.name + ".png").write_bytes(png.getvalue())
+    return Picture(path.name, caption, png.getvalue(), round(figure.get_figwidth() * 110))
+
+
+# ---------------------------------------------------------------------- page
+
+
+def render_page(measurements: Sequence[Measurement], sections: Dict[str, List[Section]], command: str) -> str:
+    """The page, with everything in it."""
+    labels = ", ".join(m.loaded.label for m in measurements)
+    comparison = [picture for _, pictures in sections.get("comparison", []) for picture in pictures]
+    by_name = {picture.name: picture for picture in comparison}
+
+    def show(name: str) -> str:
+        return _figure(by_name[name]) if name in by_name else ""
+
+    parts = [
+        "<h1>What the attention learned</h1>",
+        _table(_models_table(measurements)),
+        "<h2>Sparse, multi-modal?</h2>",
+        show("sparsity-multimodality"),
+        _table(_sites_table(measurements)),
+        "<h2>Over-smoothing</h2>",
+        show("over-smoothing"),
+    ]
+    if "alignment" in by_name:
+        parts += ["<h2>Word alignment</h2>", show("alignment"), _table(_alignment_table(measurements))]
+    if any(m.output_row() for m in measurements):
+        parts += ["<h2>The output layer</h2>", _table(_output_table(measurements))]
+    parts.append("<h2>Modulators and scores</h2>")
+    for (_, pictures), measurement in zip(sections.get("modulators", []), measurements):
+        parts += [_figure(picture) for picture in pictures]
+        table = _modules_table(measurement)
+        if table:
+            parts.append(_details("Thresholds and gains", _table(table)))
+    if "sentences" in sections:
+        parts.append("<h2>Attention in single sentences</h2>")
+        for section, pictures in sections["sentences"]:
+            parts.append(_details(section, "".join(map(_figure, pictures))))
+    parts += ["<h2>Mappings</h2>", show("simplex"), show("orders")]
+    parts += ["<h2>All heads</h2>", _details("Every number of every head", _table(_heads_table(measurements)))]
+    parts += ["<h2>What is measured</h2>", DEFINITIONS, f"<p>Made by <code>{html.escape(command)}</code></p>"]
+    return (
+        f'<!DOCTYPE html>\n<html lang="en">\n<meta charset="utf-8">\n'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>Attention of {html.escape(labels)}</title>\n<style>{STYLE}</style>\n"
+        + "\n".join(parts)
+        + "\n</html>\n"
+    )
+
+
+def _figure(picture: Picture) -> str:
+    data = base64.b64encode(picture.png).decode()
+    caption = html.escape(picture.caption)
+    return (
+        f'<figure><img width="{picture.width}" alt="{caption}" src="data:image/png;base64,{data}">'
+        f"<figcaption>{caption}</figcaption></figure>"
+    )
+
+
+def _details(summary: str, content: str) -> str:
+    return f"<details><summary>{html.escape(summary)}</summary>{content}</details>"
+
+
+def _table(rows: List[Dict[str, Any]]) -> str:
+    if not rows:
+        return ""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    kinds = [_kind(next((row[column] for row in rows if row.get(column) is not None), None)) for column in columns]
+    head = "".join(f"<th{kind}>{html.escape(column)}</th>" for column, kind in zip(columns, kinds))
+    body = "".join("<tr>" + "".join(_cell(row.get(column)) for column in columns) + "</tr>" for row in rows)
+    return f'<div class="scroll"><table><tr>{head}</tr>{body}</table></div>'
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "<td>–</td>"
+    if isinstance(value, bool):
+        return f"<td>{'yes' if value else 'no'}</td>"
+    if isinstance(value, float):
+        return f"<td>{value:.3f}</td>".replace("-", "−")
+    if isinstance(value, int):
+        return f"<td>{value:,}</td>"
+    return f"<td{_kind(value)}>{html.escape(str(value))}</td>"
+
+
+def _kind(value: Any) -> str:
+    """Words to the left, numbers to the right."""
+    return ' class="text"' if isinstance(value, str) and not value.endswith("%") else ""
+
+
+def _models_table(measurements: Sequence[Measurement]) -> List[Dict[str, Any]]:
+    rows = []
+    for m in measurements:
+        mappings = {module.site: module.mapping for module in m.module_reports()}
+        same = f"{next(iter(mappings.values()))} everywhere" if len(set(mappings.values())) == 1 else None
+        rows.append({
+            "model": m.loaded.label,
+            "architecture": m.loaded.architecture,
+            "mappings": same or ", ".join(f"{site}: {name}" for site, name in mappings.items()),
+            "parameters": sum(p.numel() for p in m.loaded.model.parameters()),
+            "sentences" if m.loaded.is_translation else "samples": m.sentences,
+            "target tokens": m.tokens,
+        })  # fmt: skip
+    return rows
+
+
+METRIC_NAMES = {
+    "multimodality": "M",
+    "sparsity": "S",
+    "entropy": "entropy (nat)",
+    "support": "support",
+    "effective_support": "effective support",
+    "top_share": "top share",
+}
+
+
+def _sites_table(measurements: Sequence[Measurement]) -> List[Dict[str, Any]]:
+    """Means over the heads of each site, and how many rows M and S leave out."""
+    rows = []
+    for m in measurements:
+        heads = m.head_rows()
+        for site in figures.site_order(row["site"] for row in heads):
+            at_site = [row for row in heads if row["site"] == site]
+            row = {"model": m.loaded.label, "site": site, "heads": len(at_site)}
+            row.update({name: _mean([head[key] for head in at_site]) for key, name in METRIC_NAMES.items()})
+            total = sum(head["rows"] for head in at_site)
+            for key, name in (("multimodality", "M"), ("sparsity", "S")):
+                undefined = sum(head[f"{key}_undefined"] for head in at_site)
+                row[f"{name} undefined"] = f"{undefined / total:.1%}"
+            rows.append(row)
+    return rows
+
+
+def _mean(values: Sequence[Optional[float]]) -> Optional[float]:
+    defined = [value for value in values if value is not None]
+    return sum(defined) / len(defined) if defined else None
+
+
+def _heads_table(measurements: Sequence[Measurement]) -> List[Dict[str, Any]]:
+    return [
+        {
+            "model": m.loaded.label,
+            "site": row["site"],
+            "layer": row["layer"] + 1,
+            "head": row["head"] + 1,
+            **{name: row[key] for key, name in METRIC_NAMES.items()},
+            "rows": row["rows"],
+            "M undefined": row["multimodality_undefined"],
+            "S undefined": row["sparsity_undefined"],
+        }
+        for m in measurements
+        for row in m.head_rows()
+    ]
+
+
+def _modules_table(measurement: Measurement) -> List[Dict[str, Any]]:
+    rows = []
+    for module in measurement.module_reports():
+        numbers = module.numbers()
+        if "is_monotone" in numbers:
+            numbers["layer"] += 1
+            numbers["monotone there"] = numbers.pop("is_monotone")
+            numbers["scores where σ falls"] = f"{numbers.pop('falling_share'):.2%}"
+        elif module.alpha is not None:
+            numbers["alpha"] = ", ".join(f"{alpha:.3f}" for alpha in module.alpha)
+        else:
+            continue
+        rows.append({name.replace("_score", " score"): value for name, value in numbers.items()})
+    return rows
+
+
+def _alignment_table(measurements: Sequence[Measurement]) -> List[Dict[str, Any]]:
+    """The best head, the best layer and the rollout of each model."""
+    table = []
+    for m in measurements:
+        rows = m.alignment_rows()
+        for name in dict.fromkeys(row["rows"] for row in rows):
+            heads = [row for row in rows if row["rows"] == name and row["head"].isdigit()]
+            layers = [row for row in rows if row["rows"] == name and row["head"] == "mean"]
+            best_head, best_layer = (min(group, key=lambda row: row["aer"]) for group in (heads, layers))
+            table.append({
+                "model": m.loaded.label,
+                "rows": name,
+                "best head": best_head["aer"],
+                "which": f"layer {best_head['layer'] + 1}, head {int(best_head['head']) + 1}",
+                "best layer (mean of heads)": best_layer["aer"],
+                "layer": best_layer["layer"] + 1,
+                "mean of all heads' AER": _mean([row["aer"] for row in heads]),
+                "rollout": next(row["aer"] for row in rows if row["rows"] == name and row["head"] == "rollout"),
+            })  # fmt: skip
+    return table
+
+
+def _output_table(measurements: Sequence[Measurement]) -> List[Dict[str, Any]]:
+    rows = []
+    for m in measurements:
+        numbers = m.output_row()
+        if numbers is not None:
+            row = {"model": m.loaded.label, "mapping": m.output_module.mapping}
+            row.update({name: numbers[key] for key, name in METRIC_NAMES.items()})
+            row[f"top-{TOP_K} share"] = numbers[f"top{TOP_K}_share"]
+            rows.append(row)
+    return rows

@@ -1,0 +1,72 @@
+"""Attention rollout: what a token's output is made of, attention and residual connections of all layers together.
+
+Source: Abnar & Zuidema, *Quantifying Attention Flow in Transformers*, ACL 2020: each layer passes on
+½ A + ½ I, where A is its attention averaged over heads, and layers multiply.
+"""
+
+from typing import Optional, Sequence, Tuple
+
+import torch
+from torch import Tensor
+
+
+def attention_rollout(attentions: Sequence[Tensor]) -> Tensor:
+    """Π over layers of ½ A + ½ I, rows normalised: self-attention of an encoder or a language model.
+
+    Args:
+        attentions: one a layer, from the first to the last, (bsz, num_heads, length, length) or averaged over heads,
+            (bsz, length, length). A row of zeros (a padded query) passes its token on.
+
+    Returns:
+        (bsz, length, length): row i says how much of output i comes from each input. Rows sum to 1.
+    """
+    rollout = None
+    for attention in attentions:
+        step = _with_residual(_mean_of_heads(attention))
+        rollout = step if rollout is None else step @ rollout
+    if rollout is None:
+        raise ValueError("a rollout needs the attention of at least one layer")
+    return rollout
+
+
+def translation_rollout(
+    decoder: Sequence[Optional[Tensor]], cross: Sequence[Tensor], encoder: Sequence[Tensor]
+) -> Tuple[Tensor, Tensor]:
+    """The rollout of an encoder and a decoder: each self-attention and each cross-attention takes half.
+
+    With E the encoder's rollout, a decoder layer turns what its inputs are made of, R, into ½ A R + ½ R by
+    self-attention and then into ½ C E + ½ R by cross-attention.
+
+    Args:
+        decoder: self-attention of each decoder layer, (bsz, num_heads, tgt_len, tgt_len) or averaged.
+        cross: cross-attention of each decoder layer, (bsz, num_heads, tgt_len, src_len) or averaged.
+        encoder: self-attention of each encoder layer, (bsz, num_heads, src_len, src_len) or averaged.
+
+    Returns:
+        how much of each output of the decoder comes from each source token, (bsz, tgt_len, src_len), and from each
+        target token that it has read, (bsz, tgt_len, tgt_len). Rows of the two together sum to 1.
+    """
+    if len(decoder) != len(cross) or not cross:
+        raise ValueError(f"decoder layers have both attentions; got {len(decoder)} self- and {len(cross)} cross-")
+    encoded = attention_rollout(encoder)
+    bsz, tgt_len, src_len = _mean_of_heads(cross[0]).shape
+    over_source = encoded.new_zeros(bsz, tgt_len, src_len)
+    over_target = torch.eye(tgt_len, dtype=encoded.dtype, device=encoded.device).expand(bsz, -1, -1)
+    for self_attention, cross_attention in zip(decoder, cross):
+        step = _with_residual(_mean_of_heads(self_attention))
+        over_source, over_target = step @ over_source, step @ over_target
+        over_source = (over_source + _mean_of_heads(cross_attention) @ encoded) / 2
+        over_target = over_target / 2
+        total = (over_source.sum(-1) + over_target.sum(-1)).unsqueeze(-1)
+        over_source, over_target = over_source / total, over_target / total
+    return over_source, over_target
+
+
+def _mean_of_heads(attention: Tensor) -> Tensor:
+    attention = attention.float() if attention.dtype in (torch.float16, torch.bfloat16) else attention
+    return attention.mean(1) if attention.dim() == 4 else attention
+
+
+def _with_residual(attention: Tensor) -> Tensor:
+    step = (attention + torch.eye(attention.size(-1), dtype=attention.dtype, device=attention.device)) / 2
+    return step / step.sum(-1, keepdim=True)

@@ -1,0 +1,82 @@
+"""multimax_fairseq/analysis/alignment.py: Pharaoh files, error rates by hand, and words made of subwords."""
+
+import pytest
+import torch
+
+from multimax_fairseq.analysis.alignment import (
+    AlignmentError,
+    guess_subwords,
+    hard_alignment,
+    parse_alignment,
+    read_alignments,
+    word_attention,
+    words_of_tokens,
+)
+
+
+def test_pharaoh_format(tmp_path):
+    path = tmp_path / "test.align"
+    path.write_text("0-0 2-1 1?1\n\n3-2\n")
+    first, empty, third = read_alignments(path)
+    assert first.sure == {(0, 0), (2, 1)} and first.possible == {(0, 0), (2, 1), (1, 1)}
+    assert empty.sure == empty.possible == set() and third.sure == {(3, 2)}
+
+
+@pytest.mark.parametrize("line", ["0:1", "1-", "a-b", "0-1,"])
+def test_another_format_is_an_error_that_names_the_line(line, tmp_path):
+    path = tmp_path / "test.align"
+    path.write_text(f"0-0\n{line}\n")
+    with pytest.raises(ValueError, match="test.align, line 2: .* is not a link of Pharaoh format"):
+        read_alignments(path)
+
+
+def test_error_rate_by_hand():
+    error = AlignmentError()
+    assert error.rate() is None
+    # A = {00, 11, 22}, S = {00, 12}, P = S + {11}: 1 − (1 + 2) / (3 + 2)
+    error.update({(0, 0), (1, 1), (2, 2)}, parse_alignment("0-0 1-2 1?1"))
+    assert error.rate() == pytest.approx(1 - 3 / 5)
+    # and over two sentences, sums: A = S = {00}: 1 − (3 + 2) / (5 + 2)
+    error.update({(0, 0)}, parse_alignment("0-0"))
+    assert error.rate() == pytest.approx(1 - 5 / 7) and error.sentences == 2
+
+
+@pytest.mark.parametrize("predicted, rate", [("0-0 1-1", 0), ("0-1 1-0", 1)])
+def test_error_rate_ends(predicted, rate):
+    error = AlignmentError()
+    error.update(parse_alignment(predicted).sure, parse_alignment("0-0 1-1"))
+    assert error.rate() == rate
+
+
+@pytest.mark.parametrize("tokens, subwords, words", [
+    ("die Kar@@ tof@@ fel .", "subword-nmt", [0, 1, 1, 1, 2]),
+    ("▁die ▁Kar tof fel .", "sentencepiece", [0, 1, 1, 1, 1]),
+    ("▁die ▁Kar tof fel ▁.", "sentencepiece", [0, 1, 1, 1, 2]),
+    ("die Kar@@ toffel", "none", [0, 1, 2]),
+])  # fmt: skip
+def test_words_of_tokens(tokens, subwords, words):
+    assert words_of_tokens(tokens.split(), subwords) == words
+
+
+def test_an_unknown_marking_lists_the_choices():
+    with pytest.raises(ValueError, match="choose from: none, subword-nmt, sentencepiece"):
+        words_of_tokens(["a"], "bpe")
+
+
+def test_the_marking_is_guessed_from_the_dictionary():
+    assert guess_subwords(["<s>", "die", "Kar@@"]) == "subword-nmt"
+    assert guess_subwords(["<s>", "▁die", "fel"]) == "sentencepiece"
+    assert guess_subwords(["<s>", "die"]) == "none"
+
+
+def test_attention_of_words_is_summed_over_the_source_and_averaged_over_the_target():
+    attention = torch.tensor([[0.1, 0.2, 0.7], [0.5, 0.1, 0.4], [0.3, 0.3, 0.4]])
+    words = word_attention(attention, tgt_words=[0, 0, 1], src_words=[0, 1, 1])
+    torch.testing.assert_close(words, torch.tensor([[0.3, 0.7], [0.3, 0.7]]))
+    heads = word_attention(attention.expand(2, 5, 3, 3), [0, 0, 1], [0, 1, 1])
+    torch.testing.assert_close(heads, words.expand(2, 5, 2, 2))
+
+
+def test_each_target_word_is_linked_to_what_it_attends_to_most():
+    attention = torch.tensor([[0.3, 0.7], [0.9, 0.1], [0.0, 0.0]])
+    assert hard_alignment(attention) == {(1, 0), (0, 1)}
