@@ -29,7 +29,7 @@ import platform
 import statistics
 import time
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -56,33 +56,35 @@ Sides = Dict[str, Callable[[], Any]]
 # ---------------------------------------------------------------- measuring
 
 
-def alternate(sides: Sides, rounds: int, warm_up: int = 2) -> Dict[str, List[float]]:
+def alternate(sides: Sequence[Callable[[], Any]], rounds: int, warm_up: int = 2) -> List[List[float]]:
     """Seconds of each side, in rounds in which the sides take turns."""
-    seconds: Dict[str, List[float]] = {name: [] for name in sides}
-    for number in tqdm(range(warm_up + rounds), leave=False, disable=None):
-        for name, side in sides.items():
+    seconds: List[List[float]] = [[] for _ in sides]
+    for number in range(warm_up + rounds):
+        for side, times in zip(sides, seconds):
             synchronise()
             start = time.perf_counter()
             side()
             synchronise()
             if number >= warm_up:
-                seconds[name].append(time.perf_counter() - start)
+                times.append(time.perf_counter() - start)
     return seconds
 
 
 def compare(case: str, sides: Sides, rounds: int) -> Rows:
-    """One row for each side: the median of its time, and of its ratio to the first side in the same round."""
-    seconds = alternate(sides, rounds)
-    first = next(iter(seconds.values()))
-    return [
-        {
-            "case": case,
-            "side": name,
-            "ratio": statistics.median(own / other for own, other in zip(times, first)),
-            "milliseconds": 1e3 * statistics.median(times),
-        }
-        for name, times in seconds.items()
-    ]
+    """One row for each side: the median of its time, and of its ratio to the first side, beside which it ran."""
+    (first_name, first), *others = sides.items()
+    rows: Rows = []
+    for name, side in tqdm(others, desc=case, leave=False, disable=None):
+        first_seconds, seconds = alternate([first, side], rounds)
+        if not rows:
+            rows = [row_of(case, first_name, [1.0], first_seconds)]
+        rows.append(row_of(case, name, [own / other for own, other in zip(seconds, first_seconds)], seconds))
+    return rows
+
+
+def row_of(case: str, side: str, ratios: List[float], seconds: List[float]) -> Dict[str, Any]:
+    milliseconds = 1e3 * statistics.median(seconds)
+    return {"case": case, "side": side, "ratio": statistics.median(ratios), "milliseconds": milliseconds}
 
 
 def synchronise() -> None:

@@ -14,7 +14,7 @@ import logging
 import os
 import time
 import types
-from typing import Any, Callable, Dict, Iterator, Tuple
+from typing import Any, Callable, Dict, List, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -105,8 +105,22 @@ class Kernel:
         )
 
     def __call__(self, *arguments: Tensor) -> Any:
-        if not self.compiles(arguments[0]):
-            return self.eager(*arguments)
+        if self.compiles(arguments[0]):
+            return self._run_compiled(arguments)
+        return self.eager(*arguments)
+
+    def over_rows(self, rows: Sequence[Tensor], parameters: Sequence[Tensor]) -> List[Any]:
+        """Results for tensors of one shape, (…, width): of all rows together, or of blocks of them where eager."""
+        width = rows[0].shape[-1]
+        flat = [tensor.reshape(-1, width) for tensor in rows]
+        if self.compiles(flat[0]):
+            return [self._run_compiled((*flat, *parameters))]
+        if flat[0].device.type != "cpu":
+            return [self.eager(*flat, *parameters)]
+        blocks = zip(*(tensor.split(max(EAGER_BLOCK // width, 1)) for tensor in flat))
+        return [self.eager(*block, *parameters) for block in blocks]
+
+    def _run_compiled(self, arguments: Sequence[Tensor]) -> Any:
         gains = arguments[-1]
         variant = arguments[0].dtype, arguments[0].device, gains.dtype, len(gains)
         compiled = self._compiled.get(variant)
@@ -115,7 +129,7 @@ class Kernel:
         # .data: the compiler would take note of what a tensor is a view of, and make a kernel for each kind
         return compiled(*(tensor.data for tensor in arguments))
 
-    def _compile(self, arguments: Tuple[Tensor, ...]) -> Callable[..., Any]:
+    def _compile(self, arguments: Sequence[Tensor]) -> Callable[..., Any]:
         global _failure
         logger.info("compiling %s; PyTorch keeps it for the next run", self.__name__)
         start = time.perf_counter()
@@ -156,12 +170,3 @@ def _example(tensor: Tensor, rows: int, width: int) -> Tensor:
     if tensor.shape == (rows, 1):
         return tensor.new_zeros(EXAMPLE_ROWS, 1)
     return tensor
-
-
-def row_blocks(function: Kernel, *tensors: Tensor) -> Iterator[Tuple[Tensor, ...]]:
-    """``tensors``, of one shape, as a kernel should be given them: (rows, width), whole or in blocks of rows."""
-    width = tensors[0].shape[-1]
-    flat = [tensor.reshape(-1, width) for tensor in tensors]
-    if tensors[0].device.type != "cpu" or function.compiles(flat[0]):
-        return iter([tuple(flat)])
-    return zip(*(tensor.split(max(EAGER_BLOCK // width, 1)) for tensor in flat))

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from .backend import Kernel, kernel, row_blocks
-from .kernels import modulate_rows, modulate_rows_backward, parameter_gradients, sigma, sigma_backward
+from .backend import Kernel, kernel
+from .kernels import modulate_rows, modulate_rows_backward, sigma, sigma_backward
 from .masking import compute_dtype, is_absent
 
 # Logits that exist at a time: 2^26, 256 MiB in fp32. A chunk of N tokens reads and writes the gradient of the whole
@@ -124,7 +124,7 @@ def cross_entropy_rows_(
         smoothing: (1,), ε_i.
 
     Returns:
-        log Σ exp σ and Σ σ, (rows, 1) each, and moments (see :mod:`.kernels`).
+        log Σ exp σ and Σ σ, (rows, 1) each, and ∂L/∂(thresholds, gains), (2, order, 2).
     """
     modulated = _present_modulated(logits, thresholds, gains)
     peak = modulated.amax(-1, keepdim=True)
@@ -132,11 +132,11 @@ def cross_entropy_rows_(
     # Not the exponentials of before, divided: the compiler would keep them, in a tensor of the size of the logits.
     upstream = ((modulated - log_total).exp() - smoothing).masked_fill(is_absent(logits), 0.0)
     if len(gains):
-        grad, moments = sigma_backward(logits.to(log_total.dtype), upstream, thresholds, gains)
+        grad, grad_parameters = sigma_backward(logits.to(log_total.dtype), upstream, thresholds, gains)
     else:
-        grad, moments = upstream, upstream.new_zeros(0, 2, 2)
+        grad, grad_parameters = upstream, upstream.new_zeros(2, 0, 2)
     logits.copy_(grad * _gradient_scale(logits.dtype))
-    return log_total, modulated.sum(-1, keepdim=True), moments
+    return log_total, modulated.sum(-1, keepdim=True), grad_parameters
 
 
 def _present_modulated(logits: Tensor, thresholds: Tensor, gains: Tensor) -> Tensor:
@@ -179,7 +179,7 @@ class _Chunks:
         make = torch.empty_like if len(features) else torch.zeros_like
         grad_weight = make(weight, dtype=dtype) if wanted[1] else None
         grad_bias = torch.zeros_like(self.bias, dtype=dtype) if wanted[2] else None
-        moments = torch.zeros(len(self.gains), 2, 2, dtype=torch.float64, device=features.device)
+        grad_parameters = torch.zeros(2, len(self.gains), 2, dtype=torch.float64, device=features.device)
         smoothing = torch.full((1,), self.smoothing, dtype=dtype, device=features.device)
         losses = []
         for tokens, logits, target_logits in self._logits():
@@ -187,15 +187,14 @@ class _Chunks:
             losses.append(self._losses(target_logits, *log_totals))
             grad_target, sparse = self._target_part(target_logits)
             grad = logits.scatter_add_(1, self.targets[tokens], grad_target)
-            moments += dense + sparse
+            grad_parameters += dense + sparse
             if grad_features is not None:
                 _product(grad, weight, grad_features[tokens], True)
             if grad_weight is not None:
                 _product(grad.t(), features[tokens], grad_weight, tokens.start == 0)
             if grad_bias is not None:
                 grad_bias.add_(grad.sum(0, dtype=dtype), alpha=1 / _gradient_scale(grad.dtype))
-        parameters = parameter_gradients(moments.to(dtype), self.gains.to(dtype))
-        return self._joined(losses), [grad_features, grad_weight, grad_bias, *parameters]
+        return self._joined(losses), [grad_features, grad_weight, grad_bias, *grad_parameters.to(dtype)]
 
     def _logits(self):
         """Of each chunk its tokens (a slice), logits (n, V), in memory used again, and targets' logits (n, 1)."""
@@ -221,14 +220,14 @@ class _Chunks:
         return losses.squeeze(1), (log_total - target_scores).squeeze(1)
 
     def _target_part(self, target_logits: Tensor) -> Tuple[Tensor, Tensor]:
-        """What only targets add to the gradient of the logits, (n, 1), and to the moments."""
+        """What only targets add to the gradients of the logits, (n, 1), and of the parameters, (2, order, 2)."""
         grad = torch.full_like(target_logits, -self.confidence, dtype=self.dtype)
-        moments = grad.new_zeros(0, 2, 2)
+        grad_parameters = grad.new_zeros(2, 0, 2)
         if len(self.gains):
-            grad, moments = modulate_rows_backward(
+            grad, grad_parameters = modulate_rows_backward(
                 target_logits.to(self.dtype), grad, self.thresholds, self.gains
             )
-        return (grad * _gradient_scale(target_logits.dtype)).to(target_logits.dtype), moments
+        return (grad * _gradient_scale(target_logits.dtype)).to(target_logits.dtype), grad_parameters
 
     def _joined(self, losses) -> TokenLosses:
         if not losses:
@@ -237,13 +236,12 @@ class _Chunks:
 
 
 def _rows(function: Kernel, logits: Tensor, *arguments: Tensor) -> List[Tensor]:
-    """A kernel's results for all rows: those of a row each one after another, moments (of all rows) summed."""
+    """A kernel's results for all rows: (rows, 1) each, and of all rows together, ∂L/∂(thresholds, gains)."""
     if function.compiles(logits):
-        blocks = logits.split(_compiled_rows(logits))
+        results = [function(block, *arguments) for block in logits.split(_compiled_rows(logits))]
     else:
-        blocks = [block for (block,) in row_blocks(function, logits)]
-    results = zip(*(function(block, *arguments) for block in blocks))
-    return [torch.cat(result) if result[0].dim() == 2 else sum(result) for result in results]
+        results = function.over_rows([logits], arguments)
+    return [torch.cat(result) if result[0].dim() == 2 else sum(result) for result in zip(*results)]
 
 
 def _compiled_rows(logits: Tensor) -> int:

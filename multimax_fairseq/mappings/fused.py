@@ -4,20 +4,13 @@ Left to autograd, σ takes some sixty passes over the scores, forward and backwa
 size. This keeps the scores and the result.
 """
 
-from typing import Callable, Iterator, Optional, Tuple
+from typing import Callable, Iterator, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from .backend import row_blocks
-from .kernels import (
-    modulate_rows,
-    modulate_rows_backward,
-    multimax_rows,
-    multimax_rows_backward,
-    parameter_gradients,
-)
+from .kernels import modulate_rows, modulate_rows_backward, multimax_rows, multimax_rows_backward
 
 
 class FusedMultiMax(Function):
@@ -39,7 +32,7 @@ class FusedMultiMax(Function):
             return scores.clone()
         kernel = multimax_rows if normalise else modulate_rows
         parameters = thresholds.detach(), gains.detach()
-        result = _joined([kernel(block, *parameters) for (block,) in row_blocks(kernel, scores)]).view(scores.shape)
+        result = _joined(kernel.over_rows([scores], parameters)).view(scores.shape)
         ctx.save_for_backward(scores, thresholds, gains, result if normalise else None)
         return result
 
@@ -51,17 +44,21 @@ class FusedMultiMax(Function):
         if scores.numel() == 0:
             return grad, torch.zeros_like(thresholds), torch.zeros_like(gains), None, None
 
-        parameters = thresholds.detach(), gains.detach()
         if ctx.normalise:
             kernel, rows = multimax_rows_backward, (scores, probabilities, grad)
         else:
             kernel, rows = modulate_rows_backward, (scores, grad)
-        grads, moments = zip(*(kernel(*block, *parameters) for block in row_blocks(kernel, *rows)))
-        return (_joined(grads).view(scores.shape), *parameter_gradients(sum(moments), gains), None, None)
+        grads, grads_of_parameters = zip(*kernel.over_rows(rows, (thresholds, gains)))
+        grad_parameters = _summed(grads_of_parameters).to(gains.dtype)
+        return _joined(grads).view(scores.shape), grad_parameters[0], grad_parameters[1], None, None
 
 
-def _joined(blocks) -> Tensor:
+def _joined(blocks: Sequence[Tensor]) -> Tensor:
     return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
+
+
+def _summed(blocks: Sequence[Tensor]) -> Tensor:
+    return blocks[0] if len(blocks) == 1 else torch.stack(blocks).sum(0)
 
 
 def _differentiable_backward(ctx, grad: Tensor) -> Iterator[Optional[Tensor]]:

@@ -8,10 +8,9 @@ u = ∂L/∂σ, and sums over all scores, the gradients are::
     ∂L/∂g_b,n = Σ u · max(b_n − x, 0)^n            ∂L/∂b_n =   g_b,n Σ u · n max(b_n − x, 0)^(n−1) [x < b_n]
     ∂L/∂g_d,n = Σ u · max(x − d_n, 0)^n            ∂L/∂d_n = − g_d,n Σ u · n max(x − d_n, 0)^(n−1) [x > d_n]
 
-The backwards return the sums without the gains, *moments*, (N, 2, 2): [n − 1, 0] is below and above the sum of the
-slopes u · n max(·, 0)^(n−1), [n − 1, 1] that of the powers u · max(·, 0)^n; :func:`parameter_gradients` makes
-gradients of them. Written for the compiler: ``relu`` is one instruction where ``clamp`` is four, and an absent score
-is filled once where its value could reach a result, not once before and once after.
+The backwards return those of thresholds and gains as one tensor, (2, N, 2), so that blocks of rows add up. All is
+written for the compiler: ``relu`` is one instruction where ``clamp`` is four, and an absent score is filled once,
+where its value could reach a result.
 """
 
 from typing import Tuple
@@ -37,7 +36,7 @@ def multimax_rows(scores: Tensor, thresholds: Tensor, gains: Tensor) -> Tensor:
 def multimax_rows_backward(
     scores: Tensor, probabilities: Tensor, grad: Tensor, thresholds: Tensor, gains: Tensor
 ) -> Tuple[Tensor, Tensor]:
-    """∂L/∂x and moments, from ∂L/∂p."""
+    """∂L/∂x, and ∂L/∂(thresholds, gains), from ∂L/∂p."""
     dtype = compute_dtype(scores.dtype)
     probabilities, grad = probabilities.to(dtype), grad.to(dtype)
     upstream = probabilities * (grad - (grad * probabilities).sum(-1, keepdim=True))
@@ -55,7 +54,7 @@ def modulate_rows(scores: Tensor, thresholds: Tensor, gains: Tensor) -> Tensor:
 def modulate_rows_backward(
     scores: Tensor, grad: Tensor, thresholds: Tensor, gains: Tensor
 ) -> Tuple[Tensor, Tensor]:
-    """∂L/∂x and moments, from ∂L/∂σ."""
+    """∂L/∂x, and ∂L/∂(thresholds, gains), from ∂L/∂σ."""
     upstream = grad.to(compute_dtype(scores.dtype)).masked_fill(is_absent(scores), 0.0)
     return sigma_backward(scores, upstream, thresholds, gains)
 
@@ -84,7 +83,7 @@ def exponentials_rows_backward(
     thresholds: Tensor,
     gains: Tensor,
 ) -> Tensor:
-    """Probabilities, ∂L/∂x and moments, from ∂L/∂p: one pass, as it is told what it would have to sum over a row.
+    """Probabilities and gradients from ∂L/∂p: one pass, as it is told what it would have to sum over a row.
 
     Args:
         log_total: (rows, 1), of :func:`exponentials_rows_`.
@@ -93,22 +92,15 @@ def exponentials_rows_backward(
             system more than the kernel takes.
 
     Returns:
-        moments.
+        ∂L/∂(thresholds, gains), (2, N, 2).
     """
     x, grad = scores.to(log_total.dtype), grad.to(log_total.dtype)
     lowest = torch.finfo(x.dtype).min
     p = (sigma(x, thresholds, gains).masked_fill(is_absent(x), lowest) - log_total).exp()
-    grad_x, moments = sigma_backward(scores, p * (grad - expected_grad), thresholds, gains)
+    grad_x, grad_parameters = sigma_backward(scores, p * (grad - expected_grad), thresholds, gains)
     probabilities.copy_(p)
     grad_scores.copy_(grad_x)
-    return moments
-
-
-def parameter_gradients(moments: Tensor, gains: Tensor) -> Tuple[Tensor, Tensor]:
-    """∂L/∂thresholds and ∂L/∂gains, (N, 2) each, of the dtype of ``gains``."""
-    slopes, powers = moments.unbind(1)
-    towards_score = torch.tensor([1.0, -1.0], dtype=slopes.dtype, device=slopes.device)  # b − x, and x − d
-    return (slopes * gains * towards_score).to(gains.dtype), powers.to(gains.dtype)
+    return grad_parameters
 
 
 def sigma(x: Tensor, thresholds: Tensor, gains: Tensor) -> Tensor:
@@ -139,10 +131,10 @@ def _reciprocal(peak: Tensor, total: Tensor) -> Tensor:
 def sigma_backward(
     scores: Tensor, upstream: Tensor, thresholds: Tensor, gains: Tensor
 ) -> Tuple[Tensor, Tensor]:
-    """∂L/∂x in the dtype of ``scores``, and moments, from ∂L/∂σ, which is 0 where a score is absent."""
+    """∂L/∂x in the dtype of ``scores``, and ∂L/∂(thresholds, gains), from ∂L/∂σ, 0 where a score is absent."""
     x = scores.to(upstream.dtype).clamp(min=FAR_BELOW)
     thresholds, gains = thresholds.to(x.dtype), gains.to(x.dtype)
-    grad, moments = upstream, []
+    grad, grad_thresholds, grad_gains = upstream, [], []
     for row in range(len(gains)):
         below, above = torch.relu(thresholds[row, 0] - x), torch.relu(x - thresholds[row, 1])
         if row == 0:
@@ -153,7 +145,11 @@ def sigma_backward(
             slope_below, slope_above = 2 * half_below, 2 * half_above
             powers = half_below * below, half_above * above
         grad = grad - gains[row, 0] * slope_below + gains[row, 1] * slope_above
-        moments += [slope_below, slope_above, *powers]
-    # Row by row first: short sums lose less, and the compiler makes them on the way.
-    sums = torch.stack([terms.sum(-1).sum() for terms in moments])
-    return grad.to(scores.dtype), sums.view(len(gains), 2, 2)
+        grad_thresholds += [gains[row, 0] * _sum(slope_below), -gains[row, 1] * _sum(slope_above)]
+        grad_gains += [_sum(power) for power in powers]
+    return grad.to(scores.dtype), torch.stack(grad_thresholds + grad_gains).view(2, len(gains), 2)
+
+
+def _sum(terms: Tensor) -> Tensor:
+    # row by row first: short sums lose less, and the compiler makes them on the way
+    return terms.sum(-1).sum()

@@ -62,8 +62,9 @@ def multimax(scores: Tensor, thresholds: Tensor, gains: Tensor, dim: int = -1) -
         ValueError: ``thresholds`` and ``gains`` are not both (N, 2).
     """
     _check_shapes(thresholds, gains)
-    probabilities = FusedMultiMax.apply(scores.movedim(dim, -1), thresholds, gains, multimax_formula, True)
-    return probabilities.movedim(-1, dim)
+    if dim not in (-1, scores.dim() - 1):
+        return multimax(scores.movedim(dim, -1), thresholds, gains).movedim(-1, dim)
+    return FusedMultiMax.apply(scores, thresholds, gains, multimax_formula, True)
 
 
 def modulate_formula(scores: Tensor, thresholds: Tensor, gains: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from ..mappings.kernels import exponentials_rows_, exponentials_rows_backward, parameter_gradients
+from ..mappings.kernels import exponentials_rows_, exponentials_rows_backward
 
 # Queries in a block. A causal block has queries²/2 scores in vain on its diagonal, a lower one multiplies less
 # efficiently: half as many where rows are not long.
@@ -97,14 +97,14 @@ class BlockwiseMultiMax(Function):
         grad = grad.contiguous()
         expected_grads = torch.linalg.vecdot(grad, output).to(log_totals[0].dtype)
         grad_query, grad_key, grad_value = _like(query), _like(key), _like(value)
-        moments = []
+        grads_of_parameters = []
         scratches = [_scratch(query, key) for _ in range(4)]
         for (heads, queries, keys), log_total in zip(_blocks(query, key, ctx.masks), log_totals):
             q, k, v, g = query[heads, queries], key[heads, keys], value[heads, keys], grad[heads, queries]
             scores = _scores(q, k, ctx.masks, (heads, queries, keys), scratches[0])
             grad_probabilities, probabilities, grad_scores = (_part(memory, scores.shape) for memory in scratches[1:])
             torch.bmm(g, v.transpose(1, 2), out=grad_probabilities)
-            block_moments = exponentials_rows_backward(
+            grad_parameters = exponentials_rows_backward(
                 scores.flatten(0, 1),
                 grad_probabilities.flatten(0, 1),
                 log_total,
@@ -114,7 +114,7 @@ class BlockwiseMultiMax(Function):
                 thresholds,
                 gains,
             )
-            moments.append(block_moments)
+            grads_of_parameters.append(grad_parameters)
             grad_query[heads, queries] = torch.bmm(grad_scores, k)
             if queries.stop == query.size(1):  # the first block of these heads: it sees all keys
                 grad_k, grad_v = (k.new_zeros(k.shape, dtype=log_total.dtype) for _ in range(2))
@@ -122,7 +122,8 @@ class BlockwiseMultiMax(Function):
             _add_product(grad_v[:, keys], probabilities, g)
             if queries.start == 0:  # the last one
                 grad_key[heads], grad_value[heads] = grad_k, grad_v
-        return grad_query, grad_key, grad_value, *parameter_gradients(torch.stack(moments).sum(0), gains), None
+        grad_parameters = torch.stack(grads_of_parameters).sum(0).to(gains.dtype)
+        return grad_query, grad_key, grad_value, grad_parameters[0], grad_parameters[1], None
 
 
 def blockwise_multimax(
