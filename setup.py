@@ -31,6 +31,6 @@ setup(
         "tqdm",
         "matplotlib",
     ],
-    extras_require={"iwslt14": iwslt14, "test": [*iwslt14, "hypothesis", "pytest"]},
+    extras_require={"iwslt14": iwslt14, "test": [*iwslt14, "hypothesis", "pytest", "pytest-xdist"]},
     entry_points={"console_scripts": ["multimax-analyze = multimax_fairseq.analysis.cli:main"]},
 )

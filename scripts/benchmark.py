@@ -28,6 +28,7 @@ import os
 import platform
 import statistics
 import time
+import warnings
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 
@@ -56,6 +57,9 @@ Sides = Dict[str, Callable[[], Any]]
 # ---------------------------------------------------------------- measuring
 
 
+SECONDS_A_SIDE = 20.0  # a slow side has fewer rounds, three at least
+
+
 def alternate(sides: Sequence[Callable[[], Any]], rounds: int, warm_up: int = 2) -> List[List[float]]:
     """Seconds of each side, in rounds in which the sides take turns."""
     seconds: List[List[float]] = [[] for _ in sides]
@@ -75,7 +79,9 @@ def compare(case: str, sides: Sides, rounds: int) -> Rows:
     (first_name, first), *others = sides.items()
     rows: Rows = []
     for name, side in tqdm(others, desc=case, leave=False, disable=None):
-        first_seconds, seconds = alternate([first, side], rounds)
+        ((warm_up,),) = alternate([side], rounds=1)
+        enough = max(3, min(rounds, int(SECONDS_A_SIDE / warm_up)))
+        first_seconds, seconds = alternate([first, side], enough)
         if not rows:
             rows = [row_of(case, first_name, [1.0], first_seconds)]
         rows.append(row_of(case, name, [own / other for own, other in zip(seconds, first_seconds)], seconds))
@@ -356,10 +362,9 @@ def output_side(name: str, mapping: str, tokens: int) -> Tuple[Callable[[], None
 
 
 def output_peak(name: str, mapping: str, tokens: int) -> int:
+    output_side(name, mapping, 64)[0]()  # compiles
     side, learned = output_side(name, mapping, tokens)
-    for tensor in learned:  # so that a gradient is added to one that is there, as with tied embeddings
-        tensor.grad = torch.zeros_like(tensor)
-    return peak_bytes(side)
+    return peak_bytes(side) - sum(tensor.numel() * tensor.element_size() for tensor in learned)  # their gradients
 
 
 # ---------------------------------------------------------------- generation and epochs, on data
@@ -498,6 +503,7 @@ def main() -> None:
     chosen = args.sections or ["mapping", "attention", "step", "output"]
     check(parser, args, chosen, list(sections))
     logging.getLogger().setLevel(logging.WARNING)
+    warnings.simplefilter("ignore")  # of fairseq, torch and hydra about each other
     if args.threads:
         torch.set_num_threads(args.threads)
 

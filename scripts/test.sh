@@ -3,6 +3,8 @@
 #
 #     scripts/test.sh [OPTION OF PYTEST ...]        for example: scripts/test.sh -m "not slow"
 #
+# They run in as many processes as there are cores; -n 0 runs them in one.
+#
 # MULTIMAX_DATA=DIR   a folder with multi30k/ (gzipped, raw) and brown/ (train, valid, test .tokens.gz):
 #                     tests on real data run too; without it they are skipped
 
@@ -21,4 +23,4 @@ if [[ ${1:-} == --help || ${1:-} == -h ]]; then
 fi
 use_environment "$root" test
 cd "$root"
-exec python -m pytest "$@"
+exec python -m pytest -n auto --dist loadfile "$@"

@@ -23,6 +23,10 @@ def double(scores, thresholds, gains):
     return 2 * scores
 
 
+def scaled(scores, thresholds, gains):
+    return sum(gain for row in range(len(gains)) for gain in gains[row]) * scores
+
+
 ARGUMENTS = torch.randn(4, 6), torch.zeros(2, 2), torch.zeros(2, 2)
 
 
@@ -104,6 +108,14 @@ def test_one_kernel_for_all_shapes():
         module(scores).pow(2).sum().backward()
         before = before or counters["stats"]["unique_graphs"]
     assert counters["stats"]["unique_graphs"] == before
+
+
+def test_scores_of_the_shape_of_parameters():
+    """What is compiled for is scores of another shape, and these very parameters."""
+    set_backend("compiled")
+    kernel = Kernel(scaled)
+    for scores in (torch.ones(2, 2), torch.ones(3, 5)):
+        assert torch.equal(kernel(scores, torch.zeros(2, 2), torch.full((2, 2), 3.0)), 12 * scores)
 
 
 def test_the_first_call_is_announced(caplog):

@@ -137,7 +137,8 @@ class Kernel:
             known = torch._inductor.list_options()
             options = {name: value for name, value in INDUCTOR_OPTIONS.items() if name in known}
             compiled = torch.compile(_copy(self.eager), dynamic=True, options=options)
-            compiled(*(_example(tensor, *arguments[0].shape).data for tensor in arguments))
+            *rows, thresholds, gains = arguments
+            compiled(*(_example(tensor, *rows[0].shape) for tensor in rows), thresholds.data, gains.data)
         except Exception as error:
             if backend() == "compiled":
                 raise
@@ -169,4 +170,4 @@ def _example(tensor: Tensor, rows: int, width: int) -> Tensor:
         return tensor.new_zeros(EXAMPLE_ROWS, EXAMPLE_WIDTH if width <= WIDE else WIDE_EXAMPLE)
     if tensor.shape == (rows, 1):
         return tensor.new_zeros(EXAMPLE_ROWS, 1)
-    return tensor
+    return tensor.data

@@ -1,0 +1,71 @@
+"""The benchmark: its ratios and peaks on what is known beforehand, and a run of it on data. No time is asserted."""
+
+import importlib.util
+import json
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, run
+
+SCRIPT = ROOT / "scripts" / "benchmark.py"
+
+
+@pytest.fixture(scope="module")
+def benchmark():
+    spec = importlib.util.spec_from_file_location("benchmark", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["benchmark"] = module  # where its functions are looked for in a new process
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_sides_take_turns_with_the_first(benchmark):
+    order = []
+    sides = {name: lambda name=name: order.append(name) for name in ("first", "second", "third")}
+    rows = benchmark.compare("case", sides, rounds=3)
+    assert [row["side"] for row in rows] == ["first", "second", "third"] and rows[0]["ratio"] == 1.0
+    # three times alone, to see how long that takes; two rounds to warm up; three that count
+    assert order == ["second"] * 3 + ["first", "second"] * 5 + ["third"] * 3 + ["first", "third"] * 5
+
+
+def test_a_ratio_is_the_median_of_the_ratios_of_rounds(benchmark, monkeypatch):
+    clock = iter([0, 1, 0, 2, 0, 1, 0, 9, 0, 10, 0, 30])  # seconds of first, second, first, …
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
+    first, second = benchmark.alternate([int, int], rounds=3, warm_up=0)
+    assert (first, second) == ([1, 1, 10], [2, 9, 30])
+    row = benchmark.row_of("case", "second", [b / a for a, b in zip(first, second)], second)
+    assert row == {"case": "case", "side": "second", "ratio": 3.0, "milliseconds": 9_000.0}
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peaks on a CPU are read from /proc")
+def test_the_peak_of_an_allocation_that_is_known(benchmark):
+    def side():
+        torch.ones(2**24)  # 64 MiB, gone when the call is over
+        torch.ones(2**22)
+
+    assert 2**26 <= benchmark.peak_bytes(side) < 2**26 * 1.2
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["mappings"], "there is no section 'mappings'; choose from: mapping, attention, step"),
+    (["epoch"], "generate and epoch need --data DATA_BIN"),
+    (["mapping", "--rounds", "0"], "--rounds takes 1 or more"),
+    (["mapping", "--json", "no/such/folder/figures.json"], "--json: there is no folder"),
+])  # fmt: skip
+def test_wrong_arguments_end_it_before_any_work(arguments, message):
+    result = run(sys.executable, SCRIPT, *arguments, check=False)
+    assert result.returncode == 2 and message in result.stderr and not result.stdout
+
+
+@pytest.mark.slow
+def test_epochs_on_data(corpus, tmp_path):
+    figures = tmp_path / "figures.json"
+    run(sys.executable, SCRIPT, "epoch", "--data", corpus / "data-bin", "--updates", 2, "--json", figures)
+    results = json.loads(figures.read_text())
+    assert [(row["case"], row["side"]) for row in results["rows"]] == [
+        (f"epoch {epoch}, 2 updates", side) for epoch in (1, 2) for side in ("stock", "multimax")
+    ]
+    assert all(row["words a second"] > 0 and row["ratio"] > 0 for row in results["rows"])
+    assert results["compiled"]["graphs"] == 0  # the tests compute eagerly
