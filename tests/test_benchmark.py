@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import sys
 import time
 
@@ -39,13 +40,14 @@ def test_a_ratio_is_the_median_of_the_ratios_of_rounds(benchmark, monkeypatch):
     assert row == {"case": "case", "side": "second", "ratio": 3.0, "milliseconds": 9_000.0}
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peaks on a CPU are read from /proc")
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="peaks on a CPU are read from /proc")
 def test_the_peak_of_an_allocation_that_is_known(benchmark):
     def side():
         torch.ones(2**24)  # 64 MiB, gone when the call is over
         torch.ones(2**22)
 
-    assert 2**26 <= benchmark.peak_bytes(side) < 2**26 * 1.2
+    # the kernel counts resident memory in batches of pages for each thread, so not to the last of them
+    assert benchmark.peak_bytes(side) == pytest.approx(2**26, rel=0.1)
 
 
 @pytest.mark.parametrize("arguments, message", [

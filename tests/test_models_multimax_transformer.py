@@ -26,6 +26,7 @@ def test_dimensions_and_defaults_are_those_of_the_stock_architecture(stock, corp
     assert extra == {
         "attention_mapping", "attention_mapping_sites", "output_mapping", "multimax_order", "multimax_terms",
         "multimax_init", "entmax_alpha", "multimax_backend",
+        "modulator_weight_decay", "modulator_clip_norm", "log_modulators",
     }  # fmt: skip
     assert actual.attention_mapping == "multimax" and actual.attention_mapping_sites == ",".join(SITES)
     for name, value in vars(expected).items():
