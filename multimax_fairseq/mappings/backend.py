@@ -46,6 +46,8 @@ WIDE, WIDE_EXAMPLE = 4_096, 4_128
 # in use at a time, which fit into a cache of 2 MiB.
 EAGER_BLOCK = 2**17
 
+_is_compiling = getattr(torch.compiler, "is_compiling", None) or torch._utils.is_compiling  # before torch 2.3
+
 compile_seconds: Dict[str, float] = {}  # of this process, by kernel, all its dtypes together
 
 _chosen = "auto"
@@ -101,7 +103,7 @@ class Kernel:
             and backend() != "eager"
             and not (_failure and backend() == "auto")
             and not torch.jit.is_tracing()
-            and not torch.compiler.is_compiling()  # whoever compiles a whole model has the formula
+            and not _is_compiling()  # whoever compiles a whole model has the formula
         )
 
     def __call__(self, *arguments: Tensor) -> Any:
