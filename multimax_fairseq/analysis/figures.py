@@ -18,7 +18,7 @@ from .measure import Example, Measurement, ModuleReport
 from .modulator import ModulatorParameters
 
 BLUE, ORANGE, GREEN, VERMILLION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
-PURPLE, SKY, YELLOW, BLACK, GREY = "#CC79A7", "#56B4E9", "#F0E442", "#000000", "#595959"
+PURPLE, SKY, BLACK, GREY = "#CC79A7", "#56B4E9", "#000000", "#595959"
 MODEL_COLOURS = (GREY, BLUE, VERMILLION, GREEN, ORANGE, PURPLE, SKY, BLACK)
 MODEL_MARKERS = ("o", "^", "s", "D", "v", "P", "X", "*")
 MODEL_LINES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)), (0, (8, 2)))

@@ -18,8 +18,8 @@ class ModulatorParameters(NamedTuple):
 
 def parameters_of(mapping: MultiMax) -> ModulatorParameters:
     """The numbers of a modulator as σ uses them."""
-    gains = mapping.gains.detach() * mapping.learned
-    return ModulatorParameters(mapping.thresholds.detach().double().cpu(), gains.double().cpu())
+    numbers = (mapping.thresholds, mapping.effective_gains)
+    return ModulatorParameters(*(tensor.detach().double().cpu() for tensor in numbers))
 
 
 def slope(scores: Tensor, thresholds: Tensor, gains: Tensor) -> Tensor:

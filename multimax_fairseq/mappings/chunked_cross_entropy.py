@@ -17,7 +17,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from .backend import Kernel, kernel
-from .kernels import modulate_rows, modulate_rows_backward, sigma, sigma_backward
+from .kernels import modulate_rows, modulate_rows_backward, present_sigma, sigma_backward
 from .masking import compute_dtype, is_absent
 
 # Logits that exist at a time: 2^26, 256 MiB in fp32. A chunk of N tokens reads and writes the gradient of the whole
@@ -109,7 +109,7 @@ def check_options(label_smoothing: float, chunk_tokens: int) -> None:
 @kernel
 def log_total_rows(logits: Tensor, thresholds: Tensor, gains: Tensor) -> Tuple[Tensor, Tensor]:
     """log Σ exp σ and Σ σ, (rows, 1) each, fp32 at least."""
-    modulated = _present_modulated(logits, thresholds, gains)
+    modulated = present_sigma(logits, thresholds, gains)
     return torch.logsumexp(modulated, -1, keepdim=True), modulated.sum(-1, keepdim=True)
 
 
@@ -126,7 +126,7 @@ def cross_entropy_rows_(
     Returns:
         log Σ exp σ and Σ σ, (rows, 1) each, and ∂L/∂(thresholds, gains), (2, order, 2).
     """
-    modulated = _present_modulated(logits, thresholds, gains)
+    modulated = present_sigma(logits, thresholds, gains)
     peak = modulated.amax(-1, keepdim=True)
     log_total = peak + (modulated - peak).exp().sum(-1, keepdim=True).log()
     # Not the exponentials of before, divided: the compiler would keep them, in a tensor of the size of the logits.
@@ -137,12 +137,6 @@ def cross_entropy_rows_(
         grad, grad_parameters = upstream, upstream.new_zeros(2, 0, 2)
     logits.copy_(grad * _gradient_scale(logits.dtype))
     return log_total, modulated.sum(-1, keepdim=True), grad_parameters
-
-
-def _present_modulated(logits: Tensor, thresholds: Tensor, gains: Tensor) -> Tensor:
-    """σ(x) in fp32 at least, the lowest number in the place of −inf."""
-    x = logits.to(compute_dtype(logits.dtype))
-    return sigma(x, thresholds, gains).masked_fill(is_absent(x), torch.finfo(x.dtype).min)
 
 
 def _gradient_scale(dtype: torch.dtype) -> float:

@@ -31,8 +31,7 @@ class FusedMultiMax(Function):
             ctx.save_for_backward(scores, thresholds, gains, None)
             return scores.clone()
         kernel = multimax_rows if normalise else modulate_rows
-        parameters = thresholds.detach(), gains.detach()
-        result = _joined(kernel.over_rows([scores], parameters)).view(scores.shape)
+        result = _joined(kernel.over_rows([scores], (thresholds, gains))).view(scores.shape)
         ctx.save_for_backward(scores, thresholds, gains, result if normalise else None)
         return result
 

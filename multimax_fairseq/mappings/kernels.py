@@ -94,10 +94,9 @@ def exponentials_rows_backward(
     Returns:
         ∂L/∂(thresholds, gains), (2, N, 2).
     """
-    x, grad = scores.to(log_total.dtype), grad.to(log_total.dtype)
-    lowest = torch.finfo(x.dtype).min
-    p = (sigma(x, thresholds, gains).masked_fill(is_absent(x), lowest) - log_total).exp()
-    grad_x, grad_parameters = sigma_backward(scores, p * (grad - expected_grad), thresholds, gains)
+    p = (present_sigma(scores, thresholds, gains) - log_total).exp()
+    upstream = p * (grad.to(p.dtype) - expected_grad)
+    grad_x, grad_parameters = sigma_backward(scores, upstream, thresholds, gains)
     probabilities.copy_(p)
     grad_scores.copy_(grad_x)
     return grad_parameters
@@ -115,10 +114,15 @@ def sigma(x: Tensor, thresholds: Tensor, gains: Tensor) -> Tensor:
     return modulated
 
 
+def present_sigma(scores: Tensor, thresholds: Tensor, gains: Tensor) -> Tensor:
+    """σ(x) in fp32 at least, the lowest number in the place of −inf."""
+    x = scores.to(compute_dtype(scores.dtype))
+    return sigma(x, thresholds, gains).masked_fill(is_absent(x), torch.finfo(x.dtype).min)
+
+
 def _exponentials(scores: Tensor, thresholds: Tensor, gains: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
     """exp(σ(x) − max σ), max σ (the lowest number where no score is there) and the sum of the first."""
-    x = scores.to(compute_dtype(scores.dtype))
-    modulated = sigma(x, thresholds, gains).masked_fill(is_absent(x), torch.finfo(x.dtype).min)
+    modulated = present_sigma(scores, thresholds, gains)
     peak = modulated.amax(-1, keepdim=True)
     exponentials = (modulated - peak).exp()
     return exponentials, peak, exponentials.sum(-1, keepdim=True)
