@@ -58,6 +58,13 @@ smoke_model=()    # with --cpu-smoke, instead of model,
 smoke_length=()   # instead of length,
 smoke_training=() # and after training
 
+# For smoke_model of a translation model: a layer of width 32, the path is the same.
+# shellcheck disable=SC2034 # for the recipes
+tiny_transformer=(
+    --encoder-layers 1 --encoder-embed-dim 32 --encoder-ffn-embed-dim 32 --encoder-attention-heads 2
+    --decoder-layers 1 --decoder-embed-dim 32 --decoder-ffn-embed-dim 32 --decoder-attention-heads 2
+)
+
 # And two functions:
 #   prepare_smoke PATH    make $data, small, from what scripts/make_smoke_data.py writes to PATH
 #   evaluate              write scores beside $run/checkpoint_best.pt, for scripts/record_run.py to collect
@@ -82,7 +89,7 @@ smoke=
 dry_run=
 extra=()
 
-parse_options() {
+parse_run_options() {
     while (($#)); do
         case $1 in
         --?*=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" ;; # --out=DIR is --out DIR
@@ -321,7 +328,7 @@ use_smoke_settings() {
 run_experiment() {
     local folder=$experiment command_line
     command_line=$(quoted "$0" "$@")
-    parse_options "$@"
+    parse_run_options "$@"
     if [[ -n $smoke ]]; then
         use_smoke_settings
         folder=smoke/$experiment

@@ -43,6 +43,8 @@ show_help() { awk 'NR > 1 { if (!/^#/) exit; sub(/^# ?/, ""); print }' "$1"; }
 #     text      the option takes a value, which must not be empty
 #     N         it takes a whole number, N or more
 #     =VALUE    it takes none, and sets the variable to VALUE
+#
+# With a line "--" the array "extra" gets what follows that word on the command line.
 parse_options() {
     local table=$1 option variable kind
     shift
@@ -53,6 +55,12 @@ parse_options() {
         esac
         read -r option variable kind < <(awk -v option="$1" 'NF && $1 == option' <<<"$table") ||
             die "unknown option '$1'; see --help"
+        if [[ $option == -- ]]; then
+            shift
+            # shellcheck disable=SC2034 # for the caller
+            extra=("$@")
+            return
+        fi
         case $kind in
         =*) set -- "$option" "${kind#=}" "${@:2}" ;;
         text) need_value "$@" ;;

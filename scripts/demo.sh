@@ -32,20 +32,16 @@ epochs= # 8 or 16
 seed=1
 output=demo # --out
 
-parse_options() {
-    while (($#)); do
-        case $1 in
-        --*=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" ;; # --out=DIR is --out DIR
-        --help | -h) show_help "$0"; exit ;;
-        --data) need_value "$@"; corpus=$2; shift 2 ;;
-        --from) need_value "$@"; folder=$2; shift 2 ;;
-        --mapping) need_value "$@"; mapping=$2; shift 2 ;;
-        --epochs) need_number "$1" "${2-}" 1; epochs=$2; shift 2 ;;
-        --seed) need_number "$1" "${2-}" 1; seed=$2; shift 2 ;;
-        --out) need_value "$@"; output=$2; shift 2 ;;
-        *) die "unknown option '$1'; see --help" ;;
-        esac
-    done
+readonly OPTIONS="
+--data     corpus   text
+--from     folder   text
+--mapping  mapping  text
+--epochs   epochs   1
+--seed     seed     1
+--out      output   text
+"
+
+check_options() {
     [[ $corpus == grammar || $corpus == multi30k ]] || die "--data $corpus: choose grammar or multi30k"
     [[ -n $epochs ]] || { [[ $corpus == grammar ]] && epochs=8 || epochs=16; }
     [[ -z $folder || $corpus == multi30k ]] || die "--from goes with --data multi30k"
@@ -113,7 +109,8 @@ multi30k_demo() {
 step() { printf '\n== %s: %s\n' "$1" "$2"; }
 
 main() {
-    parse_options "$@"
+    parse_options "$OPTIONS" "$@"
+    check_options
     export PYTHONWARNINGS=ignore # of fairseq and torch about each other
     step "Installation" "fairseq, torch and this plugin"
     use_environment "$root"

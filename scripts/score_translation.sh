@@ -29,20 +29,15 @@ moses= # the target language
 beam=5
 prefix= # --out
 
-while (($#)); do
-    case $1 in
-    --?*=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" ;; # --out=DIR is --out DIR
-    --help | -h) show_help "$0"; exit ;;
-    --data-bin) need_value "$@"; data_bin=$2; shift 2 ;;
-    --checkpoint) need_value "$@"; checkpoint=$2; shift 2 ;;
-    --reference) need_value "$@"; reference=$2; shift 2 ;;
-    --sentencepiece) need_value "$@"; sentencepiece=$2; shift 2 ;;
-    --moses) need_value "$@"; moses=$2; shift 2 ;;
-    --beam) need_number "$1" "${2-}" 1; beam=$2; shift 2 ;;
-    --out) need_value "$@"; prefix=$2; shift 2 ;;
-    *) die "unknown option '$1'; see --help" ;;
-    esac
-done
+parse_options "
+--data-bin       data_bin       text
+--checkpoint     checkpoint     text
+--reference      reference      text
+--sentencepiece  sentencepiece  text
+--moses          moses          text
+--beam           beam           1
+--out            prefix         text
+" "$@"
 [[ -n $data_bin && -n $checkpoint && -n $reference && -n $prefix ]] ||
     die "--data-bin, --checkpoint, --reference and --out are required; see --help"
 [[ -z $sentencepiece || -z $moses ]] || die "--sentencepiece and --moses exclude each other; see --help"

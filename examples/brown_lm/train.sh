@@ -29,20 +29,15 @@ updates=1500
 run_dir=
 extra=()
 
-while (($#)); do
-    case $1 in
-    --?*=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" ;; # --out=DIR is --out DIR
-    --help | -h) show_help "$0"; exit ;;
-    --data) need_value "$@"; data=$2; shift 2 ;;
-    --mapping) need_value "$@"; mapping=$2; shift 2 ;;
-    --output-mapping) need_value "$@"; output_mapping=$2; shift 2 ;;
-    --seed) need_number "$1" "${2-}" 1; seed=$2; shift 2 ;;
-    --updates) need_number "$1" "${2-}" 1; updates=$2; shift 2 ;;
-    --out) need_value "$@"; run_dir=$2; shift 2 ;;
-    --) shift; extra=("$@"); break ;;
-    *) die "unknown option '$1'; see --help" ;;
-    esac
-done
+parse_options "
+--data            data            text
+--mapping         mapping         text
+--output-mapping  output_mapping  text
+--seed            seed            1
+--updates         updates         1
+--out             run_dir         text
+--
+" "$@"
 run_dir=${run_dir:-runs/brown-$mapping-$output_mapping-$seed}
 [[ -d $data/data-bin ]] || die "$data has no data-bin: make it with scripts/prepare_text_lm.sh --out $data --from DIR"
 need_tool fairseq-train "activate the environment that holds fairseq"

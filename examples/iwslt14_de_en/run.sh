@@ -32,12 +32,7 @@ max_tokens=4096
 length=(--max-update 50000)
 average=5
 
-# One layer of width 32: the path is the same.
-smoke_model=(
-    --encoder-layers 1 --encoder-embed-dim 32 --encoder-ffn-embed-dim 32 --encoder-attention-heads 2
-    --decoder-layers 1 --decoder-embed-dim 32 --decoder-ffn-embed-dim 32 --decoder-attention-heads 2
-    --share-decoder-input-output-embed --dropout 0.3
-)
+smoke_model=("${tiny_transformer[@]}" --share-decoder-input-output-embed --dropout 0.3)
 smoke_length=(--max-epoch 2)
 smoke_training=(--lr 5e-3 --warmup-updates 40 --max-valid-steps 2)
 

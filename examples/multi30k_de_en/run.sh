@@ -32,11 +32,7 @@ max_tokens=4096
 length=(--max-epoch 20)
 average=5
 
-smoke_model=(
-    --encoder-layers 1 --encoder-embed-dim 32 --encoder-ffn-embed-dim 32 --encoder-attention-heads 2
-    --decoder-layers 1 --decoder-embed-dim 32 --decoder-ffn-embed-dim 32 --decoder-attention-heads 2
-    --share-all-embeddings --dropout 0.3
-)
+smoke_model=("${tiny_transformer[@]}" --share-all-embeddings --dropout 0.3)
 smoke_length=(--max-epoch 2)
 smoke_training=(--warmup-updates 40)
 
