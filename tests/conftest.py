@@ -1,5 +1,6 @@
 """What several test files need: small real data, models built by fairseq's own parser, real commands."""
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -44,6 +45,15 @@ def run(*command, check=True, **kwargs):
     )
     assert not check or result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
     return result
+
+
+def load_script(name):
+    """A file of scripts/ as a module, by its name without .py."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # where dataclasses, and functions in a new process, are looked for
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="session")

@@ -195,6 +195,27 @@ def accepted_options(script: Path) -> set[str]:
     return {line.split()[0] for line in table.splitlines()}
 
 
+def check_help(script: Path) -> tuple[set[str], str]:
+    """--help names every option of a recipe, and needs nothing installed; the options, and what it says."""
+    result = succeed(script, "--help", PYTHON="/nowhere/python")
+    options = accepted_options(script)
+    for option in options | {"--help"}:
+        assert f"  {option} " in result.stdout
+    return options, result.stdout
+
+
+def check_interruption(
+    tmp_path: Path, stand_in: dict[str, str], how: str, status: int, script: Path, *arguments: object
+) -> None:
+    """A recipe that is interrupted leaves nothing, and nothing is in the way of its next run."""
+    out = tmp_path / "out"
+    command = [script, *arguments, "--out", out]
+    assert interrupt(tmp_path, stand_in, how, *command) == status
+    assert siblings(out) == []
+    succeed(*command, **stand_in)
+    assert siblings(out) == ["out"]
+
+
 def fairseq_task(name: str, out: Path, *options: str):
     """The task that `fairseq-train OUT/data-bin --task NAME` sets up (any architecture will do)."""
     fairseq_options = pytest.importorskip("fairseq.options")

@@ -1,6 +1,5 @@
 """The benchmark: its ratios and peaks on what is known beforehand, and a run of it on data. No time is asserted."""
 
-import importlib.util
 import json
 import os
 import sys
@@ -8,18 +7,14 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, run
+from conftest import ROOT, load_script, run
 
 SCRIPT = ROOT / "scripts" / "benchmark.py"
 
 
 @pytest.fixture(scope="module")
 def benchmark():
-    spec = importlib.util.spec_from_file_location("benchmark", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["benchmark"] = module  # where its functions are looked for in a new process
-    spec.loader.exec_module(module)
-    return module
+    return load_script("benchmark")
 
 
 def test_sides_take_turns_with_the_first(benchmark):

@@ -6,7 +6,6 @@ perl, and $MOSES_SCRIPTS is the folder `scripts` of a copy of mosesdecoder, the 
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import random
 import shutil
@@ -17,6 +16,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from conftest import load_script
 
 pytest.importorskip("sacremoses")
 pytest.importorskip("subword_nmt")
@@ -26,10 +26,7 @@ SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "iwslt14_text.py"
 
 @pytest.fixture(scope="module")
 def module() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("iwslt14_text", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("iwslt14_text")
 
 
 # ---------------------------------------------------------------------- tokens

@@ -3,7 +3,6 @@
 The oracles for the language are lists written by hand: they share no table with the generator.
 """
 
-import importlib.util
 import itertools
 import os
 import re
@@ -13,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from conftest import load_script
 
 SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "make_demo_corpus.py"
 SIZES = {"train": 4000, "valid": 200, "test": 500}
@@ -84,12 +84,7 @@ def all_pairs(folder):
 @pytest.fixture(scope="module")
 def grammar():
     """The script as a module."""
-    spec = importlib.util.spec_from_file_location("make_demo_corpus", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up there
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+    return load_script("make_demo_corpus")
 
 
 # ------------------------------------------------------------------------------------------- files

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import os
 import subprocess
@@ -12,6 +11,7 @@ from types import ModuleType
 from xml.etree import ElementTree
 
 import pytest
+from conftest import load_script
 
 pytest.importorskip("matplotlib")
 
@@ -21,10 +21,7 @@ SCRIPT = ROOT / "scripts" / "plot_modulator.py"
 
 @pytest.fixture(scope="module")
 def plot() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("plot_modulator", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("plot_modulator")
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import pytest
 from recipes import (
     WIKITEXT,
     Prepared,
-    accepted_options,
+    check_help,
     clear_error,
     fail,
     fairseq_task,
@@ -152,11 +152,8 @@ def test_bad_options(arguments, message):
 
 
 def test_help_names_every_option():
-    result = succeed(WIKITEXT, "--help", PYTHON="/nowhere/python")
-    options = accepted_options(WIKITEXT)
+    options, _ = check_help(WIKITEXT)
     assert len(options) == 7
-    for option in options | {"--help"}:
-        assert f"  {option} " in result.stdout
 
 
 # ---------------------------------------------------------------------- bad archives

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import bz2
 import gzip
-import importlib.util
 import io
 import lzma
 import stat
@@ -16,6 +15,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from conftest import load_script
 
 SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "unpack.py"
 TEXTS = {"one.txt": b"first\n" * 5000, "two.txt": "zweite Straße\n".encode()}
@@ -24,11 +24,7 @@ WANTED = list(TEXTS)
 
 @pytest.fixture(scope="module")
 def module() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("unpack", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["unpack"] = module  # NamedTuple looks its module up
-    spec.loader.exec_module(module)
-    return module
+    return load_script("unpack")
 
 
 @pytest.fixture
