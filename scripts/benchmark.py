@@ -40,12 +40,11 @@ from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq.modules import MultiheadAttention
 from fairseq.trainer import Trainer
 from torch import Tensor, nn
-from torch._dynamo.utils import counters
 from tqdm import tqdm
 
 import multimax_fairseq  # noqa: F401  registers the models
 from multimax_fairseq.mappings import MultiMax, build_mapping, chunked_cross_entropy, modulate
-from multimax_fairseq.mappings.backend import compile_seconds
+from multimax_fairseq.mappings.backend import compiled_graphs
 from multimax_fairseq.mappings.multimax import multimax_formula
 from multimax_fairseq.modules import MappedMultiheadAttention
 from multimax_fairseq.modules.blockwise_attention import Masks, blockwise_multimax, causal_corner
@@ -478,8 +477,8 @@ def machine() -> Dict[str, Any]:
 
 
 def compiled() -> Dict[str, Any]:
-    graphs, seconds = counters["stats"]["unique_graphs"], sum(compile_seconds.values())
-    return {"graphs": graphs, "kernels": len(compile_seconds), "seconds": seconds}
+    names, seconds = zip(*compiled_graphs) if compiled_graphs else ((), ())
+    return {"graphs": len(names), "kernels": len(set(names)), "seconds": sum(seconds)}
 
 
 def main() -> None:

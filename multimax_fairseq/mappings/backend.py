@@ -1,8 +1,8 @@
 """Compiled or eager: where the kernels of :mod:`.kernels` run.
 
-``torch.compile`` makes one function of each, C++ on a CPU and Triton on a GPU, for all shapes. It is on by default
-where there is a compiler for it; the choice is, first to last, that of the environment variable ``MULTIMAX_BACKEND``,
-of :func:`set_backend` (``--multimax-backend``), and ``auto``::
+Inductor makes one function of each, C++ on a CPU and Triton on a GPU, for all shapes. It is on by default where there
+is a compiler for it; the choice is, first to last, that of the environment variable ``MULTIMAX_BACKEND``, of
+:func:`set_backend` (``--multimax-backend``), and ``auto``::
 
     auto      compiled; eager, with one warning that says why, where compiling fails
     compiled  compiled; an error where that fails
@@ -13,7 +13,6 @@ import functools
 import logging
 import os
 import time
-import types
 from typing import Any, Callable, Dict, List, Sequence, Tuple
 
 import torch
@@ -41,6 +40,7 @@ INDUCTOR_OPTIONS = {
 # more than 4,096 scores Inductor sums up in another way, in a kernel of its own.
 EXAMPLE_ROWS, EXAMPLE_WIDTH = 3_072, 160
 WIDE, WIDE_EXAMPLE = 4_096, 4_128
+MOST_SCORES = 2**31 - 1  # for so few a GPU's kernel counts in 32 bits
 
 # Scores in a block where a kernel runs eagerly on a CPU: 512 KiB in fp32. Of the tensors of that size some three are
 # in use at a time, which fit into a cache of 2 MiB.
@@ -48,7 +48,7 @@ EAGER_BLOCK = 2**17
 
 _is_compiling = getattr(torch.compiler, "is_compiling", None) or torch._utils.is_compiling  # before torch 2.3
 
-compile_seconds: Dict[str, float] = {}  # of this process, by kernel, all its dtypes together
+compiled_graphs: List[Tuple[str, float]] = []  # in this process: the name of the kernel, and seconds
 
 _chosen = "auto"
 _failure = ""  # why compiling is not tried again
@@ -83,7 +83,12 @@ def _checked(name: str, where: str) -> str:
 class Kernel:
     """A function of rows of scores, (rows, width), that is compiled when it is first called.
 
-    Its first argument has that shape; others have it too, or (rows, 1), and the last two are thresholds and gains.
+    Its first argument has that shape; others have it too, or (rows, 1), or always the same, and the last two are
+    thresholds and gains. What it writes to is contiguous.
+
+    Its graph is traced and compiled here, not by ``torch.compile``, which would look at every call again to see whether
+    its kernels still fit: that takes twice the time of all the rest of a call, and longer than short rows. What it
+    would look at is settled beforehand: dtypes, devices and order have their own kernel each, and it fits every shape.
     """
 
     def __init__(self, function: Callable[..., Any]):
@@ -99,6 +104,7 @@ class Kernel:
         """
         return (
             min(scores.shape) > 1
+            and scores.numel() <= MOST_SCORES
             and scores.device.type in COMPILED_DEVICES
             and backend() != "eager"
             and not (_failure and backend() == "auto")
@@ -123,24 +129,19 @@ class Kernel:
         return [self.eager(*block, *parameters) for block in blocks]
 
     def _run_compiled(self, arguments: Sequence[Tensor]) -> Any:
-        gains = arguments[-1]
-        variant = arguments[0].dtype, arguments[0].device, gains.dtype, len(gains)
+        kinds = [(tensor.dtype, tensor.device) for tensor in arguments]
+        variant = (*kinds, len(arguments[-1]), arguments[0].size(1) > WIDE)
         compiled = self._compiled.get(variant)
         if compiled is None:
             compiled = self._compiled[variant] = self._compile(arguments)
-        # .data: the compiler would take note of what a tensor is a view of, and make a kernel for each kind
-        return compiled(*(tensor.data for tensor in arguments))
+        return compiled(*(tensor.contiguous() for tensor in arguments))
 
     def _compile(self, arguments: Sequence[Tensor]) -> Callable[..., Any]:
         global _failure
         logger.info("compiling %s; PyTorch keeps it for the next run", self.__name__)
         start = time.perf_counter()
         try:
-            known = torch._inductor.list_options()
-            options = {name: value for name, value in INDUCTOR_OPTIONS.items() if name in known}
-            compiled = torch.compile(_copy(self.eager), dynamic=True, options=options)
-            *rows, thresholds, gains = arguments
-            compiled(*(_example(tensor, *rows[0].shape) for tensor in rows), thresholds.data, gains.data)
+            compiled = compile_function(self.eager, _examples(arguments))
         except Exception as error:
             if backend() == "compiled":
                 raise
@@ -151,7 +152,7 @@ class Kernel:
             )
             return self.eager
         seconds = time.perf_counter() - start
-        compile_seconds[self.__name__] = compile_seconds.get(self.__name__, 0.0) + seconds
+        compiled_graphs.append((self.__name__, seconds))
         logger.info("compiled %s in %.1f s", self.__name__, seconds)
         return compiled
 
@@ -161,15 +162,26 @@ def kernel(function: Callable[..., Any]) -> Kernel:
     return Kernel(function)
 
 
-def _copy(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The same function as an object of its own: PyTorch limits how often it compiles one for other dtypes."""
-    return types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
+def compile_function(function: Callable[..., Any], examples: Sequence[Tensor]) -> Callable[..., Any]:
+    """``function`` by Inductor, for contiguous tensors like the ``examples``, of any number of rows and any width."""
+    import torch._inductor  # here: it takes a second, and may not be needed
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    device = examples[0].device.type
+    with torch.no_grad(), torch.autocast(device, enabled=False):
+        graph = make_fx(function, tracing_mode="symbolic")(*examples)
+        inputs = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
+        known = torch._inductor.list_options()
+        options = {name: value for name, value in INDUCTOR_OPTIONS.items() if name in known}
+        return torch._inductor.compile(graph, inputs, options=options)
 
 
-def _example(tensor: Tensor, rows: int, width: int) -> Tensor:
-    """A tensor in the place of an argument, of the shape to compile for."""
-    if tensor.shape == (rows, width):
-        return tensor.new_zeros(EXAMPLE_ROWS, EXAMPLE_WIDTH if width <= WIDE else WIDE_EXAMPLE)
-    if tensor.shape == (rows, 1):
-        return tensor.new_zeros(EXAMPLE_ROWS, 1)
-    return tensor.data
+def _examples(arguments: Sequence[Tensor]) -> List[Tensor]:
+    """Tensors in the place of arguments, of the shapes to compile for."""
+    shape = arguments[0].shape
+    example_width = EXAMPLE_WIDTH if shape[1] <= WIDE else WIDE_EXAMPLE
+    examples = {shape: (EXAMPLE_ROWS, example_width), (shape[0], 1): (EXAMPLE_ROWS, 1)}
+    *rows, thresholds, gains = arguments
+    return [tensor.new_zeros(examples.get(tensor.shape, tensor.shape)) for tensor in rows] + [
+        torch.zeros_like(thresholds), torch.zeros_like(gains)
+    ]

@@ -48,8 +48,8 @@ class FusedMultiMax(Function):
         else:
             kernel, rows = modulate_rows_backward, (scores, grad)
         grads, grads_of_parameters = zip(*kernel.over_rows(rows, (thresholds, gains)))
-        grad_parameters = _summed(grads_of_parameters).to(gains.dtype)
-        return _joined(grads).view(scores.shape), grad_parameters[0], grad_parameters[1], None, None
+        grad_thresholds, grad_gains = _summed(grads_of_parameters).to(gains.dtype).unbind()
+        return _joined(grads).view(scores.shape), grad_thresholds, grad_gains, None, None
 
 
 def _joined(blocks: Sequence[Tensor]) -> Tensor:
