@@ -262,7 +262,7 @@ train() {
     mkdir -p "$run"
     write_file "$run/settings" < <(settings_of_run)
     rm -f "$run/trained" "$run/run.json"
-    "${train_command[@]}"
+    keep_memory "${train_command[@]}"
     write_file "$run/trained" <<<"${length[*]}"
 }
 

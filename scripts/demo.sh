@@ -76,7 +76,7 @@ grammar_demo() {
     bash "$scripts/prepare_demo.sh" --out "$data"
 
     step "Training" "2+2 layers of width 128, $mapping in attention, $epochs epochs"
-    fairseq-train "$data/data-bin" --user-dir "$root/multimax_fairseq" \
+    keep_memory fairseq-train "$data/data-bin" --user-dir "$root/multimax_fairseq" \
         --arch multimax_transformer --attention-mapping "$mapping" \
         --encoder-layers 2 --encoder-embed-dim 128 --encoder-ffn-embed-dim 256 --encoder-attention-heads 4 \
         --decoder-layers 2 --decoder-embed-dim 128 --decoder-ffn-embed-dim 256 --decoder-attention-heads 4 \

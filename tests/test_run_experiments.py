@@ -142,6 +142,14 @@ def test_help_is_the_recipes_own_and_that_of_all(experiment):
     assert "shellcheck" not in text
 
 
+@pytest.mark.parametrize("chosen, kept", [
+    ("-u GLIBC_TUNABLES", "glibc.malloc.mmap_max=0:"), ("GLIBC_TUNABLES=", "\n"), ("GLIBC_TUNABLES=a=1", "a=1\n")
+])  # fmt: skip
+def test_memory_is_kept_unless_the_user_has_chosen(chosen, kept):
+    script = f"source {shlex.quote(str(ROOT))}/scripts/common.sh && keep_memory printenv GLIBC_TUNABLES"
+    assert run("env", *chosen.split(), "bash", "-c", script).stdout.startswith(kept)
+
+
 # ---------------------------------------------------------------------- lists of runs
 
 

@@ -44,7 +44,7 @@ need_tool fairseq-train "activate the environment that holds fairseq"
 
 mkdir -p "$run_dir"
 # 2 layers of width 128 with tied embeddings, 256 tokens of context.
-fairseq-train "$data/data-bin" --user-dir "$root/multimax_fairseq" --task language_modeling \
+keep_memory fairseq-train "$data/data-bin" --user-dir "$root/multimax_fairseq" --task language_modeling \
     --arch multimax_transformer_lm --attention-mapping "$mapping" --output-mapping "$output_mapping" \
     --decoder-layers 2 --decoder-embed-dim 128 --decoder-input-dim 128 --decoder-output-dim 128 \
     --decoder-ffn-embed-dim 512 --decoder-attention-heads 4 --decoder-normalize-before \
