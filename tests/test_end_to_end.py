@@ -10,6 +10,8 @@ import torch
 from conftest import PLUGIN, ROOT, TINY, TINY_LM, run
 from fairseq import checkpoint_utils
 
+import multimax_fairseq  # noqa: F401  torch.load then takes checkpoints of fairseq
+
 pytestmark = pytest.mark.slow
 
 TRAINING = [

@@ -9,6 +9,7 @@ import torch
 
 from multimax_fairseq.mappings import MultiMax, backend
 from multimax_fairseq.mappings.backend import Kernel, set_backend
+from multimax_fairseq.mappings.kernels import multimax_rows, multimax_rows_backward
 
 
 @pytest.fixture(autouse=True)
@@ -107,6 +108,36 @@ def test_one_kernel_for_all_shapes():
         module(scores).pow(2).sum().backward()
         before = before or len(backend.compiled_graphs)
     assert len(backend.compiled_graphs) == before
+
+
+@pytest.mark.parametrize("width", [2, 3, 15, 16, 17, 33, 160, 1_000, 4_095, 4_096, 4_097, 10_007])
+@pytest.mark.parametrize("rows", [2, 3, 64])
+def test_a_kernel_fits_every_shape(rows, width):
+    """Nobody looks at a call again: what holds for the shape that was compiled for has to hold for all."""
+    set_backend("compiled")
+    scores, grad = torch.randn(2, rows, width)
+    parameters = torch.randn(2, 2, 2).mul_(0.1).unbind()
+    probabilities = multimax_rows.eager(scores, *parameters)
+    torch.testing.assert_close(multimax_rows(scores, *parameters), probabilities)
+    actual = multimax_rows_backward(scores, probabilities, grad, *parameters)
+    expected = multimax_rows_backward.eager(scores, probabilities, grad, *parameters)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_rows_that_are_not_contiguous():
+    set_backend("compiled")
+    scores, parameters = torch.randn(12, 7).T, ARGUMENTS[1:]
+    torch.testing.assert_close(multimax_rows(scores, *parameters), multimax_rows.eager(scores, *parameters))
+    (result,) = multimax_rows.over_rows([scores], parameters)
+    torch.testing.assert_close(result, multimax_rows.eager(scores, *parameters))
+
+
+def test_a_kernel_for_each_dtype_and_order():
+    set_backend("compiled")
+    for dtype, order in [(torch.float32, 1), (torch.float32, 2), (torch.float64, 2), (torch.bfloat16, 2)]:
+        scores = torch.randn(6, 9).to(dtype)
+        parameters = torch.randn(2, order, 2).mul_(0.1).unbind()
+        torch.testing.assert_close(multimax_rows(scores, *parameters), multimax_rows.eager(scores, *parameters))
 
 
 def test_scores_of_the_shape_of_parameters():

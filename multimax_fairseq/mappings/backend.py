@@ -86,9 +86,9 @@ class Kernel:
     Its first argument has that shape; others have it too, or (rows, 1), or always the same, and the last two are
     thresholds and gains. What it writes to is contiguous.
 
-    Its graph is traced and compiled here, not by ``torch.compile``, which would look at every call again to see whether
-    its kernels still fit: that takes twice the time of all the rest of a call, and longer than short rows. What it
-    would look at is settled beforehand: dtypes, devices and order have their own kernel each, and it fits every shape.
+    Its graph is traced and compiled here, not by ``torch.compile``, which looks at every call anew to see whether its
+    kernel still fits: that takes twice the time of the rest of a call, and more than softmax of short rows. What it
+    looks at is settled here: dtypes, devices and order have a kernel each, and a kernel fits every shape.
     """
 
     def __init__(self, function: Callable[..., Any]):
