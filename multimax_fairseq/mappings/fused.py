@@ -27,11 +27,7 @@ class FusedMultiMax(Function):
         ctx, scores: Tensor, thresholds: Tensor, gains: Tensor, formula: Callable[..., Tensor], normalise: bool
     ) -> Tensor:
         ctx.formula, ctx.normalise = formula, normalise
-        if scores.numel() == 0:
-            ctx.save_for_backward(scores, thresholds, gains, None)
-            return scores.clone()
-        kernel = multimax_rows if normalise else modulate_rows
-        result = _joined(kernel.over_rows([scores], (thresholds, gains))).view(scores.shape)
+        result = _forward(scores, thresholds, gains, normalise)
         ctx.save_for_backward(scores, thresholds, gains, result if normalise else None)
         return result
 
@@ -50,6 +46,22 @@ class FusedMultiMax(Function):
         grads, grads_of_parameters = zip(*kernel.over_rows(rows, (thresholds, gains)))
         grad_thresholds, grad_gains = _summed(grads_of_parameters).to(gains.dtype).unbind()
         return _joined(grads).view(scores.shape), grad_thresholds, grad_gains, None, None
+
+
+def fused_multimax(
+    scores: Tensor, thresholds: Tensor, gains: Tensor, formula: Callable[..., Tensor], normalise: bool
+) -> Tensor:
+    """:class:`FusedMultiMax`; where no gradient is wanted, as in decoding, without the detour by autograd."""
+    if torch.is_grad_enabled():
+        return FusedMultiMax.apply(scores, thresholds, gains, formula, normalise)
+    return _forward(scores, thresholds, gains, normalise)
+
+
+def _forward(scores: Tensor, thresholds: Tensor, gains: Tensor, normalise: bool) -> Tensor:
+    if scores.numel() == 0:
+        return scores.clone()
+    kernel = multimax_rows if normalise else modulate_rows
+    return _joined(kernel.over_rows([scores], (thresholds, gains))).view(scores.shape)
 
 
 def _joined(blocks: Sequence[Tensor]) -> Tensor:

@@ -15,7 +15,7 @@ from typing import Sequence
 import torch
 from torch import Tensor, nn
 
-from .fused import FusedMultiMax
+from .fused import fused_multimax
 from .masking import compute_dtype, is_absent, masked_softmax
 
 TERMS = ("below", "above")  # the columns of thresholds and gains: (b_n, d_n) and (g_b,n, g_d,n)
@@ -42,7 +42,7 @@ def modulate(scores: Tensor, thresholds: Tensor, gains: Tensor) -> Tensor:
         ValueError: ``thresholds`` and ``gains`` are not both (N, 2).
     """
     _check_shapes(thresholds, gains)
-    return FusedMultiMax.apply(scores, thresholds, gains, modulate_formula, False)
+    return fused_multimax(scores, thresholds, gains, modulate_formula, False)
 
 
 def multimax(scores: Tensor, thresholds: Tensor, gains: Tensor, dim: int = -1) -> Tensor:
@@ -64,7 +64,7 @@ def multimax(scores: Tensor, thresholds: Tensor, gains: Tensor, dim: int = -1) -
     _check_shapes(thresholds, gains)
     if dim not in (-1, scores.dim() - 1):
         return multimax(scores.movedim(dim, -1), thresholds, gains).movedim(-1, dim)
-    return FusedMultiMax.apply(scores, thresholds, gains, multimax_formula, True)
+    return fused_multimax(scores, thresholds, gains, multimax_formula, True)
 
 
 def modulate_formula(scores: Tensor, thresholds: Tensor, gains: Tensor) -> Tensor:

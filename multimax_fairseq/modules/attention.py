@@ -170,6 +170,7 @@ class MappedMultiheadAttention(MultiheadAttention):
         if values.size(0) == bsz * num_heads:
             output = torch.bmm(probabilities.view(-1, tgt_len, src_len), values)
             return output.view(bsz, num_heads, tgt_len, -1)
-        values = values.view(-1, 1, num_heads, src_len, self.head_dim)  # 1: broadcast over the beam
+        values = values.view(-1, num_heads, src_len, self.head_dim)
         by_sentence = probabilities.view(values.size(0), -1, num_heads, tgt_len, src_len)
-        return (by_sentence @ values).flatten(0, 1)
+        # einsum takes the rows of a beam for one product; matmul would copy the values for each hypothesis
+        return torch.einsum("sbhij,shjd->sbhid", by_sentence, values).flatten(0, 1)
