@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import entmax as entmax_package
 import pytest
 import reference
 import torch
@@ -193,3 +194,10 @@ def test_alpha_that_is_no_number_is_refused(alpha):
     with pytest.raises(ValueError, match=r"\(1, 2\] or 'learned'") as error:
         Entmax(alpha=alpha)
     assert repr(alpha) in str(error.value)
+
+
+@pytest.mark.parametrize("alpha", [1.01, 1.3, 2.0])
+def test_fewer_halvings_give_the_same_bits(alpha):
+    scores = 5 * torch.randn(200, 65)
+    scores -= scores.amax(-1, keepdim=True)
+    assert torch.equal(entmax(scores, alpha), entmax_package.entmax_bisect(scores, alpha))

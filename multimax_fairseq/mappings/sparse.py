@@ -16,6 +16,9 @@ from .masking import compute_dtype, is_absent
 # softmax as a learned α comes, both are still well inside fp32.
 LEARNED_ALPHA_MIN = 1.01
 
+# Halvings of an interval that is shorter than 1: of the package's 50 the last 20 change nothing in fp32, to the bit.
+ITERATIONS = {torch.float32: 30, torch.float64: 50}
+
 
 def sparsemax(scores: Tensor, dim: int = -1) -> Tensor:
     """The Euclidean projection of the scores on the simplex: argmin_p ‖p − x‖².
@@ -61,7 +64,7 @@ def entmax(scores: Tensor, alpha: Union[float, Tensor] = 1.5, dim: int = -1) -> 
         alpha = alpha.to(compute_dtype(scores.dtype))
         if alpha.dim():
             alpha = alpha.expand([1] * (scores.dim() - alpha.dim()) + list(alpha.shape)).movedim(dim, -1)
-    return _project(scores, dim, lambda x: entmax_package.entmax_bisect(x, alpha))
+    return _project(scores, dim, lambda x: entmax_package.entmax_bisect(x, alpha, n_iter=ITERATIONS[x.dtype]))
 
 
 def _project(scores: Tensor, dim: int, projection: Callable[[Tensor], Tensor]) -> Tensor:
