@@ -93,6 +93,7 @@ def test_output_and_gradients_are_those_of_the_formula(name, order, blocks):
     [(torch.float32, 1e-5), (torch.bfloat16, 1e-1)],  # some ten roundings: 24 and 8 binary digits
 )
 def test_lower_precision_stays_close_to_double(dtype, tolerance, blocks):
+    # Of the loss that compare() draws; where the parts of a parameter's gradient cancel, the rest has few digits.
     inputs = case(11, 11, dtype=dtype)
     with torch.no_grad():
         inputs[4].mul_(0.125)  # gains as they are learned: σ of a score of 10 stays of the size of scores
