@@ -16,10 +16,13 @@ faster, or less, than the first side. So it stands on a machine that is not quit
                side has its weights, and MultiMax with modulators at the identity: both find the same hypotheses
     epoch      words a second of training on --data (translation), in a first and a second pass
 
-Kernels compiled, and the seconds that took, are counted at the end. A GPU is used if there is one.
+Kernels compiled, and the seconds that took, are counted at the end. A GPU is used if there is one. On a CPU memory
+that is freed stays with the process, as in the recipes (keep_memory in common.sh); else the figures would be as much
+of the system's pages as of the sides, and flip between two values.
 """
 
 import argparse
+import ctypes
 import gc
 import json
 import logging
@@ -47,7 +50,7 @@ from multimax_fairseq.mappings import MultiMax, build_mapping, chunked_cross_ent
 from multimax_fairseq.mappings.backend import compiled_graphs
 from multimax_fairseq.mappings.multimax import multimax_formula
 from multimax_fairseq.modules import MappedMultiheadAttention
-from multimax_fairseq.modules.blockwise_attention import Masks, blockwise_multimax, causal_corner
+from multimax_fairseq.modules.blockwise_attention import Masks, blockwise_multimax
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 Rows = List[Dict[str, Any]]
@@ -90,6 +93,15 @@ def compare(case: str, sides: Sides, rounds: int) -> Rows:
 def row_of(case: str, side: str, ratios: List[float], seconds: List[float]) -> Dict[str, Any]:
     milliseconds = 1e3 * statistics.median(seconds)
     return {"case": case, "side": side, "ratio": statistics.median(ratios), "milliseconds": milliseconds}
+
+
+def keep_memory() -> None:
+    """Tell the GNU C library not to give memory back to the system; of no effect elsewhere."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        m_trim_threshold, m_mmap_max = -1, -4  # malloc.h
+        mallopt(m_trim_threshold, -1)  # no number is large enough
+        mallopt(m_mmap_max, 0)
 
 
 def synchronise() -> None:
@@ -214,7 +226,7 @@ def attention_core(bsz: int, length: int) -> Sides:
 
     def blockwise() -> None:
         parameters = multimax.thresholds, multimax.gains
-        output = blockwise_multimax(*inputs, *parameters, Masks(causal=causal_corner(upstream)))
+        output = blockwise_multimax(*inputs, *parameters, Masks(causal=True))
         torch.autograd.grad(output, (*inputs, *parameters), upstream)
 
     return {"stock": stock, "multimax": blockwise}
@@ -505,6 +517,8 @@ def main() -> None:
     warnings.simplefilter("ignore")  # of fairseq, torch and hydra about each other
     if args.threads:
         torch.set_num_threads(args.threads)
+
+    keep_memory()
 
     results = {"machine": machine(), "rows": []}
     print(results["machine"])

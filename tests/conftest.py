@@ -58,7 +58,7 @@ def load_script(name):
 
 @pytest.fixture(autouse=True)
 def seed():
-    """The same numbers in every run, whatever ran before: a tolerance holds for them, not for all that can be drawn."""
+    """The same numbers in every run, whatever ran before: a tolerance holds for them, not for all that can be."""
     torch.manual_seed(0)
 
 

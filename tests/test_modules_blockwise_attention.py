@@ -9,7 +9,7 @@ from fairseq.modules import MultiheadAttention
 from multimax_fairseq.mappings import build_mapping
 from multimax_fairseq.mappings.multimax import multimax_formula
 from multimax_fairseq.modules import MappedMultiheadAttention, attention, blockwise_attention
-from multimax_fairseq.modules.blockwise_attention import Masks, blockwise_multimax, causal_corner
+from multimax_fairseq.modules.blockwise_attention import Masks, blockwise_multimax
 
 HEADS, HEAD_DIM = 6, 5
 INF = float("inf")
@@ -53,11 +53,11 @@ def whole(query, key, value, thresholds, gains, mask):
 MASKS = {
     "none": lambda tgt, src: (Masks(), torch.zeros(tgt, src)),
     "causal": lambda tgt, src: (
-        Masks(causal=causal_corner(torch.zeros(1, dtype=torch.float64))), torch.full((tgt, tgt), -INF).triu(1)
+        Masks(causal=True), torch.full((tgt, tgt), -INF).triu(1)
     ),
     "keys": lambda tgt, src: (Masks(keys=padding(src)), padding(src)),
     "causal and keys": lambda tgt, src: (
-        Masks(causal=causal_corner(torch.zeros(1, dtype=torch.float64)), keys=padding(src)),
+        Masks(causal=True, keys=padding(src)),
         torch.full((tgt, tgt), -INF).triu(1) + padding(src),
     ),
     "scores": lambda tgt, src: (
@@ -97,8 +97,7 @@ def test_lower_precision_stays_close_to_double(dtype, tolerance, blocks):
     inputs = case(11, 11, dtype=dtype)
     with torch.no_grad():
         inputs[4].mul_(0.125)  # gains as they are learned: σ of a score of 10 stays of the size of scores
-    corner = causal_corner(torch.zeros(1, dtype=dtype))
-    compare(inputs, Masks(causal=corner), torch.full((11, 11), -INF).triu(1), atol=tolerance, rtol=tolerance)
+    compare(inputs, Masks(causal=True), torch.full((11, 11), -INF).triu(1), atol=tolerance, rtol=tolerance)
 
 
 def test_a_query_that_sees_no_key_gets_zeros_and_gives_none(blocks):
@@ -121,7 +120,7 @@ def test_nothing_of_length_squared_is_kept(monkeypatch):
     monkeypatch.setattr(blockwise_attention, "SCORES_PER_THREAD", 64)
     length, kept = 64, []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda _: _):
-        blockwise_multimax(*case(length, length), Masks(causal=causal_corner(torch.zeros(1, dtype=torch.float64))))
+        blockwise_multimax(*case(length, length), Masks(causal=True))
     assert sum(tensor.numel() for tensor in kept) <= HEADS * length * (4 * HEAD_DIM + 1) + 8
 
 

@@ -1,7 +1,8 @@
 """Compiled or eager: where the kernels of :mod:`.kernels` run.
 
-Inductor makes one function of each, C++ on a CPU and Triton on a GPU, for all shapes. It is on by default where there
-is a compiler for it; the choice is, first to last, that of the environment variable ``MULTIMAX_BACKEND``, of
+Inductor makes one function of each, C++ on a CPU and Triton on a GPU, for all shapes. For fp32 on a CPU the most used
+of them are written in C++ (:mod:`.native`), and Inductor serves where that cannot be compiled. Both are on by default
+where there is a compiler; the choice is, first to last, that of the environment variable ``MULTIMAX_BACKEND``, of
 :func:`set_backend` (``--multimax-backend``), and ``auto``::
 
     auto      compiled; eager, with one warning that says why, where compiling fails
@@ -48,7 +49,7 @@ EAGER_BLOCK = 2**17
 
 _is_compiling = getattr(torch.compiler, "is_compiling", None) or torch._utils.is_compiling  # before torch 2.3
 
-compiled_graphs: List[Tuple[str, float]] = []  # in this process: the name of the kernel, and seconds
+compiled_graphs: List[Tuple[str, float]] = []  # in this process: the name of the kernel or file, and seconds
 
 _chosen = "auto"
 _failure = ""  # why compiling is not tried again
@@ -72,6 +73,22 @@ def backend() -> str:
         ValueError: what the environment variable says is not of ``BACKENDS``.
     """
     return _checked(os.environ.get(ENVIRONMENT_VARIABLE) or _chosen, ENVIRONMENT_VARIABLE)
+
+
+def wants_compiled(tensor: Tensor) -> bool:
+    """Whether what is computed of ``tensor`` is to run compiled, if it can be."""
+    return (
+        tensor.device.type in COMPILED_DEVICES
+        and backend() != "eager"
+        and not torch.jit.is_tracing()
+        and not _is_compiling()  # whoever compiles a whole model has the formula
+    )
+
+
+def note_compiled(name: str, seconds: float) -> None:
+    """To be called when something has been compiled."""
+    compiled_graphs.append((name, seconds))
+    logger.info("compiled %s in %.1f s", name, seconds)
 
 
 def _checked(name: str, where: str) -> str:
@@ -105,11 +122,8 @@ class Kernel:
         return (
             min(scores.shape) > 1
             and scores.numel() <= MOST_SCORES
-            and scores.device.type in COMPILED_DEVICES
-            and backend() != "eager"
+            and wants_compiled(scores)
             and not (_failure and backend() == "auto")
-            and not torch.jit.is_tracing()
-            and not _is_compiling()  # whoever compiles a whole model has the formula
         )
 
     def __call__(self, *arguments: Tensor) -> Any:
@@ -151,9 +165,7 @@ class Kernel:
                 "(--multimax-backend eager, or %s=eager, says so from the start)", _failure, ENVIRONMENT_VARIABLE
             )
             return self.eager
-        seconds = time.perf_counter() - start
-        compiled_graphs.append((self.__name__, seconds))
-        logger.info("compiled %s in %.1f s", self.__name__, seconds)
+        note_compiled(self.__name__, time.perf_counter() - start)
         return compiled
 
 

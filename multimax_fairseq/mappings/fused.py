@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from . import native
 from .kernels import modulate_rows, modulate_rows_backward, multimax_rows, multimax_rows_backward
 
 
@@ -33,19 +34,15 @@ class FusedMultiMax(Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
-        scores, thresholds, gains, probabilities = ctx.saved_tensors
+        scores, thresholds, gains, _ = ctx.saved_tensors
         if torch.is_grad_enabled():
             return (*_differentiable_backward(ctx, grad), None, None)
         if scores.numel() == 0:
             return grad, torch.zeros_like(thresholds), torch.zeros_like(gains), None, None
 
-        if ctx.normalise:
-            kernel, rows = multimax_rows_backward, (scores, probabilities, grad)
-        else:
-            kernel, rows = modulate_rows_backward, (scores, grad)
-        grads, grads_of_parameters = zip(*kernel.over_rows(rows, (thresholds, gains)))
-        grad_thresholds, grad_gains = _summed(grads_of_parameters).to(gains.dtype).unbind()
-        return _joined(grads).view(scores.shape), grad_thresholds, grad_gains, None, None
+        grad_scores, grads_of_parameters = _backward(ctx, grad)
+        grad_thresholds, grad_gains = grads_of_parameters.to(gains.dtype).unbind()
+        return grad_scores, grad_thresholds, grad_gains, None, None
 
 
 def fused_multimax(
@@ -60,8 +57,23 @@ def fused_multimax(
 def _forward(scores: Tensor, thresholds: Tensor, gains: Tensor, normalise: bool) -> Tensor:
     if scores.numel() == 0:
         return scores.clone()
+    if normalise and native.ROWS.serves(scores):
+        return native.multimax_rows(scores, thresholds, gains)
     kernel = multimax_rows if normalise else modulate_rows
     return _joined(kernel.over_rows([scores], (thresholds, gains))).view(scores.shape)
+
+
+def _backward(ctx, grad: Tensor) -> Tuple[Tensor, Tensor]:
+    """∂L/∂x, and ∂L/∂(thresholds, gains)."""
+    scores, thresholds, gains, probabilities = ctx.saved_tensors
+    if ctx.normalise and native.ROWS.serves(scores):
+        return native.multimax_rows_backward(scores, probabilities, grad, thresholds, gains)
+    if ctx.normalise:
+        kernel, rows = multimax_rows_backward, (scores, probabilities, grad)
+    else:
+        kernel, rows = modulate_rows_backward, (scores, grad)
+    grads, grads_of_parameters = zip(*kernel.over_rows(rows, (thresholds, gains)))
+    return _joined(grads).view(scores.shape), _summed(grads_of_parameters)
 
 
 def _joined(blocks: Sequence[Tensor]) -> Tensor:

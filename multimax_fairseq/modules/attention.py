@@ -7,7 +7,7 @@ from fairseq.modules import MultiheadAttention
 from torch import Tensor, nn
 
 from ..mappings import MultiMax, additive_mask
-from .blockwise_attention import MIN_KEYS, Masks, blockwise_multimax, causal_corner
+from .blockwise_attention import MIN_KEYS, Masks, blockwise_multimax
 from .masks import is_causal
 
 
@@ -143,7 +143,7 @@ class MappedMultiheadAttention(MultiheadAttention):
         )
         causal = attn_mask is not None and is_causal(attn_mask)
         masks = Masks(
-            causal=causal_corner(queries) if causal else None,
+            causal=causal,
             keys=None if key_padding_mask is None else self._hidden_keys(key_padding_mask, queries.dtype),
             scores=None if causal or attn_mask is None else additive_mask(attn_mask, queries.dtype),
         )

@@ -20,6 +20,8 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from ..mappings.kernels import exponentials_rows_, exponentials_rows_backward
+from . import native_attention
+from .native_attention import length_first
 
 # Queries in a block. A causal block has queries²/2 scores in vain on its diagonal, a lower one multiplies less
 # efficiently: half as many where rows are not long.
@@ -42,19 +44,14 @@ class Masks(NamedTuple):
     """What hides keys from queries.
 
     Attributes:
-        causal: where a query sees only the keys up to its own position, :func:`causal_corner`; else None.
+        causal: whether a query sees only the keys up to its own position.
         keys: (bsz · num_heads, 1, src_len), 0 or −inf, or None.
         scores: (tgt_len, src_len), to be added, or None.
     """
 
-    causal: Optional[Tensor] = None
+    causal: bool = False
     keys: Optional[Tensor] = None
     scores: Optional[Tensor] = None
-
-
-def causal_corner(query: Tensor) -> Tensor:
-    """What hides the last keys of a causal block: (QUERIES, QUERIES), −inf above the diagonal and 0 elsewhere."""
-    return query.new_full((QUERIES, QUERIES), float("-inf")).triu_(1)
 
 
 class BlockwiseMultiMax(Function):
@@ -74,7 +71,7 @@ class BlockwiseMultiMax(Function):
     def forward(
         ctx, query: Tensor, key: Tensor, value: Tensor, thresholds: Tensor, gains: Tensor, masks: Masks
     ) -> Tensor:
-        output = _like(query)
+        output = length_first(query)
         # one head after the other in memory: products of such are a fifth faster than of projections as they come
         query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
         log_totals = []
@@ -95,7 +92,7 @@ class BlockwiseMultiMax(Function):
         query, key, value, thresholds, gains, output, *log_totals = ctx.saved_tensors
         grad = grad.contiguous()
         expected_grads = torch.linalg.vecdot(grad, output).to(log_totals[0].dtype)
-        grad_query, grad_key, grad_value = _like(query), _like(key), _like(value)
+        grad_query, grad_key, grad_value = length_first(query), length_first(key), length_first(value)
         grads_of_parameters = []
         scratches = [_scratch(query, key) for _ in range(4)]
         for (heads, queries, keys), log_total in zip(_blocks(query, key, ctx.masks), log_totals):
@@ -128,15 +125,15 @@ class BlockwiseMultiMax(Function):
 def blockwise_multimax(
     query: Tensor, key: Tensor, value: Tensor, thresholds: Tensor, gains: Tensor, masks: Masks
 ) -> Tensor:
-    """:class:`BlockwiseMultiMax` in the dtype of ``query``, also where autocast would choose another."""
+    """:class:`BlockwiseMultiMax` in the dtype of ``query``, also where autocast would choose another.
+
+    For fp32 on a CPU it is :class:`.native_attention.NativeMultiMax`, which takes half the time.
+    """
+    key, value = key.to(query.dtype), value.to(query.dtype)
+    if native_attention.serves(query):
+        return native_attention.NativeMultiMax.apply(query, key, value, thresholds, gains, *masks)
     with torch.autocast(query.device.type, enabled=False):
-        return BlockwiseMultiMax.apply(query, key.to(query.dtype), value.to(query.dtype), thresholds, gains, masks)
-
-
-def _like(tensor: Tensor) -> Tensor:
-    """An empty tensor of this shape, (heads, length, head_dim), with length first in memory, as in projections."""
-    heads, length, head_dim = tensor.shape
-    return tensor.new_empty(length, heads, head_dim).transpose(0, 1)
+        return BlockwiseMultiMax.apply(query, key, value, thresholds, gains, masks)
 
 
 def _block_size(query: Tensor, key: Tensor) -> Tuple[int, int]:
@@ -154,7 +151,7 @@ def _blocks(query: Tensor, key: Tensor, masks: Masks) -> Iterator[Block]:
     for head in range(0, num_heads, heads):
         for start in reversed(range(0, tgt_len, queries)):
             end = min(start + queries, tgt_len)
-            keys = slice(0, src_len if masks.causal is None else end)
+            keys = slice(0, end if masks.causal else src_len)
             yield slice(head, min(head + heads, num_heads)), slice(start, end), keys
 
 
@@ -172,9 +169,9 @@ def _scores(q: Tensor, k: Tensor, masks: Masks, block: Block, scratch: Tensor) -
     """The masked scores of a block, (heads, queries, keys), from the queries and keys in it."""
     heads, queries, keys = block
     scores = torch.bmm(q, k.transpose(1, 2), out=_part(scratch, (len(q), q.size(1), k.size(1))))
-    if masks.causal is not None:
+    if masks.causal:
         count = queries.stop - queries.start
-        scores[:, :, queries].add_(masks.causal[:count, :count])
+        scores[:, :, queries].add_(scores.new_full((count, count), float("-inf")).triu_(1))
     if masks.scores is not None:
         scores.add_(masks.scores[queries, keys])
     if masks.keys is not None:

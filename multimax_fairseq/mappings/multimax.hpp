@@ -1,0 +1,205 @@
+// MultiMax on a row of fp32 scores, for a CPU: what multimax.cpp and ../modules/blockwise_attention.cpp are made of.
+//
+// The formulas are those of kernels.py. Vectors are the extension that GCC and Clang share, as wide as the processor
+// that the compiler is told of.
+
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+#include <omp.h>
+
+namespace multimax {
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16;
+#elif defined(__AVX2__)
+constexpr int LANES = 8;
+#else
+constexpr int LANES = 4;
+#endif
+
+typedef float Vec __attribute__((vector_size(4 * LANES)));
+typedef int32_t IntVec __attribute__((vector_size(4 * LANES)));
+
+constexpr float INFINITE = std::numeric_limits<float>::infinity();
+constexpr float LOWEST = std::numeric_limits<float>::lowest();
+// Stands for -inf where a gradient is computed: finite, so that times a gradient of 0 it is 0, also when squared.
+constexpr float FAR_BELOW = -1e9f;
+
+inline Vec all(float x) { return x - Vec{}; }
+inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
+
+// The first `lanes` numbers at `from`, and `fill` in the other lanes.
+inline Vec load(const float* from, int lanes, float fill) {
+  Vec v;
+  if (lanes == LANES) {
+    std::memcpy(&v, from, sizeof v);
+  } else {
+    v = all(fill);
+    std::memcpy(&v, from, lanes * sizeof(float));
+  }
+  return v;
+}
+
+inline void store(float* to, int lanes, Vec v) {
+  std::memcpy(to, &v, lanes == LANES ? sizeof v : lanes * sizeof(float));
+}
+
+template <int COUNT>
+struct Lanes {
+  typedef float Type __attribute__((vector_size(4 * COUNT)));
+};
+
+// Of all lanes: one half with the other, and so on.
+template <int COUNT, class Operation>
+inline float reduce(const typename Lanes<COUNT>::Type& v, Operation operation) {
+  if constexpr (COUNT == 2) {
+    return operation(Lanes<4>::Type{v[0]}, Lanes<4>::Type{v[1]})[0];  // as numbers, a compiler may take a branch
+  } else {
+    typename Lanes<COUNT / 2>::Type halves[2];
+    std::memcpy(halves, &v, sizeof v);
+    return reduce<COUNT / 2>(operation(halves[0], halves[1]), operation);
+  }
+}
+
+inline float sum(Vec v) {
+  return reduce<LANES>(v, [](auto a, auto b) { return a + b; });
+}
+
+inline float max(Vec v) {
+  return reduce<LANES>(v, [](auto a, auto b) { return a > b ? a : b; });
+}
+
+// exp(x) for x <= 0, to 2 units in the last place; 0 below -87.7, NaN of NaN.
+//
+// exp(x) = 2^n exp(r), r = x - n log 2 in [-log(2)/2, log(2)/2], with the polynomial and the two parts of log 2 of
+// Moshier's Cephes library (expf).
+inline Vec exp(Vec x) {
+  x = x < -88.f ? all(-88.f) : x;
+  const IntVec n = __builtin_convertvector(x * 1.44269504f - 0.5f, IntVec);  // towards 0
+  const Vec whole = __builtin_convertvector(n, Vec);
+  const Vec r = x - whole * 0.693359375f + whole * 2.12194440e-4f;
+  Vec y = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  y = y * r + 8.3334519073e-3f;
+  y = y * r + 4.1665795894e-2f;
+  y = y * r + 1.6666665459e-1f;
+  y = y * r + 5.0000001201e-1f;
+  y = y * (r * r) + r + 1.f;
+  const IntVec bits = (n + 127) << 23;  // of 2^n; of 0 for n = -127
+  Vec power;
+  std::memcpy(&power, &bits, sizeof power);
+  return y * power;
+}
+
+// Calls body(index, lanes) for all of `count` numbers, LANES at a time and then the rest.
+template <class Body>
+inline void each(int64_t count, Body body) {
+  int64_t j = 0;
+  for (; j + LANES <= count; j += LANES) body(j, LANES);
+  if (j < count) body(j, int(count - j));
+}
+
+// Calls body(first, last, thread) for a part of `count` things in each thread.
+template <class Body>
+inline void share(int64_t count, int threads, Body body) {
+#pragma omp parallel num_threads(threads)
+  {
+    const int64_t thread = omp_get_thread_num(), team = omp_get_num_threads();
+    body(count * thread / team, count * (thread + 1) / team, thread);
+  }
+}
+
+// Thresholds b_n and d_n, and their gains: of `thresholds` and `gains`, (ORDER, 2).
+template <int ORDER>
+struct Modulator {
+  float below[ORDER], above[ORDER], gain_below[ORDER], gain_above[ORDER];
+
+  Modulator(const float* thresholds, const float* gains) {
+    for (int n = 0; n < ORDER; ++n) {
+      below[n] = thresholds[2 * n], above[n] = thresholds[2 * n + 1];
+      gain_below[n] = gains[2 * n], gain_above[n] = gains[2 * n + 1];
+    }
+  }
+
+  // sigma(x); the lowest number where x is -inf.
+  inline Vec operator()(Vec x) const {
+    Vec y = x;
+    for (int n = 0; n < ORDER; ++n) {
+      const Vec under = max(below[n] - x, Vec{}), over = max(x - above[n], Vec{});
+      y += gain_below[n] * (n ? under * under : under) + gain_above[n] * (n ? over * over : over);
+    }
+    return x < LOWEST ? all(LOWEST) : y;
+  }
+};
+
+// Sums over scores that the gradients of thresholds and gains consist of.
+template <int ORDER>
+struct Sums {
+  Vec slope_below[ORDER] = {}, slope_above[ORDER] = {}, power_below[ORDER] = {}, power_above[ORDER] = {};
+
+  // dL/dx from x and `upstream` = dL/dsigma; adds to the sums.
+  inline Vec backward(Vec x, Vec upstream, const Modulator<ORDER>& sigma) {
+    Vec grad = upstream;
+    x = max(x, all(FAR_BELOW));
+    for (int n = 0; n < ORDER; ++n) {
+      const Vec under = max(sigma.below[n] - x, Vec{}), over = max(x - sigma.above[n], Vec{});
+      // u n max(b_n - x, 0)^(n-1) and u max(b_n - x, 0)^n, and so for d_n
+      const Vec slope_under = n ? 2 * upstream * under : under > 0.f ? upstream : Vec{};
+      const Vec slope_over = n ? 2 * upstream * over : over > 0.f ? upstream : Vec{};
+      grad += sigma.gain_above[n] * slope_over - sigma.gain_below[n] * slope_under;
+      slope_below[n] += slope_under, slope_above[n] += slope_over;
+      power_below[n] += upstream * (n ? under * under : under);
+      power_above[n] += upstream * (n ? over * over : over);
+    }
+    return grad;
+  }
+
+  // Adds the gradients of thresholds and gains to `grads`, (2, ORDER, 2).
+  void add_to(double* grads, const Modulator<ORDER>& sigma) const {
+    for (int n = 0; n < ORDER; ++n) {
+      grads[2 * n] += double(sigma.gain_below[n]) * sum(slope_below[n]);
+      grads[2 * n + 1] -= double(sigma.gain_above[n]) * sum(slope_above[n]);
+      grads[2 * (ORDER + n)] += sum(power_below[n]);
+      grads[2 * (ORDER + n) + 1] += sum(power_above[n]);
+    }
+  }
+};
+
+struct Normaliser {
+  float peak;   // max sigma; the lowest number where no score is there
+  float total;  // sum exp(sigma - max sigma)
+
+  float factor() const { return peak == LOWEST ? 0 : 1 / total; }
+  float log_total() const { return peak == LOWEST ? INFINITE : peak + std::log(total); }
+};
+
+// exp(sigma(x) - max sigma) of a row of `count` scores, which may be written over.
+template <int ORDER>
+inline Normaliser exponentials(const float* scores, float* result, int64_t count, const Modulator<ORDER>& sigma) {
+  Vec peaks = all(LOWEST), totals = {};
+  each(count, [&](int64_t j, int lanes) {
+    const Vec modulated = sigma(load(scores + j, lanes, -INFINITE));
+    peaks = max(peaks, modulated);
+    store(result + j, lanes, modulated);
+  });
+  const float peak = max(peaks);
+  if (peak == LOWEST) {  // nothing but -inf, and what is not a number
+    each(count, [&](int64_t j, int lanes) {
+      const Vec modulated = load(result + j, lanes, LOWEST);
+      store(result + j, lanes, modulated <= LOWEST ? Vec{} : modulated);
+    });
+    return {peak, 0};
+  }
+  each(count, [&](int64_t j, int lanes) {
+    const Vec exponential = exp(load(result + j, lanes, -INFINITE) - peak);
+    totals += exponential;
+    store(result + j, lanes, exponential);
+  });
+  return {peak, sum(totals)};
+}
+
+}  // namespace multimax

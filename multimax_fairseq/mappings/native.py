@@ -1,0 +1,148 @@
+"""Kernels in C++, for fp32 on a CPU: there they take half the time of those that Inductor makes of :mod:`.kernels`.
+
+A source file is compiled when a function of it is first called, by the compiler that PyTorch takes for extensions
+(``CXX``, else ``c++``), in about a second, and kept in PyTorch's folder of extensions (``TORCH_EXTENSIONS_DIR``, else
+``~/.cache/torch_extensions``) for the next run. It includes nothing of PyTorch: what it is given are addresses of
+numbers. Its OpenMP is PyTorch's own, whose symbols are there once torch is imported; a second one would bring threads
+of its own.
+
+``torch.utils.cpp_extension.load`` needs ninja, and waits forever on the lock of a run that was interrupted while it
+compiled. Here two runs that compile at once both do, and each puts a whole file in its place.
+"""
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import shlex
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+from typing import Dict, Optional, Sequence, Tuple
+
+import torch
+from torch import Tensor
+from torch.utils import cpp_extension
+
+from . import backend
+
+logger = logging.getLogger(__name__)
+
+HEADER = Path(__file__).with_name("multimax.hpp")
+
+FLAGS = ["-std=c++17", "-O3", "-fno-math-errno", "-fopenmp", "-fPIC"]
+FLAGS_BY_CAPABILITY = {
+    "AVX512": ["-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", "-mfma"],
+    "AVX2": ["-mavx2", "-mfma"],
+}
+
+# Scores from which on another thread pays, as in PyTorch's own loops.
+SCORES_PER_THREAD = 2**15
+
+INTEGER, ADDRESS = ctypes.c_int64, ctypes.c_void_p
+
+
+class Library:
+    """The functions of a C++ file.
+
+    Args:
+        source: the file.
+        signatures: name → types of the arguments, of every function to be called.
+    """
+
+    def __init__(self, source: Path, signatures: Dict[str, Sequence]):
+        self.source = source
+        self.signatures = signatures
+
+    def serves(self, tensor: Tensor) -> bool:
+        """Whether its functions take the place of the kernels where a computation starts from ``tensor``."""
+        return (
+            tensor.dtype == torch.float32
+            and tensor.device.type == "cpu"
+            and backend.wants_compiled(tensor)
+            and self.functions is not None
+        )
+
+    @functools.cached_property
+    def functions(self) -> Optional[ctypes.CDLL]:
+        """The compiled file; None where that cannot be had."""
+        try:
+            functions = ctypes.CDLL(str(self._compiled()))
+        except (OSError, subprocess.SubprocessError) as error:
+            reason = getattr(error, "stderr", None) or str(error)
+            logger.info("%s: not compiled, Inductor's kernels serve: %s", self.source.name, reason.partition("\n")[0])
+            return None
+        for name, types in self.signatures.items():
+            function = getattr(functions, name)
+            function.argtypes, function.restype = types, None
+        return functions
+
+    def _compiled(self) -> Path:
+        compiler = shlex.split(cpp_extension.get_cxx_compiler())
+        flags = FLAGS + FLAGS_BY_CAPABILITY.get(torch.backends.cpu.get_cpu_capability(), [])
+        contents = [path.read_text() for path in (self.source, HEADER)]
+        key = hashlib.sha256("\0".join([*compiler, *flags, *contents]).encode()).hexdigest()[:16]
+        folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root())
+        folder /= "multimax_fairseq"
+        library = folder / f"{self.source.stem}-{key}.so"
+        if not library.exists():
+            logger.info("compiling %s; it is kept in %s for the next run", self.source.name, folder)
+            start = time.perf_counter()
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=folder) as unfinished:
+                objects, linked = (os.path.join(unfinished, name) for name in ("kernels.o", "kernels.so"))
+                _run(*compiler, *flags, "-c", str(self.source), "-o", objects)
+                # the linker is not told of OpenMP: its symbols are to be found in PyTorch's
+                _run(*compiler, "-shared", objects, "-o", linked)
+                os.replace(linked, library)
+            backend.note_compiled(self.source.name, time.perf_counter() - start)
+        return library
+
+
+def _run(*command: str) -> None:
+    subprocess.run(command, check=True, capture_output=True, text=True)
+
+
+ROWS = Library(
+    Path(__file__).with_name("multimax.cpp"),
+    {
+        "multimax_rows": [INTEGER] * 4 + [ADDRESS] * 4,
+        "multimax_rows_backward": [INTEGER] * 4 + [ADDRESS] * 7,
+    },
+)
+
+
+def multimax_rows(scores: Tensor, thresholds: Tensor, gains: Tensor) -> Tensor:
+    """:func:`.kernels.multimax_rows` for (…, width) fp32 ``scores`` on a CPU, where ``ROWS`` serves."""
+    scores, (thresholds, gains) = scores.contiguous(), parameters(thresholds, gains)
+    probabilities = torch.empty_like(scores)
+    tensors = scores, probabilities, thresholds, gains
+    ROWS.functions.multimax_rows(*_sizes(scores, gains), *map(Tensor.data_ptr, tensors))
+    return probabilities
+
+
+def multimax_rows_backward(
+    scores: Tensor, probabilities: Tensor, grad: Tensor, thresholds: Tensor, gains: Tensor
+) -> Tuple[Tensor, Tensor]:
+    """:func:`.kernels.multimax_rows_backward` likewise; the gradient of the parameters is in fp64."""
+    scores, grad, (thresholds, gains) = scores.contiguous(), grad.contiguous(), parameters(thresholds, gains)
+    sizes = _sizes(scores, gains)
+    grad_scores = torch.empty_like(scores)
+    grads_of_parameters = torch.zeros(sizes[-1], 2, len(gains), 2, dtype=torch.float64)
+    tensors = scores, probabilities, grad, grad_scores, grads_of_parameters, thresholds, gains
+    ROWS.functions.multimax_rows_backward(*sizes, *map(Tensor.data_ptr, tensors))
+    return grad_scores, grads_of_parameters.sum(0)
+
+
+def parameters(thresholds: Tensor, gains: Tensor) -> Tuple[Tensor, Tensor]:
+    """As the C++ reads them: fp32, (N, 2), without gaps."""
+    return thresholds.detach().float().contiguous(), gains.detach().float().contiguous()
+
+
+def _sizes(scores: Tensor, gains: Tensor) -> Tuple[int, int, int, int]:
+    """rows, width, order, threads"""
+    width = scores.size(-1)
+    threads = min(torch.get_num_threads(), max(scores.numel() // SCORES_PER_THREAD, 1))
+    return scores.numel() // width, width, len(gains), threads

@@ -1,0 +1,151 @@
+"""MultiMax attention in one C++ function forward and one backward, for fp32 on a CPU: ``native_attention.cpp``.
+
+The blocks are those of :mod:`.blockwise_attention`, but each thread goes through those of its own heads, and its
+block of scores stays in its cache from the first product to the last. The products are the BLAS's that PyTorch uses.
+"""
+
+import ctypes
+import functools
+from pathlib import Path
+from typing import Callable, Optional, Tuple
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from ..mappings import native
+
+ADDRESS, INTEGER = native.ADDRESS, native.INTEGER
+
+# Scores in a block: 1 MiB, of which the backward has two. Of 128 queries at most: with more, causal blocks have more
+# scores in vain, and the C++ has room for so many.
+SCORES, MOST_QUERIES = 2**18, 128
+
+
+class Matrices(ctypes.Structure):
+    """A (heads, length, head_dim) tensor whose last dimension has no gaps."""
+
+    _fields_ = [("data", ADDRESS), ("to_next_head", INTEGER), ("to_next_row", INTEGER)]
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> "Matrices":
+        return cls(tensor.data_ptr(), tensor.stride(0), tensor.stride(1))
+
+
+class Problem(ctypes.Structure):
+    """``Problem`` of the C++, where shapes are given."""
+
+    _fields_ = [
+        *((name, INTEGER) for name in ("heads", "tgt_len", "src_len", "head_dim")),
+        *((name, INTEGER) for name in ("order", "is_causal", "block", "threads", "scratch_size")),
+        *((name, Matrices) for name in ("query", "key", "value", "output")),
+        *((name, Matrices) for name in ("grad_output", "grad_query", "grad_key", "grad_value")),
+        *((name, ADDRESS) for name in ("thresholds", "gains", "hidden_keys", "added_scores")),
+        *((name, ADDRESS) for name in ("log_totals", "grads_of_parameters", "scratch", "sgemm")),
+    ]
+
+
+POINTER = ctypes.POINTER(Problem)
+LIBRARY = native.Library(
+    Path(__file__).with_name("native_attention.cpp"),
+    {"blockwise_multimax": [POINTER], "blockwise_multimax_backward": [POINTER]},
+)
+
+
+def serves(query: Tensor) -> bool:
+    """Whether attention of these queries can be computed here: a compiler, and a BLAS in PyTorch, are needed."""
+    return LIBRARY.serves(query) and sgemm() is not None
+
+
+@functools.lru_cache(maxsize=None)
+def sgemm() -> Optional[int]:
+    """The address of PyTorch's matrix product; None where its library does not show it."""
+    try:
+        library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+        return ctypes.cast(library.sgemm_, ADDRESS).value
+    except (OSError, AttributeError):
+        return None
+
+
+class NativeMultiMax(Function):
+    """:class:`.blockwise_attention.BlockwiseMultiMax`, of the masks one by one.
+
+    Args of ``apply``:
+        query, key, value: (heads, length, head_dim), fp32.
+        thresholds, gains: (N, 2).
+        is_causal: whether a query sees only the keys up to its own position.
+        hidden_keys: (heads, 1, src_len), 0 or −inf, or None.
+        added_scores: (tgt_len, src_len), or None.
+    """
+
+    @staticmethod
+    def forward(
+        ctx,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        thresholds: Tensor,
+        gains: Tensor,
+        is_causal: bool,
+        hidden_keys: Optional[Tensor],
+        added_scores: Optional[Tensor],
+    ) -> Tensor:
+        query, key, value = (_without_gaps(tensor) for tensor in (query, key, value))
+        output, log_totals = length_first(query), query.new_empty(query.shape[:2])
+        inputs = {"query": query, "key": key, "value": value, "thresholds": thresholds, "gains": gains}
+        masks = {"hidden_keys": hidden_keys, "added_scores": added_scores}
+        results = {"output": output, "log_totals": log_totals}
+        _call(LIBRARY.functions.blockwise_multimax, is_causal, **inputs, **masks, **results)
+        ctx.is_causal, ctx.names = is_causal, (*inputs, *masks, *results)
+        ctx.save_for_backward(*inputs.values(), *masks.values(), *results.values())
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
+        saved = dict(zip(ctx.names, ctx.saved_tensors))
+        gains = saved["gains"]
+        grads = {f"grad_{name}": length_first(saved[name]) for name in ("query", "key", "value")}
+        grads_of_parameters = torch.zeros(len(saved["query"]), 2, len(gains), 2, dtype=torch.float64)
+        _call(
+            LIBRARY.functions.blockwise_multimax_backward,
+            ctx.is_causal,
+            **saved,
+            **grads,
+            grad_output=_without_gaps(grad),
+            grads_of_parameters=grads_of_parameters,
+        )
+        return (*grads.values(), *grads_of_parameters.sum(0).to(gains.dtype).unbind(), None, None, None)
+
+
+def length_first(tensor: Tensor) -> Tensor:
+    """An empty tensor of this shape, (heads, length, head_dim), with length first in memory, as in projections."""
+    heads, length, head_dim = tensor.shape
+    return tensor.new_empty(length, heads, head_dim).transpose(0, 1)
+
+
+def _call(function: Callable[[Problem], None], is_causal: bool, **tensors: Optional[Tensor]) -> None:
+    """``function`` with a :class:`Problem` of these tensors, by the names of its fields."""
+    tensors["thresholds"], tensors["gains"] = native.parameters(tensors["thresholds"], tensors["gains"])
+    for name in ("hidden_keys", "added_scores"):
+        tensors[name] = None if tensors[name] is None else tensors[name].float().contiguous()
+    (heads, tgt_len, head_dim), src_len = tensors["query"].shape, tensors["key"].size(1)
+    threads = min(torch.get_num_threads(), heads)
+    block = min(max(SCORES // src_len, 1), MOST_QUERIES, tgt_len)
+    # What a thread of the backward needs, the forward less: its head's queries, keys and values, and gradients as
+    # many, and two blocks of scores, of which the second is also the forward's block of products.
+    scratch_size = 2 * (tgt_len + 2 * src_len) * head_dim + 2 * block * max(src_len, head_dim)
+    tensors["scratch"] = torch.empty(threads, scratch_size)
+    order = len(tensors["gains"])
+    problem = Problem(heads, tgt_len, src_len, head_dim, order, is_causal, block, threads, scratch_size)
+    problem.sgemm = sgemm()
+    for name, kind in Problem._fields_:
+        tensor = tensors.get(name)
+        if tensor is not None:
+            setattr(problem, name, Matrices.of(tensor) if kind is Matrices else tensor.data_ptr())
+    function(problem)
+
+
+def _without_gaps(tensor: Tensor) -> Tensor:
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()

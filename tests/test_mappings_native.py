@@ -1,0 +1,193 @@
+"""The C++ kernels against those of plain torch in float64, and how they are compiled and kept."""
+
+import logging
+import math
+import threading
+
+import pytest
+import torch
+
+from multimax_fairseq.mappings import backend, multimax, native
+from multimax_fairseq.mappings.kernels import multimax_rows as reference_rows
+
+INF = float("inf")
+CAPABILITIES = ["DEFAULT", "AVX2", "AVX512"]  # each includes those before it
+
+
+@pytest.fixture(autouse=True)
+def compiled(monkeypatch):
+    monkeypatch.setenv("MULTIMAX_BACKEND", "compiled")
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    return tmp_path / "multimax_fairseq"
+
+
+@pytest.fixture(scope="module", params=CAPABILITIES)
+def rows(request, tmp_path_factory):
+    """The kernels as compiled for this processor and for lesser ones, whose vectors are shorter."""
+    best = torch.backends.cpu.get_cpu_capability()
+    if best not in CAPABILITIES or CAPABILITIES.index(best) < CAPABILITIES.index(request.param):
+        pytest.skip(f"this processor has {best}")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path_factory.mktemp("extensions")))
+        patch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: request.param)
+        library = new_library()
+        assert library.functions is not None
+        patch.setattr(native, "ROWS", library)
+        yield
+
+
+def new_library():
+    return native.Library(native.ROWS.source, native.ROWS.signatures)
+
+
+def case(shape, order=2):
+    """Scores with a fifth of them absent and one empty row, thresholds and gains."""
+    scores = (2 * torch.randn(shape)).masked_fill(torch.rand(shape) < 0.2, -INF)
+    scores.view(-1, shape[-1])[0] = -INF
+    return [tensor.requires_grad_() for tensor in (scores, 0.5 * torch.randn(order, 2), 0.1 * torch.randn(order, 2))]
+
+
+def gradients(inputs, upstream):
+    probabilities = multimax(*inputs)
+    return [probabilities, *torch.autograd.grad((probabilities * upstream).sum(), inputs)]
+
+
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize(
+    "shape", [(1, 1), (3, 2), (1, 40), (5, 15), (5, 16), (5, 17), (2, 3, 33), (300, 160), (2, 40_000)]
+)
+def test_probabilities_and_gradients_are_those_of_double_precision(shape, order, rows):
+    inputs = case(shape, order)
+    upstream = torch.randn(shape)
+    assert native.ROWS.serves(inputs[0])
+    expected = gradients([tensor.detach().double().requires_grad_() for tensor in inputs], upstream.double())
+    probabilities, *grads = gradients(inputs, upstream)
+    torch.testing.assert_close(probabilities.double(), expected[0], atol=0, rtol=1e-5)
+    # the gradients of parameters are sums in which large terms of both signs cancel
+    upstream_size = (expected[0].detach() * upstream).abs().sum()
+    for grad, expected_grad in zip(grads, expected[1:]):
+        torch.testing.assert_close(grad.double(), expected_grad, atol=2e-6 * upstream_size.item(), rtol=1e-5)
+
+
+def test_the_exponential_to_two_units_in_the_last_place(rows):
+    """Of two scores without modulation, 0 and −x, the second has exp(−x) times the probability of the first."""
+    x = torch.cat([torch.linspace(0, 87, 100_001), torch.tensor([1e-7, 0.34657, 0.34658])])
+    zeros = torch.zeros(1, 2)
+    first, second = native.multimax_rows(torch.stack([torch.zeros_like(x), -x], -1), zeros, zeros).double().unbind(-1)
+    torch.testing.assert_close(second / first, x.double().neg().exp(), atol=0, rtol=4 * 2**-24)
+
+
+def test_a_score_far_below_counts_for_nothing(rows):
+    zeros = torch.zeros(1, 2)
+    scores = torch.tensor([[0.0, -89.0, -1e4, torch.finfo(torch.float32).min, -INF]])
+    assert native.multimax_rows(scores, zeros, zeros).tolist() == [[1.0, 0.0, 0.0, 0.0, 0.0]]
+
+
+@pytest.mark.parametrize("others", [[], [math.nan] * 40, [-INF] * 40, [1.0] * 40])
+def test_what_is_not_a_number_stays_so(others, rows):
+    """A training that has diverged is to say so, not to go on with zeros."""
+    scores, (_, thresholds, gains) = torch.tensor([[math.nan, *others], [*others, math.nan]]), case((2, 2))
+    assert native.multimax_rows(scores, thresholds, gains)[scores > -INF].isnan().all()
+
+
+def test_any_number_of_threads_gives_the_same(rows):
+    results, before = [], torch.get_num_threads()
+    inputs, upstream = case((700, 100)), torch.randn(700, 100)
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            results.append(gradients(inputs, upstream))
+    finally:
+        torch.set_num_threads(before)
+    for result in results[1:]:
+        torch.testing.assert_close(result[:2], results[0][:2], atol=0, rtol=0)  # row by row
+        torch.testing.assert_close(result[2:], results[0][2:])  # parts added up in another order
+
+
+def test_rows_that_are_not_contiguous(rows):
+    scores, thresholds, gains = case((12, 7))
+    transposed = scores.detach().T
+    expected = reference_rows.eager(transposed, thresholds.detach(), gains.detach())
+    torch.testing.assert_close(native.multimax_rows(transposed, thresholds, gains), expected)
+
+
+@pytest.mark.parametrize("other", [{"dtype": torch.float64}, {"dtype": torch.bfloat16}, {"device": "meta"}])
+def test_it_serves_fp32_on_a_cpu(other):
+    assert native.ROWS.serves(torch.zeros(2, 3)) and not native.ROWS.serves(torch.zeros(2, 3, **other))
+
+
+def test_it_does_not_serve_where_plain_pytorch_is_asked_for(monkeypatch):
+    monkeypatch.setenv("MULTIMAX_BACKEND", "eager")
+    assert not native.ROWS.serves(torch.zeros(2, 3))
+
+
+# ---------------------------------------------------------------- compiling
+
+
+def test_it_is_compiled_once_and_kept(folder, caplog, monkeypatch):
+    monkeypatch.setattr(backend, "compiled_graphs", [])
+    with caplog.at_level(logging.INFO):
+        assert new_library().functions is not None
+    assert f"compiling multimax.cpp; it is kept in {folder}" in caplog.text
+    assert "compiled multimax.cpp in" in caplog.text
+    (kept,) = folder.iterdir()
+    monkeypatch.setattr(native, "_run", None)  # cannot be called
+    assert new_library().functions is not None
+    assert [kept] == list(folder.iterdir()) and len(backend.compiled_graphs) == 1
+
+
+def test_another_source_or_compiler_is_another_file(folder, tmp_path, monkeypatch):
+    assert new_library().functions is not None
+    monkeypatch.setenv("CXX", "g++ -DANOTHER")
+    assert new_library().functions is not None
+    header = tmp_path / "multimax.hpp"
+    header.write_text(native.HEADER.read_text() + "// changed\n")
+    monkeypatch.setattr(native, "HEADER", header)
+    assert new_library().functions is not None
+    assert len(list(folder.iterdir())) == 3
+
+
+def test_several_that_compile_at_once(folder):
+    libraries = [new_library() for _ in range(3)]
+    threads = [threading.Thread(target=lambda library=library: library.functions) for library in libraries]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(library.functions is not None for library in libraries)
+    assert [path.suffix for path in folder.iterdir()] == [".so"]
+
+
+@pytest.mark.parametrize("compiler", ["/no/such/compiler", "false", "c++ --no-such-option"])
+def test_without_a_compiler_that_can_the_other_kernels_serve(compiler, folder, monkeypatch, caplog):
+    library = new_library()
+    with caplog.at_level(logging.INFO), pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CXX", compiler)  # and not later, when Inductor may look at it
+        assert not library.serves(torch.zeros(2, 3)) and not library.serves(torch.zeros(2, 3))
+    assert caplog.text.count("multimax.cpp: not compiled, Inductor's kernels serve: ") == 1
+    assert not any(folder.iterdir())
+    monkeypatch.setattr(native, "ROWS", library)
+    inputs = case((5, 7))
+    torch.testing.assert_close(multimax(*inputs), reference_rows.eager(*inputs))
+
+
+def test_interrupted_while_compiling_it_leaves_nothing(folder, monkeypatch):
+    def interrupt(*command):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(native, "_run", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        new_library().functions  # noqa: B018
+    assert not any(folder.iterdir())
+
+
+def test_where_nothing_can_be_kept(tmp_path, monkeypatch, caplog):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "file"))
+    with caplog.at_level(logging.INFO):
+        assert new_library().functions is None
+    assert "not compiled" in caplog.text

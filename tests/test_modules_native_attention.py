@@ -1,0 +1,177 @@
+"""The C++ attention against attention as a whole, in float64 by autograd, and what it does not take."""
+
+import pytest
+import torch
+from test_modules_blockwise_attention import HEADS, INF, padding, whole
+
+from multimax_fairseq.mappings import native
+from multimax_fairseq.mappings.multimax import multimax_formula
+from multimax_fairseq.modules import native_attention
+from multimax_fairseq.modules.blockwise_attention import Masks, blockwise_multimax
+
+MASKS = {
+    "none": Masks(),
+    "causal": Masks(causal=True),
+    "keys": Masks(keys=padding(40).float()),
+    "causal and keys": Masks(causal=True, keys=padding(40).float()),
+    "scores": Masks(scores=torch.arange(1600.0).remainder(7).view(40, 40).neg()),
+    "all": Masks(True, padding(40).float(), torch.arange(1600.0).remainder(7).view(40, 40).neg()),
+}
+
+
+@pytest.fixture(autouse=True)
+def compiled(monkeypatch):
+    monkeypatch.setenv("MULTIMAX_BACKEND", "compiled")
+
+
+@pytest.fixture(params=[2**18, 40 * 16, 40 * 7, 1], ids="blocks of {} scores".format)
+def blocks(request, monkeypatch):
+    """One block, several, some whose end is no whole one, and blocks of a single query."""
+    monkeypatch.setattr(native_attention, "SCORES", request.param)
+
+
+def case(tgt_len=40, src_len=40, head_dim=20, order=2):
+    query, key, value = (torch.randn(HEADS, length, head_dim) for length in (tgt_len, src_len, src_len))
+    parameters = torch.randn(order, 2), 0.1 * torch.randn(order, 2)
+    return [tensor.requires_grad_() for tensor in (query, key, value, *parameters)]
+
+
+def full_mask(masks, tgt_len=40, src_len=40):
+    mask = torch.zeros(tgt_len, src_len, dtype=torch.float64)
+    if masks.causal:
+        mask = mask + torch.full_like(mask, -INF).triu(1)
+    return mask + (0 if masks.keys is None else masks.keys) + (0 if masks.scores is None else masks.scores)
+
+
+def compare(inputs, masks, tgt_len=40, src_len=40):
+    upstream = torch.randn(HEADS, tgt_len, inputs[0].size(-1))
+    doubles = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    mask = full_mask(masks, tgt_len, src_len)
+    expected = whole(*doubles, mask)
+    output = blockwise_multimax(*inputs, masks)
+    assert type(output.grad_fn).__name__ == "NativeMultiMaxBackward"
+    torch.testing.assert_close(output.double(), expected, atol=2e-5, rtol=1e-5)
+    grads = torch.autograd.grad((output * upstream).sum(), inputs)
+    expected_grads = torch.autograd.grad((expected * upstream).sum(), doubles)
+    largest = [grad.abs().max().clamp(min=1) for grad in expected_grads[:3]]
+    scales = [*largest, *2 * [size_of_terms(doubles, mask, upstream.double())]]
+    for grad, expected_grad, scale in zip(grads, expected_grads, scales):
+        torch.testing.assert_close(grad / scale, expected_grad / scale, atol=1e-5, rtol=0, check_dtype=False)
+
+
+def size_of_terms(inputs, mask, upstream):
+    """How much is added up, with either sign, for the gradients of thresholds and gains, where most of it cancels."""
+    query, key, value, thresholds, gains = (tensor.detach() for tensor in inputs)
+    scores = query @ key.mT + mask
+    grads = multimax_formula(scores, thresholds, gains) * (upstream @ value.mT).abs()
+    distances = 1 + scores.masked_fill(scores == -INF, 0).abs()
+    return (grads * distances ** len(gains)).sum()
+
+
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("name", MASKS)
+def test_output_and_gradients_are_those_of_double_precision(name, order, blocks):
+    compare(case(order=order), MASKS[name])
+
+
+@pytest.mark.parametrize("head_dim", [1, 16, 33])
+@pytest.mark.parametrize(("tgt_len", "src_len"), [(1, 1), (1, 300), (300, 2), (129, 17), (200, 256)])
+def test_any_shape(tgt_len, src_len, head_dim):
+    compare(case(tgt_len, src_len, head_dim), Masks(), tgt_len, src_len)
+
+
+def test_causal_rows_of_more_than_one_block():
+    compare(case(300, 300), Masks(causal=True), 300, 300)
+
+
+def test_any_layout_in_memory():
+    """As projections give them, and with head_dim first."""
+    inputs = case()
+    for way in (lambda x: x.transpose(0, 1).contiguous().transpose(0, 1), lambda x: x.mT.contiguous().mT):
+        strided = [way(tensor.detach()).requires_grad_() for tensor in inputs[:3]]
+        results = []
+        for query, key, value in (inputs[:3], strided):
+            output = blockwise_multimax(query, key, value, *inputs[3:], Masks(causal=True))
+            upstream = way(torch.ones_like(output)) if query is strided[0] else torch.ones_like(output)
+            results.append([output, *torch.autograd.grad(output, (query, key, value), upstream)])
+        torch.testing.assert_close(*results, atol=0, rtol=0)
+
+
+def test_a_query_that_sees_no_key_gets_zeros_and_gives_none(blocks):
+    inputs = case()
+    output = blockwise_multimax(*inputs, MASKS["keys"])
+    assert output[-1].eq(0).all() and output[:-1].ne(0).all()
+    grads = torch.autograd.grad(output.pow(2).sum(), inputs)
+    assert all(grad[-1].eq(0).all() for grad in grads[:3]) and all(torch.isfinite(grad).all() for grad in grads)
+
+
+def test_what_is_not_a_number_stays_so():
+    query, *others = case()
+    query = query.detach().index_fill(1, torch.tensor([3]), float("nan"))
+    output = blockwise_multimax(query, *others, Masks(causal=True))
+    assert output[:, 3].isnan().all() and output[:, :3].isfinite().all() and output[:, 4:].isfinite().all()
+
+
+def test_any_number_of_threads_gives_the_same():
+    inputs, results, before = case(), [], torch.get_num_threads()
+    try:
+        for threads in (1, 4, 2 * HEADS):
+            torch.set_num_threads(threads)
+            output = blockwise_multimax(*inputs, MASKS["all"])
+            results.append([output, *torch.autograd.grad(output.pow(2).sum(), inputs)])
+    finally:
+        torch.set_num_threads(before)
+    for result in results[1:]:
+        torch.testing.assert_close(result, results[0], atol=0, rtol=0)
+
+
+def test_gradients_of_gradients_are_refused():
+    inputs = case()
+    grads = torch.autograd.grad(blockwise_multimax(*inputs, Masks()).pow(2).sum(), inputs, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grads[0].sum().backward()
+
+
+def test_nothing_of_length_squared_is_kept():
+    length, kept = 400, []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda _: _):
+        blockwise_multimax(*case(length, length), Masks(causal=True))
+    assert sum(tensor.numel() for tensor in kept) == HEADS * length * (4 * 20 + 1) + 8
+
+
+def test_parameters_of_another_precision():
+    *inputs, thresholds, gains = case()
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        parameters = [tensor.detach().to(dtype).requires_grad_() for tensor in (thresholds, gains)]
+        output = blockwise_multimax(*inputs, *parameters, Masks())
+        results.append(torch.autograd.grad(output.pow(2).sum(), parameters))
+        assert all(grad.dtype == dtype for grad in results[-1])
+    torch.testing.assert_close(*results, check_dtype=False)
+
+
+def test_autocast_chooses_no_other_precision():
+    inputs = case()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = blockwise_multimax(*inputs, Masks())
+    assert output.dtype == torch.float32
+    torch.testing.assert_close(output, blockwise_multimax(*inputs, Masks()), atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("missing", ["compiler", "product", "double precision", "wish"])
+def test_where_it_does_not_serve_the_blocks_are_pytorchs(missing, monkeypatch):
+    inputs = case()
+    expected = blockwise_multimax(*inputs, Masks(causal=True))
+    if missing == "compiler":
+        library = native.Library(native_attention.LIBRARY.source, native_attention.LIBRARY.signatures)
+        library.functions = None
+        monkeypatch.setattr(native_attention, "LIBRARY", library)
+    elif missing == "product":
+        monkeypatch.setattr(native_attention, "sgemm", lambda: None)
+    elif missing == "double precision":
+        inputs = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    else:
+        monkeypatch.setenv("MULTIMAX_BACKEND", "eager")
+    monkeypatch.setattr(native_attention.NativeMultiMax, "apply", None)  # cannot be called
+    output = blockwise_multimax(*inputs, Masks(causal=True))
+    torch.testing.assert_close(output, expected, atol=2e-5, rtol=1e-5, check_dtype=False)
