@@ -25,7 +25,7 @@ setup(
         'fairseq==0.12.2; python_version < "3.11"',
         'numpy<2; python_version < "3.11"',
         've-fairseq>=0.12.3; python_version >= "3.11"',
-        "torch>=2.0",
+        "torch>=2.2",
         "entmax>=1.1",
         "sacrebleu>=2.0",
         "sentencepiece",

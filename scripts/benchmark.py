@@ -17,8 +17,8 @@ faster, or less, than the first side. So it stands on a machine that is not quit
     epoch      words a second of training on --data (translation), in a first and a second pass
 
 Kernels compiled, and the seconds that took, are counted at the end. A GPU is used if there is one. On a CPU memory
-that is freed stays with the process, as in the recipes (keep_memory in common.sh); else the figures would be as much
-of the system's pages as of the sides, and flip between two values.
+that is freed stays with the process, as in the recipes (keep_memory in common.sh), but for `output`; else the figures
+would be as much of the system's pages as of the sides, and flip between two values.
 """
 
 import argparse
@@ -95,13 +95,15 @@ def row_of(case: str, side: str, ratios: List[float], seconds: List[float]) -> D
     return {"case": case, "side": side, "ratio": statistics.median(ratios), "milliseconds": milliseconds}
 
 
-def keep_memory() -> None:
-    """Tell the GNU C library not to give memory back to the system; of no effect elsewhere."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        m_trim_threshold, m_mmap_max = -1, -4  # malloc.h
-        mallopt(m_trim_threshold, -1)  # no number is large enough
-        mallopt(m_mmap_max, 0)
+def keep_memory(keep: bool) -> None:
+    """Tell the GNU C library not to give memory back to the system, or as it would of itself; no effect elsewhere."""
+    library = ctypes.CDLL(None)
+    if hasattr(library, "mallopt"):
+        m_trim_threshold, m_mmap_threshold, m_mmap_max = -1, -3, -4  # malloc.h
+        library.mallopt(m_trim_threshold, -1 if keep else 2**26)  # -1: never; else where its own adjustment ends
+        library.mallopt(m_mmap_threshold, 2**25)
+        library.mallopt(m_mmap_max, 0 if keep else 65_536)
+        library.malloc_trim(0)
 
 
 def synchronise() -> None:
@@ -518,11 +520,11 @@ def main() -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
 
-    keep_memory()
 
     results = {"machine": machine(), "rows": []}
     print(results["machine"])
     for section in chosen:
+        keep_memory(section != "output")  # whose tensors of gigabytes would leave holes that nothing fits
         for rows in sections[section]():
             show(rows)
             results["rows"] += [{"section": section, **row} for row in rows]

@@ -17,6 +17,7 @@ os.environ.setdefault("MULTIMAX_BACKEND", "eager")
 import pytest  # noqa: E402
 import recipes  # noqa: E402
 import torch  # noqa: E402
+from torch.utils.cpp_extension import get_cxx_compiler  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 PLUGIN = ROOT / "multimax_fairseq"
@@ -31,6 +32,11 @@ TINY_LM = [
     *("--decoder-layers", "2", "--decoder-embed-dim", "16", "--decoder-ffn-embed-dim", "16"),
     *("--decoder-attention-heads", "2", "--decoder-input-dim", "16", "--decoder-output-dim", "16"),
 ]
+
+needs_compiler = pytest.mark.skipif(
+    sys.platform != "linux" or shutil.which(get_cxx_compiler().split()[0]) is None,
+    reason="needs Linux and a C++ compiler",
+)
 
 
 def environment():
@@ -58,7 +64,7 @@ def load_script(name):
 
 @pytest.fixture(autouse=True)
 def seed():
-    """The same numbers in every run, whatever ran before: a tolerance holds for them, not for all that can be."""
+    """The same numbers in every run, whatever ran before: tolerances hold for them, not for all that can be drawn."""
     torch.manual_seed(0)
 
 

@@ -259,6 +259,6 @@ def test_wrong_options_are_told_the_choices(options, choices):
     ("thresholds", "gains"), [((2, 3), (2, 3)), ((4,), (4,)), ((2, 2), (1, 2)), ((2, 2, 1), (2, 2, 1))]
 )
 def test_wrong_shapes_are_named(function, thresholds, gains):
-    with pytest.raises(ValueError, match=r"\(order, 2\), rows \(below, above\)") as error:
+    with pytest.raises(ValueError, match=r"\(order, 2\), order 1 or 2, rows \(below, above\)") as error:
         function(torch.zeros(3), torch.zeros(thresholds), torch.zeros(gains))
     assert str(thresholds) in str(error.value) and str(gains) in str(error.value)

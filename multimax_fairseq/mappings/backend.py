@@ -1,8 +1,8 @@
 """Compiled or eager: where the kernels of :mod:`.kernels` run.
 
-Inductor makes one function of each, C++ on a CPU and Triton on a GPU, for all shapes. For fp32 on a CPU the most used
-of them are written in C++ (:mod:`.native`), and Inductor serves where that cannot be compiled. Both are on by default
-where there is a compiler; the choice is, first to last, that of the environment variable ``MULTIMAX_BACKEND``, of
+Inductor makes one function of each, C++ on a CPU and Triton on a GPU, for all shapes. For fp32 on a CPU those of
+attention are also written in C++ (:mod:`.native`), and Inductor's serve where that cannot be compiled. Both are on by
+default where there is a compiler; the choice is, first to last, that of the environment variable ``MULTIMAX_BACKEND``, of
 :func:`set_backend` (``--multimax-backend``), and ``auto``::
 
     auto      compiled; eager, with one warning that says why, where compiling fails

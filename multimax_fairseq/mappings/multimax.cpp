@@ -6,15 +6,13 @@
 
 namespace multimax {
 
-constexpr int64_t FEW_SCORES = 1 << 14;  // for the sums of which fp32 serves
-
 template <int ORDER>
 void forward(int64_t rows, int64_t width, int threads, const float* scores, float* probabilities,
              const Modulator<ORDER>& sigma) {
   share(rows, threads, [&](int64_t first, int64_t last, int64_t) {
     for (int64_t offset = first * width; offset < last * width; offset += width) {
       float* p = probabilities + offset;
-      const float factor = exponentials(scores + offset, p, width, sigma).factor();
+      const float factor = exponentials(scores + offset, p, width, sigma).factor;
       each(width, [&](int64_t j, int lanes) { store(p + j, lanes, factor * load(p + j, lanes, 0)); });
     }
   });

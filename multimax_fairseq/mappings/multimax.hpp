@@ -1,11 +1,10 @@
-// MultiMax on a row of fp32 scores, for a CPU: what multimax.cpp and ../modules/blockwise_attention.cpp are made of.
+// MultiMax on a row of fp32 scores, for a CPU: what multimax.cpp and ../modules/native_attention.cpp are made of.
 //
 // The formulas are those of kernels.py. Vectors are the extension that GCC and Clang share, as wide as the processor
 // that the compiler is told of.
 
 #pragma once
 
-#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <limits>
@@ -136,6 +135,9 @@ struct Modulator {
   }
 };
 
+// Scores over which the sums below may go in fp32; then they are added up in double precision.
+constexpr int64_t FEW_SCORES = 1 << 14;
+
 // Sums over scores that the gradients of thresholds and gains consist of.
 template <int ORDER>
 struct Sums {
@@ -169,12 +171,11 @@ struct Sums {
   }
 };
 
+// A probability is exp(sigma - peak) * factor. Of two numbers, as their one, the logarithm of the sum, would lose the
+// digits that large scores have before the point.
 struct Normaliser {
-  float peak;   // max sigma; the lowest number where no score is there
-  float total;  // sum exp(sigma - max sigma)
-
-  float factor() const { return peak == LOWEST ? 0 : 1 / total; }
-  float log_total() const { return peak == LOWEST ? INFINITE : peak + std::log(total); }
+  float peak;    // max sigma; the lowest number where no score is there
+  float factor;  // 1 / sum exp(sigma - max sigma); 0 there
 };
 
 // exp(sigma(x) - max sigma) of a row of `count` scores, which may be written over.
@@ -199,7 +200,7 @@ inline Normaliser exponentials(const float* scores, float* result, int64_t count
     totals += exponential;
     store(result + j, lanes, exponential);
   });
-  return {peak, sum(totals)};
+  return {peak, 1 / sum(totals)};
 }
 
 }  // namespace multimax

@@ -39,7 +39,7 @@ def modulate(scores: Tensor, thresholds: Tensor, gains: Tensor) -> Tensor:
         shape and dtype of ``scores``. Error against float64: below 1e-6 relative to |x| + Σ|terms| in fp32.
 
     Raises:
-        ValueError: ``thresholds`` and ``gains`` are not both (N, 2).
+        ValueError: ``thresholds`` and ``gains`` are not both (N, 2), N 1 or 2.
     """
     _check_shapes(thresholds, gains)
     return fused_multimax(scores, thresholds, gains, modulate_formula, False)
@@ -59,7 +59,7 @@ def multimax(scores: Tensor, thresholds: Tensor, gains: Tensor, dim: int = -1) -
         which is 1e-6 for scores within ±20 and gains as they start.
 
     Raises:
-        ValueError: ``thresholds`` and ``gains`` are not both (N, 2).
+        ValueError: ``thresholds`` and ``gains`` are not both (N, 2), N 1 or 2.
     """
     _check_shapes(thresholds, gains)
     if dim not in (-1, scores.dim() - 1):
@@ -87,9 +87,9 @@ def multimax_formula(scores: Tensor, thresholds: Tensor, gains: Tensor) -> Tenso
 
 
 def _check_shapes(thresholds: Tensor, gains: Tensor) -> None:
-    if thresholds.dim() != 2 or thresholds.size(1) != 2 or gains.shape != thresholds.shape:
+    if thresholds.shape not in ((1, 2), (2, 2)) or gains.shape != thresholds.shape:
         raise ValueError(
-            "thresholds and gains must both have the shape (order, 2), rows (below, above); "
+            "thresholds and gains must both have the shape (order, 2), order 1 or 2, rows (below, above); "
             f"got {tuple(thresholds.shape)} and {tuple(gains.shape)}"
         )
 

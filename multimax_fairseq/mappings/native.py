@@ -3,8 +3,8 @@
 A source file is compiled when a function of it is first called, by the compiler that PyTorch takes for extensions
 (``CXX``, else ``c++``), in about a second, and kept in PyTorch's folder of extensions (``TORCH_EXTENSIONS_DIR``, else
 ``~/.cache/torch_extensions``) for the next run. It includes nothing of PyTorch: what it is given are addresses of
-numbers. Its OpenMP is PyTorch's own, whose symbols are there once torch is imported; a second one would bring threads
-of its own.
+numbers. Its OpenMP is the one PyTorch has loaded (GNU's on Linux), since a second would bring threads of its own; a
+compiler for another one makes a file that does not load, and Inductor serves.
 
 ``torch.utils.cpp_extension.load`` needs ninja, and waits forever on the lock of a run that was interrupted while it
 compiled. Here two runs that compile at once both do, and each puts a whole file in its place.
@@ -15,6 +15,7 @@ import functools
 import hashlib
 import logging
 import os
+import platform
 import shlex
 import subprocess
 import tempfile
@@ -24,7 +25,6 @@ from typing import Dict, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
-from torch.utils import cpp_extension
 
 from . import backend
 
@@ -59,7 +59,8 @@ class Library:
     def serves(self, tensor: Tensor) -> bool:
         """Whether its functions take the place of the kernels where a computation starts from ``tensor``."""
         return (
-            tensor.dtype == torch.float32
+            type(tensor) in (Tensor, torch.nn.Parameter)  # of others, FakeTensor for one, the memory is not theirs
+            and tensor.dtype == torch.float32
             and tensor.device.type == "cpu"
             and backend.wants_compiled(tensor)
             and self.functions is not None
@@ -69,36 +70,44 @@ class Library:
     def functions(self) -> Optional[ctypes.CDLL]:
         """The compiled file; None where that cannot be had."""
         try:
-            functions = ctypes.CDLL(str(self._compiled()))
-        except (OSError, subprocess.SubprocessError) as error:
-            reason = getattr(error, "stderr", None) or str(error)
-            logger.info("%s: not compiled, Inductor's kernels serve: %s", self.source.name, reason.partition("\n")[0])
+            functions = self._load()
+        except (ImportError, OSError, ValueError, subprocess.SubprocessError) as error:
+            lines = (getattr(error, "stderr", None) or str(error)).splitlines() or [type(error).__name__]
+            reason = next((line for line in lines if "error" in line), lines[0])
+            logger.info("%s: not compiled, so others take the place of its kernels: %s", self.source.name, reason)
             return None
         for name, types in self.signatures.items():
             function = getattr(functions, name)
             function.argtypes, function.restype = types, None
         return functions
 
-    def _compiled(self) -> Path:
+    def _load(self) -> ctypes.CDLL:
+        from torch.utils import cpp_extension  # here: it imports setuptools
+
         compiler = shlex.split(cpp_extension.get_cxx_compiler())
         flags = FLAGS + FLAGS_BY_CAPABILITY.get(torch.backends.cpu.get_cpu_capability(), [])
         contents = [path.read_text() for path in (self.source, HEADER)]
-        key = hashlib.sha256("\0".join([*compiler, *flags, *contents]).encode()).hexdigest()[:16]
+        key = hashlib.sha256("\0".join([platform.machine(), *compiler, *flags, *contents]).encode()).hexdigest()[:16]
         folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root())
         folder /= "multimax_fairseq"
         library = folder / f"{self.source.stem}-{key}.so"
-        if not library.exists():
-            logger.info("compiling %s; it is kept in %s for the next run", self.source.name, folder)
-            start = time.perf_counter()
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=folder) as unfinished:
-                objects, linked = (os.path.join(unfinished, name) for name in ("kernels.o", "kernels.so"))
-                _run(*compiler, *flags, "-c", str(self.source), "-o", objects)
-                # the linker is not told of OpenMP: its symbols are to be found in PyTorch's
-                _run(*compiler, "-shared", objects, "-o", linked)
-                os.replace(linked, library)
-            backend.note_compiled(self.source.name, time.perf_counter() - start)
-        return library
+        try:
+            return ctypes.CDLL(str(library))
+        except OSError:  # not there yet, or of a system that was not this one
+            self._compile([*compiler, *flags], [*compiler, "-shared"], library)
+            return ctypes.CDLL(str(library))
+
+    def _compile(self, compile_command: Sequence[str], link_command: Sequence[str], library: Path) -> None:
+        logger.info("compiling %s; it is kept in %s for the next run", self.source.name, library.parent)
+        start = time.perf_counter()
+        library.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=library.parent) as unfinished:
+            objects, linked = (os.path.join(unfinished, name) for name in ("kernels.o", "kernels.so"))
+            _run(*compile_command, "-c", str(self.source), "-o", objects)
+            # the linker is not told of OpenMP: its symbols are to be found in PyTorch's
+            _run(*link_command, objects, "-o", linked)
+            os.replace(linked, library)
+        backend.note_compiled(self.source.name, time.perf_counter() - start)
 
 
 def _run(*command: str) -> None:
@@ -130,15 +139,16 @@ def multimax_rows_backward(
     scores, grad, (thresholds, gains) = scores.contiguous(), grad.contiguous(), parameters(thresholds, gains)
     sizes = _sizes(scores, gains)
     grad_scores = torch.empty_like(scores)
-    grads_of_parameters = torch.zeros(sizes[-1], 2, len(gains), 2, dtype=torch.float64)
+    grads_of_parameters = scores.new_zeros(sizes[-1], 2, len(gains), 2, dtype=torch.float64)
     tensors = scores, probabilities, grad, grad_scores, grads_of_parameters, thresholds, gains
     ROWS.functions.multimax_rows_backward(*sizes, *map(Tensor.data_ptr, tensors))
     return grad_scores, grads_of_parameters.sum(0)
 
 
 def parameters(thresholds: Tensor, gains: Tensor) -> Tuple[Tensor, Tensor]:
-    """As the C++ reads them: fp32, (N, 2), without gaps."""
-    return thresholds.detach().float().contiguous(), gains.detach().float().contiguous()
+    """As the C++ reads them: fp32, (N, 2), without gaps, on the CPU."""
+    thresholds, gains = (tensor.detach().to("cpu", torch.float32).contiguous() for tensor in (thresholds, gains))
+    return thresholds, gains
 
 
 def _sizes(scores: Tensor, gains: Tensor) -> Tuple[int, int, int, int]:

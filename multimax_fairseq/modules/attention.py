@@ -141,7 +141,7 @@ class MappedMultiheadAttention(MultiheadAttention):
             projection(tensor).view(by_head).transpose(0, 1)
             for projection, tensor in ((self.k_proj, key), (self.v_proj, value))
         )
-        causal = attn_mask is not None and is_causal(attn_mask)
+        causal = attn_mask is not None and attn_mask.shape == (tgt_len, len(key)) and is_causal(attn_mask)
         masks = Masks(
             causal=causal,
             keys=None if key_padding_mask is None else self._hidden_keys(key_padding_mask, queries.dtype),

@@ -28,7 +28,7 @@ struct Problem {
   const float *thresholds, *gains;                                                    // (order, 2)
   const float* hidden_keys;     // (heads, src_len), to be added to scores, or null
   const float* added_scores;    // (tgt_len, src_len), or null
-  float* log_totals;            // (heads, tgt_len)
+  Normaliser* normalisers;      // (heads, tgt_len)
   double* grads_of_parameters;  // (heads, 2, order, 2), zeros
   float* scratch;               // (threads, scratch_size)
   Sgemm* sgemm;
@@ -55,18 +55,16 @@ class Attention : Problem {
         gather(query, head, tgt_len, q), gather(key, head, src_len, k), gather(value, head, src_len, v);
         each_block(head, [&](const Block& at) {
           multiply('N', 'T', at.rows, at.keys, head_dim, q + at.start * head_dim, k, 0, scores, at.keys);
-          float* totals = log_totals + head * tgt_len + at.start;
-          float factors[MOST_QUERIES];
+          Normaliser* rows = normalisers + head * tgt_len + at.start;
           for (int64_t i = 0; i < at.rows; ++i) {
             const int64_t seen = mask(at, i, scores);
-            const Normaliser normaliser = exponentials(scores + i * at.keys, scores + i * at.keys, seen, sigma);
-            factors[i] = normaliser.factor(), totals[i] = normaliser.log_total();
+            rows[i] = exponentials(scores + i * at.keys, scores + i * at.keys, seen, sigma);
             std::fill(scores + i * at.keys + seen, scores + (i + 1) * at.keys, 0.f);
           }
           multiply('N', 'N', at.rows, head_dim, at.keys, scores, v, 0, products, head_dim);
           for (int64_t i = 0; i < at.rows; ++i) {
             float* row = output.row(head, at.start + i);
-            for (int64_t c = 0; c < head_dim; ++c) row[c] = factors[i] * products[i * head_dim + c];
+            for (int64_t c = 0; c < head_dim; ++c) row[c] = rows[i].factor * products[i * head_dim + c];
           }
         });
       }
@@ -90,24 +88,29 @@ class Attention : Problem {
           const float *block_q = q + at.start * head_dim, *block_g = g + at.start * head_dim;
           multiply('N', 'T', at.rows, at.keys, head_dim, block_q, k, 0, scores, at.keys);
           multiply('N', 'T', at.rows, at.keys, head_dim, block_g, v, 0, grads, at.keys);
-          const float* totals = log_totals + head * tgt_len + at.start;
+          const Normaliser* rows = normalisers + head * tgt_len + at.start;
+          const int64_t few_rows = std::max<int64_t>(FEW_SCORES / at.keys, 1);
+          double* parameters = grads_of_parameters + head * 4 * ORDER;
           Sums<ORDER> sums;
           for (int64_t i = 0; i < at.rows; ++i) {
             const float expected = dot(output.row(head, at.start + i), block_g + i * head_dim);
-            const float log_total = totals[i];
+            const Normaliser normaliser = rows[i];
             // scores become probabilities, and the gradients of these those of scores
             float *row = scores + i * at.keys, *grad_row = grads + i * at.keys;
             const int64_t seen = mask(at, i, scores);
             each(seen, [&](int64_t j, int lanes) {
               const Vec x = load(row + j, lanes, -INFINITE);
-              const Vec p = exp(sigma(x) - log_total);
+              const Vec p = exp(sigma(x) - normaliser.peak) * normaliser.factor;
               const Vec upstream = p * (load(grad_row + j, lanes, 0) - expected);
               store(row + j, lanes, p);
               store(grad_row + j, lanes, sums.backward(x, upstream, sigma));
             });
             std::fill(row + seen, row + at.keys, 0.f), std::fill(grad_row + seen, grad_row + at.keys, 0.f);
+            if ((i + 1) % few_rows == 0 || i + 1 == at.rows) {
+              sums.add_to(parameters, sigma);
+              sums = {};
+            }
           }
-          sums.add_to(grads_of_parameters + head * 4 * ORDER, sigma);
           multiply('N', 'N', at.rows, head_dim, at.keys, grads, k, 0, grad_query.row(head, at.start),
                    grad_query.to_next_row);
           multiply('T', 'N', at.keys, head_dim, at.rows, grads, block_q, 1, grad_k, head_dim);
@@ -119,8 +122,6 @@ class Attention : Problem {
   }
 
  private:
-  static constexpr int64_t MOST_QUERIES = 128;
-
   struct Memory {
     float* next;
 
@@ -176,13 +177,13 @@ class Attention : Problem {
 
 extern "C" {
 
-// Writes output and log_totals.
+// Writes output and normalisers.
 void blockwise_multimax(const multimax::Problem* problem) {
   const multimax::Attention attention(*problem);
   problem->order == 1 ? attention.forward<1>() : attention.forward<2>();
 }
 
-// Writes the gradients, from output, log_totals and grad_output.
+// Writes the gradients, from output, normalisers and grad_output.
 void blockwise_multimax_backward(const multimax::Problem* problem) {
   const multimax::Attention attention(*problem);
   problem->order == 1 ? attention.backward<1>() : attention.backward<2>();

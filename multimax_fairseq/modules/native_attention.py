@@ -18,8 +18,8 @@ from ..mappings import native
 
 ADDRESS, INTEGER = native.ADDRESS, native.INTEGER
 
-# Scores in a block: 1 MiB, of which the backward has two. Of 128 queries at most: with more, causal blocks have more
-# scores in vain, and the C++ has room for so many.
+# Scores in a block: 1 MiB, of which the backward has two. Of 128 queries at most, as a causal block has queries²/2
+# scores in vain.
 SCORES, MOST_QUERIES = 2**18, 128
 
 
@@ -42,7 +42,7 @@ class Problem(ctypes.Structure):
         *((name, Matrices) for name in ("query", "key", "value", "output")),
         *((name, Matrices) for name in ("grad_output", "grad_query", "grad_key", "grad_value")),
         *((name, ADDRESS) for name in ("thresholds", "gains", "hidden_keys", "added_scores")),
-        *((name, ADDRESS) for name in ("log_totals", "grads_of_parameters", "scratch", "sgemm")),
+        *((name, ADDRESS) for name in ("normalisers", "grads_of_parameters", "scratch", "sgemm")),
     ]
 
 
@@ -92,13 +92,13 @@ class NativeMultiMax(Function):
         added_scores: Optional[Tensor],
     ) -> Tensor:
         query, key, value = (_without_gaps(tensor) for tensor in (query, key, value))
-        output, log_totals = length_first(query), query.new_empty(query.shape[:2])
-        inputs = {"query": query, "key": key, "value": value, "thresholds": thresholds, "gains": gains}
-        masks = {"hidden_keys": hidden_keys, "added_scores": added_scores}
-        results = {"output": output, "log_totals": log_totals}
-        _call(LIBRARY.functions.blockwise_multimax, is_causal, **inputs, **masks, **results)
-        ctx.is_causal, ctx.names = is_causal, (*inputs, *masks, *results)
-        ctx.save_for_backward(*inputs.values(), *masks.values(), *results.values())
+        output, normalisers = length_first(query), query.new_empty(*query.shape[:2], 2)
+        saved = {"query": query, "key": key, "value": value, "thresholds": thresholds, "gains": gains}
+        saved.update(output=output, normalisers=normalisers)
+        ctx.is_causal, ctx.masks = is_causal, {"hidden_keys": hidden_keys, "added_scores": added_scores}
+        _call(LIBRARY.functions.blockwise_multimax, is_causal, **ctx.masks, **saved)
+        ctx.names = tuple(saved)
+        ctx.save_for_backward(*saved.values())
         return output
 
     @staticmethod
@@ -107,10 +107,11 @@ class NativeMultiMax(Function):
         saved = dict(zip(ctx.names, ctx.saved_tensors))
         gains = saved["gains"]
         grads = {f"grad_{name}": length_first(saved[name]) for name in ("query", "key", "value")}
-        grads_of_parameters = torch.zeros(len(saved["query"]), 2, len(gains), 2, dtype=torch.float64)
+        grads_of_parameters = grad.new_zeros(len(grad), 2, len(gains), 2, dtype=torch.float64)
         _call(
             LIBRARY.functions.blockwise_multimax_backward,
             ctx.is_causal,
+            **ctx.masks,
             **saved,
             **grads,
             grad_output=_without_gaps(grad),
@@ -126,17 +127,29 @@ def length_first(tensor: Tensor) -> Tensor:
 
 
 def _call(function: Callable[[Problem], None], is_causal: bool, **tensors: Optional[Tensor]) -> None:
-    """``function`` with a :class:`Problem` of these tensors, by the names of its fields."""
+    """``function`` with a :class:`Problem` of these tensors, by the names of its fields.
+
+    Raises:
+        ValueError: shapes do not go together; here it would be foreign memory that is read.
+        RuntimeError: a mask cannot be expanded to what it masks.
+    """
+    query, key, value = (tensors[name] for name in ("query", "key", "value"))
+    (heads, tgt_len, head_dim), src_len = query.shape, key.size(1)
+    if not key.shape == value.shape == (heads, src_len, head_dim):
+        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in (query, key, value))
+        raise ValueError(f"query, key and value must be (heads, length, head_dim), values like keys: {shapes}")
+    if is_causal and tgt_len > src_len:
+        raise ValueError(f"{tgt_len} queries need as many keys under a causal mask, not {src_len}")
     tensors["thresholds"], tensors["gains"] = native.parameters(tensors["thresholds"], tensors["gains"])
-    for name in ("hidden_keys", "added_scores"):
-        tensors[name] = None if tensors[name] is None else tensors[name].float().contiguous()
-    (heads, tgt_len, head_dim), src_len = tensors["query"].shape, tensors["key"].size(1)
+    for name, shape in (("hidden_keys", (heads, 1, src_len)), ("added_scores", (tgt_len, src_len))):
+        if tensors[name] is not None:
+            tensors[name] = tensors[name].expand(shape).float().contiguous()
     threads = min(torch.get_num_threads(), heads)
     block = min(max(SCORES // src_len, 1), MOST_QUERIES, tgt_len)
-    # What a thread of the backward needs, the forward less: its head's queries, keys and values, and gradients as
-    # many, and two blocks of scores, of which the second is also the forward's block of products.
+    # What a thread of the backward needs, and the forward less: queries, keys and values of a head, as many
+    # gradients, and two blocks of scores.
     scratch_size = 2 * (tgt_len + 2 * src_len) * head_dim + 2 * block * max(src_len, head_dim)
-    tensors["scratch"] = torch.empty(threads, scratch_size)
+    tensors["scratch"] = query.new_empty(threads, scratch_size)
     order = len(tensors["gains"])
     problem = Problem(heads, tgt_len, src_len, head_dim, order, is_causal, block, threads, scratch_size)
     problem.sgemm = sgemm()
