@@ -2,8 +2,8 @@
 
 Inductor makes one function of each, C++ on a CPU and Triton on a GPU, for all shapes. For fp32 on a CPU those of
 attention are also written in C++ (:mod:`.native`), and Inductor's serve where that cannot be compiled. Both are on by
-default where there is a compiler; the choice is, first to last, that of the environment variable ``MULTIMAX_BACKEND``, of
-:func:`set_backend` (``--multimax-backend``), and ``auto``::
+default where there is a compiler; the choice is, first to last, that of the environment variable
+``MULTIMAX_BACKEND``, of :func:`set_backend` (``--multimax-backend``), and ``auto``::
 
     auto      compiled; eager, with one warning that says why, where compiling fails
     compiled  compiled; an error where that fails
