@@ -77,6 +77,17 @@ def test_compiled_and_eager_train_the_same_model(translation, corpus, tmp_path, 
         assert float(compiled[kind][0][key]) == pytest.approx(float(eager[kind][0][key]), abs=2e-3)
 
 
+def test_compiled_and_eager_attend_block_by_block_to_the_same(corpus, tmp_path, monkeypatch):
+    """A language model with rows long enough: in C++, and in blocks of plain PyTorch."""
+    logs = []
+    for backend in ("compiled", "eager"):
+        monkeypatch.setenv("MULTIMAX_BACKEND", backend)
+        logs.append(train(corpus / "data-bin-lm", "multimax_transformer_lm", tmp_path / backend, "--max-epoch", 1,
+                          "--tokens-per-sample", 256, "--required-batch-size-multiple", 1))  # fmt: skip
+    for kind, key in (("train", "train_loss"), ("valid", "valid_loss")):
+        assert float(logs[0][kind][0][key]) == pytest.approx(float(logs[1][kind][0][key]), abs=2e-3)
+
+
 def test_softmax_gives_the_stock_models_losses(stock, corpus, tmp_path):
     log = train(corpus / "data-bin", "multimax_transformer", tmp_path, "--max-epoch", 1,
                 "--attention-mapping", "softmax")  # fmt: skip
