@@ -27,6 +27,8 @@ while (($#)); do
 done
 need_python
 need_fairseq
+need_module sacremoses # of prepare_iwslt14.sh, whose turn comes later
+need_module subword_nmt
 if [[ -z $out_folder ]]; then
     out_folder=$(mktemp -d)
     trap 'rm -rf "$out_folder"' EXIT
