@@ -102,6 +102,12 @@ inline void each(int64_t count, Body body) {
   if (j < count) body(j, int(count - j));
 }
 
+inline float dot(const float* a, const float* b, int64_t count) {
+  Vec products = {};
+  each(count, [&](int64_t j, int lanes) { products += load(a + j, lanes, 0) * load(b + j, lanes, 0); });
+  return sum(products);
+}
+
 // Calls body(first, last, thread) for a part of `count` things in each thread.
 template <class Body>
 inline void share(int64_t count, int threads, Body body) {
@@ -135,8 +141,18 @@ struct Modulator {
   }
 };
 
-// Scores over which the sums below may go in fp32; then they are added up in double precision.
-constexpr int64_t FEW_SCORES = 1 << 14;
+// Calls body with the Modulator of `order`, 1 or 2.
+template <class Body>
+inline void with_modulator(int64_t order, const float* thresholds, const float* gains, Body body) {
+  if (order == 1) {
+    body(Modulator<1>(thresholds, gains));
+  } else {
+    body(Modulator<2>(thresholds, gains));
+  }
+}
+
+// Rows over which the sums below may go in fp32: 16,384 scores. Then they are added up in double precision.
+inline int64_t few_rows(int64_t width) { return width < (1 << 14) ? (1 << 14) / width : 1; }
 
 // Sums over scores that the gradients of thresholds and gains consist of.
 template <int ORDER>

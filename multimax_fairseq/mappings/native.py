@@ -94,18 +94,18 @@ class Library:
         try:
             return ctypes.CDLL(str(library))
         except OSError:  # not there yet, or of a system that was not this one
-            self._compile([*compiler, *flags], [*compiler, "-shared"], library)
+            self._compile(compiler, flags, library)
             return ctypes.CDLL(str(library))
 
-    def _compile(self, compile_command: Sequence[str], link_command: Sequence[str], library: Path) -> None:
+    def _compile(self, compiler: Sequence[str], flags: Sequence[str], library: Path) -> None:
         logger.info("compiling %s; it is kept in %s for the next run", self.source.name, library.parent)
         start = time.perf_counter()
         library.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=library.parent) as unfinished:
             objects, linked = (os.path.join(unfinished, name) for name in ("kernels.o", "kernels.so"))
-            _run(*compile_command, "-c", str(self.source), "-o", objects)
+            _run(*compiler, *flags, "-c", str(self.source), "-o", objects)
             # the linker is not told of OpenMP: its symbols are to be found in PyTorch's
-            _run(*link_command, objects, "-o", linked)
+            _run(*compiler, "-shared", objects, "-o", linked)
             os.replace(linked, library)
         backend.note_compiled(self.source.name, time.perf_counter() - start)
 

@@ -44,8 +44,7 @@ class Attention : Problem {
   explicit Attention(const Problem& problem) : Problem(problem) {}
 
   template <int ORDER>
-  void forward() const {
-    const Modulator<ORDER> sigma(thresholds, gains);
+  void forward(const Modulator<ORDER>& sigma) const {
     share(heads, threads, [&](int64_t first, int64_t last, int64_t thread) {
       Memory memory(scratch + thread * scratch_size);
       float *q = memory.take(tgt_len * head_dim), *k = memory.take(src_len * head_dim);
@@ -72,8 +71,7 @@ class Attention : Problem {
   }
 
   template <int ORDER>
-  void backward() const {
-    const Modulator<ORDER> sigma(thresholds, gains);
+  void backward(const Modulator<ORDER>& sigma) const {
     share(heads, threads, [&](int64_t first, int64_t last, int64_t thread) {
       Memory memory(scratch + thread * scratch_size);
       float *q = memory.take(tgt_len * head_dim), *g = memory.take(tgt_len * head_dim);
@@ -89,11 +87,11 @@ class Attention : Problem {
           multiply('N', 'T', at.rows, at.keys, head_dim, block_q, k, 0, scores, at.keys);
           multiply('N', 'T', at.rows, at.keys, head_dim, block_g, v, 0, grads, at.keys);
           const Normaliser* rows = normalisers + head * tgt_len + at.start;
-          const int64_t few_rows = std::max<int64_t>(FEW_SCORES / at.keys, 1);
+          const int64_t few = few_rows(at.keys);
           double* parameters = grads_of_parameters + head * 4 * ORDER;
           Sums<ORDER> sums;
           for (int64_t i = 0; i < at.rows; ++i) {
-            const float expected = dot(output.row(head, at.start + i), block_g + i * head_dim);
+            const float expected = dot(output.row(head, at.start + i), block_g + i * head_dim, head_dim);
             const Normaliser normaliser = rows[i];
             // scores become probabilities, and the gradients of these those of scores
             float *row = scores + i * at.keys, *grad_row = grads + i * at.keys;
@@ -106,7 +104,7 @@ class Attention : Problem {
               store(grad_row + j, lanes, sums.backward(x, upstream, sigma));
             });
             std::fill(row + seen, row + at.keys, 0.f), std::fill(grad_row + seen, grad_row + at.keys, 0.f);
-            if ((i + 1) % few_rows == 0 || i + 1 == at.rows) {
+            if ((i + 1) % few == 0 || i + 1 == at.rows) {
               sums.add_to(parameters, sigma);
               sums = {};
             }
@@ -165,12 +163,6 @@ class Attention : Problem {
     }
     return seen;
   }
-
-  float dot(const float* a, const float* b) const {
-    Vec products = {};
-    each(head_dim, [&](int64_t c, int lanes) { products += load(a + c, lanes, 0) * load(b + c, lanes, 0); });
-    return sum(products);
-  }
 };
 
 }  // namespace multimax
@@ -180,12 +172,14 @@ extern "C" {
 // Writes output and normalisers.
 void blockwise_multimax(const multimax::Problem* problem) {
   const multimax::Attention attention(*problem);
-  problem->order == 1 ? attention.forward<1>() : attention.forward<2>();
+  multimax::with_modulator(problem->order, problem->thresholds, problem->gains,
+                           [&](const auto& sigma) { attention.forward(sigma); });
 }
 
 // Writes the gradients, from output, normalisers and grad_output.
 void blockwise_multimax_backward(const multimax::Problem* problem) {
   const multimax::Attention attention(*problem);
-  problem->order == 1 ? attention.backward<1>() : attention.backward<2>();
+  multimax::with_modulator(problem->order, problem->thresholds, problem->gains,
+                           [&](const auto& sigma) { attention.backward(sigma); });
 }
 }
