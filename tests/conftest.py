@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -51,6 +52,12 @@ def run(*command, check=True, **kwargs):
     )
     assert not check or result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
     return result
+
+
+def trained_parameters(model):
+    """Names and parameters, but for those that fairseq 0.12.2's encoder layers have twice, and use in evaluation."""
+    twice = re.compile(r"encoder\.layers\.\d+\.(in_proj|out_proj|fc1|fc2)_(weight|bias)")
+    return [(name, parameter) for name, parameter in model.named_parameters() if not twice.fullmatch(name)]
 
 
 def load_script(name):
