@@ -46,11 +46,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import multimax_fairseq  # noqa: F401  registers the models
-from multimax_fairseq.mappings import MultiMax, build_mapping, chunked_cross_entropy, modulate
-from multimax_fairseq.mappings.backend import compiled_graphs
+from multimax_fairseq.kernels.attention import multimax_attention
+from multimax_fairseq.kernels.backend import compiled_graphs
+from multimax_fairseq.kernels.chunked_cross_entropy import chunked_cross_entropy
+from multimax_fairseq.kernels.masks import Masks
+from multimax_fairseq.mappings import MultiMax, build_mapping, modulate
 from multimax_fairseq.mappings.multimax import multimax_formula
 from multimax_fairseq.modules import MappedMultiheadAttention
-from multimax_fairseq.modules.blockwise_attention import Masks, blockwise_multimax
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 Rows = List[Dict[str, Any]]
@@ -228,7 +230,7 @@ def attention_core(bsz: int, length: int) -> Sides:
 
     def blockwise() -> None:
         parameters = multimax.thresholds, multimax.gains
-        output = blockwise_multimax(*inputs, *parameters, Masks(causal=True))
+        output = multimax_attention(*inputs, *parameters, Masks(causal=True))
         torch.autograd.grad(output, (*inputs, *parameters), upstream)
 
     return {"stock": stock, "multimax": blockwise}

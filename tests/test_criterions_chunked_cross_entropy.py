@@ -12,7 +12,7 @@ from fairseq.criterions import CRITERION_REGISTRY
 from fairseq.logging import metrics
 
 from multimax_fairseq.criterions.chunked_cross_entropy import check_output_layer
-from multimax_fairseq.mappings import chunked_cross_entropy
+from multimax_fairseq.kernels.chunked_cross_entropy import chunked_cross_entropy
 
 TIED = ["--share-decoder-input-output-embed"]
 

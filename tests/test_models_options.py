@@ -5,7 +5,8 @@ from argparse import Namespace
 import pytest
 from omegaconf import OmegaConf
 
-from multimax_fairseq.mappings import MAPPINGS, backend
+from multimax_fairseq.kernels import backend
+from multimax_fairseq.mappings import MAPPINGS
 from multimax_fairseq.models import MappingChoice, MappingOptions
 from multimax_fairseq.models.options import SITES, SOFTMAX, with_defaults
 

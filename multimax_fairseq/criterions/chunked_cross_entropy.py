@@ -11,8 +11,7 @@ from fairseq.models.transformer import TransformerDecoderBase
 from omegaconf import II
 from torch import Tensor, nn
 
-from ..mappings import chunked_cross_entropy
-from ..mappings.chunked_cross_entropy import TokenLosses, check_options
+from ..kernels.chunked_cross_entropy import TokenLosses, check_options, chunked_cross_entropy
 from ..modules import MappedDecoder
 
 # What is known to be a projection, and for ours an output mapping after it, and nothing else.
@@ -40,8 +39,8 @@ class ChunkedCrossEntropyCriterion(LabelSmoothedCrossEntropyCriterion):
     """fairseq's ``label_smoothed_cross_entropy`` (``cross_entropy`` where that is 0), in a fraction of its memory.
 
     The model is asked for features; projection, output mapping and loss are then computed for a chunk of tokens at a
-    time (see :func:`..mappings.chunked_cross_entropy`), of tokens that are not padding. The log shows the same
-    numbers.
+    time (see :func:`..kernels.chunked_cross_entropy.chunked_cross_entropy`), of tokens that are not padding. The log
+    shows the same numbers.
 
     Args:
         sentence_avg, label_smoothing, chunk_tokens: as on the command line.

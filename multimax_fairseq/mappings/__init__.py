@@ -9,7 +9,6 @@ from typing import Any
 
 from torch import nn
 
-from .chunked_cross_entropy import chunked_cross_entropy, default_chunk_tokens
 from .evsoftmax import EvSoftmax, evsoftmax
 from .masking import additive_mask, compute_dtype, is_absent
 from .multimax import MultiMax, modulate, multimax
@@ -57,9 +56,7 @@ __all__ = [
     "Sparsemax",
     "additive_mask",
     "build_mapping",
-    "chunked_cross_entropy",
     "compute_dtype",
-    "default_chunk_tokens",
     "entmax",
     "entmax15",
     "evsoftmax",

@@ -11,27 +11,14 @@ through the gradient, because 0 · inf is NaN.
 import torch
 from torch import Tensor
 
+from ..kernels.scores import compute_dtype, is_absent
+
+__all__ = ["additive_mask", "compute_dtype", "is_absent", "masked_softmax"]
+
 # fairseq's encoder layers and some models built on it mask with finite numbers: −1e4 in half precision (which
 # bfloat16 rounds to −9984), −1e8 in single. No real bias comes near: the steepest ALiBi slope, 1/2, reaches
 # −4096 over 8,192 tokens.
 FINITE_MASK = -9e3
-
-
-def is_absent(scores: Tensor) -> Tensor:
-    """Where a score is −inf.
-
-    Args:
-        scores: any shape, floating point.
-
-    Returns:
-        bool, the shape of ``scores``.
-    """
-    return scores == float("-inf")
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that a mapping computes in: fp32 for fp16 and bf16, else ``dtype`` itself."""
-    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
 def masked_softmax(scores: Tensor, absent: Tensor, dim: int) -> Tensor:

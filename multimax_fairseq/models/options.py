@@ -7,8 +7,8 @@ from typing import Any, Callable, Dict, Optional, Sequence, Tuple, Union
 from fairseq.dataclass import FairseqDataclass
 from omegaconf import OmegaConf
 
+from ..kernels.backend import set_backend
 from ..mappings import MAPPINGS, build_mapping
-from ..mappings.backend import set_backend
 from ..mappings.multimax import TERMS
 
 SITES = ("encoder", "decoder", "cross")

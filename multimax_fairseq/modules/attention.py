@@ -6,8 +6,9 @@ import torch
 from fairseq.modules import MultiheadAttention
 from torch import Tensor, nn
 
+from ..kernels.attention import MIN_KEYS, multimax_attention
+from ..kernels.masks import Masks
 from ..mappings import MultiMax, additive_mask
-from .blockwise_attention import MIN_KEYS, Masks, blockwise_multimax
 from .masks import is_causal
 
 
@@ -22,7 +23,7 @@ class MappedMultiheadAttention(MultiheadAttention):
         output = out_proj(concat over heads of dropout(probabilities) · values)
 
     Where rows are long, and nobody asks for the probabilities, MultiMax takes another path to the same output, one
-    that never has all of them (:mod:`.blockwise_attention`).
+    that never has all of them (:mod:`..kernels.attention`).
 
     An instance is made from one of fairseq's by :meth:`adopt`.
 
@@ -129,7 +130,7 @@ class MappedMultiheadAttention(MultiheadAttention):
         key_padding_mask: Optional[Tensor],
         attn_mask: Optional[Tensor],
     ) -> Tensor:
-        """The output of :meth:`forward`, by way of :func:`.blockwise_attention.blockwise_multimax`."""
+        """The output of :meth:`forward`, by way of :func:`..kernels.attention.multimax_attention`."""
         tgt_len, bsz = query.shape[:2]
         if self.self_attention:
             key = value = query
@@ -148,7 +149,7 @@ class MappedMultiheadAttention(MultiheadAttention):
             scores=None if causal or attn_mask is None else additive_mask(attn_mask, queries.dtype),
         )
         thresholds, gains = self.mapping.thresholds, self.mapping.effective_gains
-        output = blockwise_multimax(queries, keys, values, thresholds, gains, masks)
+        output = multimax_attention(queries, keys, values, thresholds, gains, masks)
         return self.out_proj(output.transpose(0, 1).reshape(tgt_len, bsz, self.embed_dim))
 
     def _hidden_keys(self, key_padding_mask: Tensor, dtype: torch.dtype) -> Tensor:

@@ -7,7 +7,8 @@ from fairseq.models.transformer import TransformerConfig, TransformerDecoderBase
 from fairseq.modules.checkpoint_activations import checkpoint_wrapper
 from torch import Tensor, nn
 
-from ..mappings import build_mapping, compute_dtype, default_chunk_tokens
+from ..kernels.chunked_cross_entropy import default_chunk_tokens
+from ..mappings import build_mapping, compute_dtype
 from .transformer_layer import MappedDecoderLayer, MappedEncoderLayer
 
 

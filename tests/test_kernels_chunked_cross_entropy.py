@@ -5,8 +5,8 @@ import torch
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from multimax_fairseq.mappings import backend as backend_module
-from multimax_fairseq.mappings import chunked_cross_entropy, default_chunk_tokens
+from multimax_fairseq.kernels import compiler
+from multimax_fairseq.kernels.chunked_cross_entropy import chunked_cross_entropy, default_chunk_tokens
 from multimax_fairseq.mappings.multimax import modulate_formula
 
 NAMES = ("features", "weight", "bias", "thresholds", "gains")
@@ -201,7 +201,7 @@ def test_no_tensor_is_larger_than_a_chunk_of_logits(order, grad):
 
 
 def test_eager_kernels_work_on_as_many_rows_as_fit_into_a_cache(monkeypatch):
-    monkeypatch.setattr(backend_module, "EAGER_BLOCK", 2 * 41)
+    monkeypatch.setattr(compiler, "EAGER_BLOCK", 2 * 41)
     tensors, targets = case()
     gradients = torch.autograd.grad(chunked(tensors, targets, 0.1, chunk_tokens=5).loss, list(tensors.values()))
     expected = torch.autograd.grad(whole(tensors, targets, 0.1)[0].sum(), list(tensors.values()))

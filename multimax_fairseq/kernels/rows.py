@@ -18,8 +18,8 @@ from typing import Tuple
 import torch
 from torch import Tensor
 
-from .backend import kernel
-from .masking import compute_dtype, is_absent
+from .compiler import kernel
+from .scores import compute_dtype, is_absent
 
 # Stands for −inf where a gradient is computed: finite, so that times a gradient of 0 it is 0, also when squared.
 FAR_BELOW = -1e9

@@ -1,29 +1,16 @@
-"""Compiled or eager: where the kernels of :mod:`.kernels` run.
-
-Inductor makes one function of each, C++ on a CPU and Triton on a GPU, for all shapes. For fp32 on a CPU those of
-attention are also written in C++ (:mod:`.native`), and Inductor's serve where that cannot be compiled. Both are on by
-default where there is a compiler; the choice is, first to last, that of the environment variable
-``MULTIMAX_BACKEND``, of :func:`set_backend` (``--multimax-backend``), and ``auto``::
-
-    auto      compiled; eager, with one warning that says why, where compiling fails
-    compiled  compiled; an error where that fails
-    eager     plain PyTorch
-"""
+"""PyTorch's compiler, Inductor: one function of rows for all shapes, C++ on a CPU and Triton on a GPU."""
 
 import functools
 import logging
-import os
 import time
 from typing import Any, Callable, Dict, List, Sequence, Tuple
 
 import torch
 from torch import Tensor
 
-logger = logging.getLogger(__name__)
+from .backend import ENVIRONMENT_VARIABLE, backend, note_compiled, wants_compiled
 
-BACKENDS = ("auto", "compiled", "eager")
-ENVIRONMENT_VARIABLE = "MULTIMAX_BACKEND"
-COMPILED_DEVICES = ("cpu", "cuda")
+logger = logging.getLogger(__name__)
 
 # What makes Inductor fuse these kernels into one loop over a row: computing σ twice takes less time than writing it
 # to memory and reading it back, and a product and a sum are one instruction.
@@ -47,54 +34,7 @@ MOST_SCORES = 2**31 - 1  # for so few a GPU's kernel counts in 32 bits
 # in use at a time, which fit into a cache of 2 MiB.
 EAGER_BLOCK = 2**17
 
-_is_compiling = getattr(torch.compiler, "is_compiling", None) or torch._utils.is_compiling  # before torch 2.3
-
-compiled_graphs: List[Tuple[str, float]] = []  # in this process: the name of the kernel or file, and seconds
-
-_chosen = "auto"
 _failure = ""  # why compiling is not tried again
-
-
-def set_backend(name: str) -> None:
-    """Choose the backend of this process, unless the environment variable has.
-
-    Raises:
-        ValueError: ``name``, or what the environment variable says, is not of ``BACKENDS``.
-    """
-    global _chosen
-    _chosen = _checked(name, "--multimax-backend")
-    backend()
-
-
-def backend() -> str:
-    """The backend in force.
-
-    Raises:
-        ValueError: what the environment variable says is not of ``BACKENDS``.
-    """
-    return _checked(os.environ.get(ENVIRONMENT_VARIABLE) or _chosen, ENVIRONMENT_VARIABLE)
-
-
-def wants_compiled(tensor: Tensor) -> bool:
-    """Whether what is computed of ``tensor`` is to run compiled, if it can be."""
-    return (
-        tensor.device.type in COMPILED_DEVICES
-        and backend() != "eager"
-        and not torch.jit.is_tracing()
-        and not _is_compiling()  # whoever compiles a whole model has the formula
-    )
-
-
-def note_compiled(name: str, seconds: float) -> None:
-    """To be called when something has been compiled."""
-    compiled_graphs.append((name, seconds))
-    logger.info("compiled %s in %.1f s", name, seconds)
-
-
-def _checked(name: str, where: str) -> str:
-    if name not in BACKENDS:
-        raise ValueError(f"{where}: there is no backend {name!r}; choose from: {', '.join(BACKENDS)}")
-    return name
 
 
 class Kernel:

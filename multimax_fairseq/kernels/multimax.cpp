@@ -1,4 +1,4 @@
-// MultiMax over rows of fp32 scores, and its gradients: multimax_rows and multimax_rows_backward of kernels.py.
+// MultiMax over rows of fp32 scores, and its gradients: multimax_rows and multimax_rows_backward of rows.py.
 
 #include "multimax.hpp"
 

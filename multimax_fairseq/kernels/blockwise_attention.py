@@ -12,16 +12,15 @@ Source of the idea: Rabe and Staats, *Self-attention Does Not Need O(n²) Memory
 """
 
 import math
-from typing import Iterator, NamedTuple, Optional, Sequence, Tuple
+from typing import Iterator, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from ..mappings.kernels import exponentials_rows_, exponentials_rows_backward
-from . import native_attention
-from .native_attention import length_first
+from .masks import Masks, length_first
+from .rows import exponentials_rows_, exponentials_rows_backward
 
 # Queries in a block. A causal block has queries²/2 scores in vain on its diagonal, a lower one multiplies less
 # efficiently: half as many where rows are not long.
@@ -35,23 +34,6 @@ SCORES_ON_GPU = 2**26
 
 
 Block = Tuple[slice, slice, slice]  # heads, queries, keys
-
-# Keys from which on this pays.
-MIN_KEYS = 192
-
-
-class Masks(NamedTuple):
-    """What hides keys from queries.
-
-    Attributes:
-        causal: whether a query sees only the keys up to its own position.
-        keys: (bsz · num_heads, 1, src_len), 0 or −inf, or None.
-        scores: (tgt_len, src_len), to be added, or None.
-    """
-
-    causal: bool = False
-    keys: Optional[Tensor] = None
-    scores: Optional[Tensor] = None
 
 
 class BlockwiseMultiMax(Function):
@@ -120,20 +102,6 @@ class BlockwiseMultiMax(Function):
                 grad_key[heads], grad_value[heads] = grad_k, grad_v
         grad_parameters = torch.stack(grads_of_parameters).sum(0).to(gains.dtype)
         return grad_query, grad_key, grad_value, grad_parameters[0], grad_parameters[1], None
-
-
-def blockwise_multimax(
-    query: Tensor, key: Tensor, value: Tensor, thresholds: Tensor, gains: Tensor, masks: Masks
-) -> Tensor:
-    """:class:`BlockwiseMultiMax` in the dtype of ``query``, also where autocast would choose another.
-
-    For fp32 on a CPU it is :class:`.native_attention.NativeMultiMax`, which takes half the time.
-    """
-    key, value = key.to(query.dtype), value.to(query.dtype)
-    if native_attention.serves(query):
-        return native_attention.NativeMultiMax.apply(query, key, value, thresholds, gains, *masks)
-    with torch.autocast(query.device.type, enabled=False):
-        return BlockwiseMultiMax.apply(query, key, value, thresholds, gains, masks)
 
 
 def _block_size(query: Tensor, key: Tensor) -> Tuple[int, int]:

@@ -1,4 +1,4 @@
-"""MultiMax with a backward of its own, out of the kernels of :mod:`.kernels`.
+"""MultiMax with a backward of its own, out of the kernels of :mod:`.rows`.
 
 Left to autograd, σ takes some sixty passes over the scores, forward and backward, and keeps a dozen tensors of their
 size. This keeps the scores and the result.
@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from . import native
-from .kernels import modulate_rows, modulate_rows_backward, multimax_rows, multimax_rows_backward
+from . import cpp
+from .rows import modulate_rows, modulate_rows_backward, multimax_rows, multimax_rows_backward
 
 
 class FusedMultiMax(Function):
     """``formula(scores, thresholds, gains)`` over the last dimension: softmax of σ, or σ itself.
 
     Args of ``apply``:
-        scores, thresholds, gains: as in :func:`.multimax.multimax`; a gradient for each.
+        scores, thresholds, gains: as in :func:`..mappings.multimax.multimax`; a gradient for each.
         formula: the same in plain torch, for gradients of gradients.
         normalise: whether ``formula`` ends in softmax.
     """
@@ -57,8 +57,8 @@ def fused_multimax(
 def _forward(scores: Tensor, thresholds: Tensor, gains: Tensor, normalise: bool) -> Tensor:
     if scores.numel() == 0:
         return scores.clone()
-    if normalise and native.ROWS.serves(scores):
-        return native.multimax_rows(scores, thresholds, gains)
+    if normalise and cpp.ROWS.serves(scores):
+        return cpp.multimax_rows(scores, thresholds, gains)
     kernel = multimax_rows if normalise else modulate_rows
     return _joined(kernel.over_rows([scores], (thresholds, gains))).view(scores.shape)
 
@@ -66,8 +66,8 @@ def _forward(scores: Tensor, thresholds: Tensor, gains: Tensor, normalise: bool)
 def _backward(ctx, grad: Tensor) -> Tuple[Tensor, Tensor]:
     """∂L/∂x, and ∂L/∂(thresholds, gains)."""
     scores, thresholds, gains, probabilities = ctx.saved_tensors
-    if ctx.normalise and native.ROWS.serves(scores):
-        return native.multimax_rows_backward(scores, probabilities, grad, thresholds, gains)
+    if ctx.normalise and cpp.ROWS.serves(scores):
+        return cpp.multimax_rows_backward(scores, probabilities, grad, thresholds, gains)
     if ctx.normalise:
         kernel, rows = multimax_rows_backward, (scores, probabilities, grad)
     else:

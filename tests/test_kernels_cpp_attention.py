@@ -5,12 +5,12 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from conftest import needs_compiler
-from test_modules_blockwise_attention import HEADS, INF, padding, whole
+from test_kernels_blockwise_attention import HEADS, INF, padding, whole
 
-from multimax_fairseq.mappings import native
+from multimax_fairseq.kernels import cpp, cpp_attention
+from multimax_fairseq.kernels.attention import multimax_attention
+from multimax_fairseq.kernels.masks import Masks
 from multimax_fairseq.mappings.multimax import multimax_formula
-from multimax_fairseq.modules import native_attention
-from multimax_fairseq.modules.blockwise_attention import Masks, blockwise_multimax
 
 MASKS = {
     "none": Masks(),
@@ -33,7 +33,7 @@ def compiled(monkeypatch):
 @pytest.fixture(params=[2**18, 40 * 16, 40 * 7, 1], ids="blocks of {} scores".format)
 def blocks(request, monkeypatch):
     """One block, several, some whose end is no whole one, and blocks of a single query."""
-    monkeypatch.setattr(native_attention, "SCORES", request.param)
+    monkeypatch.setattr(cpp_attention, "SCORES", request.param)
 
 
 def case(tgt_len=40, src_len=40, head_dim=20, order=2):
@@ -55,8 +55,8 @@ def compare(inputs, masks, tgt_len=40, src_len=40, sums=5e-7):
     doubles = [tensor.detach().double().requires_grad_() for tensor in inputs]
     mask = full_mask(masks, tgt_len, src_len)
     expected = whole(*doubles, mask)
-    output = blockwise_multimax(*inputs, masks)
-    assert type(output.grad_fn).__name__ == "NativeMultiMaxBackward"
+    output = multimax_attention(*inputs, masks)
+    assert type(output.grad_fn).__name__ == "CppMultiMaxBackward"
     torch.testing.assert_close(output.double(), expected, atol=2e-5, rtol=1e-5)
     grads = torch.autograd.grad((output * upstream).sum(), inputs)
     expected_grads = torch.autograd.grad((expected * upstream).sum(), doubles)
@@ -102,7 +102,7 @@ def test_any_layout_in_memory():
         strided = [way(tensor.detach()).requires_grad_() for tensor in inputs[:3]]
         results = []
         for query, key, value in (inputs[:3], strided):
-            output = blockwise_multimax(query, key, value, *inputs[3:], Masks(causal=True))
+            output = multimax_attention(query, key, value, *inputs[3:], Masks(causal=True))
             upstream = way(torch.ones_like(output)) if query is strided[0] else torch.ones_like(output)
             results.append([output, *torch.autograd.grad(output, (query, key, value), upstream)])
         torch.testing.assert_close(*results, atol=0, rtol=0)
@@ -110,7 +110,7 @@ def test_any_layout_in_memory():
 
 def test_a_query_that_sees_no_key_gets_zeros_and_gives_none(blocks):
     inputs = case()
-    output = blockwise_multimax(*inputs, MASKS["keys"])
+    output = multimax_attention(*inputs, MASKS["keys"])
     assert output[-1].eq(0).all() and output[:-1].ne(0).all()
     grads = torch.autograd.grad(output.pow(2).sum(), inputs)
     assert all(grad[-1].eq(0).all() for grad in grads[:3]) and all(torch.isfinite(grad).all() for grad in grads)
@@ -119,7 +119,7 @@ def test_a_query_that_sees_no_key_gets_zeros_and_gives_none(blocks):
 def test_what_is_not_a_number_stays_so():
     query, *others = case()
     query = query.detach().index_fill(1, torch.tensor([3]), float("nan"))
-    output = blockwise_multimax(query, *others, Masks(causal=True))
+    output = multimax_attention(query, *others, Masks(causal=True))
     assert output[:, 3].isnan().all() and output[:, :3].isfinite().all() and output[:, 4:].isfinite().all()
 
 
@@ -128,7 +128,7 @@ def test_any_number_of_threads_gives_the_same():
     try:
         for threads in (1, 4, 2 * HEADS):
             torch.set_num_threads(threads)
-            output = blockwise_multimax(*inputs, MASKS["all"])
+            output = multimax_attention(*inputs, MASKS["all"])
             results.append([output, *torch.autograd.grad(output.pow(2).sum(), inputs)])
     finally:
         torch.set_num_threads(before)
@@ -138,7 +138,7 @@ def test_any_number_of_threads_gives_the_same():
 
 def test_gradients_of_gradients_are_refused():
     inputs = case()
-    grads = torch.autograd.grad(blockwise_multimax(*inputs, Masks()).pow(2).sum(), inputs, create_graph=True)
+    grads = torch.autograd.grad(multimax_attention(*inputs, Masks()).pow(2).sum(), inputs, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grads[0].sum().backward()
 
@@ -146,7 +146,7 @@ def test_gradients_of_gradients_are_refused():
 def test_nothing_of_length_squared_is_kept():
     length, kept = 400, []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda _: _):
-        blockwise_multimax(*case(length, length), Masks(causal=True))
+        multimax_attention(*case(length, length), Masks(causal=True))
     assert sum(tensor.numel() for tensor in kept) == HEADS * length * (4 * 20 + 2) + 8
 
 
@@ -155,7 +155,7 @@ def test_parameters_of_another_precision():
     results = []
     for dtype in (torch.float32, torch.float64):
         parameters = [tensor.detach().to(dtype).requires_grad_() for tensor in (thresholds, gains)]
-        output = blockwise_multimax(*inputs, *parameters, Masks())
+        output = multimax_attention(*inputs, *parameters, Masks())
         results.append(torch.autograd.grad(output.pow(2).sum(), parameters))
         assert all(grad.dtype == dtype for grad in results[-1])
     torch.testing.assert_close(*results, check_dtype=False)
@@ -164,20 +164,20 @@ def test_parameters_of_another_precision():
 @pytest.mark.parametrize("wanted", [[2], [0, 3], [3, 4]])
 def test_gradients_of_some_inputs_only(wanted):
     inputs = case()
-    everything = torch.autograd.grad(blockwise_multimax(*inputs, Masks()).pow(2).sum(), inputs)
+    everything = torch.autograd.grad(multimax_attention(*inputs, Masks()).pow(2).sum(), inputs)
     inputs = [tensor.detach().requires_grad_(number in wanted) for number, tensor in enumerate(inputs)]
-    blockwise_multimax(*inputs, Masks()).pow(2).sum().backward()
+    multimax_attention(*inputs, Masks()).pow(2).sum().backward()
     for number, (tensor, grad) in enumerate(zip(inputs, everything)):
         assert tensor.grad is None if number not in wanted else torch.equal(tensor.grad, grad)
 
 
 def test_in_inference_mode():
     inputs = case()
-    expected = blockwise_multimax(*inputs, MASKS["keys"])
+    expected = multimax_attention(*inputs, MASKS["keys"])
     with torch.inference_mode():
         masks = Masks(keys=MASKS["keys"].keys.clone())
-        assert torch.equal(blockwise_multimax(*inputs, masks), expected)
-    assert torch.equal(blockwise_multimax(*inputs, masks), expected)  # with gradients, of masks made there
+        assert torch.equal(multimax_attention(*inputs, masks), expected)
+    assert torch.equal(multimax_attention(*inputs, masks), expected)  # with gradients, of masks made there
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
@@ -186,7 +186,7 @@ def test_another_default_dtype(dtype):
     for default in (torch.float32, dtype):
         torch.set_default_dtype(default)
         try:
-            output = blockwise_multimax(*inputs, Masks(causal=True))
+            output = multimax_attention(*inputs, Masks(causal=True))
             results.append([output, *torch.autograd.grad(output.pow(2).sum(), inputs)])
         finally:
             torch.set_default_dtype(torch.float32)
@@ -195,9 +195,9 @@ def test_another_default_dtype(dtype):
 
 def test_several_python_threads_at_once():
     inputs = [case(200, 200) for _ in range(4)]
-    expected = [blockwise_multimax(*each, Masks(causal=True)) for each in inputs]
+    expected = [multimax_attention(*each, Masks(causal=True)) for each in inputs]
     with ThreadPoolExecutor(4) as pool:
-        outputs = list(pool.map(lambda each: blockwise_multimax(*each, Masks(causal=True)), 5 * inputs))
+        outputs = list(pool.map(lambda each: multimax_attention(*each, Masks(causal=True)), 5 * inputs))
     torch.testing.assert_close(outputs, 5 * expected, atol=0, rtol=0)
 
 
@@ -215,39 +215,39 @@ def test_masks_are_expanded(masks):
 )
 def test_masks_of_a_wrong_shape(masks):
     with pytest.raises(RuntimeError, match="expand"):
-        blockwise_multimax(*case(), masks)
+        multimax_attention(*case(), masks)
 
 
 def test_shapes_that_do_not_go_together():
     query, key, value, *parameters = case()
     with pytest.raises(ValueError, match=r"values like keys: \(6, 40, 20\), \(6, 40, 20\), \(6, 39, 20\)"):
-        blockwise_multimax(query, key, value[:, 1:], *parameters, Masks())
+        multimax_attention(query, key, value[:, 1:], *parameters, Masks())
     with pytest.raises(ValueError, match="40 queries need as many keys under a causal mask, not 39"):
-        blockwise_multimax(query, key[:, 1:], value[:, 1:], *parameters, Masks(causal=True))
+        multimax_attention(query, key[:, 1:], value[:, 1:], *parameters, Masks(causal=True))
 
 
 def test_autocast_chooses_no_other_precision():
     inputs = case()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        output = blockwise_multimax(*inputs, Masks())
+        output = multimax_attention(*inputs, Masks())
     assert output.dtype == torch.float32
-    torch.testing.assert_close(output, blockwise_multimax(*inputs, Masks()), atol=0, rtol=0)
+    torch.testing.assert_close(output, multimax_attention(*inputs, Masks()), atol=0, rtol=0)
 
 
 @pytest.mark.parametrize("missing", ["compiler", "product", "double precision", "wish"])
 def test_where_it_does_not_serve_the_blocks_are_pytorchs(missing, monkeypatch):
     inputs = case()
-    expected = blockwise_multimax(*inputs, Masks(causal=True))
+    expected = multimax_attention(*inputs, Masks(causal=True))
     if missing == "compiler":
-        library = native.Library(native_attention.LIBRARY.source, native_attention.LIBRARY.signatures)
+        library = cpp.Library(cpp_attention.LIBRARY.source, cpp_attention.LIBRARY.signatures)
         library.functions = None
-        monkeypatch.setattr(native_attention, "LIBRARY", library)
+        monkeypatch.setattr(cpp_attention, "LIBRARY", library)
     elif missing == "product":
-        monkeypatch.setattr(native_attention, "sgemm", lambda: None)
+        monkeypatch.setattr(cpp_attention, "sgemm", lambda: None)
     elif missing == "double precision":
         inputs = [tensor.detach().double().requires_grad_() for tensor in inputs]
     else:
         monkeypatch.setenv("MULTIMAX_BACKEND", "eager")
-    monkeypatch.setattr(native_attention.NativeMultiMax, "apply", None)  # cannot be called
-    output = blockwise_multimax(*inputs, Masks(causal=True))
+    monkeypatch.setattr(cpp_attention.CppMultiMax, "apply", None)  # cannot be called
+    output = multimax_attention(*inputs, Masks(causal=True))
     torch.testing.assert_close(output, expected, atol=2e-5, rtol=1e-5, check_dtype=False)

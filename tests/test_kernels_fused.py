@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from multimax_fairseq.mappings import backend
+from multimax_fairseq.kernels import compiler
 from multimax_fairseq.mappings.multimax import modulate, modulate_formula, multimax, multimax_formula
 
 TWINS = {"multimax": (multimax, multimax_formula), "modulate": (modulate, modulate_formula)}
@@ -32,7 +32,7 @@ def way(request, monkeypatch):
     """How the kernels run: compiled, or eager in blocks of so many scores."""
     monkeypatch.setenv("MULTIMAX_BACKEND", "compiled" if request.param == "compiled" else "eager")
     if request.param != "compiled":
-        monkeypatch.setattr(backend, "EAGER_BLOCK", request.param)
+        monkeypatch.setattr(compiler, "EAGER_BLOCK", request.param)
 
 
 @pytest.mark.parametrize("order", [1, 2])

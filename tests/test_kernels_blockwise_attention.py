@@ -6,10 +6,12 @@ import pytest
 import torch
 from fairseq.modules import MultiheadAttention
 
+from multimax_fairseq.kernels import blockwise_attention
+from multimax_fairseq.kernels.attention import multimax_attention
+from multimax_fairseq.kernels.masks import Masks
 from multimax_fairseq.mappings import build_mapping
 from multimax_fairseq.mappings.multimax import multimax_formula
-from multimax_fairseq.modules import MappedMultiheadAttention, attention, blockwise_attention
-from multimax_fairseq.modules.blockwise_attention import Masks, blockwise_multimax
+from multimax_fairseq.modules import MappedMultiheadAttention, attention
 
 HEADS, HEAD_DIM = 6, 5
 INF = float("inf")
@@ -71,7 +73,7 @@ def compare(inputs, masks, mask, **tolerance):
     upstream = torch.randn(HEADS, inputs[0].size(1), HEAD_DIM, dtype=torch.float64)
     expected = whole(*(tensor.double() for tensor in inputs), mask)
     expected_grads = torch.autograd.grad((expected * upstream).sum(), inputs)
-    output = blockwise_multimax(*inputs, masks)
+    output = multimax_attention(*inputs, masks)
     grads = torch.autograd.grad((output * upstream).sum(), inputs)
     assert output.dtype == inputs[0].dtype
     torch.testing.assert_close(output.double(), expected, **tolerance)
@@ -102,7 +104,7 @@ def test_lower_precision_stays_close_to_double(dtype, tolerance, blocks):
 
 def test_a_query_that_sees_no_key_gets_zeros_and_gives_none(blocks):
     inputs = case(10, 13)
-    output = blockwise_multimax(*inputs, Masks(keys=padding(13)))
+    output = multimax_attention(*inputs, Masks(keys=padding(13)))
     assert output[-1].eq(0).all()
     grads = torch.autograd.grad(output.pow(2).sum(), inputs)
     assert all(grad[-1].eq(0).all() for grad in grads[:3]) and all(torch.isfinite(grad).all() for grad in grads)
@@ -110,7 +112,7 @@ def test_a_query_that_sees_no_key_gets_zeros_and_gives_none(blocks):
 
 def test_gradients_of_gradients_are_refused():
     inputs = case(4, 4)
-    grads = torch.autograd.grad(blockwise_multimax(*inputs, Masks()).pow(2).sum(), inputs, create_graph=True)
+    grads = torch.autograd.grad(multimax_attention(*inputs, Masks()).pow(2).sum(), inputs, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grads[0].sum().backward()
 
@@ -120,7 +122,7 @@ def test_nothing_of_length_squared_is_kept(monkeypatch):
     monkeypatch.setattr(blockwise_attention, "SCORES_PER_THREAD", 64)
     length, kept = 64, []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda _: _):
-        blockwise_multimax(*case(length, length), Masks(causal=True))
+        multimax_attention(*case(length, length), Masks(causal=True))
     assert sum(tensor.numel() for tensor in kept) <= HEADS * length * (4 * HEAD_DIM + 1) + 8
 
 
@@ -136,8 +138,8 @@ def module(mapping="multimax", dropout=0.0, **options):
 def paths(monkeypatch, layer, *arguments, **options):
     """What a layer gives, with the gradients of all of its parameters, blockwise and as a whole."""
     results, taken = [], []
-    original = blockwise_multimax
-    monkeypatch.setattr(attention, "blockwise_multimax", lambda *args: taken.append(True) or original(*args))
+    original = multimax_attention
+    monkeypatch.setattr(attention, "multimax_attention", lambda *args: taken.append(True) or original(*args))
     for threshold in (1, math.inf):
         monkeypatch.setattr(attention, "MIN_KEYS", threshold)
         output, weights = layer(*arguments, need_weights=False, **options)
@@ -186,7 +188,7 @@ def test_cross_attention_takes_either_path_to_the_same(monkeypatch, blocks):
 )
 def test_the_plain_path_where_the_other_does_not_serve(layer, call, monkeypatch):
     monkeypatch.setattr(attention, "MIN_KEYS", 1)
-    monkeypatch.setattr(attention, "blockwise_multimax", None)  # cannot be called
+    monkeypatch.setattr(attention, "multimax_attention", None)  # cannot be called
     x = torch.randn(9, 3, 8, dtype=torch.float64)
     output, _ = layer()(x, x, x, **{"need_weights": False, **call})
     assert torch.isfinite(output).all()

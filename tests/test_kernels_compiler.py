@@ -1,4 +1,4 @@
-"""Compiled or eager: who decides, what happens without a compiler, and how many kernels are made."""
+"""Kernels by PyTorch's compiler: what happens without one, and how many are made."""
 
 import logging
 import subprocess
@@ -7,16 +7,18 @@ import sys
 import pytest
 import torch
 
-from multimax_fairseq.mappings import MultiMax, backend
-from multimax_fairseq.mappings.backend import Kernel, set_backend
-from multimax_fairseq.mappings.kernels import multimax_rows, multimax_rows_backward
+from multimax_fairseq.kernels import backend, compiler
+from multimax_fairseq.kernels.backend import set_backend
+from multimax_fairseq.kernels.compiler import Kernel
+from multimax_fairseq.kernels.rows import multimax_rows, multimax_rows_backward
+from multimax_fairseq.mappings import MultiMax
 
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch):
     monkeypatch.delenv("MULTIMAX_BACKEND", raising=False)
     monkeypatch.setattr(backend, "_chosen", "auto")
-    monkeypatch.setattr(backend, "_failure", "")
+    monkeypatch.setattr(compiler, "_failure", "")
 
 
 def double(scores, thresholds, gains):
@@ -34,24 +36,8 @@ def fail(*_, **__):
     raise RuntimeError("no C++ compiler found\nand more")
 
 
-def test_the_environment_overrides_the_choice(monkeypatch):
-    assert backend.backend() == "auto"
-    set_backend("eager")
-    assert backend.backend() == "eager"
-    monkeypatch.setenv("MULTIMAX_BACKEND", "compiled")
-    assert backend.backend() == "compiled"
-
-
-def test_a_backend_that_does_not_exist(monkeypatch):
-    with pytest.raises(ValueError, match="--multimax-backend: there is no backend 'fast'; choose from: auto, c"):
-        set_backend("fast")
-    monkeypatch.setenv("MULTIMAX_BACKEND", "slow")
-    with pytest.raises(ValueError, match="MULTIMAX_BACKEND: there is no backend 'slow'"):
-        set_backend("auto")
-
-
 def test_without_a_compiler_one_warning_and_plain_pytorch(monkeypatch, caplog):
-    monkeypatch.setattr(backend, "compile_function", fail)
+    monkeypatch.setattr(compiler, "compile_function", fail)
     kernels = Kernel(double), Kernel(double)
     with caplog.at_level(logging.WARNING):
         for kernel in (*kernels, *kernels):
@@ -61,7 +47,7 @@ def test_without_a_compiler_one_warning_and_plain_pytorch(monkeypatch, caplog):
 
 
 def test_without_a_compiler_but_told_to_compile(monkeypatch):
-    monkeypatch.setattr(backend, "compile_function", fail)
+    monkeypatch.setattr(compiler, "compile_function", fail)
     set_backend("compiled")
     with pytest.raises(RuntimeError, match="no C"):
         Kernel(double)(*ARGUMENTS)
@@ -85,14 +71,14 @@ def test_a_machine_without_a_compiler():
 
 
 def test_eager_never_compiles(monkeypatch):
-    monkeypatch.setattr(backend, "compile_function", fail)
+    monkeypatch.setattr(compiler, "compile_function", fail)
     set_backend("eager")
     assert torch.equal(Kernel(double)(*ARGUMENTS), 2 * ARGUMENTS[0])
 
 
 @pytest.mark.parametrize("shape", [(1, 5), (5, 1)])
 def test_single_scores_and_rows_stay_eager(shape, monkeypatch):
-    monkeypatch.setattr(backend, "compile_function", fail)
+    monkeypatch.setattr(compiler, "compile_function", fail)
     set_backend("compiled")
     scores = torch.randn(shape)
     assert torch.equal(Kernel(double)(scores, *ARGUMENTS[1:]), 2 * scores)
@@ -156,7 +142,7 @@ def test_the_first_call_is_announced(caplog):
 
 
 def test_rows_in_blocks_where_eager_and_whole_where_compiled(monkeypatch):
-    monkeypatch.setattr(backend, "EAGER_BLOCK", 12)
+    monkeypatch.setattr(compiler, "EAGER_BLOCK", 12)
     scores = torch.arange(60.0).view(2, 5, 6)
     for name, heights in (("eager", [2, 2, 2, 2, 2]), ("compiled", [10])):
         set_backend(name)

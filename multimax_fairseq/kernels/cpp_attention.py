@@ -1,4 +1,4 @@
-"""MultiMax attention in one C++ function forward and one backward, for fp32 on a CPU: ``native_attention.cpp``.
+"""MultiMax attention in one C++ function forward and one backward, for fp32 on a CPU: ``attention.cpp``.
 
 The blocks are those of :mod:`.blockwise_attention`, but each thread goes through those of its own heads, and its
 block of scores stays in its cache from the first product to the last. The products are the BLAS's that PyTorch uses.
@@ -14,9 +14,10 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from ..mappings import native
+from . import cpp
+from .masks import length_first
 
-ADDRESS, INTEGER = native.ADDRESS, native.INTEGER
+ADDRESS, INTEGER = cpp.ADDRESS, cpp.INTEGER
 
 # Scores in a block: 1 MiB, of which the backward has two. Of 128 queries at most, as a causal block has queries²/2
 # scores in vain.
@@ -47,8 +48,8 @@ class Problem(ctypes.Structure):
 
 
 POINTER = ctypes.POINTER(Problem)
-LIBRARY = native.Library(
-    Path(__file__).with_name("native_attention.cpp"),
+LIBRARY = cpp.Library(
+    Path(__file__).with_name("attention.cpp"),
     {"blockwise_multimax": [POINTER], "blockwise_multimax_backward": [POINTER]},
 )
 
@@ -68,7 +69,7 @@ def sgemm() -> Optional[int]:
         return None
 
 
-class NativeMultiMax(Function):
+class CppMultiMax(Function):
     """:class:`.blockwise_attention.BlockwiseMultiMax`, of the masks one by one.
 
     Args of ``apply``:
@@ -120,12 +121,6 @@ class NativeMultiMax(Function):
         return (*grads.values(), *grads_of_parameters.sum(0).to(gains.dtype).unbind(), None, None, None)
 
 
-def length_first(tensor: Tensor) -> Tensor:
-    """An empty tensor of this shape, (heads, length, head_dim), with length first in memory, as in projections."""
-    heads, length, head_dim = tensor.shape
-    return tensor.new_empty(length, heads, head_dim).transpose(0, 1)
-
-
 def _call(function: Callable[[Problem], None], is_causal: bool, **tensors: Optional[Tensor]) -> None:
     """``function`` with a :class:`Problem` of these tensors, by the names of its fields.
 
@@ -140,7 +135,7 @@ def _call(function: Callable[[Problem], None], is_causal: bool, **tensors: Optio
         raise ValueError(f"query, key and value must be (heads, length, head_dim), values like keys: {shapes}")
     if is_causal and tgt_len > src_len:
         raise ValueError(f"{tgt_len} queries need as many keys under a causal mask, not {src_len}")
-    tensors["thresholds"], tensors["gains"] = native.parameters(tensors["thresholds"], tensors["gains"])
+    tensors["thresholds"], tensors["gains"] = cpp.parameters(tensors["thresholds"], tensors["gains"])
     for name, shape in (("hidden_keys", (heads, 1, src_len)), ("added_scores", (tgt_len, src_len))):
         if tensors[name] is not None:
             tensors[name] = tensors[name].expand(shape).float().contiguous()

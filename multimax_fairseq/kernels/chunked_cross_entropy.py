@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from .backend import Kernel, kernel
-from .kernels import modulate_rows, modulate_rows_backward, present_sigma, sigma_backward
-from .masking import compute_dtype, is_absent
+from .compiler import Kernel, kernel
+from .rows import modulate_rows, modulate_rows_backward, present_sigma, sigma_backward
+from .scores import compute_dtype, is_absent
 
 # Logits that exist at a time: 2^26, 256 MiB in fp32. A chunk of N tokens reads and writes the gradient of the whole
 # weight once, 2 V D numbers, for products of 6 V D N operations: 3 N operations a number. At the 250 tokens that this
@@ -73,7 +73,7 @@ def chunked_cross_entropy(
         weight: (V, D), of the dtype of ``features``.
         targets: (N,), int64, each in [0, V).
         bias: (V,) or None.
-        thresholds, gains: (order, 2), as in :func:`.multimax.modulate`; None for softmax.
+        thresholds, gains: (order, 2), as in :func:`..mappings.multimax.modulate`; None for softmax.
         label_smoothing: ε, in [0, 1).
         chunk_tokens: tokens whose logits are computed at a time; 0: :func:`default_chunk_tokens`.
         reduce: whether to return sums, which have a gradient, or a number for each token, which have none.

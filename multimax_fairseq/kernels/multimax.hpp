@@ -1,6 +1,6 @@
-// MultiMax on a row of fp32 scores, for a CPU: what multimax.cpp and ../modules/native_attention.cpp are made of.
+// MultiMax on a row of fp32 scores, for a CPU: what multimax.cpp and attention.cpp are made of.
 //
-// The formulas are those of kernels.py. Vectors are the extension that GCC and Clang share, as wide as the processor
+// The formulas are those of rows.py. Vectors are the extension that GCC and Clang share, as wide as the processor
 // that the compiler is told of.
 
 #pragma once

@@ -9,8 +9,9 @@ import pytest
 import torch
 from conftest import needs_compiler
 
-from multimax_fairseq.mappings import backend, multimax, native
-from multimax_fairseq.mappings.kernels import multimax_rows as reference_rows
+from multimax_fairseq.kernels import backend, cpp
+from multimax_fairseq.kernels.rows import multimax_rows as reference_rows
+from multimax_fairseq.mappings import multimax
 
 INF = float("inf")
 pytestmark = needs_compiler
@@ -39,12 +40,12 @@ def rows(request, tmp_path_factory):
         patch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: request.param)
         library = new_library()
         assert library.functions is not None
-        patch.setattr(native, "ROWS", library)
+        patch.setattr(cpp, "ROWS", library)
         yield
 
 
 def new_library():
-    return native.Library(native.ROWS.source, native.ROWS.signatures)
+    return cpp.Library(cpp.ROWS.source, cpp.ROWS.signatures)
 
 
 def case(shape, order=2):
@@ -66,7 +67,7 @@ def gradients(inputs, upstream):
 def test_probabilities_and_gradients_are_those_of_double_precision(shape, order, rows):
     inputs = case(shape, order)
     upstream = torch.randn(shape)
-    assert native.ROWS.serves(inputs[0])
+    assert cpp.ROWS.serves(inputs[0])
     expected = gradients([tensor.detach().double().requires_grad_() for tensor in inputs], upstream.double())
     probabilities, *grads = gradients(inputs, upstream)
     torch.testing.assert_close(probabilities.double(), expected[0], atol=0, rtol=1e-5)
@@ -80,21 +81,21 @@ def test_the_exponential_to_two_units_in_the_last_place(rows):
     """Of two scores without modulation, 0 and −x, the second has exp(−x) times the probability of the first."""
     x = torch.cat([torch.linspace(0, 87, 100_001), torch.tensor([1e-7, 0.34657, 0.34658])])
     zeros = torch.zeros(1, 2)
-    first, second = native.multimax_rows(torch.stack([torch.zeros_like(x), -x], -1), zeros, zeros).double().unbind(-1)
+    first, second = cpp.multimax_rows(torch.stack([torch.zeros_like(x), -x], -1), zeros, zeros).double().unbind(-1)
     torch.testing.assert_close(second / first, x.double().neg().exp(), atol=0, rtol=4 * 2**-24)
 
 
 def test_a_score_far_below_counts_for_nothing(rows):
     zeros = torch.zeros(1, 2)
     scores = torch.tensor([[0.0, -89.0, -1e4, torch.finfo(torch.float32).min, -INF]])
-    assert native.multimax_rows(scores, zeros, zeros).tolist() == [[1.0, 0.0, 0.0, 0.0, 0.0]]
+    assert cpp.multimax_rows(scores, zeros, zeros).tolist() == [[1.0, 0.0, 0.0, 0.0, 0.0]]
 
 
 @pytest.mark.parametrize("others", [[], [math.nan] * 40, [-INF] * 40, [1.0] * 40])
 def test_what_is_not_a_number_stays_so(others, rows):
     """A training that has diverged is to say so, not to go on with zeros."""
     scores, (_, thresholds, gains) = torch.tensor([[math.nan, *others], [*others, math.nan]]), case((2, 2))
-    assert native.multimax_rows(scores, thresholds, gains)[scores.isnan()].isnan().all()
+    assert cpp.multimax_rows(scores, thresholds, gains)[scores.isnan()].isnan().all()
 
 
 def test_any_number_of_threads_gives_the_same(rows):
@@ -115,17 +116,17 @@ def test_rows_that_are_not_contiguous(rows):
     scores, thresholds, gains = case((12, 7))
     transposed = scores.detach().T
     expected = reference_rows.eager(transposed, thresholds.detach(), gains.detach())
-    torch.testing.assert_close(native.multimax_rows(transposed, thresholds, gains), expected)
+    torch.testing.assert_close(cpp.multimax_rows(transposed, thresholds, gains), expected)
 
 
 @pytest.mark.parametrize("other", [{"dtype": torch.float64}, {"dtype": torch.bfloat16}, {"device": "meta"}])
 def test_it_serves_fp32_on_a_cpu(other):
-    assert native.ROWS.serves(torch.zeros(2, 3)) and not native.ROWS.serves(torch.zeros(2, 3, **other))
+    assert cpp.ROWS.serves(torch.zeros(2, 3)) and not cpp.ROWS.serves(torch.zeros(2, 3, **other))
 
 
 def test_it_does_not_serve_where_plain_pytorch_is_asked_for(monkeypatch):
     monkeypatch.setenv("MULTIMAX_BACKEND", "eager")
-    assert not native.ROWS.serves(torch.zeros(2, 3))
+    assert not cpp.ROWS.serves(torch.zeros(2, 3))
 
 
 # ---------------------------------------------------------------- compiling
@@ -138,7 +139,7 @@ def test_it_is_compiled_once_and_kept(folder, caplog, monkeypatch):
     assert f"compiling multimax.cpp; it is kept in {folder}" in caplog.text
     assert "compiled multimax.cpp in" in caplog.text
     (kept,) = folder.iterdir()
-    monkeypatch.setattr(native, "_run", None)  # cannot be called
+    monkeypatch.setattr(cpp, "_run", None)  # cannot be called
     assert new_library().functions is not None
     assert [kept] == list(folder.iterdir()) and len(backend.compiled_graphs) == 1
 
@@ -148,8 +149,8 @@ def test_another_source_or_compiler_is_another_file(folder, tmp_path, monkeypatc
     monkeypatch.setenv("CXX", "g++ -DANOTHER")
     assert new_library().functions is not None
     header = tmp_path / "multimax.hpp"
-    header.write_text(native.HEADER.read_text() + "// changed\n")
-    monkeypatch.setattr(native, "HEADER", header)
+    header.write_text(cpp.HEADER.read_text() + "// changed\n")
+    monkeypatch.setattr(cpp, "HEADER", header)
     assert new_library().functions is not None
     assert len(list(folder.iterdir())) == 3
 
@@ -167,9 +168,9 @@ def test_several_that_compile_at_once(folder):
 
 def test_parameters_of_any_layout(rows):
     scores, thresholds, gains = (tensor.detach() for tensor in case((12, 7)))
-    expected = native.multimax_rows(scores, thresholds, gains)
+    expected = cpp.multimax_rows(scores, thresholds, gains)
     wide = torch.stack([thresholds, gains], dim=-1).double()
-    torch.testing.assert_close(native.multimax_rows(scores, wide[..., 0], wide[..., 1]), expected)
+    torch.testing.assert_close(cpp.multimax_rows(scores, wide[..., 0], wide[..., 1]), expected)
 
 
 @pytest.mark.parametrize("order", [0, 3])
@@ -186,7 +187,7 @@ def test_without_a_compiler_that_can_the_other_kernels_serve(compiler, folder, m
         assert not library.serves(torch.zeros(2, 3)) and not library.serves(torch.zeros(2, 3))
     assert caplog.text.count("multimax.cpp: not compiled, so others take the place of its kernels: ") == 1
     assert not folder.exists() or not any(folder.iterdir())
-    monkeypatch.setattr(native, "ROWS", library)
+    monkeypatch.setattr(cpp, "ROWS", library)
     inputs = case((5, 7))
     torch.testing.assert_close(multimax(*inputs), reference_rows.eager(*inputs))
 
@@ -217,7 +218,7 @@ def test_interrupted_while_compiling_it_leaves_nothing(folder, monkeypatch):
     def interrupt(*command):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(native, "_run", interrupt)
+    monkeypatch.setattr(cpp, "_run", interrupt)
     with pytest.raises(KeyboardInterrupt):
         new_library().functions  # noqa: B018
     assert not any(folder.iterdir())

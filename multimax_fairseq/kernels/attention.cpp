@@ -2,7 +2,7 @@
 // a stop between products and mapping. A thread takes whole heads, and a block of scores stays in its cache from the
 // first product to the last.
 
-#include "../mappings/multimax.hpp"
+#include "multimax.hpp"
 
 #include <algorithm>
 
@@ -21,7 +21,7 @@ struct Matrices {
   float* row(int64_t head, int64_t index) const { return data + head * to_next_head + index * to_next_row; }
 };
 
-// As in native_attention.py.
+// As in cpp_attention.py.
 struct Problem {
   int64_t heads, tgt_len, src_len, head_dim, order, is_causal, block, threads, scratch_size;
   Matrices query, key, value, output, grad_output, grad_query, grad_key, grad_value;  // (heads, length, head_dim)

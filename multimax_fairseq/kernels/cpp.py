@@ -1,4 +1,4 @@
-"""Kernels in C++, for fp32 on a CPU: there they take half the time of those that Inductor makes of :mod:`.kernels`.
+"""Kernels in C++, for fp32 on a CPU: there they take half the time of those that Inductor makes of :mod:`.rows`.
 
 A source file is compiled when a function of it is first called, by the compiler that PyTorch takes for extensions
 (``CXX``, else ``c++``), in about a second, and kept in PyTorch's folder of extensions (``TORCH_EXTENSIONS_DIR``, else
@@ -124,7 +124,7 @@ ROWS = Library(
 
 
 def multimax_rows(scores: Tensor, thresholds: Tensor, gains: Tensor) -> Tensor:
-    """:func:`.kernels.multimax_rows` for (…, width) fp32 ``scores`` on a CPU, where ``ROWS`` serves."""
+    """:func:`.rows.multimax_rows` for (…, width) fp32 ``scores`` on a CPU, where ``ROWS`` serves."""
     scores, (thresholds, gains) = scores.contiguous(), parameters(thresholds, gains)
     probabilities = torch.empty_like(scores)
     tensors = scores, probabilities, thresholds, gains
@@ -135,7 +135,7 @@ def multimax_rows(scores: Tensor, thresholds: Tensor, gains: Tensor) -> Tensor:
 def multimax_rows_backward(
     scores: Tensor, probabilities: Tensor, grad: Tensor, thresholds: Tensor, gains: Tensor
 ) -> Tuple[Tensor, Tensor]:
-    """:func:`.kernels.multimax_rows_backward` likewise; the gradient of the parameters is in fp64."""
+    """:func:`.rows.multimax_rows_backward` likewise; the gradient of the parameters is in fp64."""
     scores, grad, (thresholds, gains) = scores.contiguous(), grad.contiguous(), parameters(thresholds, gains)
     sizes = _sizes(scores, gains)
     grad_scores = torch.empty_like(scores)

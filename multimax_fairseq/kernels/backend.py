@@ -1,0 +1,72 @@
+"""Which backend computes: the one place that decides.
+
+PyTorch's compiler makes one function of each of the :mod:`.rows` for all shapes, C++ on a CPU and Triton on a GPU.
+For fp32 on a CPU some are also written in C++ (:mod:`.cpp`), and the compiler's serve where that cannot be compiled.
+Both are on by default where there is a compiler. The choice is, first to last, that of the environment variable
+``MULTIMAX_BACKEND``, of :func:`set_backend` (``--multimax-backend``), and ``auto``::
+
+    auto      compiled; eager, with one warning that says why, where compiling fails
+    compiled  compiled; an error where that fails
+    eager     plain PyTorch
+"""
+
+import logging
+import os
+from typing import List, Tuple
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+BACKENDS = ("auto", "compiled", "eager")
+ENVIRONMENT_VARIABLE = "MULTIMAX_BACKEND"
+COMPILED_DEVICES = ("cpu", "cuda")
+
+_is_compiling = getattr(torch.compiler, "is_compiling", None) or torch._utils.is_compiling  # before torch 2.3
+
+compiled_graphs: List[Tuple[str, float]] = []  # in this process: the name of the kernel or file, and seconds
+
+_chosen = "auto"
+
+
+def set_backend(name: str) -> None:
+    """Choose the backend of this process, unless the environment variable has.
+
+    Raises:
+        ValueError: ``name``, or what the environment variable says, is not of ``BACKENDS``.
+    """
+    global _chosen
+    _chosen = _checked(name, "--multimax-backend")
+    backend()
+
+
+def backend() -> str:
+    """The backend in force.
+
+    Raises:
+        ValueError: what the environment variable says is not of ``BACKENDS``.
+    """
+    return _checked(os.environ.get(ENVIRONMENT_VARIABLE) or _chosen, ENVIRONMENT_VARIABLE)
+
+
+def wants_compiled(tensor: Tensor) -> bool:
+    """Whether what is computed of ``tensor`` is to run compiled, if it can be."""
+    return (
+        tensor.device.type in COMPILED_DEVICES
+        and backend() != "eager"
+        and not torch.jit.is_tracing()
+        and not _is_compiling()  # whoever compiles a whole model has the formula
+    )
+
+
+def note_compiled(name: str, seconds: float) -> None:
+    """To be called when something has been compiled."""
+    compiled_graphs.append((name, seconds))
+    logger.info("compiled %s in %.1f s", name, seconds)
+
+
+def _checked(name: str, where: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{where}: there is no backend {name!r}; choose from: {', '.join(BACKENDS)}")
+    return name

@@ -1,0 +1,21 @@
+"""What every kernel has to know of a score: the dtype to compute in, and that −inf is no score."""
+
+import torch
+from torch import Tensor
+
+
+def is_absent(scores: Tensor) -> Tensor:
+    """Where a score is −inf.
+
+    Args:
+        scores: any shape, floating point.
+
+    Returns:
+        bool, the shape of ``scores``.
+    """
+    return scores == float("-inf")
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that a mapping computes in: fp32 for fp16 and bf16, else ``dtype`` itself."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
