@@ -25,8 +25,8 @@ def test_dimensions_and_defaults_are_those_of_the_stock_architecture(stock, corp
     actual, _ = parse([corpus / "data-bin", "--arch", f"multimax_{stock}"])
     extra = set(vars(actual)) - set(vars(expected))
     assert extra == {
-        "attention_mapping", "attention_mapping_sites", "attention_scale", "output_mapping", "multimax_order",
-        "multimax_terms", "multimax_init", "entmax_alpha", "multimax_backend",
+        "attention_mapping", "mapping_options", "attention_mapping_sites", "attention_scale", "output_mapping",
+        "multimax_order", "multimax_terms", "multimax_init", "entmax_alpha", "multimax_backend",
         "modulator_weight_decay", "modulator_clip_norm", "log_modulators",
     }  # fmt: skip
     assert actual.attention_mapping == "multimax" and actual.attention_mapping_sites == ",".join(SITES)

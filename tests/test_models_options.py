@@ -23,6 +23,7 @@ def test_the_defaults_are_those_of_the_documentation():
     assert {name: value for name, value in vars(MappingOptions()).items() if name != "_name"} == {
         "attention_mapping": "multimax",
         "attention_mapping_sites": "encoder,decoder,cross",
+        "mapping_options": "",
         "attention_scale": "none",
         "output_mapping": "softmax",
         "multimax_order": 2,

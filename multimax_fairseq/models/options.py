@@ -8,7 +8,7 @@ from fairseq.dataclass import FairseqDataclass
 from omegaconf import OmegaConf
 
 from ..kernels.backend import set_backend
-from ..mappings import MAPPINGS, build_mapping
+from ..mappings import BUILT_IN, MAPPINGS, build_mapping, parse_options
 from ..mappings.multimax import TERMS
 from ..modules.scale import SCALES
 
@@ -27,6 +27,10 @@ class MappingOptions(FairseqDataclass):
     attention_mapping: str = field(
         default="multimax",
         metadata={"help": f"mapping of attention scores to probabilities: {', '.join(MAPPINGS)}"},
+    )
+    mapping_options: str = field(
+        default="",
+        metadata={"help": "of a mapping added by @register_mapping: arguments of its class, such as k=8,p=0.5"},
     )
     attention_mapping_sites: str = field(
         default=",".join(SITES),
@@ -153,6 +157,9 @@ class MappingChoice:
             },
             "entmax": {"alpha": options.entmax_alpha},
         }
+        own = parse_options(options.attention_mapping, options.mapping_options)
+        if options.attention_mapping not in BUILT_IN:
+            arguments[options.attention_mapping] = own
         for name, wanted in arguments.items():  # chosen or not, what is wrong is an error
             build_mapping(name, **wanted)
         if (options.attention_mapping, options.attention_scale) != ("softmax", "none"):

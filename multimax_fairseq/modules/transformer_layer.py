@@ -4,7 +4,7 @@ from fairseq.models.transformer import TransformerConfig
 from fairseq.modules import MultiheadAttention
 from fairseq.modules.transformer_layer import TransformerDecoderLayerBase, TransformerEncoderLayerBase
 
-from ..mappings import build_mapping
+from ..mappings import MAPPINGS, arguments_of, build_mapping
 from .attention import MappedMultiheadAttention
 from .scale import build_scale
 
@@ -15,7 +15,7 @@ def with_mapping(attention: MultiheadAttention, cfg: TransformerConfig, site: st
     scale = build_scale(scale_name, attention.num_heads)
     if name == "softmax" and scale is None:
         return attention
-    if name == "entmax":
+    if "num_heads" in arguments_of(MAPPINGS[name]):
         options = {**options, "num_heads": attention.num_heads}
     return MappedMultiheadAttention.adopt(attention, build_mapping(name, **options), site, scale)
 
