@@ -33,5 +33,10 @@ setup(
         "matplotlib",
     ],
     extras_require={"iwslt14": iwslt14, "test": [*iwslt14, "hypothesis", "pytest", "pytest-xdist"]},
-    entry_points={"console_scripts": ["multimax-analyze = multimax_fairseq.analysis.cli:main"]},
+    entry_points={
+        "console_scripts": [
+            "multimax-analyze = multimax_fairseq.analysis.cli:main",
+            "multimax-doctor = multimax_fairseq.doctor:main",
+        ]
+    },
 )
