@@ -141,10 +141,12 @@ struct Modulator {
   }
 };
 
-// Calls body with the Modulator of `order`, 1 or 2.
+// Calls body with the Modulator of `order`, 0 (softmax), 1 or 2.
 template <class Body>
 inline void with_modulator(int64_t order, const float* thresholds, const float* gains, Body body) {
-  if (order == 1) {
+  if (order == 0) {
+    body(Modulator<0>(thresholds, gains));
+  } else if (order == 1) {
     body(Modulator<1>(thresholds, gains));
   } else {
     body(Modulator<2>(thresholds, gains));

@@ -59,49 +59,6 @@ def modulate_rows_backward(
     return sigma_backward(scores, upstream, thresholds, gains)
 
 
-@kernel
-def exponentials_rows_(scores: Tensor, thresholds: Tensor, gains: Tensor) -> Tuple[Tensor, Tensor]:
-    """Puts exp(σ(x) − max σ) in the place of a row of scores.
-
-    Returns:
-        its factor 1 / Σ exp(σ − max σ), (rows, 1), 0 where no score is there; and log Σ exp σ, (rows, 1), +inf there.
-    """
-    exponentials, peak, total = _exponentials(scores, thresholds, gains)
-    log_total = (peak + total.log()).masked_fill(peak == torch.finfo(peak.dtype).min, float("inf"))
-    scores.copy_(exponentials)
-    return _reciprocal(peak, total), log_total
-
-
-@kernel
-def exponentials_rows_backward(
-    scores: Tensor,
-    grad: Tensor,
-    log_total: Tensor,
-    expected_grad: Tensor,
-    probabilities: Tensor,
-    grad_scores: Tensor,
-    thresholds: Tensor,
-    gains: Tensor,
-) -> Tensor:
-    """Probabilities and gradients from ∂L/∂p: one pass, as it is told what it would have to sum over a row.
-
-    Args:
-        log_total: (rows, 1), of :func:`exponentials_rows_`.
-        expected_grad: (rows, 1), Σ p · ∂L/∂p.
-        probabilities, grad_scores: (rows, width), written to; new memory for each block would cost the operating
-            system more than the kernel takes.
-
-    Returns:
-        ∂L/∂(thresholds, gains), (2, N, 2).
-    """
-    p = (present_sigma(scores, thresholds, gains) - log_total).exp()
-    upstream = p * (grad.to(p.dtype) - expected_grad)
-    grad_x, grad_parameters = sigma_backward(scores, upstream, thresholds, gains)
-    probabilities.copy_(p)
-    grad_scores.copy_(grad_x)
-    return grad_parameters
-
-
 def sigma(x: Tensor, thresholds: Tensor, gains: Tensor) -> Tensor:
     """σ(x) in the dtype of ``x``; anything where a score is absent."""
     modulated = x
