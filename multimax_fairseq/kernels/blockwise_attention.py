@@ -1,9 +1,9 @@
 """MultiMax attention block by block: memory linear in the length, no work on scores that the causal mask hides.
 
 A block is the scores of some heads, for some queries, against all the keys that these may see. What is kept for the
-backward is two numbers a query, its normaliser (peak, factor): a probability is exp(σ − peak) · factor. The scores are
-computed again there. That costs one more product, and saves keeping, and reading back from memory, scores and
-probabilities of the size length².
+backward is a query's normaliser, peak and factor: a probability is exp(σ − peak) · factor. The scores are computed
+again there. That costs one more product, and saves keeping, and reading back from memory, scores and probabilities of
+the size length².
 
 With P the probabilities, O = P·V, and G = ∂L/∂O, the sum over a row that the gradient of softmax asks for is
 Σ_j P_ij (G·Vᵀ)_ij. It is also Σ_c G_ic O_ic, which is known before the row is, but not here: what rounding leaves

@@ -161,8 +161,8 @@ def _call(
     fair_share = -(-heads * tgt_len // (BLOCKS_PER_THREAD * threads))
     block = min(max(SCORES // src_len, 1), MOST_QUERIES, fair_share, tgt_len)
     grads_of_parameters = query.new_zeros(heads * -(-tgt_len // block), 2, order, 2, dtype=torch.float64)
-    # What a thread of the backward needs, and the forward less: keys and values of a head, as many gradients twice,
-    # queries and gradients of a block, two blocks of scores, and of a row probabilities and what dropout does to them.
+    # What a thread of the backward needs, and the forward less: keys and values of a head, twice their gradients,
+    # queries and gradients of a block, two blocks of scores, and a row's probabilities and its factors of dropout.
     scratch_size = 6 * src_len * head_dim + 2 * block * (head_dim + src_len) + 2 * src_len + ROUNDED_UP
     tensors["scratch"] = query.new_empty(threads, scratch_size)
     tensors["grads_of_parameters"] = grads_of_parameters
