@@ -10,6 +10,8 @@ from .blockwise_attention import BlockwiseMultiMax
 from .fused import fused_multimax
 from .masks import Masks
 
+KERNELS = (cpp_attention,)  # of which the first that serves computes
+
 MIN_KEYS = 192  # from which on it pays not to have the whole matrix
 
 # Scores of which a GPU has the whole matrix: a block is some seven launches, and pays when it fills the GPU for long.
@@ -44,16 +46,16 @@ def multimax_attention(
     Returns:
         (heads, tgt_len, head_dim), differentiable once.
     """
-    key, value = key.to(query.dtype), value.to(query.dtype)
+    arguments = query, key.to(query.dtype), value.to(query.dtype), thresholds, gains, masks
     with torch.autocast(query.device.type, enabled=False):
         if 0 in (*query.shape, key.size(1)):
-            return _whole(query, key, value, thresholds, gains, masks, dropout)
-        if cpp_attention.serves(query, key, value):
-            seed = _seed() if dropout else 0
-            return cpp_attention.CppMultiMax.apply(query, key, value, thresholds, gains, masks, dropout, seed)
+            return _whole(*arguments, dropout)
+        for kernels in KERNELS:
+            if kernels.serves(*arguments, dropout):
+                return kernels.attend(*arguments, dropout, _seed() if dropout else 0)
         if dropout or _fits_as_a_whole(query, key):
-            return _whole(query, key, value, thresholds, gains, masks, dropout)
-        return BlockwiseMultiMax.apply(query, key, value, thresholds, gains, masks)
+            return _whole(*arguments, dropout)
+        return BlockwiseMultiMax.apply(*arguments)
 
 
 def _seed() -> int:

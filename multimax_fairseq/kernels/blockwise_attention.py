@@ -23,8 +23,7 @@ from torch.autograd.function import once_differentiable
 
 from .compiler import kernel
 from .masks import Block, Masks, length_first
-from .rows import sigma, sigma_backward
-from .scores import compute_dtype, is_absent
+from .rows import normalised, present_sigma, sigma_backward
 
 # Queries in a block. A causal block has queries²/2 scores in vain on its diagonal, a lower one multiplies less
 # efficiently: half as many where rows are not long. On a GPU a launch has to pay.
@@ -45,13 +44,10 @@ def probabilities_rows_(scores: Tensor, thresholds: Tensor, gains: Tensor) -> Tu
     Normalised here, not after the product with values: of half precision that would overflow.
 
     Returns:
-        the normalisers, peak = max σ and factor = 1 / Σ exp(σ − peak), (rows, 1); 0 and 0 of a row without scores.
+        the normalisers, peak and factor, (rows, 1).
     """
-    modulated, is_empty = _modulated(scores, thresholds, gains)
-    peak = modulated.amax(-1, keepdim=True).masked_fill(is_empty, 0.0)
-    exponentials = (modulated - peak).exp()
-    factor = exponentials.sum(-1, keepdim=True).reciprocal().masked_fill(is_empty, 0.0)
-    scores.copy_(exponentials * factor)
+    probabilities, peak, factor = normalised(scores, thresholds, gains)
+    scores.copy_(probabilities)
     return peak, factor
 
 
@@ -76,20 +72,12 @@ def probabilities_rows_backward(
     Returns:
         ∂L/∂(thresholds, gains), (2, N, 2).
     """
-    modulated, _ = _modulated(scores, thresholds, gains)
-    p, grad = (modulated - peak).exp() * factor, grad.to(peak.dtype)
+    p, grad = (present_sigma(scores, thresholds, gains) - peak).exp() * factor, grad.to(peak.dtype)
     upstream = p * (grad - (p * grad).sum(-1, keepdim=True))
     grad_x, grad_parameters = sigma_backward(scores, upstream, thresholds, gains)
     probabilities.copy_(p)
     grad_scores.copy_(grad_x)
     return grad_parameters
-
-
-def _modulated(scores: Tensor, thresholds: Tensor, gains: Tensor) -> Tuple[Tensor, Tensor]:
-    """σ(x) in fp32 at least, −inf where a score is absent, and which rows, (rows, 1), have no others."""
-    x = scores.to(compute_dtype(scores.dtype))
-    modulated = sigma(x, thresholds, gains).masked_fill(is_absent(x), float("-inf"))
-    return modulated, is_absent(x.amax(-1, keepdim=True))
 
 
 class BlockwiseMultiMax(Function):

@@ -69,9 +69,25 @@ LIBRARY = cpp.Library(
 )
 
 
-def serves(*tensors: Tensor) -> bool:
-    """Whether attention of these queries, keys and values can be computed here, which needs a BLAS in PyTorch too."""
-    return all(map(LIBRARY.serves, tensors)) and sgemm() is not None
+def serves(
+    query: Tensor, key: Tensor, value: Tensor, thresholds: Tensor, gains: Tensor, masks: Masks, dropout: float
+) -> bool:
+    """Whether :func:`attend` takes these arguments, and runs here: a compiler and a BLAS in PyTorch are needed."""
+    return all(map(LIBRARY.serves, (query, key, value))) and sgemm() is not None
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    thresholds: Tensor,
+    gains: Tensor,
+    masks: Masks,
+    dropout: float,
+    seed: int,
+) -> Tensor:
+    """:func:`.attention.multimax_attention`, with dropout's ``seed``, 64 bits; laid out with length first."""
+    return CppMultiMax.apply(query, key, value, thresholds, gains, masks, dropout, seed)
 
 
 @functools.lru_cache(maxsize=None)
@@ -85,15 +101,7 @@ def sgemm() -> Optional[int]:
 
 
 class CppMultiMax(Function):
-    """:class:`.blockwise_attention.BlockwiseMultiMax` with dropout of probabilities.
-
-    Args of ``apply``:
-        query, key, value: (heads, length, head_dim), fp32.
-        thresholds, gains: (N, 2), N 0 (softmax), 1 or 2.
-        masks: the :class:`.Masks`.
-        dropout: the probability to drop a probability, from 0 to 1; what is kept is divided by 1 − dropout.
-        seed: of the mask, 64 bits.
-    """
+    """See :func:`attend`."""
 
     @staticmethod
     def forward(
