@@ -8,7 +8,7 @@ import torch
 from fairseq.modules import MultiheadAttention
 from torch import Tensor, nn
 
-from ..kernels.attention import MIN_KEYS, multimax_attention
+from ..kernels.attention import MIN_KEYS, is_traced, multimax_attention
 from ..kernels.masks import Masks
 from ..mappings import MultiMax, additive_mask
 from .scale import visible_keys
@@ -166,15 +166,13 @@ class MappedMultiheadAttention(MultiheadAttention):
 
     def _goes_blockwise(self, query: Tensor, key: Optional[Tensor], attn_mask: Optional[Tensor]) -> bool:
         """Whether the path without a matrix of probabilities serves, and pays."""
-        drops = self.dropout_module.p > 0 and (self.training or self.dropout_module.apply_during_inference)
         return (
             isinstance(self.mapping, MultiMax)
             and (query if self.self_attention else key).size(0) >= MIN_KEYS
-            and not drops
             and self.bias_k is None
             and not self.add_zero_attn
             and not (attn_mask is not None and attn_mask.requires_grad)
-            and not torch.jit.is_tracing()
+            and not is_traced()
         )
 
     def _attend_blockwise(
@@ -204,7 +202,9 @@ class MappedMultiheadAttention(MultiheadAttention):
             scores=None if causal or attn_mask is None else additive_mask(attn_mask, queries.dtype),
         )
         thresholds, gains = self.mapping.thresholds, self.mapping.effective_gains
-        output = multimax_attention(queries, keys, values, thresholds, gains, masks)
+        drops = self.training or self.dropout_module.apply_during_inference
+        dropout = self.dropout_module.p if drops else 0.0
+        output = multimax_attention(queries, keys, values, thresholds, gains, masks, dropout)
         return self.out_proj(output.transpose(0, 1).reshape(tgt_len, bsz, self.embed_dim))
 
     def _hidden_keys(self, key_padding_mask: Tensor, dtype: torch.dtype) -> Tensor:
