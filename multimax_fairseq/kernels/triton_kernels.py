@@ -78,15 +78,21 @@ def _sigma_backward(x, upstream, thresholds, gains, ORDER: tl.constexpr):
 
 @triton.jit
 def _masked(
-    scores, queries, keys, hidden, added, hidden_key, added_query, added_key, tgt_len, src_len, CAUSAL: tl.constexpr
-):
-    """Scores with masks added, −inf where there is no such query or key; ``queries`` and ``keys`` broadcast."""
+    scores, query, key, queries, keys, hidden, added, hidden_key, added_query, added_key, tgt_len, src_len,
+    CAUSAL: tl.constexpr,
+):  # fmt: skip
+    """Scores with masks added, −inf where there is no such query or key.
+
+    The queries from ``query`` on and the keys from ``key`` on are numbered in ``queries`` and ``keys``, which broadcast.
+    """
     present = (queries < tgt_len) & (keys < src_len)
-    if added is not None:
-        at = queries.to(tl.int64) * added_query + keys.to(tl.int64) * added_key
-        scores += tl.load(added + at, mask=present, other=0.0).to(tl.float32)
+    if added is not None:  # counted in 64 bits is only what all have in common, as below
+        added += tl.cast(query, tl.int64) * added_query + tl.cast(key, tl.int64) * added_key
+        at = added + ((queries - query) * added_query + (keys - key) * added_key)
+        scores += tl.load(at, mask=present, other=0.0).to(tl.float32)
     if hidden is not None:
-        scores += tl.load(hidden + keys.to(tl.int64) * hidden_key, mask=keys < src_len, other=0.0).to(tl.float32)
+        hidden += tl.cast(key, tl.int64) * hidden_key
+        scores += tl.load(hidden + (keys - key) * hidden_key, mask=keys < src_len, other=0.0).to(tl.float32)
     if CAUSAL:
         present = present & (keys <= queries)
     return tl.where(present, scores, -INF)
@@ -99,11 +105,12 @@ def _kept(seed, head, queries, keys, dropout, DROPOUT: tl.constexpr):
     The counter has a word for each, which no length overflows; of a block of scores, most of the first two rounds is
     computed for a row and a column only.
     """
-    if not DROPOUT:
+    if DROPOUT:
+        word, _, _, _ = tl.philox(seed, keys, queries, head, 0, PHILOX_ROUNDS)
+        uniform = (word >> 8).to(tl.int32).to(tl.float32) * 5.9604644775390625e-08  # of 24 bits, as fp32 has
+        return tl.where(uniform >= dropout, 1 / (1 - dropout), 0.0)
+    else:
         return 1.0
-    word, _, _, _ = tl.philox(seed, keys, queries, head, 0, PHILOX_ROUNDS)
-    # of 24 bits: as many as fp32 has
-    return tl.where((word >> 8).to(tl.int32).to(tl.float32) * 5.9604644775390625e-08 >= dropout, 1 / (1 - dropout), 0.0)
 
 
 @triton.jit
@@ -176,7 +183,7 @@ def forward(
         k = _read(key + at * key_head, first, key_row, src_len, BLOCK_KEYS, HEAD_DIM, BLOCK_DIM)
         v = _read(value + at * value_head, first, value_row, src_len, BLOCK_KEYS, HEAD_DIM, BLOCK_DIM)
         x = _masked(
-            tl.dot(q, tl.trans(k), input_precision="ieee"), rows[:, None], keys[None, :],
+            tl.dot(q, tl.trans(k), input_precision="ieee"), start, first, rows[:, None], keys[None, :],
             hidden, added, hidden_key, added_query, added_key, tgt_len, src_len, CAUSAL,
         )  # fmt: skip
         modulated = _sigma(x, thresholds, gains, ORDER)
@@ -199,15 +206,15 @@ def forward(
 
 @triton.jit
 def _probabilities(
-    q, k, queries, keys, peak, factor, thresholds, gains, hidden, added, hidden_key, added_query, added_key,
-    tgt_len, src_len, ORDER: tl.constexpr, CAUSAL: tl.constexpr, BY_KEY: tl.constexpr,
+    q, k, query, key, queries, keys, peak, factor, thresholds, gains, hidden, added, hidden_key, added_query,
+    added_key, tgt_len, src_len, ORDER: tl.constexpr, CAUSAL: tl.constexpr, BY_KEY: tl.constexpr,
 ):  # fmt: skip
     """Scores and probabilities, (queries, keys), or (keys, queries) if ``BY_KEY``."""
     scores = tl.dot(k, tl.trans(q), input_precision="ieee") if BY_KEY else tl.dot(
         q, tl.trans(k), input_precision="ieee"
     )
     x = _masked(
-        scores, queries, keys, hidden, added, hidden_key, added_query, added_key, tgt_len, src_len, CAUSAL
+        scores, query, key, queries, keys, hidden, added, hidden_key, added_query, added_key, tgt_len, src_len, CAUSAL
     )
     return x, tl.exp(_sigma(x, thresholds, gains, ORDER) - peak) * factor
 
@@ -245,8 +252,8 @@ def backward_queries(
         k = _read(key + at * key_head, first, key_row, src_len, BLOCK_KEYS, HEAD_DIM, BLOCK_DIM)
         v = _read(value + at * value_head, first, value_row, src_len, BLOCK_KEYS, HEAD_DIM, BLOCK_DIM)
         _, p = _probabilities(
-            q, k, rows[:, None], keys[None, :], peak, factor, thresholds, gains, hidden, added, hidden_key,
-            added_query, added_key, tgt_len, src_len, ORDER, CAUSAL, False,
+            q, k, start, first, rows[:, None], keys[None, :], peak, factor, thresholds, gains, hidden, added,
+            hidden_key, added_query, added_key, tgt_len, src_len, ORDER, CAUSAL, False,
         )  # fmt: skip
         grad_p = tl.dot(g, tl.trans(v), input_precision="ieee")
         grad_p *= _kept(seed, head, rows[:, None], keys[None, :], dropout, DROPOUT)
@@ -263,8 +270,8 @@ def backward_queries(
         k = _read(key + at * key_head, first, key_row, src_len, BLOCK_KEYS, HEAD_DIM, BLOCK_DIM)
         v = _read(value + at * value_head, first, value_row, src_len, BLOCK_KEYS, HEAD_DIM, BLOCK_DIM)
         x, p = _probabilities(
-            q, k, rows[:, None], keys[None, :], peak, factor, thresholds, gains, hidden, added, hidden_key,
-            added_query, added_key, tgt_len, src_len, ORDER, CAUSAL, False,
+            q, k, start, first, rows[:, None], keys[None, :], peak, factor, thresholds, gains, hidden, added,
+            hidden_key, added_query, added_key, tgt_len, src_len, ORDER, CAUSAL, False,
         )  # fmt: skip
         grad_p = tl.dot(g, tl.trans(v), input_precision="ieee")
         grad_p *= _kept(seed, head, rows[:, None], keys[None, :], dropout, DROPOUT)
@@ -324,8 +331,8 @@ def backward_keys(
         factor = tl.load(factors + at * tgt_len + rows, mask=rows < tgt_len, other=0.0)
         expected = tl.load(expecteds + at * tgt_len + rows, mask=rows < tgt_len, other=0.0)
         x, p = _probabilities(
-            q, k, rows[None, :], keys[:, None], peak[None, :], factor[None, :], thresholds, gains, hidden, added,
-            hidden_key, added_query, added_key, tgt_len, src_len, ORDER, CAUSAL, True,
+            q, k, first, start, rows[None, :], keys[:, None], peak[None, :], factor[None, :], thresholds, gains,
+            hidden, added, hidden_key, added_query, added_key, tgt_len, src_len, ORDER, CAUSAL, True,
         )  # fmt: skip
         kept = _kept(seed, head, rows[None, :], keys[:, None], dropout, DROPOUT)
         grad_v = tl.dot((p * kept).to(g.dtype), g, grad_v, input_precision="ieee")
