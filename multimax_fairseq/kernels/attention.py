@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from . import cpp_attention
+from . import cpp_attention, triton_attention
 from .blockwise_attention import BlockwiseMultiMax
 from .masks import Masks
 
@@ -27,5 +27,7 @@ def multimax_attention(
     key, value = key.to(query.dtype), value.to(query.dtype)
     if cpp_attention.serves(query):
         return cpp_attention.CppMultiMax.apply(query, key, value, thresholds, gains, *masks)
+    if triton_attention.serves(query, key, value, thresholds, gains, masks):
+        return triton_attention.attend(query, key, value, thresholds, gains, masks)
     with torch.autocast(query.device.type, enabled=False):
         return BlockwiseMultiMax.apply(query, key, value, thresholds, gains, masks)

@@ -54,7 +54,7 @@ BLOCKS: Dict[Tuple[str, int, int], Blocks] = {
     ("backward_queries", 2, 128): Blocks(32, 32, 4, 2),
     ("backward_queries", 4, 64): Blocks(32, 32, 8, 1),
     ("backward_queries", 4, 128): Blocks(16, 16, 4, 1),
-    ("backward_keys", 2, 64): Blocks(16, 64, 4, 2),
+    ("backward_keys", 2, 64): Blocks(32, 32, 4, 2),
     ("backward_keys", 2, 128): Blocks(32, 32, 4, 2),
     ("backward_keys", 4, 64): Blocks(32, 32, 8, 1),
     ("backward_keys", 4, 128): Blocks(16, 32, 8, 1),
