@@ -53,7 +53,7 @@ BLOCKS: Dict[Tuple[str, int, int], Blocks] = {
     ("backward_queries", 2, 64): Blocks(64, 32, 4, 2),
     ("backward_queries", 2, 128): Blocks(32, 32, 4, 2),
     ("backward_queries", 4, 64): Blocks(32, 32, 8, 1),
-    ("backward_queries", 4, 128): Blocks(16, 16, 4, 1),
+    ("backward_queries", 4, 128): Blocks(16, 16, 8, 1),
     ("backward_keys", 2, 64): Blocks(32, 32, 4, 2),
     ("backward_keys", 2, 128): Blocks(32, 32, 4, 2),
     ("backward_keys", 4, 64): Blocks(32, 32, 8, 1),
@@ -235,14 +235,19 @@ def _without_gaps(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-@functools.lru_cache(maxsize=None)
-def _kernels() -> Optional[ModuleType]:
-    """The kernels; None where there is no Triton, or an older one."""
+def version() -> Optional[str]:
+    """Of Triton; None where there is none, or one that is older than ``FIRST_TRITON``."""
     if importlib.util.find_spec("triton") is None:
         return None
     import triton
 
-    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < FIRST_TRITON:
+    return triton.__version__ if tuple(map(int, triton.__version__.split(".")[:2])) >= FIRST_TRITON else None
+
+
+@functools.lru_cache(maxsize=None)
+def _kernels() -> Optional[ModuleType]:
+    """The kernels; None where there is no Triton that has what they need."""
+    if version() is None:
         return None
     from . import triton_kernels
 
