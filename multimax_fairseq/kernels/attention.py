@@ -4,13 +4,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import cpp_attention
+from . import cpp_attention, triton_attention
 from .backend import _is_compiling
 from .blockwise_attention import BlockwiseMultiMax
 from .fused import fused_multimax
 from .masks import Masks
 
-KERNELS = (cpp_attention,)  # of which the first that serves computes
+KERNELS = (cpp_attention, triton_attention)  # of which the first that serves computes
 
 MIN_KEYS = 192  # from which on it pays not to have the whole matrix
 
