@@ -11,7 +11,8 @@ from fairseq.models.transformer import TransformerDecoderBase
 from omegaconf import II
 from torch import Tensor, nn
 
-from ..kernels.chunked_cross_entropy import TokenLosses, check_options, chunked_cross_entropy
+from ..kernels.chunked_cross_entropy import TokenLosses, chunked_cross_entropy
+from ..kernels.chunked_loss import check_options
 from ..modules import MappedDecoder
 
 # What is known to be a projection, and for ours an output mapping after it, and nothing else.
@@ -99,7 +100,7 @@ class ChunkedCrossEntropyCriterion(LabelSmoothedCrossEntropyCriterion):
         projection, mapping = decoder.output_projection, getattr(decoder, "output_mapping", None)
         words = targets.ne(self.padding_idx)
         losses = chunked_cross_entropy(
-            features[words].to(projection.weight.dtype),  # under autocast they can differ
+            features[words],
             projection.weight,
             targets[words],
             projection.bias,

@@ -7,7 +7,7 @@ from fairseq.models import ARCH_CONFIG_REGISTRY, register_model, register_model_
 from fairseq.models.transformer import TransformerConfig
 from fairseq.models.transformer_lm import TransformerLanguageModel, TransformerLanguageModelConfig
 
-from ..kernels.chunked_cross_entropy import default_chunk_tokens
+from ..kernels.chunked_loss import default_chunk_tokens
 from ..modules import MappedDecoder
 from .mapped_model import MappedModelMixin
 from .options import MappingChoice, MappingOptions, with_defaults

@@ -7,7 +7,7 @@ from fairseq.models.transformer import TransformerConfig, TransformerDecoderBase
 from fairseq.modules.checkpoint_activations import checkpoint_wrapper
 from torch import Tensor, nn
 
-from ..kernels.chunked_cross_entropy import default_chunk_tokens
+from ..kernels.chunked_loss import default_chunk_tokens
 from ..mappings import build_mapping, compute_dtype
 from .transformer_layer import MappedDecoderLayer, MappedEncoderLayer
 
