@@ -27,10 +27,12 @@ def test_blocks_of_a_gpu_start_at_multiples_of_16_bytes(width, monkeypatch):
 
 def test_blocks_are_all_rows_in_their_order(monkeypatch):
     monkeypatch.setattr(chunked_loss, "CPU_BLOCK", 3 * 41)
-    logits = torch.randn(10, 41)
-    blocks = blocks_of_rows(logits)
-    assert len(blocks) > 1 and torch.cat(blocks).equal(logits)
-    assert all(block.untyped_storage().data_ptr() == logits.untyped_storage().data_ptr() for block in blocks)
+    logits, targets = torch.randn(10, 41), torch.arange(10)
+    blocks = list(blocks_of_rows(logits, targets))
+    assert len(blocks) > 1
+    for part, whole in zip(zip(*blocks), (logits, targets)):
+        assert torch.cat(part).equal(whole)
+        assert all(block.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr() for block in part)
 
 
 @pytest.mark.parametrize("options, message", [

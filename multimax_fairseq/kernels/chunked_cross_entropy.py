@@ -145,7 +145,7 @@ class _CrossEntropy(RowsLoss):
 def _rows(function: Kernel, logits: Tensor, *arguments: Tensor) -> List[Tensor]:
     """A kernel's results for all rows: (rows, 1) each, and of all rows together, ∂L/∂(thresholds, gains)."""
     if function.compiles(logits):
-        results = [function(block, *arguments) for block in blocks_of_rows(logits)]
+        results = [function(*block, *arguments) for block in blocks_of_rows(logits)]
     else:
         results = function.over_rows([logits], arguments)
     return [torch.cat(result) if result[0].dim() == 2 else sum(result) for result in zip(*results)]

@@ -6,7 +6,7 @@ loss is one number, so the backward has only to multiply, and no logits are comp
 of logits is its own affair (:class:`RowsLoss`): :mod:`.chunked_cross_entropy` and :mod:`.chunked_entmax_loss`.
 """
 
-from typing import Any, Callable, List, Optional, Tuple
+from typing import Any, Callable, Iterator, List, Optional, Tuple
 
 import torch
 from torch import Tensor
@@ -126,9 +126,10 @@ def gradient_scale(dtype: torch.dtype) -> float:
     return FP16_GRADIENT_SCALE if dtype == torch.float16 else 1.0
 
 
-def blocks_of_rows(logits: Tensor) -> Tuple[Tensor, ...]:
-    """Parts of the logits for one call of a compiled kernel each, which may write to them."""
-    return logits.split(block_rows(logits.device.type, logits.size(1)))
+def blocks_of_rows(logits: Tensor, *others: Tensor) -> Iterator[Tuple[Tensor, ...]]:
+    """Rows for one call of a compiled kernel, which may write to them: of logits, (n, V), and of others, (n, …)."""
+    rows = block_rows(logits.device.type, logits.size(1))
+    return zip(*(tensor.split(rows) for tensor in (logits, *others)))
 
 
 def block_rows(device: str, width: int) -> int:
