@@ -39,6 +39,7 @@ class MultimaxTransformerLanguageModel(MappedModelMixin, TransformerLanguageMode
             model = super().build_model(args, task)
         finally:
             transformer_lm.TransformerDecoder = stock_decoder
+        task.output_mapping = choice.output[0]  # for the criterion, which is built next
         model.set_modulator_options(args)
         return model
 
