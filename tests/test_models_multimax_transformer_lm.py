@@ -10,7 +10,7 @@ from fairseq.models import transformer_lm
 from fairseq.sequence_scorer import SequenceScorer
 
 import multimax_fairseq  # noqa: F401
-from multimax_fairseq.kernels.chunked_cross_entropy import default_chunk_tokens
+from multimax_fairseq.kernels.chunked_loss import default_chunk_tokens
 from multimax_fairseq.mappings import MAPPINGS
 from multimax_fairseq.models import MappingOptions
 from multimax_fairseq.modules import MappedDecoder

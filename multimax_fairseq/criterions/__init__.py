@@ -1,5 +1,9 @@
 """Losses; importing this folder registers them with fairseq, which does not import it by itself."""
 
+from . import entmax_loss
 from .chunked_cross_entropy import ChunkedCrossEntropyCriterion, ChunkedCrossEntropyCriterionConfig
+from .entmax_loss import EntmaxLossCriterion
 
-__all__ = ["ChunkedCrossEntropyCriterion", "ChunkedCrossEntropyCriterionConfig"]
+entmax_loss.install()
+
+__all__ = ["ChunkedCrossEntropyCriterion", "ChunkedCrossEntropyCriterionConfig", "EntmaxLossCriterion"]

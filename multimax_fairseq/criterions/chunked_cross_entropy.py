@@ -1,7 +1,7 @@
 """Cross-entropy that never has the logits of all tokens, for any of fairseq's Transformers."""
 
 from dataclasses import dataclass, field
-from typing import Any, Dict, Tuple
+from typing import Any, Dict, NamedTuple, Tuple
 
 from fairseq.criterions import register_criterion
 from fairseq.criterions.label_smoothed_cross_entropy import LabelSmoothedCrossEntropyCriterion
@@ -11,8 +11,10 @@ from fairseq.models.transformer import TransformerDecoderBase
 from omegaconf import II
 from torch import Tensor, nn
 
-from ..kernels.chunked_cross_entropy import TokenLosses, check_options, chunked_cross_entropy
+from ..kernels.chunked_cross_entropy import chunked_cross_entropy
+from ..kernels.chunked_loss import check_options
 from ..modules import MappedDecoder
+from ..modules.transformer import refuse_cross_entropy
 
 # What is known to be a projection, and for ours an output mapping after it, and nothing else.
 OUTPUT_LAYERS = (TransformerDecoderBase.output_layer, MappedDecoder.output_layer)
@@ -59,12 +61,12 @@ class ChunkedCrossEntropyCriterion(LabelSmoothedCrossEntropyCriterion):
     def build_criterion(cls, cfg: ChunkedCrossEntropyCriterionConfig, task):
         if cfg.ddp_backend == "fully_sharded":
             raise ValueError(
-                "--criterion chunked_cross_entropy reads the weight of the output layer, which FSDP has spread over "
+                f"--criterion {cfg._name} reads the weight of the output layer, which FSDP has spread over "
                 "processes when the model has returned; use --ddp-backend legacy_ddp or pytorch_ddp"
             )
         if cfg.ddp_backend in ("c10d", "pytorch_ddp") and cfg.find_unused_parameters:
             raise ValueError(
-                "--criterion chunked_cross_entropy uses the output layer after the model has returned, so "
+                f"--criterion {cfg._name} uses the output layer after the model has returned, so "
                 "--find-unused-parameters would take it for unused; use --ddp-backend legacy_ddp, or drop this flag"
             )
         return super().build_criterion(cfg, task)
@@ -80,28 +82,34 @@ class ChunkedCrossEntropyCriterion(LabelSmoothedCrossEntropyCriterion):
         Returns:
             loss in nat, () or (tokens,), sample size, and what is logged.
         """
-        check_output_layer(model)
+        self.check(model)
         features, *rest = model(**sample["net_input"], features_only=True)
         targets = model.get_targets(sample, (features, *rest)).reshape(-1)
         losses = self.chunked_losses(model.decoder, features.reshape(-1, features.size(-1)), targets, reduce)
         sample_size = sample["target"].size(0) if self.sentence_avg else sample["ntokens"]
         logging_output = {
-            "loss": losses.loss.data,
-            "nll_loss": losses.nll_loss.data,
+            **{name: kind.data for name, kind in losses._asdict().items()},
             "ntokens": sample["ntokens"],
             "nsentences": sample["target"].size(0),
             "sample_size": sample_size,
         }
         return losses.loss, sample_size, logging_output
 
-    def chunked_losses(self, decoder: nn.Module, features: Tensor, targets: Tensor, reduce: bool) -> TokenLosses:
+    def chunked_losses(self, decoder: nn.Module, features: Tensor, targets: Tensor, reduce: bool) -> NamedTuple:
         """Losses of features, (tokens, D), and targets, (tokens,), of which some are padding."""
-        projection, mapping = decoder.output_projection, getattr(decoder, "output_mapping", None)
         words = targets.ne(self.padding_idx)
-        losses = chunked_cross_entropy(
-            features[words].to(projection.weight.dtype),  # under autocast they can differ
+        losses = self.losses_of_words(decoder, features[words], targets[words], reduce)
+        if reduce:
+            return losses
+        return type(losses)(*(kind.new_zeros(len(targets)).masked_scatter(words, kind) for kind in losses))
+
+    def losses_of_words(self, decoder: nn.Module, features: Tensor, targets: Tensor, reduce: bool) -> NamedTuple:
+        """Losses of features, (words, D), and targets, (words,): the first is differentiated, all are logged."""
+        projection, mapping = decoder.output_projection, getattr(decoder, "output_mapping", None)
+        return chunked_cross_entropy(
+            features,
             projection.weight,
-            targets[words],
+            targets,
             projection.bias,
             None if mapping is None else mapping.thresholds,
             None if mapping is None else mapping.effective_gains,
@@ -109,24 +117,27 @@ class ChunkedCrossEntropyCriterion(LabelSmoothedCrossEntropyCriterion):
             chunk_tokens=self.chunk_tokens,
             reduce=reduce,
         )
-        if reduce:
-            return losses
-        return TokenLosses(*(kind.new_zeros(len(targets)).masked_scatter(words, kind) for kind in losses))
+
+    def check(self, model: nn.Module) -> None:
+        """Raises ValueError, which says what to do, where this is no loss for a model."""
+        check_output_layer(model)
+        if getattr(model.decoder, "is_sparse", False):
+            refuse_cross_entropy(type(model.decoder.output_mapping).__name__.lower())
 
 
-def check_output_layer(model: nn.Module) -> None:
+def check_output_layer(model: nn.Module, criterion: str = "chunked_cross_entropy") -> None:
     """Raises ValueError, which says what to do, unless a model's output layer is a plain projection."""
     decoder = getattr(model, "decoder", None)
     if getattr(decoder, "adaptive_softmax", None) is not None:
         raise ValueError(
-            "--criterion chunked_cross_entropy: an adaptive softmax has no logits of all words; use --criterion "
+            f"--criterion {criterion}: an adaptive softmax has no logits of all words; use --criterion "
             "adaptive_loss, or drop --adaptive-softmax-cutoff"
         )
     if not isinstance(getattr(decoder, "output_projection", None), nn.Linear) or (
         getattr(type(decoder), "output_layer", None) not in OUTPUT_LAYERS
     ):
         raise ValueError(
-            "--criterion chunked_cross_entropy needs a Transformer whose output layer is a linear projection of its "
+            f"--criterion {criterion} needs a Transformer whose output layer is a linear projection of its "
             f"decoder's features; that of {type(decoder).__name__} is not known to be one: use --criterion "
             "cross_entropy or label_smoothed_cross_entropy"
         )

@@ -29,6 +29,7 @@ class MultimaxTransformerModel(MappedModelMixin, TransformerModel):
         namespace = Namespace(**(OmegaConf.to_container(args) if OmegaConf.is_config(args) else vars(args)))
         namespace.mapping_choice = MappingChoice.from_options(namespace)
         model = super().build_model(namespace, task)
+        task.output_mapping = namespace.mapping_choice.output[0]  # for the criterion, which is built next
         model.set_modulator_options(namespace)
         # What the checkpoint has to know: how many layers --encoder-layers-to-keep has left.
         args.encoder_layers, args.decoder_layers = namespace.encoder_layers, namespace.decoder_layers

@@ -7,7 +7,7 @@ from fairseq.models import ARCH_CONFIG_REGISTRY, register_model, register_model_
 from fairseq.models.transformer import TransformerConfig
 from fairseq.models.transformer_lm import TransformerLanguageModel, TransformerLanguageModelConfig
 
-from ..kernels.chunked_cross_entropy import default_chunk_tokens
+from ..kernels.chunked_loss import default_chunk_tokens
 from ..modules import MappedDecoder
 from .mapped_model import MappedModelMixin
 from .options import MappingChoice, MappingOptions, with_defaults
@@ -39,6 +39,7 @@ class MultimaxTransformerLanguageModel(MappedModelMixin, TransformerLanguageMode
             model = super().build_model(args, task)
         finally:
             transformer_lm.TransformerDecoder = stock_decoder
+        task.output_mapping = choice.output[0]  # for the criterion, which is built next
         model.set_modulator_options(args)
         return model
 

@@ -11,9 +11,10 @@ from ..kernels.backend import set_backend
 from ..mappings import BUILT_IN, MAPPINGS, build_mapping, parse_options
 from ..mappings.multimax import TERMS
 from ..modules.scale import SCALES
+from ..modules.transformer import SPARSE
 
 SITES = ("encoder", "decoder", "cross")
-OUTPUT_MAPPINGS = ("softmax", "multimax")
+OUTPUT_MAPPINGS = ("softmax", "multimax", *SPARSE)
 LOG_MODULATORS = ("module", "site", "none")
 
 Mapping = Tuple[str, Dict[str, Any]]  # the arguments of build_mapping
@@ -48,7 +49,10 @@ class MappingOptions(FairseqDataclass):
     )
     output_mapping: str = field(
         default="softmax",
-        metadata={"help": f"mapping of logits to the vocabulary: {', '.join(OUTPUT_MAPPINGS)}"},
+        metadata={
+            "help": f"mapping of logits to the vocabulary: {', '.join(OUTPUT_MAPPINGS)}; the last three are trained "
+            "with --criterion entmax_loss"
+        },
     )
     multimax_order: int = field(default=2, metadata={"help": "order N of MultiMax's modulator: 1 or 2"})
     multimax_terms: str = field(
@@ -62,7 +66,8 @@ class MappingOptions(FairseqDataclass):
         },
     )
     entmax_alpha: str = field(
-        default="1.5", metadata={"help": "α of entmax: a number in (1, 2], or learned (one a head)"}
+        default="1.5",
+        metadata={"help": "α of entmax: a number in (1, 2], or learned (one a head, one for the vocabulary)"},
     )
     multimax_backend: str = field(
         default="auto",
@@ -210,11 +215,6 @@ def _check_attention(args: Any, sites: Sequence[str], available_sites: Sequence[
 
 
 def _check_output(args: Any, mapping: str) -> None:
-    if mapping in MAPPINGS and mapping not in OUTPUT_MAPPINGS:
-        raise ValueError(
-            f"--output-mapping {mapping}: a sparse mapping gives most words probability 0, which cross-entropy "
-            f"cannot train; choose from: {', '.join(OUTPUT_MAPPINGS)}"
-        )
     _check_name("output-mapping", mapping, OUTPUT_MAPPINGS)
     if mapping != "softmax" and getattr(args, "adaptive_softmax_cutoff", None) is not None:
         raise ValueError(

@@ -2,12 +2,13 @@
 
 from typing import Any, Dict, List, Optional, Tuple
 
+import torch
 from fairseq.distributed import fsdp_wrap
 from fairseq.models.transformer import TransformerConfig, TransformerDecoderBase, TransformerEncoderBase
 from fairseq.modules.checkpoint_activations import checkpoint_wrapper
 from torch import Tensor, nn
 
-from ..kernels.chunked_cross_entropy import default_chunk_tokens
+from ..kernels.chunked_loss import default_chunk_tokens
 from ..mappings import build_mapping, compute_dtype
 from .attention import CAUSAL
 from .transformer_layer import MappedDecoderLayer, MappedEncoderLayer
@@ -27,6 +28,22 @@ def wrap_layer(layer: nn.Module, cfg: TransformerConfig) -> nn.Module:
 DEFERRED = "output_layer_deferred"
 
 
+# Output mappings that give most words probability 0.
+SPARSE = ("sparsemax", "entmax15", "entmax")
+
+# Below all that the logarithm of a probability can be, also times the weight of a language model in the search.
+LOWEST_LOG = -(2.0**10)
+ZERO_LOG = -(2.0**16)
+
+
+def refuse_cross_entropy(mapping: str) -> None:
+    """Raise the error of a loss that is none for a sparse output mapping."""
+    raise ValueError(
+        f"--output-mapping {mapping} gives most words probability 0, which cross-entropy cannot train: use "
+        "--criterion entmax_loss"
+    )
+
+
 class MappedEncoder(TransformerEncoderBase):
     """fairseq's encoder with the mappings of ``cfg.mapping_choice``."""
 
@@ -38,17 +55,23 @@ class MappedDecoder(TransformerDecoderBase):
     """fairseq's decoder with the mappings of ``cfg.mapping_choice``, in its attention and on the vocabulary.
 
     Attributes:
-        output_mapping: None for softmax, else the module whose σ the logits go through.
+        output_mapping: None for softmax; a MultiMax, whose σ the logits go through; or one of ``SPARSE``, which
+            :meth:`get_normalized_probs` applies to them.
+        is_sparse: whether it is one of ``SPARSE``.
+        ranks_zeros: whether the logarithms of probabilities of 0 are numbers below ``LOWEST_LOG`` instead of −inf, in
+            the order of the words' scores; for a search that may have nothing else to take.
         defers_output_layer: whether a full forward of more tokens than a chunk returns features, and
             :meth:`get_normalized_probs` applies the output layer to the part of them that it is given.
     """
 
     defers_output_layer = False
+    ranks_zeros = False
 
     def __init__(self, cfg, dictionary, embed_tokens, no_encoder_attn=False, output_projection=None):
         super().__init__(cfg, dictionary, embed_tokens, no_encoder_attn, output_projection)
         name, options = cfg.mapping_choice.output
         self.output_mapping = None if name == "softmax" else build_mapping(name, **options)
+        self.is_sparse = name in SPARSE
 
     def build_decoder_layer(self, cfg: TransformerConfig, no_encoder_attn: bool = False) -> nn.Module:
         return wrap_layer(MappedDecoderLayer(cfg, no_encoder_attn), cfg)
@@ -81,14 +104,31 @@ class MappedDecoder(TransformerDecoderBase):
         return output, {**extra, DEFERRED: True} if deferred else extra
 
     def get_normalized_probs(self, net_output, log_probs: bool, sample=None) -> Tensor:
-        """(Log-)probabilities, (…, len(dictionary)), of what :meth:`forward` returned, or of a part of it."""
+        """(Log-)probabilities, (…, len(dictionary)), of what :meth:`forward` returned, or of a part of it.
+
+        Raises:
+            ValueError: the logarithm of a sparse mapping is asked for in training.
+        """
         output, extra = net_output[:2]
         if extra and DEFERRED in extra:
             net_output = (self.output_layer(output), extra)
+        if self.is_sparse:
+            return self._sparse_probabilities(net_output[0], log_probs)
         return super().get_normalized_probs(net_output, log_probs, sample)
 
+    def _sparse_probabilities(self, logits: Tensor, log_probs: bool) -> Tensor:
+        if log_probs and self.training:
+            refuse_cross_entropy(type(self.output_mapping).__name__.lower())
+        scores = logits.to(compute_dtype(logits.dtype))
+        probabilities = self.output_mapping(scores)
+        if not (log_probs and self.ranks_zeros):
+            return probabilities.log() if log_probs else probabilities
+        distance = (scores - scores.amax(-1, keepdim=True)).clamp(min=ZERO_LOG / 2)
+        return torch.where(probabilities > 0, probabilities.log(), ZERO_LOG + distance)
+
     def output_layer(self, features: Tensor) -> Tensor:
-        """Logits of the vocabulary, modulated, so that every log_softmax downstream sees the mapped distribution.
+        """Logits of the vocabulary; MultiMax's modulated, so that every log_softmax downstream sees the mapped
+        distribution.
 
         Args:
             features: (…, output_embed_dim).
@@ -97,6 +137,6 @@ class MappedDecoder(TransformerDecoderBase):
             (…, len(dictionary)); fp32 at least where σ acts, because σ of fp16 logits overflows fp16.
         """
         logits = super().output_layer(features)
-        if self.output_mapping is None:
+        if self.output_mapping is None or self.is_sparse:
             return logits
         return self.output_mapping.modulate(logits.to(compute_dtype(logits.dtype)))

@@ -1,0 +1,100 @@
+"""The loss of sparse mappings of the vocabulary, for this package's Transformers."""
+
+import functools
+from typing import Union
+
+from fairseq.criterions import FairseqCriterion, register_criterion
+from fairseq.logging import metrics
+from fairseq.tasks import FairseqTask
+from torch import Tensor, nn
+
+from ..kernels.chunked_entmax_loss import EntmaxLosses, chunked_entmax_loss
+from ..mappings import Entmax, Entmax15, Sparsemax
+from ..modules.transformer import SPARSE, refuse_cross_entropy
+from .chunked_cross_entropy import (
+    ChunkedCrossEntropyCriterion,
+    ChunkedCrossEntropyCriterionConfig,
+    check_output_layer,
+)
+
+ALPHAS = {Sparsemax: 2.0, Entmax15: 1.5}
+
+
+@register_criterion("entmax_loss", dataclass=ChunkedCrossEntropyCriterionConfig)
+class EntmaxLossCriterion(ChunkedCrossEntropyCriterion):
+    """The Fenchel-Young loss of the model's ``--output-mapping``, sparsemax, entmax15 or entmax, in bounded memory.
+
+    See :func:`..kernels.chunked_entmax_loss.chunked_entmax_loss`. Logged, in training and validation, are ``loss`` a
+    token, in its own unit (neither bits nor nats); ``plain_loss``, the same without label smoothing; ``impossible``,
+    the share of tokens that have probability 0, in percent; ``support``, the types above 0 for a token.
+
+    Args, Raises: as :class:`.ChunkedCrossEntropyCriterion`; in training, the model's output mapping is another.
+    """
+
+    def losses_of_words(self, decoder: nn.Module, features: Tensor, targets: Tensor, reduce: bool) -> EntmaxLosses:
+        projection, mapping = decoder.output_projection, decoder.output_mapping
+        return chunked_entmax_loss(
+            features,
+            projection.weight,
+            targets,
+            mapping,
+            alpha_of(mapping),
+            projection.bias,
+            label_smoothing=self.eps,
+            padding=self.padding_idx,
+            chunk_tokens=self.chunk_tokens,
+            reduce=reduce,
+        )
+
+    def check(self, model: nn.Module) -> None:
+        check_output_layer(model, "entmax_loss")
+        if not getattr(model.decoder, "is_sparse", False):
+            refuse_entmax_loss()
+
+    @classmethod
+    def reduce_metrics(cls, logging_outputs) -> None:
+        """Means over all processes and batches."""
+
+        def total(name: str) -> Union[float, Tensor]:
+            return sum(log.get(name, 0) for log in logging_outputs)
+
+        metrics.log_scalar("loss", total("loss") / total("sample_size"), total("sample_size"), round=3)
+        tokens = total("ntokens")
+        metrics.log_scalar("plain_loss", total("plain_loss") / tokens, tokens, round=3)
+        metrics.log_scalar("impossible", 100 * total("impossible") / tokens, tokens, round=2)
+        metrics.log_scalar("support", total("support") / tokens, tokens, round=1)
+
+
+def alpha_of(mapping: nn.Module) -> Union[float, Tensor]:
+    """The α of a sparse mapping, a tensor where it is learned."""
+    return mapping.alpha if isinstance(mapping, Entmax) else ALPHAS[type(mapping)]
+
+
+def refuse_entmax_loss() -> None:
+    """Raise the error of a model that :class:`EntmaxLossCriterion` is no loss for."""
+    raise ValueError(
+        f"--criterion entmax_loss trains --output-mapping {', '.join(SPARSE)}, and this model has another one: use "
+        "--criterion chunked_cross_entropy, label_smoothed_cross_entropy or cross_entropy"
+    )
+
+
+def install() -> None:
+    """Let a task whose model is there refuse a criterion that does not go with it; does nothing the second time.
+
+    Criterions of fairseq's own are built like ours, before the data are loaded, and know no model until they are.
+    """
+    build = FairseqTask.build_criterion
+    if hasattr(build, "__wrapped__"):
+        return
+
+    @functools.wraps(build)
+    def build_criterion(task, *args, **kwargs) -> FairseqCriterion:
+        criterion = build(task, *args, **kwargs)
+        output = getattr(task, "output_mapping", None)  # None: of a model that is not built yet, or not ours
+        if output in SPARSE and not isinstance(criterion, EntmaxLossCriterion):
+            refuse_cross_entropy(output)
+        if output not in (None, *SPARSE) and isinstance(criterion, EntmaxLossCriterion):
+            refuse_entmax_loss()
+        return criterion
+
+    FairseqTask.build_criterion = build_criterion

@@ -1,0 +1,228 @@
+"""Search and scores of sparse models: with fairseq's own generator, all strategies, against exhaustive search."""
+
+import itertools
+import logging
+import math
+from argparse import Namespace
+
+import pytest
+import torch
+from fairseq.sequence_generator import SequenceGenerator
+from fairseq.sequence_scorer import SequenceScorer
+
+from multimax_fairseq.models.sparse_decoding import SparseScores
+
+SPARSE = ["sparsemax", "entmax15", "entmax"]
+
+
+@pytest.fixture(autouse=True)
+def eager(monkeypatch):
+    monkeypatch.setenv("MULTIMAX_BACKEND", "eager")
+
+
+def sharpened(built, factor):
+    """The model with the logits of a trained one: so far apart that a few words have all of the probability."""
+    with torch.no_grad():
+        built.model.decoder.output_projection.weight *= factor
+    return built
+
+
+def generate(built, sample, models=None, **options):
+    """The hypotheses of each sentence, by the generator that a command would build of these options."""
+    models = models or [built.model]
+    args = Namespace(**{"beam": 5, "max_len_b": 5, **options})
+    generator = built.task.build_generator(models, args)
+    prefix = {"prefix_tokens": sample["target"][:, : options["prefix_size"]]} if "prefix_size" in options else {}
+    return generator, built.task.inference_step(generator, models, sample, **prefix)
+
+
+def check(hypotheses, beam):
+    for hypos in hypotheses:
+        assert 1 <= len(hypos) <= beam
+        for hypo in hypos:
+            assert torch.isfinite(hypo["positional_scores"]).all() and torch.isfinite(hypo["score"])
+            assert hypo["tokens"][-1] == 2 and (hypo["tokens"][:-1] > 2).all() and hypo["positional_scores"].max() < 1e-4
+
+
+@pytest.mark.parametrize("beam", [1, 5, 200])
+@pytest.mark.parametrize("factor", [1, 50])
+@pytest.mark.parametrize("mapping", SPARSE)
+def test_a_limit_of_five_tokens_leaves_no_empty_list(mapping, factor, beam, build, batch):
+    """Of a model after 0 updates, and of one with very few words above 0."""
+    built = sharpened(build("multimax_transformer", "--output-mapping", mapping), factor)
+    _, hypotheses = generate(built, batch(built, size=3), beam=beam)
+    check(hypotheses, beam)
+    assert all(len(hypo["tokens"]) <= 6 for hypos in hypotheses for hypo in hypos)
+
+
+@pytest.mark.parametrize("options", [
+    {"sampling": True}, {"sampling": True, "sampling_topk": 4}, {"sampling": True, "sampling_topp": 0.8},
+    {"diverse_beam_groups": 2, "beam": 4}, {"diversity_rate": 0.5}, {"prefix_size": 2}, {"min_len": 3},
+    {"match_source_len": True}, {"print_alignment": "hard"}, {"no_repeat_ngram_size": 1}, {"temperature": 3.0},
+    {"unkpen": 2.0},
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("factor", [1, 50])
+def test_every_strategy_finds_hypotheses(factor, options, build, batch):
+    built = sharpened(build("multimax_transformer", "--output-mapping", "entmax15"), factor)
+    sample = batch(built, size=3)
+    _, hypotheses = generate(built, sample, **options)
+    if not {"diverse_beam_groups", "diversity_rate", "match_source_len"} & set(options):
+        check(hypotheses, options.get("beam", 5))
+    assert all(hypos and not torch.cat([h["positional_scores"] for h in hypos]).isnan().any() for hypos in hypotheses)
+    if "prefix_size" in options:
+        for hypos, target in zip(hypotheses, sample["target"]):
+            assert all(hypo["tokens"][:2].equal(target[:2]) for hypo in hypos)
+    if "print_alignment" in options:
+        assert all("alignment" in hypo for hypos in hypotheses for hypo in hypos)
+
+
+def log_probability(models, sample, row, tokens):
+    """Of a translation of a sentence, by teacher forcing: the logarithm of the mean of the models' probabilities."""
+    tokens = torch.tensor([tokens])
+    net_input = {"src_tokens": sample["net_input"]["src_tokens"][[row]],
+                 "src_lengths": sample["net_input"]["src_lengths"][[row]],
+                 "prev_output_tokens": torch.cat([tokens.new_full((1, 1), 2), tokens[:, :-1]], 1)}  # fmt: skip
+    with torch.no_grad():
+        probabilities = [model.get_normalized_probs(model(**net_input), log_probs=False) for model in models]
+    steps = torch.stack(probabilities).mean(0)[0].gather(1, tokens[0].unsqueeze(1)).squeeze(1)
+    return steps.log()
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_scores_are_the_logarithms_of_the_mean_of_the_models_probabilities(number, build, batch):
+    models = [sharpened(build("multimax_transformer", "--output-mapping", "entmax15", seed=seed), 4)
+              for seed in range(1, 1 + number)]  # fmt: skip
+    sample = batch(models[0], size=2)
+    built, models = models[0], [each.model for each in models]
+    _, hypotheses = generate(built, sample, models)
+    check(hypotheses, 5)
+    for row, hypos in enumerate(hypotheses):
+        for hypo in hypos:
+            expected = log_probability(models, sample, row, hypo["tokens"].tolist())
+            is_limit = expected[-1] == -math.inf and len(expected) == 6
+            torch.testing.assert_close(hypo["positional_scores"][:-1], expected[:-1], atol=1e-4, rtol=1e-4)
+            expected = 0.0 if is_limit else expected[-1].item()
+            assert hypo["positional_scores"][-1].item() == pytest.approx(expected, abs=1e-4)
+
+
+def test_an_ensemble_of_a_sparse_and_a_dense_model(build, batch):
+    sparse = sharpened(build("multimax_transformer", "--output-mapping", "sparsemax"), 50)
+    dense = build("multimax_transformer", seed=2)
+    _, hypotheses = generate(sparse, batch(sparse, size=2), [dense.model, sparse.model])
+    check(hypotheses, 5)
+
+
+def search_everything(built, sample, row, limit):
+    """All translations of probability above 0 that end before a length limit, and whether none goes on beyond it."""
+    found, prefixes, is_complete = [], [[]], True
+    while prefixes:
+        longer = []
+        for prefix in prefixes:
+            with torch.no_grad():
+                net_input = {"src_tokens": sample["net_input"]["src_tokens"][[row]],
+                             "src_lengths": sample["net_input"]["src_lengths"][[row]],
+                             "prev_output_tokens": torch.tensor([[2, *prefix]])}  # fmt: skip
+                p = built.model.get_normalized_probs(built.model(**net_input), log_probs=False)[0, -1]
+            for token in p.nonzero().flatten().tolist():
+                if token == 2:
+                    found.append([*prefix, 2])
+                elif len(prefix) == limit:
+                    is_complete = False
+                else:
+                    longer.append([*prefix, token])
+        prefixes = longer
+        if len(prefixes) > 300:
+            return found, False
+    return found, is_complete
+
+
+def test_a_beam_that_held_everything_is_counted_as_exact(build, batch):
+    counted = 0
+    for factor, beam in itertools.product((6, 12, 50), (1, 3, 20)):
+        built = sharpened(build("multimax_transformer", "--output-mapping", "sparsemax", seed=factor), factor)
+        sample = batch(built, size=3)
+        with torch.no_grad():
+            built.model.decoder.output_projection.weight[2] *= 1.5
+        for row in range(3):
+            one = {"id": sample["id"][[row]], "target": sample["target"][[row]],
+                   "net_input": {name: tensor[[row]] for name, tensor in sample["net_input"].items()}}  # fmt: skip
+            generator, (hypos,) = generate(built, one, beam=beam)
+            everything, is_complete = search_everything(built, sample, row, 5)
+            if generator.watch.exact:
+                counted += 1
+                assert is_complete and len(everything) == len(hypos) <= beam
+                assert {tuple(hypo["tokens"].tolist()) for hypo in hypos} == set(map(tuple, everything))
+            assert generator.watch.sentences == 1
+    assert counted > 3
+
+
+def test_dense_models_are_searched_and_scored_as_ever(build, batch):
+    built = build("multimax_transformer")
+    generator, _ = generate(built, batch(built, size=2))
+    assert type(generator) is SequenceGenerator
+    sample = batch(built, size=2)
+    scorer = SequenceScorer(built.task.target_dictionary)
+    for hypos, row in zip(scorer.generate([built.model], sample), range(2)):
+        expected = log_probability([built.model], sample, row, hypos[0]["tokens"].tolist())
+        torch.testing.assert_close(hypos[0]["positional_scores"], expected, atol=1e-4, rtol=1e-4)
+    assert not hasattr(scorer, "sparse_scores")
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_reference_of_probability_0_is_said_to_have_it(number, build, batch):
+    models = [sharpened(build("multimax_transformer", "--output-mapping", "sparsemax", seed=seed), 50)
+              for seed in range(1, 1 + number)]  # fmt: skip
+    built, models = models[0], [each.model for each in models]
+    sample = batch(built, size=3)
+    _, hypotheses = generate(built, sample, models, score_reference=True)
+    for row, (hypo,) in enumerate(hypotheses):
+        expected = log_probability(models, sample, row, hypo["tokens"].tolist())
+        torch.testing.assert_close(hypo["positional_scores"], expected, atol=1e-4, rtol=1e-4)
+        assert hypo["score"] == -math.inf
+
+
+def test_constraints_are_refused(build):
+    built = build("multimax_transformer", "--output-mapping", "sparsemax")
+    with pytest.raises(ValueError, match="--constraints"):
+        built.task.build_generator([built.model], Namespace(constraints="ordered"))
+
+
+def test_scores_of_a_language_model_are_those_of_the_paper(build, batch, caplog):
+    """From the whole distributions, by their definitions."""
+    built = sharpened(build("multimax_transformer_lm", "--output-mapping", "entmax15"), 8)
+    sample, vocabulary = batch(built, size=4), len(built.task.target_dictionary)
+    sample["start_indices"] = [0, 3, 0, 5]
+    with torch.no_grad():
+        p = built.model.get_normalized_probs(built.model(**sample["net_input"]), log_probs=False).double()
+    scorer = SequenceScorer(built.task.target_dictionary, softmax_batch=50)
+    hypos = scorer.generate([built.model], sample)
+    words = [
+        (p[row, step], int(token))
+        for row, start in enumerate(sample["start_indices"])
+        for step, token in enumerate(sample["target"][row])
+        if step >= start and token != built.task.target_dictionary.pad()
+    ]
+    one = torch.stack([torch.nn.functional.one_hot(torch.tensor(token), vocabulary).double() for _, token in words])
+    p = torch.stack([row for row, _ in words])
+    epsilon = 0.01 / vocabulary
+    smoothed = ((p * one).sum(1) + epsilon) / (1 + epsilon * vocabulary)
+    middle = (p + one) / 2
+    divergence = sum((torch.xlogy(q, q) - torch.xlogy(q, middle)).sum(1) / 2 for q in (p, one))
+    results = scorer.sparse_scores.results()
+    assert results["epsilon_perplexity"] == pytest.approx(smoothed.log().mean().neg().exp().item(), rel=1e-4)
+    assert results["sparsemax_score"] == pytest.approx((1 - (p - one).square().sum(1) / 2).mean().item(), abs=1e-5)
+    assert results["jensen_shannon_divergence"] == pytest.approx(divergence.mean().item(), abs=1e-5)
+    zeros = ((p * one).sum(1) == 0).double().mean().item()
+    assert results["impossible"] == pytest.approx(100 * zeros) and 0 < zeros < 1
+    total = sum(hypo[0]["positional_scores"].sum().item() for hypo in hypos)
+    assert total == pytest.approx(smoothed.log().sum().item(), rel=1e-4)
+    with caplog.at_level(logging.INFO):
+        del scorer
+    assert "epsilon-perplexity" in caplog.text
+
+
+def test_scores_of_a_certain_model_are_perfect():
+    scores = SparseScores(10)
+    scores.update(torch.zeros(3), torch.ones(3))
+    results = scores.results()
+    assert results["sparsemax_score"] == 1 and results["jensen_shannon_divergence"] == 0 and results["impossible"] == 0
