@@ -223,7 +223,8 @@ def main() -> None:
         commands = {"command": args.command, "train_command": args.train_command}
         whole = {"format": FORMAT, "experiment": args.experiment, "smoke": args.smoke, **found, **commands}
         with replacing(args.folder / "run.json") as file:
-            file.write((json.dumps(whole, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode(errors="backslashreplace"))
+            text = json.dumps(whole, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+            file.write(text.encode(errors="backslashreplace"))
     print(f"wrote {args.folder / 'run.json'}")
 
 

@@ -69,10 +69,16 @@ def read_checkpoint(path: Path) -> Dict[str, Any]:
         UserError: there is no such file, it is damaged or something else, or training has diverged.
     """
     try:
-        state = _load(path)
+        with open(path, "rb") as file:
+            content_begins = file.read(1)
+    except FileNotFoundError:
+        raise UserError(f"there is no checkpoint {path}") from None
     except OSError as error:
-        raise UserError(f"there is no checkpoint {path}" if isinstance(error, FileNotFoundError) else
-                        f"{path} cannot be read: {error.strerror or error}") from error  # fmt: skip
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+    if not content_begins:
+        raise UserError(f"{path} is empty: it is no checkpoint")
+    try:
+        state = _load(path)
     except Exception as error:  # whatever unpickling raises
         what = "cannot be read as a checkpoint of fairseq (damaged, cut off, or something else)"
         raise UserError(f"{path} {what}: {_reason(error)}") from error
@@ -106,9 +112,6 @@ def entry(state: Any, path: Path, *keys: Any) -> Any:
 
 def _load(path: Path) -> Any:
     with open(path, "rb") as file:
-        if not file.read(1):
-            raise EOFError("it is empty")
-        file.seek(0)
         if zipfile.is_zipfile(file):  # torch does not look at the checksums
             with zipfile.ZipFile(file) as archive:
                 damaged = archive.testzip()
