@@ -1,6 +1,6 @@
 """Do checkpoints and data fit together? Nothing, or a line that says what is wrong.
 
-    python scripts/check_model.py --checkpoint runs/a/checkpoint_best.pt:runs/b/checkpoint_best.pt --data data/data-bin
+    python scripts/check_model.py --checkpoint runs/a/checkpoint_best.pt:average.pt --data data/data-bin
 
 The shell scripts ask it when a command of fairseq has failed, whose last words are a traceback. Of translation models
 it prints how many tokens a source sentence may have.

@@ -32,8 +32,8 @@ class Progress(NamedTuple):
 
 def progress_of(path: Path) -> Progress:
     state = read_checkpoint(path)
-    extra = entry(state, path, "extra_state")
-    return Progress(entry(state, path, "optimizer_history", -1, "num_updates"), extra.get("val_loss"), extra.get("best"))
+    extra, updates = entry(state, path, "extra_state"), entry(state, path, "optimizer_history", -1, "num_updates")
+    return Progress(updates, extra.get("val_loss"), extra.get("best"))
 
 
 def put_right(folder: Path) -> None:
@@ -68,8 +68,8 @@ def put_right(folder: Path) -> None:
             copy(of_that_score[-1], best)
         elif best not in found:
             raise UserError(
-                f"the best checkpoint, of score {wanted}, is lost ({wrong.get(best, f'there is no {best}')}): put a copy "
-                "in its place, or begin again in another folder"
+                f"the best checkpoint, of score {wanted}, is lost ({wrong.get(best, f'there is no {best}')}): put a "
+                "copy in its place, or begin again in another folder"
             )
 
 
