@@ -55,7 +55,7 @@ def draw_rollouts(pictures: Tensor, maps: Dict[str, Tensor], path: Path) -> None
     """
     height, width = pictures.shape[1:3]
     shares = {name: part * part[0].numel() for name, part in maps.items()}
-    top = max(part.max().item() for part in shares.values())
+    low, high = torch.stack(list(shares.values())).aminmax()
     count = len(pictures)
     size = (1.5 * count + 1.2, 1.5 * (len(maps) + 1) + 0.3)
     figure, axes = pyplot.subplots(len(maps) + 1, count, figsize=size, layout="constrained", squeeze=False)
@@ -68,7 +68,7 @@ def draw_rollouts(pictures: Tensor, maps: Dict[str, Tensor], path: Path) -> None
             panel.set_yticks([])
             if part is not None:
                 drawn = F.interpolate(part[column][None, None], size=(height, width), mode="nearest")[0, 0]
-                image = panel.imshow(drawn, cmap="inferno", alpha=0.65, vmin=0, vmax=top)
+                image = panel.imshow(drawn, cmap="inferno", alpha=0.65, vmin=low, vmax=high)
     figure.colorbar(image, ax=axes[1:], label="share of a patch × number of patches", shrink=0.8)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)

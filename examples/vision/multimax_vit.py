@@ -1,10 +1,10 @@
 """timm's Vision Transformers with any mapping of scores to probabilities in the place of softmax.
 
     import multimax_vit, timm
-    model = timm.create_model("multimax_deit_small_patch16_224", attention_mapping="multimax", output_mapping="multimax")
+    model = timm.create_model("multimax_deit_small_patch16_224", output_mapping="multimax")
 
-As in the paper's experiment on ImageNet, tokens are averaged (``global_pool="avg"``, no class token), after the last
-normalisation, and MultiMax acts in the attention of every block and, with ``output_mapping="multimax"``, on the classes.
+As in the paper's experiment on ImageNet, tokens are averaged (``global_pool="avg"``, no class token) after the last
+normalisation. MultiMax acts in the attention of every block, and with ``output_mapping="multimax"`` on the classes.
 
 Importing this file registers the models with timm. It runs scripts that know nothing of it, too, such as timm's own
 ``train.py``:
@@ -12,8 +12,8 @@ Importing this file registers the models with timm. It runs scripts that know no
     python examples/vision/multimax_vit.py train.py DATA --model multimax_deit_small_patch16_224 \\
         --model-kwargs attention_mapping=multimax output_mapping=multimax
 
-Sources: Zhou, Fritz, Keuper, *MultiMax: Sparse and Multi-Modal Attention Learning*, ICML 2024; Touvron et al., *Training
-data-efficient image transformers & distillation through attention*, ICML 2021 (DeiT).
+Sources: Zhou, Fritz, Keuper, *MultiMax: Sparse and Multi-Modal Attention Learning*, ICML 2024; Touvron et al.,
+*Training data-efficient image transformers & distillation through attention*, ICML 2021 (DeiT).
 """
 
 import argparse
@@ -36,8 +36,8 @@ from torch.overrides import TorchFunctionMode
 def declare_missing_operators() -> None:
     """Let torchvision be imported where its operators in C++ do not load, since nothing here calls them.
 
-    timm imports torchvision, and the one that package registries have is built for CUDA: beside a torch for CPUs it ends
-    with "operator torchvision::nms does not exist". An operator of that name without any code is all it asks for.
+    timm imports torchvision, which PyPI has for CUDA: beside a torch for CPUs its import ends with "operator
+    torchvision::nms does not exist". An operator of that name, without any code, is all that it asks for.
     """
     while True:
         try:
@@ -89,12 +89,12 @@ class InsteadOfFusedAttention(TorchFunctionMode):
 class MappedAttention(Attention):
     """timm's attention with another mapping in the place of softmax.
 
-    ``forward`` is timm's, with its projections, normalisations and dropout; of its fused attention it is given another
-    one, :meth:`attend`. With softmax nothing is replaced. An instance is made of one of timm's by :meth:`adopt`.
+    ``forward`` is timm's, with its projections and normalisations; where it calls PyTorch's fused attention, it gets
+    :meth:`attend`. With softmax nothing is replaced. An instance is made of one of timm's by :meth:`adopt`.
 
     Attributes:
         mapping: module over the last dimension, from ``multimax_fairseq.mappings.build_mapping``; None is softmax.
-        on_attention: where it is not None, it is called with the scores and the probabilities (see :func:`recording`).
+        on_attention: where it is not None, it is called with scores and probabilities (see :func:`recording`).
     """
 
     mapping: Optional[nn.Module]
@@ -158,7 +158,7 @@ class MappedAttention(Attention):
 
 
 class MultiMaxVisionTransformer(VisionTransformer):
-    """timm's ``VisionTransformer`` with a mapping in the attention of each block, and MultiMax on the classes if asked.
+    """timm's ``VisionTransformer`` with a mapping in the attention of each block, and one on the classes.
 
     With ``output_mapping="multimax"`` the model returns σ(logits): softmax and cross-entropy of them are MultiMax's.
 
@@ -242,13 +242,13 @@ def convert_checkpoint(state_dict: Dict[str, Tensor], model: MultiMaxVisionTrans
 
 
 def load_authors_checkpoint(path: Union[str, Path], **options: Any) -> MultiMaxVisionTransformer:
-    """The model of a checkpoint that the authors' ``vision_transformer.py`` has saved, with its weights, in evaluation mode.
+    """The model, in evaluation mode, of a checkpoint that the authors' ``vision_transformer.py`` has made.
 
     The size of pictures, patches and layers is read off the weights. What weights do not tell is as in DeiT, by which
     the authors train: 64 numbers a head, and 1e-6 in the normalisations.
 
     Args:
-        path: a file of ``torch.save``: the weights, or a dictionary with them under ``model`` (DeiT's training script).
+        path: a file of ``torch.save``: the weights, or a dictionary with them under ``model``, as DeiT's is.
         options: of the model, where it is not DeiT's, for instance ``num_heads=8``.
 
     Raises:
@@ -261,7 +261,7 @@ def load_authors_checkpoint(path: Union[str, Path], **options: Any) -> MultiMaxV
     if not flat:
         raise ValueError(f"{path} has no `ranges` and `ts`; load it with timm: create_model(…, checkpoint_path=…)")
     if set(flat.values()) != {4} or "pos_embed" not in weights or "cls_token" in weights:
-        raise ValueError(f"{path} is of another version of the authors' model: this reads order 2, without class token")
+        raise ValueError(f"{path} is of another version of the authors' model; this reads order 2, no class token")
     depth = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks."))
     width, channels, patch_size, _ = weights["patch_embed.proj.weight"].shape
     inferred = {
@@ -335,7 +335,7 @@ def _create_deit(size: str, pretrained: bool, options: Dict[str, Any]) -> MultiM
     )
 
 
-# Read by register_model: how pictures are prepared, and where stock weights are, which ``pretrained=True`` starts from.
+# Read by register_model: how pictures are prepared, and where the stock weights are that ``pretrained=True`` loads.
 default_cfgs = generate_default_cfgs(
     {
         f"multimax_deit_{size}_patch16_224.fb_in1k": get_pretrained_cfg(f"deit_{size}_patch16_224").to_dict()

@@ -2,10 +2,10 @@
 
     python examples/vision/train.py --mappings softmax,multimax --seeds 1,2,3 --out runs/vision
 
-Data: the 1,797 digits of scikit-learn, 8 × 8 pixels, 500 of them for the test, the same in every run. Model: a token a
-pixel, 3 blocks of width 48 with 3 heads, the average of all tokens. Each run is a file NAME.json with its weights beside
-it in NAME.pt; what is there already is not run again. In the end ``--out`` has results.json (all runs), table.md, and
-two figures: rollout.png and metrics.png.
+Data: the 1,797 digits of scikit-learn, 8 × 8 pixels, 500 of them for the test, the same in every run. Model: a token
+for each 2 × 2 pixels, 3 blocks of width 64 with 4 heads, the average of all tokens. Each run is a file NAME.json, its
+weights are beside it in NAME.pt; what is there already is not run again. In the end ``--out`` has results.json (all
+runs), table.md, and two figures: rollout.png and metrics.png.
 """
 
 import argparse
@@ -22,8 +22,9 @@ from multimax_vit import OUTPUT_MAPPINGS, MultiMaxVisionTransformer, recording
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from timm.optim import create_optimizer_v2
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim.lr_scheduler import OneCycleLR
 from tqdm import tqdm
 
 from multimax_fairseq.analysis import MeanMetrics
@@ -31,14 +32,17 @@ from multimax_fairseq.mappings import MAPPINGS
 
 MODEL = {
     "img_size": 8,
-    "patch_size": 1,
+    "patch_size": 2,
     "in_chans": 1,
     "num_classes": 10,
-    "embed_dim": 48,
+    "embed_dim": 64,
     "depth": 3,
-    "num_heads": 3,
+    "num_heads": 4,
     "mlp_ratio": 2.0,
+    "weight_init": "jax",  # Xavier's; timm's own standard deviation, 0.02, is for models ten times as wide
 }
+# timm's 0.02 is too little beside the pixels: a first try had 86 % after 30 epochs, and 94 % with this
+POSITIONS_STD = 0.5
 TEST_SIZE = 500
 WARMUP_EPOCHS = 2
 METRICS = ("multimodality", "sparsity")
@@ -63,12 +67,14 @@ def shifted(pictures: Tensor) -> Tensor:
     return moved_in[torch.arange(count)[:, None, None], 0, rows[:, :, None], columns[:, None, :]].unsqueeze(1)
 
 
-def train(model: MultiMaxVisionTransformer, pictures: Tensor, classes: Tensor, args: argparse.Namespace, name: str) -> None:
+def train(
+    model: MultiMaxVisionTransformer, pictures: Tensor, classes: Tensor, args: argparse.Namespace, name: str
+) -> None:
     """AdamW with a warm-up and a cosine; timm keeps weight decay off the mappings' numbers."""
     optimizer = create_optimizer_v2(model, opt="adamw", lr=args.lr, weight_decay=0.05)
     updates = args.epochs * -(-len(classes) // args.batch_size)
     warmup = min(WARMUP_EPOCHS / args.epochs, 0.5)
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, updates, pct_start=warmup, cycle_momentum=False)
+    scheduler = OneCycleLR(optimizer, args.lr, updates, pct_start=warmup, cycle_momentum=False)
     model.train()
     with tqdm(total=updates, desc=name, unit="update", disable=None) as progress:
         for _ in range(args.epochs):
@@ -122,11 +128,12 @@ def run_once(attention_mapping: str, seed: int, args: argparse.Namespace) -> Dic
     model = MultiMaxVisionTransformer(
         attention_mapping=attention_mapping, output_mapping=args.output_mapping, **MODEL
     )
+    nn.init.trunc_normal_(model.pos_embed, std=POSITIONS_STD)
     pictures, classes, *test = digits()
-    start = time.perf_counter()
+    start = time.process_time()
     train(model, pictures, classes, args, name)
-    seconds = time.perf_counter() - start
-    result = {**settings, "seconds": seconds, **evaluate(model, *test)}
+    seconds = time.process_time() - start
+    result = {**settings, "cpu_seconds": seconds, **evaluate(model, *test)}
     torch.save(model.state_dict(), weights)
     write(report, json.dumps(result, indent=1))
     return result
@@ -160,13 +167,14 @@ def by_mapping(results: List[Dict[str, Any]]) -> Dict[str, List[Dict[str, Any]]]
 def table(results: List[Dict[str, Any]]) -> str:
     """A row a mapping, means over seeds (accuracy with the standard deviation), in Markdown."""
     depth = len(results[0]["sparsity"])
-    columns = [f"{letter}, block {block + 1}" for letter in "MS" for block in range(depth)]
-    lines = ["| attention | accuracy, % | " + " | ".join([*columns, "minutes a run"]) + " |", "|---" * (depth * 2 + 3) + "|"]
+    metrics = [f"{letter}, block {block + 1}" for letter in "MS" for block in range(depth)]
+    head = ["attention", "accuracy, %", *metrics, "CPU minutes a run"]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for name, runs in by_mapping(results).items():
         accuracies = torch.tensor([100 * run["accuracy"] for run in runs], dtype=torch.float64)
         spread = f" ± {accuracies.std():.2f}" if len(runs) > 1 else ""
         means = torch.tensor([[*run["multimodality"], *run["sparsity"]] for run in runs]).mean(0)
-        minutes = sum(run["seconds"] for run in runs) / len(runs) / 60
+        minutes = sum(run["cpu_seconds"] for run in runs) / len(runs) / 60
         cells = [name, f"{accuracies.mean():.2f}{spread}", *(f"{mean:.3f}" for mean in means), f"{minutes:.1f}"]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
@@ -175,7 +183,8 @@ def table(results: List[Dict[str, Any]]) -> str:
 def draw(results: List[Dict[str, Any]], out: Path) -> None:
     """metrics.png of all runs, and rollout.png of the first seed's models with softmax and with MultiMax."""
     groups = by_mapping(results)
-    draw_metrics({name: [[run[m] for run in runs] for m in METRICS] for name, runs in groups.items()}, out / "metrics.png")
+    metrics = {name: [[run[metric] for run in runs] for metric in METRICS] for name, runs in groups.items()}
+    draw_metrics(metrics, out / "metrics.png")
     _, _, pictures, classes = digits()
     shown = [int((classes == digit).nonzero()[0]) for digit in (0, 3, 4, 6, 8)]
     maps = {
@@ -192,9 +201,9 @@ def parse(arguments: List[str] = None) -> argparse.Namespace:
     parser.add_argument("--mappings", default=",".join(MAPPINGS), help="of attention, between commas")
     parser.add_argument("--output-mapping", default="softmax", choices=OUTPUT_MAPPINGS, help="on the classes")
     parser.add_argument("--seeds", default="1", help="whole numbers between commas")
-    parser.add_argument("--epochs", type=int, default=30)
+    parser.add_argument("--epochs", type=int, default=40)
     parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--lr", type=float, default=2e-3, help="highest learning rate")
+    parser.add_argument("--lr", type=float, default=3e-3, help="highest learning rate")
     parser.add_argument("--out", type=Path, default=Path("runs/vision"))
     args = parser.parse_args(arguments)
     args.mappings = args.mappings.split(",")
@@ -219,8 +228,8 @@ def main() -> None:
             run_once(name, seed, args)
     # also the runs of earlier calls, with MultiMax on the classes for one
     results = [json.loads(path.read_text()) for path in sorted(args.out.glob("*-seed*.json"))]
-    order = list(MAPPINGS)
-    results.sort(key=lambda run: (run["output_mapping"] != "softmax", order.index(run["attention_mapping"]), run["seed"]))
+    places = {name: place for place, name in enumerate(MAPPINGS)}
+    results.sort(key=lambda run: (places[run["output_mapping"]], places[run["attention_mapping"]], run["seed"]))
     write(args.out / "results.json", json.dumps(results, indent=1))
     write(args.out / "table.md", table(results))
     draw(results, args.out)
