@@ -4,6 +4,7 @@ import argparse
 import importlib.util
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -33,9 +34,15 @@ TINY = {
 
 @pytest.fixture(scope="module", autouse=True)
 def on_path():
+    """The example's files are modules; others of their names, such as scripts/benchmark.py, come back afterwards."""
+    names = [path.stem for path in EXAMPLE.glob("*.py")]
+    others = {name: sys.modules.pop(name) for name in names if name in sys.modules}
     sys.path.insert(0, str(EXAMPLE))
     yield
     sys.path.remove(str(EXAMPLE))
+    for name in names:
+        sys.modules.pop(name, None)
+    sys.modules.update(others)
 
 
 @pytest.fixture(scope="module")
@@ -549,7 +556,5 @@ def test_a_script_that_is_not_there(vit):
 
 def with_root():
     """The environment of a command, with this checkout first where Python looks for the package."""
-    import os
-
     variables = environment()
     return {**variables, "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), variables.get("PYTHONPATH"))))}
