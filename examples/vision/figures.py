@@ -9,6 +9,7 @@ matplotlib.use("Agg")
 
 import torch  # noqa: E402
 from matplotlib import pyplot  # noqa: E402
+from matplotlib.colors import LinearSegmentedColormap  # noqa: E402
 from multimax_vit import MultiMaxVisionTransformer, recording  # noqa: E402
 from torch import Tensor  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
@@ -17,6 +18,9 @@ from multimax_fairseq.analysis import attention_rollout  # noqa: E402
 
 # of Okabe and Ito, which colour-blind readers tell apart
 COLOURS = ("#595959", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+
+# one hue, from clear to nearly opaque: the picture stays to be seen, and brightness is the picture's
+OVER_PICTURE = LinearSegmentedColormap.from_list("over a picture", [(0.84, 0.37, 0.0, 0.0), (0.84, 0.37, 0.0, 0.9)])
 
 
 def rollout_maps(model: MultiMaxVisionTransformer, pictures: Tensor) -> Tensor:
@@ -68,7 +72,7 @@ def draw_rollouts(pictures: Tensor, maps: Dict[str, Tensor], path: Path) -> None
             panel.set_yticks([])
             if part is not None:
                 drawn = F.interpolate(part[column][None, None], size=(height, width), mode="nearest")[0, 0]
-                image = panel.imshow(drawn, cmap="inferno", alpha=0.65, vmin=low, vmax=high)
+                image = panel.imshow(drawn, cmap=OVER_PICTURE, vmin=low, vmax=high)
     figure.colorbar(image, ax=axes[1:], label="share of a patch × number of patches", shrink=0.8)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
