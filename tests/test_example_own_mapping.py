@@ -1,6 +1,7 @@
 """examples/own_mapping: mappings of one's own, from a folder of one's own, through the real commands."""
 
 import importlib.util
+import json
 
 import pytest
 import torch
@@ -50,6 +51,11 @@ def test_it_trains_is_remembered_by_the_checkpoint_and_generates(corpus, tmp_pat
     result = run("fairseq-generate", *common, "--path", tmp_path / "checkpoint_last.pt", "--beam", 2, "--cpu",
                  "--max-len-b", 5, "--num-workers", 0)  # fmt: skip
     assert "Generate test with beam=2" in result.stdout
+
+    run("multimax-analyze", tmp_path / "checkpoint_last.pt", "--data", corpus / "data-bin", "--user-dir", FOLDER,
+        "--max-sentences", 4, "--show", "--out", tmp_path / "report", "--cpu")  # fmt: skip
+    report = json.loads((tmp_path / "report" / "results.json").read_text())
+    assert '"topk_softmax"' in json.dumps(report)
 
     refused = run("fairseq-train", *common, *training, "--mapping-options", "m=3", check=False)
     assert refused.returncode and "topk_softmax has no 'm'; it takes: k" in refused.stderr

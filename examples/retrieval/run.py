@@ -27,7 +27,7 @@ import statistics
 import sys
 import textwrap
 from pathlib import Path
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
+from typing import IO, Any, Callable, Dict, List, NamedTuple, Optional, Tuple
 
 import matplotlib
 import torch
@@ -47,7 +47,15 @@ from multimax_fairseq.analysis.figures import (  # noqa: E402
     TWO_COLUMNS,
     VERMILLION,
 )
-from multimax_fairseq.mappings import build_mapping  # noqa: E402
+from multimax_fairseq.analysis.files import (  # noqa: E402
+    ArgumentParser,
+    UserError,
+    errors_in_a_line,
+    import_user_dir,
+    positive,
+    replacing,
+)
+from multimax_fairseq.mappings import BUILT_IN, build_mapping, parse_options  # noqa: E402
 from multimax_fairseq.modules.scale import build_scale  # noqa: E402
 
 PROJECTED = 32  # numbers of a projected query or key
@@ -89,6 +97,8 @@ class Row(NamedTuple):
     def mapping_options(self) -> Dict[str, Any]:
         """What is the mapping's own, with numbers as numbers."""
         own = {name: value for name, value in self.options if name not in ("scale", "lr_scale")}
+        if self.mapping not in BUILT_IN:
+            return parse_options(self.mapping, ",".join(f"{name}={value}" for name, value in own.items()))
         return {name: int(value) if value.isdigit() else value for name, value in own.items()}
 
     def option(self, name: str, default: str) -> str:
@@ -196,12 +206,13 @@ def test(layer: Layer, task: Task, length: int) -> Dict[str, Any]:
     }
 
 
-def run(job: Tuple[Task, Row, int, int, List[int], Path]) -> List[Dict[str, Any]]:
+def run(job: Tuple[Task, Row, int, int, List[int], Path, Optional[Path]]) -> List[Dict[str, Any]]:
     """Trains and tests a row with a seed, and keeps the layer for the figures."""
-    task, row, seed, updates, lengths, out = job
+    task, row, seed, updates, lengths, out, user_dir = job
+    import_user_dir(user_dir)
     torch.set_num_threads(1)
     layer = train(task, row, seed, updates)
-    write(model_file(out, row, seed), lambda path: torch.save(layer.state_dict(), path))
+    write(model_file(out, row, seed), lambda file: torch.save(layer.state_dict(), file))
     about = {"mapping": row.mapping, "options": dict(row.options), "seed": seed, "updates": updates}
     return [{**about, **task._asdict(), **test(layer, task, length)} for length in lengths]
 
@@ -210,21 +221,20 @@ def model_file(out: Path, row: Row, seed: int) -> Path:
     return out / "models" / f"{row}-seed{seed}.pt".replace(":", "-").replace("=", "_")
 
 
-def text_saver(text: str) -> Callable[[Path], Any]:
-    return lambda path: path.write_text(text, encoding="utf-8")
-
-
 def key_of(record: Dict[str, Any]) -> Tuple:
     """What tells a record from all others."""
     return record["mapping"], tuple(record["options"].items()), record["seed"], record["test_length"]
 
 
-def write(path: Path, save: Callable[[Path], Any]) -> None:
-    """Whole or not at all: ``save`` writes beside ``path``."""
+def write(path: Path, save: Callable[[IO[bytes]], Any]) -> None:
+    """Whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.part{os.getpid()}")
-    save(unfinished)
-    unfinished.replace(path)
+    with replacing(path) as file:
+        save(file)
+
+
+def write_text(path: Path, text: str) -> None:
+    write(path, lambda file: file.write(text.encode()))
 
 
 # ---------------------------------------------------------------- the table and the figures
@@ -349,40 +359,35 @@ def draw_rows(task: Task, rows: List[Row], seed: int, out: Path) -> Figure:
 # ---------------------------------------------------------------- the command
 
 
+def numbers(text: str) -> List[int]:
+    """The type of an argument that is a list of whole numbers above 0."""
+    return [positive(number.strip()) for number in text.split(",")]
+
+
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(__doc__)
     parser.add_argument("--mappings", default=DEFAULT_ROWS, help="rows of the table (default: %(default)s)")
-    parser.add_argument("--seeds", default="1,2,3,4,5", help="default: %(default)s")
-    parser.add_argument("--length", type=int, default=64, help="keys in training (default: %(default)s)")
-    parser.add_argument("--test-lengths", default="64,256,1024", help="default: %(default)s")
-    parser.add_argument("--matches", type=int, default=8, help="at most so many keys match (default: %(default)s)")
-    parser.add_argument("--dimensions", type=int, default=16, help="of queries, keys, values (default: %(default)s)")
+    parser.add_argument("--seeds", type=numbers, default="1,2,3,4,5", help="default: %(default)s")
+    parser.add_argument("--length", type=positive, default=64, help="keys in training (default: %(default)s)")
+    parser.add_argument("--test-lengths", type=numbers, default="64,256,1024", help="default: %(default)s")
+    parser.add_argument("--matches", type=positive, default=8, help="keys that match, at most (default: %(default)s)")
+    parser.add_argument("--dimensions", type=positive, default=16, help="of queries, values (default: %(default)s)")
     parser.add_argument("--noise", type=float, default=0.6, help="how far matches are off (default: %(default)s)")
-    parser.add_argument("--updates", type=int, default=UPDATES, help="default: %(default)s")
-    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="default: as many as cores")
+    parser.add_argument("--updates", type=positive, default=UPDATES, help="default: %(default)s")
+    parser.add_argument("--processes", type=positive, default=os.cpu_count(), help="default: as many as cores")
+    parser.add_argument("--user-dir", type=Path, help="a folder with mappings of your own")
     parser.add_argument("--out", type=Path, required=True, help="folder for results.json, the table and the figures")
     arguments = parser.parse_args()
+    if not 0 <= arguments.noise < 1:
+        parser.error(f"--noise takes a number in [0, 1); got {arguments.noise}")
+    if arguments.matches > min(arguments.length, *arguments.test_lengths):
+        parser.error(f"--matches {arguments.matches}: more than there are keys")
     try:
+        import_user_dir(arguments.user_dir)
         arguments.rows = [Row.parse(text) for text in arguments.mappings.split(",")]
-        arguments.seeds, arguments.test_lengths = (
-            [positive(name, number) for number in text.split(",")]
-            for name, text in (("--seeds", arguments.seeds), ("--test-lengths", arguments.test_lengths))
-        )
-        for name in ("length", "matches", "dimensions", "updates", "processes"):
-            positive(f"--{name}", getattr(arguments, name))
-        if not 0 <= arguments.noise < 1:
-            raise ValueError(f"--noise takes a number in [0, 1); got {arguments.noise}")
-        if arguments.matches > min(arguments.length, *arguments.test_lengths):
-            raise ValueError(f"--matches {arguments.matches}: more than there are keys")
-    except ValueError as error:
+    except (UserError, ValueError) as error:
         parser.error(str(error))
     return arguments
-
-
-def positive(name: str, number: Any) -> int:
-    if not str(number).strip().isdecimal() or int(number) < 1:
-        raise ValueError(f"{name} takes whole numbers from 1; got {number!r}")
-    return int(number)
 
 
 def main() -> None:
@@ -393,20 +398,20 @@ def main() -> None:
     results = json.loads(file.read_text()) if file.exists() else []
     same = {**task._asdict(), "updates": arguments.updates}
     if any(record[name] != value for record in results for name, value in same.items()):
-        sys.exit(f"ERROR: {file} has results of another task (there: {results[0]}): choose another --out")
+        raise UserError(f"{file} has results of another task or length: choose another --out")
     jobs = []
     for seed in arguments.seeds:
         for row in rows:
             there = {length for length in lengths for r in records(results, row, length) if r["seed"] == seed}
             if there != set(lengths) or not model_file(out, row, seed).exists():
-                jobs.append((task, row, seed, arguments.updates, lengths, out))
+                jobs.append((task, row, seed, arguments.updates, lengths, out, arguments.user_dir))
     with multiprocessing.get_context("spawn").Pool(min(arguments.processes, max(len(jobs), 1))) as pool:
         for new in tqdm(pool.imap_unordered(run, jobs), total=len(jobs), desc="trainings", disable=None):
             replaced = set(map(key_of, new))
             results = sorted([record for record in results if key_of(record) not in replaced] + new, key=key_of)
-            write(file, text_saver(json.dumps(results, indent=1)))
+            write_text(file, json.dumps(results, indent=1))
     text = table(results, rows, lengths)
-    write(out / "table.md", text_saver(text))
+    write_text(out / "table.md", text)
     with matplotlib.rc_context(STYLE):
         figures = {
             "errors": draw_errors(results, rows, lengths, task),
@@ -415,10 +420,11 @@ def main() -> None:
         }
         for name, figure in figures.items():
             if figure is not None:
-                write(out / f"{name}.png", lambda path, figure=figure: figure.savefig(path, format="png"))
+                write(out / f"{name}.png", lambda file, figure=figure: figure.savefig(file, format="png"))
     print(f"{text}\nMean squared error ± standard deviation, {len(arguments.seeds)} seeds; in brackets the ratio to "
           f"softmax's, and the largest ratio in a seed. {out} has results.json and the figures.")  # fmt: skip
 
 
 if __name__ == "__main__":
-    main()
+    with errors_in_a_line():
+        main()

@@ -17,7 +17,14 @@ import tqdm
 
 from .alignment import SUBWORDS, GoldAlignment, guess_subwords, read_alignments
 from .checkpoint import LoadedModel, batches, labels_of, load
-from .files import ArgumentParser, UserError, check_output_folder, errors_in_a_line, positive
+from .files import (
+    ArgumentParser,
+    UserError,
+    check_output_folder,
+    errors_in_a_line,
+    import_user_dir,
+    positive,
+)
 from .measure import MOST_TOKENS, Measurement
 
 
@@ -63,6 +70,9 @@ def parser() -> ArgumentParser:
         choices=SUBWORDS,
         help="how pieces of words are marked in the data (default: as its dictionary looks)",
     )
+    parser.add_argument(
+        "--user-dir", type=Path, metavar="DIR", help="a folder with mappings of your own, if the models have some"
+    )
     parser.add_argument("--cpu", action="store_true", help="do not use a GPU")
     parser.add_argument("--no-progress-bar", action="store_true")
     return parser
@@ -105,6 +115,7 @@ def analyze(args: argparse.Namespace, command: str) -> None:
         if not label.strip() or not label.isprintable():
             raise UserError(f"--labels: {label!r} cannot be printed")
     gold = _gold(args.alignments)
+    import_user_dir(args.user_dir)
     device = torch.device("cuda" if torch.cuda.is_available() and not args.cpu else "cpu")
     models = [
         load(path, label, args.data, args.split, args.max_sentences, device)

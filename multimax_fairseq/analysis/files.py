@@ -38,6 +38,24 @@ class ArgumentParser(argparse.ArgumentParser):
         self.exit(2, f"ERROR: {message}; see --help{hint}\n")
 
 
+def import_user_dir(folder: Optional[Path]) -> None:
+    """Import a folder with mappings of the user's own, as fairseq does; None for none.
+
+    Raises:
+        UserError: it is no Python package, or its import fails.
+    """
+    if folder is None:
+        return
+    if not (folder / "__init__.py").is_file():
+        raise UserError(f"--user-dir {folder}: there is no __init__.py in it")
+    from fairseq.utils import import_user_module  # here: it takes seconds
+
+    try:
+        import_user_module(argparse.Namespace(user_dir=str(folder)))
+    except Exception as error:  # whatever is in the file
+        raise UserError(f"--user-dir {folder}: {type(error).__name__}: {error}") from error
+
+
 def positive(text: str) -> int:
     """The type of an argument that is a whole number above 0."""
     if text.isascii() and text.isdecimal() and 0 < int(text) < 2**31:
