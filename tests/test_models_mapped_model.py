@@ -85,7 +85,7 @@ def test_state_names_are_stable(build):
 
 
 def test_mean_absolute_parameters_of_each_site_are_logged(build):
-    model = build("multimax_transformer", "--output-mapping", "multimax").model.train()
+    model = build("multimax_transformer", "--output-mapping", "multimax", "--log-modulators", "module").model.train()
     with torch.no_grad():
         for group in modulators_by_site(model).values():
             for number, modulator in enumerate(group):
@@ -105,10 +105,10 @@ def test_mean_absolute_parameters_of_each_site_are_logged(build):
     assert values["output_b"] == pytest.approx(2.0)
 
 
-@pytest.mark.parametrize("detail, names", [("site", {"decoder_b", "decoder_d", "decoder_g_b", "decoder_g_d"}),
-                                           ("none", set())])  # fmt: skip
-def test_less_is_logged_if_less_is_asked_for(detail, names, build):
-    model = build("multimax_transformer_lm", "--log-modulators", detail).model.train()
+@pytest.mark.parametrize("options, names", [([], {"decoder_b", "decoder_d", "decoder_g_b", "decoder_g_d"}),
+                                            (["--log-modulators", "none"], set())])  # fmt: skip
+def test_by_default_only_sites_are_logged(options, names, build):
+    model = build("multimax_transformer_lm", *options).model.train()
     with metrics.aggregate(new_root=True) as log:
         model.set_num_updates(1)
     assert set(log.get_smoothed_values()) == names
@@ -133,3 +133,12 @@ def test_layers_to_keep_of_a_stock_checkpoint(build, batch):
     for kept, layer in zip((1, 3), model.encoder.layers):
         torch.testing.assert_close(layer.fc1.weight, source.model.encoder.layers[kept].fc1.weight, atol=0, rtol=0)
         assert layer.self_attn.mapping.gains.eq(0).all()
+
+
+@pytest.mark.parametrize("flag, value", [("--modulator-weight-decay", 0), ("--modulator-clip-norm", 1),
+                                         ("--modulator-lr-scale", 10)])  # fmt: skip
+@pytest.mark.parametrize("arch", ["multimax_transformer", "multimax_transformer_lm"])
+def test_training_modulators_apart_where_there_are_none_is_an_error(arch, flag, value, build):
+    with pytest.raises(ValueError, match=f"^{flag}: this model has no modulators.*--attention-mapping multimax"):
+        build(arch, "--attention-mapping", "softmax", flag, value)
+    build(arch, "--attention-mapping", "softmax", "--output-mapping", "multimax", flag, value)

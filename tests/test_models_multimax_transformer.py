@@ -26,7 +26,7 @@ def test_dimensions_and_defaults_are_those_of_the_stock_architecture(stock, corp
     assert extra == {
         "attention_mapping", "attention_mapping_sites", "output_mapping", "multimax_order", "multimax_terms",
         "multimax_init", "entmax_alpha", "multimax_backend",
-        "modulator_weight_decay", "modulator_clip_norm", "log_modulators",
+        "modulator_lr_scale", "modulator_weight_decay", "modulator_clip_norm", "log_modulators",
     }  # fmt: skip
     assert actual.attention_mapping == "multimax" and actual.attention_mapping_sites == ",".join(SITES)
     for name, value in vars(expected).items():
@@ -85,6 +85,7 @@ def test_quant_noise(build, batch):
 @pytest.mark.parametrize("options, message", [
     (["--attention-mapping", "softmin"], "there is no 'softmin'"),
     (["--output-mapping", "multimax", "--adaptive-softmax-cutoff", "10,20"], "adaptive"),
+    (["--attention-mapping-sites", "cross", "--no-cross-attention"], "has none of these; choose from: encoder, decoder"),
 ])  # fmt: skip
 def test_a_wrong_choice_stops_at_model_build(options, message, build):
     with pytest.raises(ValueError, match=message):

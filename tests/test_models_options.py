@@ -29,9 +29,10 @@ def test_the_defaults_are_those_of_the_documentation():
         "multimax_init": "normal",
         "entmax_alpha": "1.5",
         "multimax_backend": "auto",
+        "modulator_lr_scale": 1.0,
         "modulator_weight_decay": None,
         "modulator_clip_norm": None,
-        "log_modulators": "module",
+        "log_modulators": "site",
     }
 
 
@@ -55,7 +56,7 @@ def test_other_sites_have_softmax():
 
 
 @pytest.mark.parametrize("options, message", [
-    ({"log_modulators": "layer"}, "--log-modulators.*'layer'.*module, site, none"),
+    ({"log_modulators": "layer"}, "--log-modulators.*'layer'.*site, module, none"),
     ({"attention_mapping": "softmin"}, "--attention-mapping.*'softmin'.*multimax.*evsoftmax"),
     ({"attention_mapping_sites": "encoder,output"}, "--attention-mapping-sites.*'output'.*encoder, decoder, cross"),
     ({"attention_mapping_sites": ""}, "--attention-mapping-sites.*''"),

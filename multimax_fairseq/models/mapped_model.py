@@ -35,13 +35,18 @@ class MappedModelMixin:
         """Take what ``args`` (a namespace or config with :class:`.options.MappingOptions`) says of modulators.
 
         Raises:
-            ValueError: a number below 0.
+            ValueError: a number out of its range, or training of modulators where there are none.
         """
-        self.logged_modulators = getattr(args, "log_modulators", "module")
+        self.logged_modulators = getattr(args, "log_modulators", "site")
         self.modulator_training = ModulatorTraining.from_options(args)
-        for modulators in modulators_by_site(self).values():
-            for modulator in modulators:
-                self.modulator_training.mark(modulator.parameters())
+        modulators = [modulator for group in modulators_by_site(self).values() for modulator in group]
+        if self.modulator_training.flags and not modulators:
+            raise ValueError(
+                f"{', '.join(self.modulator_training.flags)}: this model has no modulators to train apart; use "
+                "--attention-mapping multimax or --output-mapping multimax, or drop what asks for it"
+            )
+        for modulator in modulators:
+            self.modulator_training.mark(modulator.parameters())
 
     def set_num_updates(self, num_updates: int) -> None:
         super().set_num_updates(num_updates)
@@ -93,7 +98,7 @@ def modulators_by_site(model: nn.Module) -> Dict[str, List[MultiMax]]:
     return dict(modulators)
 
 
-def log_modulators(model: nn.Module, detail: str = "module") -> None:
+def log_modulators(model: nn.Module, detail: str = "site") -> None:
     """Log the thresholds and gains of a model's modulators.
 
     For each site the mean absolute thresholds (b, d) and gains (g_b, g_d) over its modules and orders, as

@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 
 from ..modules import MappedDecoder, MappedEncoder
 from .mapped_model import MappedModelMixin
-from .options import MappingChoice, MappingOptions, with_defaults
+from .options import SITES, MappingChoice, MappingOptions, with_defaults
 
 
 @register_model("multimax_transformer")
@@ -27,7 +27,9 @@ class MultimaxTransformerModel(MappedModelMixin, TransformerModel):
         # A copy, as a namespace: fairseq saves the original in the checkpoint, and fairseq-hydra-train gives a
         # config to which the stock model could not add.
         namespace = Namespace(**(OmegaConf.to_container(args) if OmegaConf.is_config(args) else vars(args)))
-        namespace.mapping_choice = MappingChoice.from_options(namespace)
+        has_cross_attention = not getattr(namespace, "no_cross_attention", False)
+        sites = SITES if has_cross_attention else tuple(site for site in SITES if site != "cross")
+        namespace.mapping_choice = MappingChoice.from_options(namespace, available_sites=sites)
         model = super().build_model(namespace, task)
         model.set_modulator_options(namespace)
         # What the checkpoint has to know: how many layers --encoder-layers-to-keep has left.

@@ -13,7 +13,7 @@ from ..mappings.multimax import TERMS
 
 SITES = ("encoder", "decoder", "cross")
 OUTPUT_MAPPINGS = ("softmax", "multimax")
-LOG_MODULATORS = ("module", "site", "none")
+LOG_MODULATORS = ("site", "module", "none")
 
 Mapping = Tuple[str, Dict[str, Any]]  # the arguments of build_mapping
 SOFTMAX: Mapping = ("softmax", {})
@@ -46,7 +46,8 @@ class MappingOptions(FairseqDataclass):
     multimax_init: str = field(
         default="normal",
         metadata={
-            "help": "start of the modulator: normal (std 0.02, as in the paper), or identity (softmax at step 0)"
+            "help": "start of the modulator: normal (std 0.02, as in the paper), identity (softmax at step 0), or shaped "
+            "(steeper below, flatter above)"
         },
     )
     entmax_alpha: str = field(
@@ -59,6 +60,9 @@ class MappingOptions(FairseqDataclass):
             "PyTorch); the environment variable MULTIMAX_BACKEND overrides it"
         },
     )
+    modulator_lr_scale: float = field(
+        default=1.0, metadata={"help": "learning rate of the modulators, times that of the other parameters"}
+    )
     modulator_weight_decay: Optional[float] = field(
         default=None, metadata={"help": "weight decay of the modulators (default: that of the other parameters)"}
     )
@@ -70,7 +74,7 @@ class MappingOptions(FairseqDataclass):
         },
     )
     log_modulators: str = field(
-        default="module",
+        default="site",
         metadata={"help": f"thresholds and gains in the log, of each of: {', '.join(LOG_MODULATORS)}"},
     )
 
