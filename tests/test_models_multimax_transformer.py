@@ -85,7 +85,7 @@ def test_quant_noise(build, batch):
 @pytest.mark.parametrize("options, message", [
     (["--attention-mapping", "softmin"], "there is no 'softmin'"),
     (["--output-mapping", "multimax", "--adaptive-softmax-cutoff", "10,20"], "adaptive"),
-    (["--attention-mapping-sites", "cross", "--no-cross-attention"], "has none of these; choose from: encoder, decoder"),
+    (["--attention-mapping-sites", "cross", "--no-cross-attention"], "none of these; choose from: encoder, decoder"),
 ])  # fmt: skip
 def test_a_wrong_choice_stops_at_model_build(options, message, build):
     with pytest.raises(ValueError, match=message):

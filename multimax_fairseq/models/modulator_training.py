@@ -8,8 +8,8 @@ update that no model is asked about:
 - Every path to an optimizer leads through ``fairseq.optim.build_optimizer``. There marked parameters get a parameter
   group of their own, whose learning rate and weight decay are set before each step from those of the others. So it
   does not matter which scheduler sets the rate, or what a checkpoint or ``--optimizer-overrides`` has put there.
-- ``FP16Optimizer`` and ``MemoryEfficientFP16Optimizer`` are given to fairseq as subclasses: the first carries marks over
-  to its copies in fp32, and both clip gradients that are still scaled.
+- ``FP16Optimizer`` and ``MemoryEfficientFP16Optimizer`` are given to fairseq as subclasses: the first carries marks
+  over to its copies in fp32, and both clip gradients that are still scaled.
 
 A checkpoint holds the optimizer's state as if nothing had been separated, so that a run can go on with these options
 switched on, off or changed.
@@ -94,8 +94,8 @@ class ModulatorTraining:
         wanted |= {"clip"} if self.clip_norm is not None else set()
         if not wanted <= self.applied:
             raise ValueError(
-                f"{', '.join(self.flags)}: the optimizer that training uses does not hold the modulators themselves, as "
-                "with --ddp-backend fully_sharded and --zero-sharding os; drop sharding, or these options"
+                f"{', '.join(self.flags)}: the optimizer that training uses does not hold the modulators themselves, "
+                "as with --ddp-backend fully_sharded and --zero-sharding os; drop sharding, or these options"
             )
 
 
@@ -137,7 +137,7 @@ def separate_modulators(optimizer: FairseqOptimizer) -> None:
     Where it says nothing, all that is added is the norm of their gradient in the log (``modulator_gnorm``).
 
     Raises:
-        ValueError: a weight decay or a scale is chosen, and the optimizer has none, or no learning rate to scale.
+        ValueError: a weight decay is chosen, and the optimizer has none.
     """
     for part in getattr(optimizer, "optimizers", {"": optimizer}).values():  # --optimizer composite has several
         modulators = [parameter for parameter in part.params if hasattr(parameter, MARK)]
@@ -154,14 +154,10 @@ def separate_modulators(optimizer: FairseqOptimizer) -> None:
 
 def _separate_steps(optimizer: FairseqOptimizer, modulators: List[Parameter], training: ModulatorTraining) -> None:
     """Put the modulators into the last parameter group, which is set from the first before each step."""
-    name = type(optimizer).__name__
     if training.weight_decay is not None and "weight_decay" not in optimizer.optimizer.defaults:
         raise ValueError(
-            f"--modulator-weight-decay: {name} has no weight decay; drop it, or choose another --optimizer"
-        )
-    if training.lr_scale != 1 and optimizer.optimizer.defaults.get("relative_step"):
-        raise ValueError(
-            f"--modulator-lr-scale: {name} with --relative-step has no learning rate that could be scaled; drop one"
+            f"--modulator-weight-decay: {type(optimizer).__name__} has no weight decay; drop it, or choose another "
+            "--optimizer"
         )
     for group in optimizer.optimizer.param_groups:
         group["params"] = [parameter for parameter in group["params"] if not hasattr(parameter, MARK)]
@@ -360,7 +356,7 @@ def _multiply(optimizer: FairseqOptimizer, parameters: List[Parameter], ratio: A
 
 
 class ClipsApart:
-    """To stand before a wrapper of fairseq's for half precision: modulators are clipped by it, not by what it wraps."""
+    """To stand before fairseq's wrapper for half precision, which then clips modulators, and not what it wraps."""
 
     wrapped_name: str  # of the attribute that holds the optimizer
 

@@ -46,8 +46,8 @@ class MappingOptions(FairseqDataclass):
     multimax_init: str = field(
         default="normal",
         metadata={
-            "help": "start of the modulator: normal (std 0.02, as in the paper), identity (softmax at step 0), or shaped "
-            "(steeper below, flatter above)"
+            "help": "start of the modulator: normal (std 0.02, as in the paper), identity (softmax at step 0), or "
+            "shaped (steeper below, flatter above)"
         },
     )
     entmax_alpha: str = field(
