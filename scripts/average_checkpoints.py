@@ -16,7 +16,7 @@ from typing import Any, Dict, List
 import torch
 from torch import Tensor
 
-import multimax_fairseq  # noqa: F401  lets torch load fairseq's checkpoints
+import multimax_fairseq.models  # noqa: F401  lets torch load fairseq's checkpoints
 
 
 def last_epochs(folder: Path, count: int) -> List[Path]:

@@ -17,7 +17,7 @@ from fairseq import checkpoint_utils, utils
 from fairseq.models import BaseFairseqModel
 from torch import Tensor
 
-import multimax_fairseq  # noqa: F401  registers the models, and lets torch load fairseq's checkpoints
+import multimax_fairseq.models  # noqa: F401  registers the models, and lets torch load fairseq's checkpoints
 
 
 def log_softmax(logits: Tensor) -> Tensor:

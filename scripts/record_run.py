@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import multimax_fairseq  # lets torch load fairseq's checkpoints
+import multimax_fairseq.models  # lets torch load fairseq's checkpoints
 
 FORMAT = 1  # of run.json; a reader that knows another one can say so
 DISTRIBUTIONS = ("torch", "fairseq", "ve-fairseq", "numpy", "entmax", "sacrebleu", "sentencepiece", "sacremoses",

@@ -1,5 +1,6 @@
 """Checkpoints of the stock architecture, and modulators in the log."""
 
+import io
 import logging
 
 import pytest
@@ -142,3 +143,31 @@ def test_training_modulators_apart_where_there_are_none_is_an_error(arch, flag, 
     with pytest.raises(ValueError, match=f"^{flag}: this model has no modulators.*--attention-mapping multimax"):
         build(arch, "--attention-mapping", "softmax", flag, value)
     build(arch, "--attention-mapping", "softmax", "--output-mapping", "multimax", flag, value)
+
+
+@pytest.mark.parametrize("before, after, message", [
+    (["softmax"], ["sparsemax"], "--attention-mapping: .*trained with softmax, .*has sparsemax in decoder; go on with"),
+    (["entmax15"], ["entmax15", "--output-mapping", "multimax"], "--output-mapping: .*trained with softmax"),
+    (["multimax"], ["multimax", "--attention-mapping-sites", "decoder", "--multimax-init", "shaped"], None),
+])  # fmt: skip
+def test_going_on_with_another_mapping_is_an_error_and_starting_anew_is_not(before, after, message, build):
+    source = build("multimax_transformer_lm", "--attention-mapping", *before)
+    file = io.BytesIO()
+    torch.save(source.model.state_dict(), file)
+    for number in (0, 5):  # updates that are behind: with --reset-optimizer and --finetune-from-model none
+        file.seek(0)
+        model = build("multimax_transformer_lm", "--attention-mapping", *after).model.train()
+        model.set_num_updates(5)  # as fairseq does, before
+        model.load_state_dict(torch.load(file), strict=True)
+        if number and message:
+            with pytest.raises(ValueError, match=message):
+                model.set_num_updates(number)
+        else:
+            model.set_num_updates(number)
+            model.set_num_updates(number + 1)
+
+
+def test_a_stock_checkpoint_goes_on_with_any_mapping(build):
+    model = build("multimax_transformer_lm", "--attention-mapping", "sparsemax").model.train()
+    model.load_state_dict(build("transformer_lm").model.state_dict(), strict=True)
+    model.set_num_updates(5)

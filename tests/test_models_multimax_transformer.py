@@ -6,7 +6,7 @@ from conftest import parse
 from fairseq.models import ARCH_CONFIG_REGISTRY
 from test_models_options import SITES
 
-import multimax_fairseq  # noqa: F401
+import multimax_fairseq.models  # noqa: F401
 from multimax_fairseq.mappings import MAPPINGS
 
 ARCHITECTURES = [

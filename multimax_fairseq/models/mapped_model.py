@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..mappings import MAPPINGS, MultiMax
 from ..modules import MappedMultiheadAttention
 from .modulator_training import ModulatorTraining
+from .options import MappingChoice
 
 logger = logging.getLogger(__name__)
 
@@ -25,18 +26,29 @@ class MappedModelMixin:
         """None: those of fairseq are of the stock classes (start from them with --finetune-from-model)."""
         return {}
 
-    def _load_from_state_dict(self, state_dict: Dict[str, Tensor], prefix: str, *args, **kwargs) -> None:
+    def _load_from_state_dict(
+        self, state_dict: Dict[str, Tensor], prefix: str, local_metadata: Dict[str, Any], *args, **kwargs
+    ) -> None:
         # Here, and not in fairseq's upgrade_state_dict, the layers have their final numbers
         # (--encoder-layers-to-keep renumbers them in between).
         add_missing_mappings(self, state_dict, prefix)
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        self._trained_with = local_metadata.get("mappings", {})  # nothing in a checkpoint of stock fairseq
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args, **kwargs)
 
-    def set_modulator_options(self, args: Any) -> None:
-        """Take what ``args`` (a namespace or config with :class:`.options.MappingOptions`) says of modulators.
+    def _save_to_state_dict(self, destination: Dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        # Beside the version of each module, which torch keeps there: a checkpoint says what it was trained with
+        # where a run that goes on from it is told, and no parameter is added.
+        if hasattr(destination, "_metadata"):
+            destination._metadata[prefix[:-1]]["mappings"] = self.mapping_choice.describe()
+
+    def set_mapping_options(self, args: Any, choice: MappingChoice) -> None:
+        """Take the model's choice, and what ``args`` (with :class:`.options.MappingOptions`) says of modulators.
 
         Raises:
             ValueError: a number out of its range, or training of modulators where there are none.
         """
+        self.mapping_choice = choice
         self.logged_modulators = getattr(args, "log_modulators", "site")
         self.modulator_training = ModulatorTraining.from_options(args)
         modulators = [modulator for group in modulators_by_site(self).values() for modulator in group]
@@ -52,11 +64,28 @@ class MappedModelMixin:
         super().set_num_updates(num_updates)
         # fairseq calls this before each batch, of which an update can have many (--update-freq)
         previous = getattr(self, "_logged_update", None)
+        if self.training:
+            self._check_resumed(num_updates)
         if self.training and num_updates != previous:
             if previous is not None:  # once is also what loading a checkpoint does, without an optimizer
                 self.modulator_training.check_applied()
             self._logged_update = num_updates
             log_modulators(self, self.logged_modulators)
+
+
+    def _check_resumed(self, num_updates: int) -> None:
+        """Raise ValueError where a run goes on, in the middle, with other mappings than it had.
+
+        To start a new run from weights that were trained with another mapping is a choice: it begins at update 0.
+        """
+        trained_with, self._trained_with = getattr(self, "_trained_with", {}), {}
+        if num_updates > 0:
+            for flag, mapping in self.mapping_choice.describe().items():
+                if trained_with.get(flag, mapping) != mapping:
+                    raise ValueError(
+                        f"{flag}: the checkpoint was trained with {trained_with[flag]}, this run has {mapping}; go "
+                        "on with the same, or start a new run from it with --finetune-from-model or --reset-optimizer"
+                    )
 
 
 def add_missing_mappings(model: nn.Module, state_dict: Dict[str, Tensor], prefix: str) -> None:

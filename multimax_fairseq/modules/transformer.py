@@ -8,8 +8,8 @@ from fairseq.modules.checkpoint_activations import checkpoint_wrapper
 from torch import Tensor, nn
 
 from ..kernels.chunked_cross_entropy import default_chunk_tokens
-from ..mappings import build_mapping, compute_dtype
-from .transformer_layer import MappedDecoderLayer, MappedEncoderLayer
+from ..mappings import compute_dtype
+from .transformer_layer import MappedDecoderLayer, MappedEncoderLayer, with_mapping
 
 
 def wrap_layer(layer: nn.Module, cfg: TransformerConfig) -> nn.Module:
@@ -46,8 +46,18 @@ class MappedDecoder(TransformerDecoderBase):
 
     def __init__(self, cfg, dictionary, embed_tokens, no_encoder_attn=False, output_projection=None):
         super().__init__(cfg, dictionary, embed_tokens, no_encoder_attn, output_projection)
-        name, options = cfg.mapping_choice.output
-        self.output_mapping = None if name == "softmax" else build_mapping(name, **options)
+        self.output_mapping = cfg.mapping_choice.build_output()
+
+    @classmethod
+    def adopt(cls, decoder: TransformerDecoderBase, choice: Any) -> "MappedDecoder":
+        """Turn fairseq's ``decoder``, without cross-attention, into one with the mappings of ``choice``."""
+        decoder.__class__ = cls
+        decoder.cfg.mapping_choice = choice
+        for layer in decoder.layers.children():  # iterating over the list itself would drop layers
+            if hasattr(layer, "self_attn"):  # a BASE layer has none
+                layer.self_attn = with_mapping(layer.self_attn, decoder.cfg, "decoder")
+        decoder.output_mapping = choice.build_output()
+        return decoder
 
     def build_decoder_layer(self, cfg: TransformerConfig, no_encoder_attn: bool = False) -> nn.Module:
         return wrap_layer(MappedDecoderLayer(cfg, no_encoder_attn), cfg)
