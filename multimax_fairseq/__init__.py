@@ -11,8 +11,8 @@ __version__ = "0.1.0"
 
 
 class _Path(list):
-    """``__path__`` of this package, which registers where fairseq looks up a ``--user-dir`` in it: all that fairseq does
-    about one that is imported already, as it is in a program that came for the mappings first.
+    """``__path__`` of this package, which registers where fairseq looks up a ``--user-dir`` in it: all that fairseq
+    does about one that is imported already, as it is in a program that came for the mappings first.
     """
 
     def __contains__(self, folder: object) -> bool:

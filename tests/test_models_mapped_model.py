@@ -3,6 +3,7 @@
 import io
 import logging
 
+import fairseq.optim
 import pytest
 import torch
 from fairseq.logging import metrics
@@ -146,28 +147,34 @@ def test_training_modulators_apart_where_there_are_none_is_an_error(arch, flag, 
 
 
 @pytest.mark.parametrize("before, after, message", [
-    (["softmax"], ["sparsemax"], "--attention-mapping: .*trained with softmax, .*has sparsemax in decoder; go on with"),
+    (["softmax"], ["sparsemax"], "--attention-mapping: .*trained with softmax, .*has sparsemax in decoder; go on"),
     (["entmax15"], ["entmax15", "--output-mapping", "multimax"], "--output-mapping: .*trained with softmax"),
     (["multimax"], ["multimax", "--attention-mapping-sites", "decoder", "--multimax-init", "shaped"], None),
 ])  # fmt: skip
 def test_going_on_with_another_mapping_is_an_error_and_starting_anew_is_not(before, after, message, build):
-    source = build("multimax_transformer_lm", "--attention-mapping", *before)
+    """fairseq loads the state of the optimizer in the first case only."""
+
+    def make(*mapping):
+        built = build("multimax_transformer_lm", "--optimizer", "adam", "--lr", 0.1, "--attention-mapping", *mapping)
+        parameters = list(built.model.train().parameters())
+        return built.model, fairseq.optim.build_optimizer(built.cfg.optimizer, parameters)
+
+    source, optimizer = make(*before)
     file = io.BytesIO()
-    torch.save(source.model.state_dict(), file)
-    for number in (0, 5):  # updates that are behind: with --reset-optimizer and --finetune-from-model none
-        file.seek(0)
-        model = build("multimax_transformer_lm", "--attention-mapping", *after).model.train()
-        model.set_num_updates(5)  # as fairseq does, before
-        model.load_state_dict(torch.load(file), strict=True)
-        if number and message:
-            with pytest.raises(ValueError, match=message):
-                model.set_num_updates(number)
-        else:
-            model.set_num_updates(number)
-            model.set_num_updates(number + 1)
+    torch.save([source.state_dict(), optimizer.state_dict()], file)
+    file.seek(0)
+    weights, state = torch.load(file)
+    model, optimizer = make(*after)
+    model.load_state_dict(weights, strict=True)
+    if message is None:
+        return optimizer.load_state_dict(state)
+    with pytest.raises(ValueError, match=message):
+        optimizer.load_state_dict(state)
+    other, optimizer = make(*before)  # has nothing to do with that model
+    optimizer.load_state_dict(state)
 
 
 def test_a_stock_checkpoint_goes_on_with_any_mapping(build):
     model = build("multimax_transformer_lm", "--attention-mapping", "sparsemax").model.train()
     model.load_state_dict(build("transformer_lm").model.state_dict(), strict=True)
-    model.set_num_updates(5)
+    model.check_resumed()

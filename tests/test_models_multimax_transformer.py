@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import parse
 from fairseq.models import ARCH_CONFIG_REGISTRY
+from omegaconf import OmegaConf
 from test_models_options import SITES
 
 import multimax_fairseq.models  # noqa: F401
@@ -90,6 +91,18 @@ def test_quant_noise(build, batch):
 def test_a_wrong_choice_stops_at_model_build(options, message, build):
     with pytest.raises(ValueError, match=message):
         build("multimax_transformer", *options)
+
+
+def test_a_misspelt_field_of_a_config_file_stops_at_model_build(build):
+    built = build("multimax_transformer")
+    size = {"encoder_layers": 1, "decoder_layers": 1, "encoder_embed_dim": 8, "decoder_embed_dim": 8,
+            "encoder_attention_heads": 2, "decoder_attention_heads": 2, "modulator_lr_scale": 3}  # fmt: skip
+    cfg = OmegaConf.create({"_name": "multimax_transformer", **size})
+    assert built.task.build_model(cfg).modulator_training.lr_scale == 3
+    built.task.build_model(cfg)  # as a checkpoint has it: with all that the architecture has added
+    for wrong in ("attention_maping", "encoder_layer", "multimax-order"):
+        with pytest.raises(ValueError, match=f"^model.{wrong}: .* no such field; the nearest one is model"):
+            built.task.build_model(OmegaConf.create({"_name": "multimax_transformer", **size, wrong: 1}))
 
 
 def test_the_saved_configuration_is_plain(build):

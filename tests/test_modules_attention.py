@@ -214,5 +214,5 @@ def test_an_attention_that_is_not_fairseqs_own_is_refused():
     class Slower(MultiheadAttention):
         pass
 
-    with pytest.raises(TypeError, match="Slower attends in its own way.*leave cross out of --attention-mapping-sites"):
+    with pytest.raises(TypeError, match="Slower attends in its own way.*leave cross out of --attention"):
         MappedMultiheadAttention.adopt(Slower(EMBED_DIM, NUM_HEADS), build_mapping("sparsemax"), "cross")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..mappings import MAPPINGS, MultiMax
 from ..modules import MappedMultiheadAttention
-from .modulator_training import ModulatorTraining
+from .modulator_training import ModulatorTraining, loaded_models
 from .options import MappingChoice
 
 logger = logging.getLogger(__name__)
@@ -33,6 +33,8 @@ class MappedModelMixin:
         # (--encoder-layers-to-keep renumbers them in between).
         add_missing_mappings(self, state_dict, prefix)
         self._trained_with = local_metadata.get("mappings", {})  # nothing in a checkpoint of stock fairseq
+        if self.training:
+            loaded_models.add(self)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args, **kwargs)
 
     def _save_to_state_dict(self, destination: Dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
@@ -64,8 +66,6 @@ class MappedModelMixin:
         super().set_num_updates(num_updates)
         # fairseq calls this before each batch, of which an update can have many (--update-freq)
         previous = getattr(self, "_logged_update", None)
-        if self.training:
-            self._check_resumed(num_updates)
         if self.training and num_updates != previous:
             if previous is not None:  # once is also what loading a checkpoint does, without an optimizer
                 self.modulator_training.check_applied()
@@ -73,19 +73,18 @@ class MappedModelMixin:
             log_modulators(self, self.logged_modulators)
 
 
-    def _check_resumed(self, num_updates: int) -> None:
-        """Raise ValueError where a run goes on, in the middle, with other mappings than it had.
+    def check_resumed(self) -> None:
+        """Raise ValueError where a run goes on with other mappings than its checkpoint was trained with.
 
-        To start a new run from weights that were trained with another mapping is a choice: it begins at update 0.
+        To start a new run from such weights is a choice; it does not load the optimizer's state.
         """
-        trained_with, self._trained_with = getattr(self, "_trained_with", {}), {}
-        if num_updates > 0:
-            for flag, mapping in self.mapping_choice.describe().items():
-                if trained_with.get(flag, mapping) != mapping:
-                    raise ValueError(
-                        f"{flag}: the checkpoint was trained with {trained_with[flag]}, this run has {mapping}; go "
-                        "on with the same, or start a new run from it with --finetune-from-model or --reset-optimizer"
-                    )
+        for flag, mapping in self.mapping_choice.describe().items():
+            before = self._trained_with.get(flag, mapping)
+            if before != mapping:
+                raise ValueError(
+                    f"{flag}: the checkpoint was trained with {before}, this run has {mapping}; go on with the same, "
+                    "or start a new run from it with --finetune-from-model or --reset-optimizer"
+                )
 
 
 def add_missing_mappings(model: nn.Module, state_dict: Dict[str, Tensor], prefix: str) -> None:

@@ -17,6 +17,7 @@ switched on, off or changed.
 
 import functools
 import math
+import weakref
 from dataclasses import dataclass, field
 from typing import Any, Callable, Dict, Iterable, List, Optional, Set, Tuple
 
@@ -24,7 +25,7 @@ import fairseq.optim
 import torch
 from fairseq.logging import metrics
 from fairseq.optim import FairseqOptimizer
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import Parameter
 
 MARK = "modulator_training"  # the attribute of a parameter that is a modulator's
@@ -32,6 +33,9 @@ PART = "part_of_flat_copy"  # the attribute of a parameter that is a part of a l
 PARTS = "modulator_parts"  # the attribute of the longer one: its parts
 
 Slices = List[Tuple[int, int]]
+
+# Models in training that a checkpoint was loaded into: asked by ``check_resumed`` when an optimizer's state follows.
+loaded_models: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
 
 
 @dataclass
@@ -122,6 +126,8 @@ def install() -> None:
     @functools.wraps(build)
     def build_optimizer(cfg, params, *args, **kwargs) -> FairseqOptimizer:
         optimizer = build(cfg, _with_parts(params), *args, **kwargs)
+        for part in _parts_of(optimizer):
+            part.optimizer.register_load_state_dict_pre_hook(_check_loaded_models)
         separate_modulators(optimizer)
         return optimizer
 
@@ -129,6 +135,16 @@ def install() -> None:
     fairseq.optim.build_optimizer = build_optimizer
     for wrapper in (FP16Optimizer, MemoryEfficientFP16Optimizer):
         setattr(fairseq.optim, wrapper.__name__, wrapper)
+
+
+def _parts_of(optimizer: FairseqOptimizer) -> Iterable[FairseqOptimizer]:
+    """The optimizer, or those that ``--optimizer composite`` is made of."""
+    return getattr(optimizer, "optimizers", {"": optimizer}).values()
+
+
+def _check_loaded_models(*_: Any) -> None:
+    while loaded_models:
+        loaded_models.pop().check_resumed()
 
 
 def separate_modulators(optimizer: FairseqOptimizer) -> None:
@@ -139,7 +155,7 @@ def separate_modulators(optimizer: FairseqOptimizer) -> None:
     Raises:
         ValueError: a weight decay is chosen, and the optimizer has none.
     """
-    for part in getattr(optimizer, "optimizers", {"": optimizer}).values():  # --optimizer composite has several
+    for part in _parts_of(optimizer):
         modulators = [parameter for parameter in part.params if hasattr(parameter, MARK)]
         if not modulators:
             continue
