@@ -1,16 +1,28 @@
 """MultiMax and other alternatives to softmax, for fairseq's Transformers.
 
-With fairseq installed, importing this package registers its models and criterions, as ``--user-dir`` does; without
-it, :mod:`multimax_fairseq.mappings` works all the same.
+:mod:`multimax_fairseq.mappings` needs no fairseq, and does not import it. Models and criterions are registered with
+fairseq by ``--user-dir``, by importing :mod:`multimax_fairseq.models`, and by importing this package where fairseq
+has been imported already.
 """
 
-import importlib.util
+import sys
 
 __version__ = "0.1.0"
 
-if importlib.util.find_spec("fairseq") is not None:
-    from . import compat
 
-    compat.apply()
+class _Path(list):
+    """``__path__`` of this package, which registers where fairseq looks up a ``--user-dir`` in it: all that fairseq
+    does about one that is imported already, as it is in a program that came for the mappings first.
+    """
 
-    from . import criterions, models  # noqa: F401, E402
+    def __contains__(self, folder: object) -> bool:
+        is_ours = super().__contains__(folder)
+        if is_ours and "fairseq" in sys.modules:
+            from . import models  # noqa: F401
+        return is_ours
+
+
+__path__ = _Path(__path__)
+
+if "fairseq" in sys.modules:
+    from . import models  # noqa: F401

@@ -45,7 +45,7 @@ from fairseq.trainer import Trainer
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import multimax_fairseq  # noqa: F401  registers the models
+import multimax_fairseq.models  # noqa: F401  registers the models
 from multimax_fairseq.kernels.attention import multimax_attention
 from multimax_fairseq.kernels.backend import compiled_graphs
 from multimax_fairseq.kernels.chunked_cross_entropy import chunked_cross_entropy

@@ -73,6 +73,9 @@ def load_script(name):
 def seed():
     """The same numbers in every run, whatever ran before: tolerances hold for them, not for all that can be drawn."""
     torch.manual_seed(0)
+    drawing = sys.modules.get("multimax_fairseq.mappings.multimax")
+    if drawing is not None:
+        drawing._draws.state = None
 
 
 @pytest.fixture(scope="session")
@@ -105,7 +108,7 @@ def build(corpus):
     """build(arch, *options, seed=1) → the model (in evaluation) and task of fairseq-train, tiny."""
     from fairseq import tasks
 
-    import multimax_fairseq  # noqa: F401
+    import multimax_fairseq.models  # noqa: F401
 
     def build(arch, *options, seed=1):
         is_lm = "_lm" in arch

@@ -30,16 +30,19 @@ def test_an_array_can_be_loaded(dtype, tmp_path):
     assert loaded.dtype == dtype and (loaded == counts).all()
 
 
-def test_numpy_has_the_integer_that_fairseq_asks_for():
-    compat.apply()
-    assert numpy.dtype(numpy.compat.long) == numpy.dtype(int)
+def test_old_numpy_is_numpy_and_what_fairseq_asks_for():
+    old = compat.OldNumpy("numpy")
+    assert numpy.dtype(old.compat.long) == numpy.dtype(int) and old.array is numpy.array
+    values = [1, 2, 4, 8]
+    assert old.percentile(values, 40, interpolation="lower") == 2
+    assert old.percentile(values, 40) == numpy.percentile(values, 40)
+    assert old.percentile(values, 40, method="higher") == 4
 
 
-def test_a_second_call_changes_nothing():
+def test_other_libraries_see_numpy_as_it_is():
+    before = vars(numpy).copy()
     compat.apply()
-    namespace = numpy.compat
-    compat.apply()
-    assert numpy.compat is namespace
+    assert vars(numpy) == before
 
 
 def test_both_datasets_that_need_numpy_compat_build(corpus, build):

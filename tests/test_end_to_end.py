@@ -10,7 +10,7 @@ import torch
 from conftest import PLUGIN, ROOT, TINY, TINY_LM, run
 from fairseq import checkpoint_utils
 
-import multimax_fairseq  # noqa: F401  torch.load then takes checkpoints of fairseq
+import multimax_fairseq.models  # noqa: F401  torch.load then takes checkpoints of fairseq
 
 pytestmark = pytest.mark.slow
 

@@ -1,4 +1,4 @@
-"""Importing the package: once, from anywhere, in any process; nothing printed, no handler added."""
+"""Importing the package: once, from anywhere, in any process; nothing printed, nothing touched for mappings alone."""
 
 import os
 import subprocess
@@ -23,7 +23,9 @@ from fairseq.utils import import_user_module
 import_user_module(Namespace(user_dir={str(PLUGIN)!r}))
 """
 COUNT = """
+from fairseq.criterions import CRITERION_REGISTRY
 from fairseq.models import ARCH_MODEL_REGISTRY
+assert "chunked_cross_entropy" in CRITERION_REGISTRY
 print(sum(name.startswith("multimax_") for name in ARCH_MODEL_REGISTRY))
 """
 
@@ -31,12 +33,27 @@ print(sum(name.startswith("multimax_") for name in ARCH_MODEL_REGISTRY))
 @pytest.mark.parametrize("code", [
     IMPORT_USER_DIR,
     IMPORT_USER_DIR + IMPORT_USER_DIR,
-    f"import sys; sys.path.insert(0, {str(ROOT)!r})\nimport multimax_fairseq",
+    f"import sys; sys.path.insert(0, {str(ROOT)!r})\nimport multimax_fairseq.models",
+    f"import sys; sys.path.insert(0, {str(ROOT)!r})\nimport fairseq, multimax_fairseq",
     f"import sys; sys.path.insert(0, {str(ROOT)!r})\nimport multimax_fairseq.mappings\n" + IMPORT_USER_DIR,
     IMPORT_USER_DIR + "import multimax_fairseq.models",
 ])  # fmt: skip
 def test_every_way_of_importing_registers_each_architecture_once(code, tmp_path):
     assert python(code + COUNT, tmp_path) == "9"
+
+
+def test_mappings_import_no_fairseq_and_change_nothing(tmp_path):
+    code = f"""
+import sys; sys.path.insert(0, {str(ROOT)!r})
+import numpy, torch
+before = vars(numpy).copy()
+safe = torch.serialization.get_safe_globals() if hasattr(torch.serialization, "get_safe_globals") else None
+import multimax_fairseq.mappings
+assert vars(numpy) == before
+assert safe is None or torch.serialization.get_safe_globals() == safe
+print([name for name in sys.modules if name.split(".")[0] in ("fairseq", "hydra", "omegaconf")])
+"""
+    assert python(code, tmp_path) == "[]"
 
 
 def test_spawned_workers_register_too(tmp_path):

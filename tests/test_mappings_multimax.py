@@ -226,6 +226,41 @@ def test_drawing_leaves_the_global_generator_alone():
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_modules_made_in_a_row_have_numbers_of_their_own():
+    def three():
+        torch.manual_seed(1)
+        modules = [MultiMax() for _ in range(3)]
+        torch.rand(1)
+        modules.append(MultiMax())
+        return torch.stack([torch.cat([m.thresholds, m.gains]).detach().flatten() for m in modules])
+
+    numbers = three()
+    assert len(numbers.flatten().unique()) == numbers.numel()
+    assert torch.equal(three(), numbers)
+    torch.manual_seed(2)
+    assert not torch.equal(torch.cat([MultiMax().thresholds, MultiMax().gains]).flatten(), numbers[0])
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_shaped_is_steeper_below_and_flatter_above(order):
+    module = MultiMax(order=order, init="shaped")
+    x = torch.linspace(-12, 12, 481, dtype=torch.float64, requires_grad=True)
+    thresholds, gains = (rows.tolist() for rows in (module.thresholds, module.gains))
+    torch.testing.assert_close(
+        module.modulate(x).detach(), reference.over_rows(lambda row: reference.modulator(row, thresholds, gains), x),
+        atol=1e-6, rtol=0,
+    )  # fmt: skip
+    (slope,) = torch.autograd.grad(module.modulate(x).sum(), x)
+    assert slope[x < 0].min() >= 1.5 and slope[x > 2].max() <= 0.5 and slope[x > 2].min() > 0
+    assert slope[(x > 0) & (x < 2)].eq(1).all()
+
+
+def test_shaped_has_one_side_where_one_is_learned():
+    module = MultiMax(init="shaped", terms=("above",))
+    assert module.thresholds.tolist() == [[0, 2], [0, 2]]
+    assert module.gains[:, 0].eq(0).all() and module.gains[:, 1].lt(0).all()
+
+
 def test_drawing_follows_the_global_generator():
     torch.manual_seed(0)
     first = MultiMax()
@@ -242,7 +277,7 @@ def test_drawing_follows_the_global_generator():
     [
         ({"order": 0}, ["1", "2", "0"]),
         ({"order": 3}, ["1", "2", "3"]),
-        ({"init": "zeros"}, ["normal", "identity", "'zeros'"]),
+        ({"init": "zeros"}, ["normal", "identity", "shaped", "'zeros'"]),
         ({"terms": ("left",)}, ["below", "above", "left"]),
         ({"terms": ("below", "middle")}, ["below", "above", "middle"]),
         ({"terms": ()}, ["below", "above"]),

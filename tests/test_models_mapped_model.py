@@ -1,7 +1,9 @@
 """Checkpoints of the stock architecture, and modulators in the log."""
 
+import io
 import logging
 
+import fairseq.optim
 import pytest
 import torch
 from fairseq.logging import metrics
@@ -85,7 +87,7 @@ def test_state_names_are_stable(build):
 
 
 def test_mean_absolute_parameters_of_each_site_are_logged(build):
-    model = build("multimax_transformer", "--output-mapping", "multimax").model.train()
+    model = build("multimax_transformer", "--output-mapping", "multimax", "--log-modulators", "module").model.train()
     with torch.no_grad():
         for group in modulators_by_site(model).values():
             for number, modulator in enumerate(group):
@@ -105,10 +107,10 @@ def test_mean_absolute_parameters_of_each_site_are_logged(build):
     assert values["output_b"] == pytest.approx(2.0)
 
 
-@pytest.mark.parametrize("detail, names", [("site", {"decoder_b", "decoder_d", "decoder_g_b", "decoder_g_d"}),
-                                           ("none", set())])  # fmt: skip
-def test_less_is_logged_if_less_is_asked_for(detail, names, build):
-    model = build("multimax_transformer_lm", "--log-modulators", detail).model.train()
+@pytest.mark.parametrize("options, names", [([], {"decoder_b", "decoder_d", "decoder_g_b", "decoder_g_d"}),
+                                            (["--log-modulators", "none"], set())])  # fmt: skip
+def test_by_default_only_sites_are_logged(options, names, build):
+    model = build("multimax_transformer_lm", *options).model.train()
     with metrics.aggregate(new_root=True) as log:
         model.set_num_updates(1)
     assert set(log.get_smoothed_values()) == names
@@ -133,3 +135,46 @@ def test_layers_to_keep_of_a_stock_checkpoint(build, batch):
     for kept, layer in zip((1, 3), model.encoder.layers):
         torch.testing.assert_close(layer.fc1.weight, source.model.encoder.layers[kept].fc1.weight, atol=0, rtol=0)
         assert layer.self_attn.mapping.gains.eq(0).all()
+
+
+@pytest.mark.parametrize("flag, value", [("--modulator-weight-decay", 0), ("--modulator-clip-norm", 1),
+                                         ("--modulator-lr-scale", 10)])  # fmt: skip
+@pytest.mark.parametrize("arch", ["multimax_transformer", "multimax_transformer_lm"])
+def test_training_modulators_apart_where_there_are_none_is_an_error(arch, flag, value, build):
+    with pytest.raises(ValueError, match=f"^{flag}: this model has no modulators.*--attention-mapping multimax"):
+        build(arch, "--attention-mapping", "softmax", flag, value)
+    build(arch, "--attention-mapping", "softmax", "--output-mapping", "multimax", flag, value)
+
+
+@pytest.mark.parametrize("before, after, message", [
+    (["softmax"], ["sparsemax"], "--attention-mapping: .*trained with softmax, .*has sparsemax in decoder; go on"),
+    (["entmax15"], ["entmax15", "--output-mapping", "multimax"], "--output-mapping: .*trained with softmax"),
+    (["multimax"], ["multimax", "--attention-mapping-sites", "decoder", "--multimax-init", "shaped"], None),
+])  # fmt: skip
+def test_going_on_with_another_mapping_is_an_error_and_starting_anew_is_not(before, after, message, build):
+    """fairseq loads the state of the optimizer in the first case only."""
+
+    def make(*mapping):
+        built = build("multimax_transformer_lm", "--optimizer", "adam", "--lr", 0.1, "--attention-mapping", *mapping)
+        parameters = list(built.model.train().parameters())
+        return built.model, fairseq.optim.build_optimizer(built.cfg.optimizer, parameters)
+
+    source, optimizer = make(*before)
+    file = io.BytesIO()
+    torch.save([source.state_dict(), optimizer.state_dict()], file)
+    file.seek(0)
+    weights, state = torch.load(file)
+    model, optimizer = make(*after)
+    model.load_state_dict(weights, strict=True)
+    if message is None:
+        return optimizer.load_state_dict(state)
+    with pytest.raises(ValueError, match=message):
+        optimizer.load_state_dict(state)
+    other, optimizer = make(*before)  # has nothing to do with that model
+    optimizer.load_state_dict(state)
+
+
+def test_a_stock_checkpoint_goes_on_with_any_mapping(build):
+    model = build("multimax_transformer_lm", "--attention-mapping", "sparsemax").model.train()
+    model.load_state_dict(build("transformer_lm").model.state_dict(), strict=True)
+    model.check_resumed()

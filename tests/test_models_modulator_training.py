@@ -1,11 +1,15 @@
-"""Modulators with their own weight decay and clip, by fairseq's own optimizers, against arithmetic by hand."""
+"""Modulators trained apart, by fairseq's own optimizers and schedulers, against arithmetic by hand and in fp32."""
+
+import functools
+import io
+from types import SimpleNamespace
 
 import fairseq.optim
 import pytest
 import torch
 from conftest import PLUGIN, TINY, parse, run
 from fairseq.logging import metrics
-from fairseq.optim import FP16Optimizer
+from fairseq.optim.lr_scheduler import build_lr_scheduler
 
 from multimax_fairseq.models import modulator_training
 from multimax_fairseq.models.mapped_model import modulators_by_site
@@ -66,35 +70,6 @@ def test_without_a_gradient_only_decay_moves_parameters(name, arch, options, dec
             torch.testing.assert_close(parameter.detach(), value * factor)
 
 
-def test_the_learning_rate_is_everyones(training):
-    built, optimizer = training("--modulator-weight-decay", "0")
-    optimizer.set_lr(0.03)
-    assert [group["lr"] for group in optimizer.param_groups] == [0.03, 0.03]
-    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(built.model.parameters()))
-
-
-def test_the_state_of_the_optimizer_is_saved_and_loaded(training):
-    """Two steps are the same as a step, a checkpoint and a step.
-
-    Of a language model: on loading, fairseq 0.12.2's encoder layers make some parameters anew from the others.
-    """
-    options = ["--modulator-weight-decay", "0", "--modulator-clip-norm", "0.5"]
-    results = []
-    for is_interrupted in (False, True):
-        built, optimizer = training(*options, arch="multimax_transformer_lm")
-        for step in range(2):
-            set_gradients(list(built.model.parameters()), norm=1.0 + step)
-            optimizer.step()
-            if is_interrupted and step == 0:
-                state, weights = optimizer.state_dict(), built.model.state_dict()
-                built, optimizer = training(*options, arch="multimax_transformer_lm")
-                built.model.load_state_dict(weights)
-                optimizer.load_state_dict(state, optimizer_overrides={})
-        results.append(dict(built.model.named_parameters()))
-    for name, tensor in results[0].items():
-        torch.testing.assert_close(results[1][name], tensor, atol=0, rtol=0)
-
-
 def test_an_optimizer_without_weight_decay_says_so(training):
     """All of fairseq's have it; one of a user's own need not."""
     built, optimizer = training()
@@ -149,26 +124,299 @@ def test_a_gradient_that_is_not_finite_is_not_hidden_from_fairseq(training):
     assert not optimizer.clip_grad_norm(1.0).isfinite()
 
 
+# ---------------------------------------------------------------------- every precision, optimizer and scheduler
+
+PRECISIONS = {
+    "fp32": [],
+    "amp": ["--amp"],
+    "fp16": ["--fp16"],
+    "fp16 in separate copies": ["--fp16", "--fp16-no-flatten-grads"],
+    "fp16 without copies": ["--memory-efficient-fp16"],
+    "bf16": ["--bf16"],
+    "bf16 without copies": ["--memory-efficient-bf16"],
+}
+OWN = ["--modulator-weight-decay", "0.1", "--modulator-clip-norm", "0.5", "--modulator-lr-scale", "10"]
+
+
+@pytest.fixture
+def trainer(build, monkeypatch):
+    """trainer(precision, *options) → model, optimizer and scheduler as fairseq's trainer makes them.
+
+    All weights have the same value in each dtype.
+    """
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)  # for fairseq's flat copies
+
+    def trainer(precision, *options, optimizer="adam", scheduler="fixed", decay=DECAY):
+        decays = [] if optimizer == "adafactor" else ["--weight-decay", str(decay)]
+        built = build("multimax_transformer_lm", "--optimizer", optimizer, "--lr", "0.01", "--lr-scheduler",
+                      scheduler, *decays, "--fp16-init-scale", 64, *PRECISIONS[precision], *options)  # fmt: skip
+        common = built.cfg.common
+        is_half = common.fp16 or common.bf16
+        for parameter in built.model.parameters():
+            parameter.data = torch.where(parameter.abs() < 1e-3, 0, parameter.bfloat16().float())
+        if is_half:
+            built.model.to(torch.bfloat16 if common.bf16 else torch.float16)
+        parameters = list(built.model.parameters())
+        if common.memory_efficient_fp16 or common.memory_efficient_bf16:
+            built.optimizer = fairseq.optim.MemoryEfficientFP16Optimizer.build_optimizer(built.cfg, parameters)
+        elif is_half:
+            built.optimizer = fairseq.optim.FP16Optimizer.build_optimizer(built.cfg, parameters)
+        elif common.amp:
+            built.optimizer = fairseq.optim.AMPOptimizer.build_optimizer(built.cfg, parameters)
+        else:
+            built.optimizer = fairseq.optim.build_optimizer(built.cfg.optimizer, parameters)
+        built.scheduler = build_lr_scheduler(built.cfg.lr_scheduler, built.optimizer)
+        built.scheduler.step_update(0)
+        return built
+
+    return trainer
+
+
+def update(built, number):
+    """One update with gradients that each dtype can hold; returns the norm that fairseq logs."""
+    generator = torch.Generator().manual_seed(number)
+    terms = []
+    built.optimizer.zero_grad()
+    for parameter in built.model.parameters():
+        gradient = torch.randint(-8, 9, parameter.shape, generator=generator) / 8
+        terms.append((parameter.float() * gradient).sum())
+    built.optimizer.backward(sum(terms))
+    built.optimizer.multiply_grads(0.5)
+    norm = built.optimizer.clip_grad_norm(1.0)
+    built.optimizer.step()
+    built.scheduler.step_update(number)
+    return norm.item()
+
+
+def resumed(built, make):
+    """What goes on from a checkpoint of ``built``."""
+    file = io.BytesIO()
+    torch.save([built.model.state_dict(), built.optimizer.state_dict(), built.scheduler.state_dict()], file)
+    file.seek(0)
+    weights, optimizer, scheduler = torch.load(file)
+    new = make()
+    new.model.load_state_dict(weights)  # in place, but copies in fp32 are made of what is there
+    copies = getattr(new.optimizer, "fp32_params", [])
+    if isinstance(copies, dict):
+        (flat,) = copies.values()
+        flat.data.copy_(torch.cat([p.detach().flatten() for p in new.optimizer.fp16_params]))
+    else:
+        for copy, parameter in zip(copies, new.model.parameters()):
+            copy.data.copy_(parameter.detach())
+    new.scheduler.load_state_dict(scheduler)
+    new.optimizer.load_state_dict(optimizer, optimizer_overrides={})
+    new.scheduler.step_update(1)
+    return new
+
+
+def weights(built):
+    """Names to weights, in fp32 where the optimizer has such copies."""
+    names = {id(parameter): name for name, parameter in built.model.named_parameters()}
+    copies = getattr(built.optimizer, "fp32_params", None)
+    if copies is None:
+        return {name: parameter.detach().float().clone() for name, parameter in built.model.named_parameters()}
+    parameters = built.optimizer.fp16_params
+    if isinstance(copies, dict):
+        (flat,) = copies.values()
+        copies = [c.view_as(p) for c, p in zip(flat.split([p.numel() for p in parameters]), parameters)]
+    return {names[id(p)]: copy.detach().clone() for p, copy in zip(parameters, copies)}
+
+
+def train(make, is_interrupted=False):
+    """Three updates, after the first of them a checkpoint: the weights, and the two norms in the log at the end."""
+    built = make()
+    for number in (1, 2, 3):
+        with metrics.aggregate(new_root=True) as log:
+            norm = update(built, number)
+        if number == 1 and is_interrupted:
+            built = resumed(built, make)
+    return weights(built), norm, log.get_smoothed_values()["modulator_gnorm"]
+
+
+@pytest.mark.parametrize("precision, is_interrupted", [
+    ("fp32", True), ("amp", False), ("amp", True), ("fp16", False), ("fp16", True),
+    ("fp16 in separate copies", False), ("fp16 in separate copies", True),
+    ("fp16 without copies", False), ("fp16 without copies", True),
+    ("bf16", False), ("bf16", True), ("bf16 without copies", False),
+])  # fmt: skip
+def test_every_precision_makes_the_updates_of_fp32(precision, is_interrupted, trainer):
+    expected, *norms = train(functools.partial(trainer, "fp32", *OWN))
+    actual, *actual_norms = train(functools.partial(trainer, precision, *OWN), is_interrupted)
+    assert actual_norms == pytest.approx(norms, rel=2e-3) and norms[1] > 1
+    dtype = torch.bfloat16 if "bf16" in precision else torch.float16 if "fp16" in precision else torch.float32
+    has_copies = "without" not in precision and not is_interrupted
+    for name, weight in expected.items():
+        # fairseq rounds to half precision: each update without copies, and on resuming
+        tolerance = 2e-7 + (0 if has_copies else 3 * torch.finfo(dtype).eps) * weight.abs().max().item()
+        torch.testing.assert_close(actual[name], weight, atol=tolerance, rtol=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "fp16 in separate copies", "bf16 without copies"])
+def test_a_checkpoint_holds_the_state_as_if_nothing_were_apart(precision, trainer, monkeypatch):
+    """The state after a step is stock fairseq's, parameter by parameter: a run can go on with other options."""
+    states = []
+    for options in ([], OWN):
+        with monkeypatch.context() as context:
+            if not options:
+                context.setattr(modulator_training.ModulatorTraining, "mark", lambda *_: None)
+            built = trainer(precision, *options)
+        terms = [(p.float() * (number + 1)).sum() for number, p in enumerate(built.model.parameters())]
+        built.optimizer.backward(sum(terms) / 64)
+        built.optimizer.step()
+        states.append(built.optimizer.state_dict())
+    stock, apart = states
+    assert stock["state"].keys() == apart["state"].keys() and stock["param_groups"] == apart["param_groups"]
+    for number, entry in stock["state"].items():
+        for name, value in entry.items():
+            torch.testing.assert_close(apart["state"][number][name], value, atol=0, rtol=0)
+    for wanted in ([], OWN):  # and goes back to where it came from
+        built = trainer(precision, *wanted)
+        built.optimizer.load_state_dict(apart, optimizer_overrides={})
+        again = built.optimizer.state_dict()
+        assert again["param_groups"] == apart["param_groups"]
+        for number, entry in apart["state"].items():
+            for name, value in entry.items():
+                torch.testing.assert_close(again["state"][number][name], value, atol=0, rtol=0)
+
+
+SCHEDULES = {
+    "inverse_sqrt": ["--warmup-updates", "2"],
+    "cosine": ["--max-update", "10", "--warmup-updates", "2"],
+    "polynomial_decay": ["--total-num-update", "10", "--power", "2"],
+    "reduce_lr_on_plateau": [],
+    "fixed": ["--force-anneal", "1", "--lr-shrink", "0.5"],
+}
+
+
+def moved(trainer, precision, scale, updates=3, interrupted_after=None, **kwargs):
+    """How far each weight has gone, and the learning rates that fairseq's log shows."""
+    make = functools.partial(trainer, precision, *([] if scale == 1 else ["--modulator-lr-scale", scale]), **kwargs)
+    built, rates = make(), []
+    start = weights(built)
+    for number in range(1, updates + 1):
+        update(built, number)
+        rates.append(built.optimizer.get_lr())
+        if number == interrupted_after:
+            built = resumed(built, make)
+        built.scheduler.step(number, val_loss=1.0)  # the end of an epoch
+    end = weights(built)
+    return {name: end[name] - start[name] for name in start}, rates
+
+
+def check_moves(trainer, precision, tolerance=1e-6, **kwargs):
+    moves, rates = moved(trainer, precision, 1, **kwargs)
+    scaled, scaled_rates = moved(trainer, precision, 10, **kwargs)
+    assert rates == scaled_rates
+    assert any(".mapping." in name for name in moves)
+    for name, move in moves.items():
+        if ".mapping." in name:
+            assert move.abs().min() > 0
+            torch.testing.assert_close(scaled[name], 10 * move, atol=10 * tolerance, rtol=1e-4)
+        else:
+            # the norm of the gradient, by which all is clipped, is a sum in another order
+            torch.testing.assert_close(scaled[name], move, atol=2e-7, rtol=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "fp16 in separate copies"])
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+def test_modulators_move_ten_times_as_far(optimizer, precision, trainer):
+    check_moves(trainer, precision, optimizer=optimizer, scheduler="inverse_sqrt", decay=0)
+
+
+@pytest.mark.parametrize("optimizer", ["adagrad", "adadelta", "adamax", "nag", "adafactor"])
+def test_with_every_optimizer(optimizer, trainer):
+    check_moves(trainer, "fp32", optimizer=optimizer, decay=0, interrupted_after=2)
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULES)
+def test_with_every_kind_of_schedule_and_after_resuming(scheduler, trainer, monkeypatch):
+    monkeypatch.setitem(PRECISIONS, "fp32", SCHEDULES[scheduler])
+    check_moves(trainer, "fp32", scheduler=scheduler, decay=0, interrupted_after=1)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "fp16 without copies"])
+@pytest.mark.parametrize("site", ["modulator", "other"])
+def test_a_scaled_gradient_that_is_not_finite_lowers_the_scale(site, precision, trainer):
+    built = trainer(precision, "--modulator-clip-norm", "1")
+    modulators, others = split(built.model)
+    built.optimizer.zero_grad()
+    built.optimizer.backward(sum(p.float().sum() for p in built.model.parameters()))
+    (modulators if site == "modulator" else others)[0].grad.view(-1)[0] = float("inf")
+    with pytest.raises(OverflowError, match="setting loss scale to: 32"):
+        built.optimizer.clip_grad_norm(1.0)
+
+
+def test_clipping_others_hard_does_not_make_modulators_overflow_without_copies(trainer):
+    """A gradient of 400 scaled by 64 is half of what fp16 holds; clipping the others makes it 1/2000 of itself."""
+    built = trainer("fp16 without copies", "--modulator-clip-norm", "0", optimizer="adamax", decay=0)
+    modulators, others = split(built.model)
+    built.optimizer.zero_grad()
+    terms = [(400 * p.float()).sum() for p in modulators] + [(16 * p.float()).sum() for p in others]
+    built.optimizer.backward(sum(terms))
+    built.optimizer.clip_grad_norm(1.0)
+    built.optimizer._unscale_grads()
+    for parameter in modulators:
+        torch.testing.assert_close(parameter.grad.float(), torch.full(parameter.shape, 400.0), rtol=2e-3, atol=0)
+    norm = torch.cat([p.grad.float().flatten() for p in others]).norm().item()
+    assert norm == pytest.approx(1.0, rel=0.01)
+
+
+def test_composite(build):
+    """Each of its optimizers takes its own modulators; they are clipped together."""
+    from fairseq.optim.composite import FairseqCompositeOptimizer
+    from omegaconf import OmegaConf
+
+    built = build("multimax_transformer_lm", "--modulator-lr-scale", "10")
+    group = {"optimizer": {"_name": "adam", "lr": [0.1], "adam_betas": "(0.9, 0.999)", "adam_eps": 1e-8,
+                           "weight_decay": 0.0, "use_old_adam": False, "fp16_adam_stats": False, "tpu": False},
+             "lr_scheduler": {"_name": "fixed", "force_anneal": None, "lr_shrink": 0.1, "warmup_updates": 0,
+                              "lr": [0.1]}}  # fmt: skip
+    for name, parameter in built.model.named_parameters():
+        parameter.param_group = "layer0" if "layers.0" in name else "default"
+    cfg = OmegaConf.create({"_name": "composite", "groups": {"layer0": group, "default": group},
+                            "dynamic_groups": False})  # fmt: skip
+    optimizer = fairseq.optim.build_optimizer(cfg, list(built.model.parameters()))
+    assert isinstance(optimizer, FairseqCompositeOptimizer)
+    before = {name: parameter.detach().clone() for name, parameter in built.model.named_parameters()}
+    set_gradients(list(built.model.parameters()), norm=1e4)
+    with metrics.aggregate(new_root=True) as log:
+        optimizer.clip_grad_norm(0.0)
+    optimizer.step()
+    assert 0 < log.get_smoothed_values()["modulator_gnorm"] < 1e4
+    for name, parameter in built.model.named_parameters():
+        rate = 1.0 if ".mapping." in name else 0.1
+        expected = torch.full_like(parameter, rate)  # Adam's first step has the length of the rate
+        torch.testing.assert_close((parameter.detach() - before[name]).abs(), expected, rtol=1e-3, atol=1e-5)
+
+
 # ---------------------------------------------------------------------- where it cannot be
 
 
-@pytest.mark.parametrize("flag", ["--modulator-weight-decay", "--modulator-clip-norm"])
-def test_a_negative_number_is_an_error(flag, build):
-    with pytest.raises(ValueError, match=f"{flag} takes a number of at least 0"):
-        build("multimax_transformer_lm", flag, "-1")
+@pytest.mark.parametrize("flag, value, message", [
+    ("--modulator-weight-decay", "-1", "finite number of at least 0; got -1.0"),
+    ("--modulator-weight-decay", "inf", "finite number of at least 0; got inf"),
+    ("--modulator-clip-norm", "nan", "finite number of at least 0; got nan"),
+    ("--modulator-lr-scale", "0", "finite number above 0; got 0"),
+    ("--modulator-lr-scale", "-3", "finite number above 0; got -3"),
+])  # fmt: skip
+def test_a_number_out_of_its_range_is_an_error(flag, value, message, build):
+    with pytest.raises(ValueError, match=f"^{flag} takes a {message}"):
+        build("multimax_transformer_lm", flag, value)
 
 
-def test_copies_in_half_precision_are_an_error_at_the_second_update(build):
-    built = build("multimax_transformer", "--optimizer", "adam", "--lr", "0.1", "--bf16",
-                  "--modulator-clip-norm", "1")  # fmt: skip
-    FP16Optimizer.build_optimizer(built.cfg, [p.bfloat16() for p in built.model.parameters()])
-    model = built.model.train()
+def test_a_config_files_null_or_text_is_an_error():
+    for value in (None, "ten"):
+        with pytest.raises(ValueError, match=f"--modulator-lr-scale takes a finite number above 0; got {value}"):
+            modulator_training.ModulatorTraining.from_options(SimpleNamespace(modulator_lr_scale=value))
+
+
+@pytest.mark.parametrize("option", ["--modulator-weight-decay", "--modulator-clip-norm", "--modulator-lr-scale"])
+def test_an_optimizer_that_does_not_hold_the_modulators_is_an_error_at_the_second_update(option, build):
+    """As with FSDP, whose parameters are others."""
+    model = build("multimax_transformer", option, "2").model.train()
     model.set_num_updates(0)
-    with pytest.raises(ValueError, match="do not go with --fp16, --bf16"):
+    with pytest.raises(ValueError, match=f"^{option}: the optimizer .* drop sharding"):
         model.set_num_updates(1)
-    plain = build("multimax_transformer").model.train()
-    plain.set_num_updates(0)
-    plain.set_num_updates(1)
 
 
 def test_models_without_modulators_and_of_fairseq_are_left_alone(training, build):
@@ -177,6 +425,14 @@ def test_models_without_modulators_and_of_fairseq_are_left_alone(training, build
     before = fairseq.optim.build_optimizer
     modulator_training.install()
     assert fairseq.optim.build_optimizer is before
+
+
+def test_another_plugins_wrapper_is_not_taken_for_ours(monkeypatch):
+    stock = fairseq.optim.build_optimizer.__wrapped__
+    monkeypatch.setattr(fairseq.optim, "build_optimizer", functools.wraps(stock)(lambda *args: stock(*args)))
+    theirs = fairseq.optim.build_optimizer
+    modulator_training.install()
+    assert fairseq.optim.build_optimizer.__wrapped__ is theirs
 
 
 @pytest.mark.slow
@@ -191,7 +447,7 @@ def test_in_training(corpus, tmp_path):
                "--save-dir", tmp_path]  # fmt: skip
     result = run(*command)
     assert "modulator_gnorm" in result.stdout + result.stderr
-    assert "cross_1_g_d2" in result.stdout + result.stderr
+    assert "cross_g_d" in result.stdout + result.stderr
     state = torch.load(tmp_path / "checkpoint_last.pt")["model"]
     names = [name for name in state if ".mapping." in name]
     start = parse([*map(str, command[1:])])  # the same seed: the modulators that training began with

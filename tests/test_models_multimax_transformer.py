@@ -4,9 +4,10 @@ import pytest
 import torch
 from conftest import parse
 from fairseq.models import ARCH_CONFIG_REGISTRY
+from omegaconf import OmegaConf
 from test_models_options import SITES
 
-import multimax_fairseq  # noqa: F401
+import multimax_fairseq.models  # noqa: F401
 from multimax_fairseq.mappings import MAPPINGS
 from multimax_fairseq.modules.scale import SCALES
 
@@ -27,7 +28,7 @@ def test_dimensions_and_defaults_are_those_of_the_stock_architecture(stock, corp
     assert extra == {
         "attention_mapping", "mapping_options", "attention_mapping_sites", "attention_scale", "output_mapping",
         "multimax_order", "multimax_terms", "multimax_init", "entmax_alpha", "multimax_backend",
-        "modulator_weight_decay", "modulator_clip_norm", "log_modulators",
+        "modulator_lr_scale", "modulator_weight_decay", "modulator_clip_norm", "log_modulators",
     }  # fmt: skip
     assert actual.attention_mapping == "multimax" and actual.attention_mapping_sites == ",".join(SITES)
     for name, value in vars(expected).items():
@@ -90,10 +91,23 @@ def test_quant_noise(build, batch):
 @pytest.mark.parametrize("options, message", [
     (["--attention-mapping", "softmin"], "there is no 'softmin'"),
     (["--output-mapping", "multimax", "--adaptive-softmax-cutoff", "10,20"], "adaptive"),
+    (["--attention-mapping-sites", "cross", "--no-cross-attention"], "none of these; choose from: encoder, decoder"),
 ])  # fmt: skip
 def test_a_wrong_choice_stops_at_model_build(options, message, build):
     with pytest.raises(ValueError, match=message):
         build("multimax_transformer", *options)
+
+
+def test_a_misspelt_field_of_a_config_file_stops_at_model_build(build):
+    built = build("multimax_transformer")
+    size = {"encoder_layers": 1, "decoder_layers": 1, "encoder_embed_dim": 8, "decoder_embed_dim": 8,
+            "encoder_attention_heads": 2, "decoder_attention_heads": 2, "modulator_lr_scale": 3}  # fmt: skip
+    cfg = OmegaConf.create({"_name": "multimax_transformer", **size})
+    assert built.task.build_model(cfg).modulator_training.lr_scale == 3
+    built.task.build_model(cfg)  # as a checkpoint has it: with all that the architecture has added
+    for wrong in ("attention_maping", "encoder_layer", "multimax-order"):
+        with pytest.raises(ValueError, match=f"^model.{wrong}: .* no such field; the nearest one is model"):
+            built.task.build_model(OmegaConf.create({"_name": "multimax_transformer", **size, wrong: 1}))
 
 
 def test_the_saved_configuration_is_plain(build):

@@ -6,14 +6,13 @@ from copy import deepcopy
 import pytest
 import torch
 from conftest import parse
-from fairseq.models import transformer_lm
 from fairseq.sequence_scorer import SequenceScorer
 
-import multimax_fairseq  # noqa: F401
+import multimax_fairseq.models  # noqa: F401
 from multimax_fairseq.kernels.chunked_loss import default_chunk_tokens
 from multimax_fairseq.mappings import MAPPINGS
 from multimax_fairseq.models import MappingOptions
-from multimax_fairseq.modules import MappedDecoder
+from multimax_fairseq.modules import MappedDecoder, MappedMultiheadAttention
 
 ARCHITECTURES = ["transformer_lm", "transformer_lm_gpt", "transformer_lm_big", "transformer_lm_baevski_wiki103"]
 
@@ -49,12 +48,27 @@ def test_steps_equal_the_full_forward(name, build, batch):
     assert (torch.cat(steps, dim=1) - expected).masked_fill(padding, 0.0).abs().max() < 1e-5
 
 
-def test_the_lent_decoder_class_is_given_back(build):
-    stock = transformer_lm.TransformerDecoder
-    build("multimax_transformer_lm")
-    with pytest.raises(ValueError):
-        build("multimax_transformer_lm", "--attention-mapping", "softmin")
-    assert transformer_lm.TransformerDecoder is stock
+@pytest.mark.parametrize("option", [["--checkpoint-activations"], ["--decoder-layerdrop", "0.9"]])
+def test_every_layer_is_adopted(option, build):
+    """Whatever fairseq has wrapped around it; the weights are the stock model's."""
+    stock, mapped = build("transformer_lm", *option), build("multimax_transformer_lm", *option)
+    assert type(mapped.model.decoder) is MappedDecoder
+    layers = list(mapped.model.decoder.layers.children())
+    assert len(layers) == 2 and all(isinstance(layer.self_attn, MappedMultiheadAttention) for layer in layers)
+    for name, parameter in stock.model.named_parameters():
+        assert torch.equal(mapped.model.get_parameter(name), parameter)
+
+
+def test_an_ensembles_softmax_batch_is_left_alone(build, batch, small_chunks):
+    built = build("multimax_transformer_lm")
+    sample = batch(built, size=6)
+    cfg = eval_lm_config(built, path="ours.pt:stock.pt")
+    built.model.prepare_for_inference_(cfg)
+    assert cfg.eval_lm.softmax_batch == sys.maxsize
+    SequenceScorer(built.task.target_dictionary, cfg.eval_lm.softmax_batch).generate([built.model] * 2, sample)
+    assert small_chunks == [sample["target"].numel()] * 2  # at once, as in a stock model
+    built.model.prepare_for_inference_(eval_lm_config(built, path="ours.pt:stock.pt", softmax_batch=20))
+    assert built.model.decoder.defers_output_layer
 
 
 def test_adaptive_input_and_softmax_with_multimax_in_attention(build, batch):

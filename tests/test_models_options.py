@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 from multimax_fairseq.kernels import backend
 from multimax_fairseq.mappings import MAPPINGS
 from multimax_fairseq.models import MappingChoice, MappingOptions
-from multimax_fairseq.models.options import SITES, SOFTMAX, with_defaults
+from multimax_fairseq.models.options import MAPPING_OPTIONS, SITES, SOFTMAX, with_defaults
 
 
 def choose(available_sites=SITES, **options):
@@ -31,9 +31,10 @@ def test_the_defaults_are_those_of_the_documentation():
         "multimax_init": "normal",
         "entmax_alpha": "1.5",
         "multimax_backend": "auto",
+        "modulator_lr_scale": 1.0,
         "modulator_weight_decay": None,
         "modulator_clip_norm": None,
-        "log_modulators": "module",
+        "log_modulators": "site",
     }
 
 
@@ -58,7 +59,7 @@ def test_other_sites_have_softmax():
 
 @pytest.mark.parametrize("options, message", [
     ({"attention_scale": "sqrt"}, "--attention-scale.*'sqrt'.*none, learned, log-length"),
-    ({"log_modulators": "layer"}, "--log-modulators.*'layer'.*module, site, none"),
+    ({"log_modulators": "layer"}, "--log-modulators.*'layer'.*site, module, none"),
     ({"attention_mapping": "softmin"}, "--attention-mapping.*'softmin'.*multimax.*evsoftmax"),
     ({"attention_mapping_sites": "encoder,output"}, "--attention-mapping-sites.*'output'.*encoder, decoder, cross"),
     ({"attention_mapping_sites": ""}, "--attention-mapping-sites.*''"),
@@ -67,10 +68,11 @@ def test_other_sites_have_softmax():
     ({"output_mapping": "multimax", "adaptive_softmax_cutoff": "10,20"}, "adaptive-softmax-cutoff"),
     ({"multimax_order": 3}, "orders 1, 2; got 3"),
     ({"multimax_terms": "beside"}, "--multimax-terms.*'beside'.*below, above"),
-    ({"multimax_init": "zeros"}, "normal or identity"),
+    ({"multimax_init": "zeros"}, "normal or identity or shaped"),
     ({"attention_mapping": "entmax", "entmax_alpha": "1"}, r"\(1, 2\] or 'learned'"),
     ({"attention_mapping": "entmax", "entmax_alpha": "2.5"}, r"\(1, 2\] or 'learned'"),
     ({"attention_mapping": "entmax", "entmax_alpha": "many"}, r"\(1, 2\] or 'learned'"),
+    ({"entmax_alpha": "1_5e-1"}, r"\(1, 2\] or 'learned'; got '1_5e-1'"),
     ({"entmax_alpha": "9"}, r"\(1, 2\] or 'learned'"),  # chosen or not, it is wrong
     ({"decoder_xformers_att_config": "{}"}, "--decoder-xformers-att-config.*leave decoder out of"),
     ({"encoder_xformers_att_config": "{}", "attention_mapping_sites": "cross"}, "leave cross out of"),
@@ -114,3 +116,38 @@ def test_an_architecture_completes_a_config_with_gaps():
     cfg = OmegaConf.create({"entmax_alpha": 1.3, "heads": None})
     with_defaults(stock)(cfg)
     assert cfg.layers == 6 and cfg.entmax_alpha == 1.3 and cfg.attention_mapping_sites == "encoder,decoder,cross"
+
+
+def lays_seven(args):
+    args.layers = getattr(args, "layers", 7)
+
+
+@pytest.mark.parametrize("fields, message", [
+    ({"attention_maping": "softmax"}, "^model.attention_maping: .* nearest one is model.attention_mapping$"),
+    ({"multimax-order": 1}, "nearest one is model.multimax_order$"),
+    ({"layer": 3}, "nearest one is model.layers$"),
+    ({"multimax_order": None}, "^model.multimax_order: null is no value; leave it out for the default, 2$"),
+])  # fmt: skip
+def test_a_field_of_a_config_that_nobody_knows(fields, message):
+    known = {option.name for option in MAPPING_OPTIONS}
+    with pytest.raises(ValueError, match=message):
+        with_defaults(lays_seven, lambda: known)(OmegaConf.create(fields))
+
+
+def test_a_config_that_is_known_and_one_from_a_checkpoint():
+    known = {option.name for option in MAPPING_OPTIONS}
+    cfg = OmegaConf.create({"layers": 3, "modulator_weight_decay": None})
+    with_defaults(lays_seven, lambda: known)(cfg)
+    assert cfg.layers == 3
+    cfg.from_an_earlier_version = 1
+    with_defaults(lays_seven, lambda: known)(cfg)
+
+
+def test_a_choice_in_words():
+    assert choose(attention_mapping="softmax").describe() == choose(
+        attention_mapping="softmax", attention_mapping_sites="decoder", multimax_init="identity"
+    ).describe()
+    words = choose(attention_mapping="entmax", attention_mapping_sites="cross,decoder").describe()
+    assert words == {"--attention-mapping": "entmax alpha=1.5 in cross, decoder", "--output-mapping": "softmax"}
+    of_lm = [choose(("decoder",), attention_mapping_sites=s).describe() for s in ("decoder", "encoder,decoder,cross")]
+    assert of_lm[0] == of_lm[1]

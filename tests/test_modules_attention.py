@@ -208,3 +208,11 @@ def test_an_adopted_attention_keeps_the_weights_and_has_no_others_but_its_mappin
     for name, parameter in stock.named_parameters():
         torch.testing.assert_close(names.pop(name), parameter, atol=0, rtol=0)
     assert set(names) == {"mapping.thresholds", "mapping.gains"}
+
+
+def test_an_attention_that_is_not_fairseqs_own_is_refused():
+    class Slower(MultiheadAttention):
+        pass
+
+    with pytest.raises(TypeError, match="Slower attends in its own way.*leave cross out of --attention"):
+        MappedMultiheadAttention.adopt(Slower(EMBED_DIM, NUM_HEADS), build_mapping("sparsemax"), "cross")

@@ -10,7 +10,8 @@ Source: Zhou, Fritz, Keuper, *MultiMax: Sparse and Multi-Modal Attention Learnin
 235:61897-61912). In the paper's temperatures t, g_b,n = 1 − t_b,n and g_d,n = t_d,n − 1: g = 0 is softmax.
 """
 
-from typing import Sequence
+import hashlib
+from typing import Optional, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,11 @@ from .masking import compute_dtype, is_absent, masked_softmax
 
 TERMS = ("below", "above")  # the columns of thresholds and gains: (b_n, d_n) and (g_b,n, g_d,n)
 ORDERS = (1, 2)
-INITS = ("normal", "identity")
+INITS = ("normal", "identity", "shaped")
+
+# "shaped": (b_n, d_n), and (g_b,n, g_d,n), for n = 1, 2.
+SHAPED_THRESHOLDS = ((0.0, 2.0), (0.0, 2.0))
+SHAPED_GAINS = ((-0.5, -0.5), (-0.05, -0.02))
 
 
 def modulate(scores: Tensor, thresholds: Tensor, gains: Tensor) -> Tensor:
@@ -102,15 +107,48 @@ def _check_shapes(thresholds: Tensor, gains: Tensor) -> None:
         )
 
 
+class _Draws:
+    """Random numbers that follow from torch's random state, and leave it as it is.
+
+    Where torch's state is another than at the last draw, it is the seed of a new generator; where it is the same, as
+    between modules that are made in a row, the generator goes on. So under one ``torch.manual_seed`` the same modules
+    made in the same order get the same numbers, and no two of them get each other's.
+    """
+
+    def __init__(self):
+        self.state: Optional[Tensor] = None
+        self.generator = torch.Generator()
+
+    def generator_now(self) -> torch.Generator:
+        state = torch.get_rng_state()
+        if self.state is None or not torch.equal(state, self.state):
+            digest = hashlib.blake2b(state.numpy().tobytes(), digest_size=8).digest()
+            self.generator.manual_seed(int.from_bytes(digest, "little"))
+            self.state = state
+        return self.generator
+
+
+_draws = _Draws()
+
+
 class MultiMax(nn.Module):
     """:func:`multimax` over the last dimension, with its own thresholds and gains.
 
     Args:
         order: N of σ, 1 or 2.
         init: ``"normal"`` draws thresholds and gains from a normal of std 0.02 truncated at ±2, as the paper's
-            authors do; ``"identity"`` sets them to 0: exact softmax at step 0, and still trainable (the
-            gradient of a gain does not vanish with the gain). Drawing leaves torch's global random state as it
-            was, so that models with other mappings start from the same projections under the same seed.
+            authors do. Drawing leaves torch's global random state as it was, so that models with other mappings
+            start from the same projections under the same seed; what is drawn follows from that state, and modules
+            made in a row differ. (One case cannot be told apart: after ``torch.manual_seed(s)``, then a module, then
+            ``torch.manual_seed(s)`` again and nothing else drawn, the next module is the second of its row.)
+            ``"identity"`` sets them to 0: exact softmax at step 0, and still trainable (the gradient of a gain does
+            not vanish with the gain).
+            ``"shaped"`` starts in the shape that the paper draws, the same in every module: thresholds of 0 below and
+            2 above, gains of −0.5 (order 1) and −0.05 below, −0.02 above (order 2). The slope of σ is then 1.5 and
+            more below 0, 1 between, and 0.5 and less above 2; with order 2 it stays positive up to scores of 14.
+            The signs are what matters: with drawn ones order 2 finds the better of two optima only by chance. On
+            retrieval (one layer, 64 keys of which 1 to 8 match, modulators at 10 × the learning rate) gains of −0.3
+            above, −1 below, or other second orders end in the same place, within 1 %: so it is round numbers.
         terms: which sides are learned, of ``("below", "above")``. The other side is switched off: its gains and
             thresholds are 0 and get no gradient.
 
@@ -140,16 +178,13 @@ class MultiMax(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
+        starts = {"identity": [torch.zeros(2, 2)] * 2, "shaped": map(torch.tensor, (SHAPED_THRESHOLDS, SHAPED_GAINS))}
         with torch.no_grad():
-            if self.init == "identity":
-                self.thresholds.zero_()
-                self.gains.zero_()
-                return
-            with torch.random.fork_rng(devices=[]):
-                nn.init.trunc_normal_(self.thresholds, std=0.02, a=-2.0, b=2.0)
-                nn.init.trunc_normal_(self.gains, std=0.02, a=-2.0, b=2.0)
-            self.thresholds.mul_(self.learned)
-            self.gains.mul_(self.learned)
+            for parameter, start in zip((self.thresholds, self.gains), starts.get(self.init, [None] * 2)):
+                if start is None:
+                    start = torch.empty(self.order, 2, device="cpu")
+                    nn.init.trunc_normal_(start, std=0.02, a=-2.0, b=2.0, generator=_draws.generator_now())
+                parameter.copy_(start[: self.order].to(parameter.device) * self.learned.to(parameter.device))
 
     def extra_repr(self) -> str:
         return f"order={self.order}, init={self.init!r}, terms={self.terms}"

@@ -121,7 +121,7 @@ class Entmax(nn.Module):
     @staticmethod
     def _checked(alpha: Union[float, str]) -> float:
         try:
-            number = float(alpha)
+            number = float("nan" if "_" in str(alpha) else alpha)  # Python reads "1_5e-1" as 15e-1
         except (TypeError, ValueError):
             number = float("nan")
         if not 1 < number <= 2:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from ..mappings import MAPPINGS, MultiMax
 from ..modules import MappedMultiheadAttention
 from ..modules.scale import LearnedScale, LogLengthScale
-from .modulator_training import ModulatorTraining
+from .modulator_training import ModulatorTraining, loaded_models
+from .options import MappingChoice
 
 logger = logging.getLogger(__name__)
 
@@ -26,23 +27,41 @@ class MappedModelMixin:
         """None: those of fairseq are of the stock classes (start from them with --finetune-from-model)."""
         return {}
 
-    def _load_from_state_dict(self, state_dict: Dict[str, Tensor], prefix: str, *args, **kwargs) -> None:
+    def _load_from_state_dict(
+        self, state_dict: Dict[str, Tensor], prefix: str, local_metadata: Dict[str, Any], *args, **kwargs
+    ) -> None:
         # Here, and not in fairseq's upgrade_state_dict, the layers have their final numbers
         # (--encoder-layers-to-keep renumbers them in between).
         add_missing_mappings(self, state_dict, prefix)
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        self._trained_with = local_metadata.get("mappings", {})  # nothing in a checkpoint of stock fairseq
+        if self.training:
+            loaded_models.add(self)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args, **kwargs)
 
-    def set_modulator_options(self, args: Any) -> None:
-        """Take what ``args`` (a namespace or config with :class:`.options.MappingOptions`) says of modulators.
+    def _save_to_state_dict(self, destination: Dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        # Beside the version of each module, which torch keeps there: a checkpoint says what it was trained with
+        # where a run that goes on from it is told, and no parameter is added.
+        if hasattr(destination, "_metadata"):
+            destination._metadata[prefix[:-1]]["mappings"] = self.mapping_choice.describe()
+
+    def set_mapping_options(self, args: Any, choice: MappingChoice) -> None:
+        """Take the model's choice, and what ``args`` (with :class:`.options.MappingOptions`) says of modulators.
 
         Raises:
-            ValueError: a number below 0.
+            ValueError: a number out of its range, or training of modulators where there are none.
         """
-        self.logged_modulators = getattr(args, "log_modulators", "module")
+        self.mapping_choice = choice
+        self.logged_modulators = getattr(args, "log_modulators", "site")
         self.modulator_training = ModulatorTraining.from_options(args)
-        for modulators in modulators_by_site(self).values():
-            for modulator in modulators:
-                self.modulator_training.mark(modulator.parameters())
+        modulators = [modulator for group in modulators_by_site(self).values() for modulator in group]
+        if self.modulator_training.flags and not modulators:
+            raise ValueError(
+                f"{', '.join(self.modulator_training.flags)}: this model has no modulators to train apart; use "
+                "--attention-mapping multimax or --output-mapping multimax, or drop what asks for it"
+            )
+        for modulator in modulators:
+            self.modulator_training.mark(modulator.parameters())
 
     def set_num_updates(self, num_updates: int) -> None:
         super().set_num_updates(num_updates)
@@ -53,6 +72,20 @@ class MappedModelMixin:
                 self.modulator_training.check_applied()
             self._logged_update = num_updates
             log_modulators(self, self.logged_modulators)
+
+
+    def check_resumed(self) -> None:
+        """Raise ValueError where a run goes on with other mappings than its checkpoint was trained with.
+
+        To start a new run from such weights is a choice; it does not load the optimizer's state.
+        """
+        for flag, mapping in self.mapping_choice.describe().items():
+            before = self._trained_with.get(flag, mapping)
+            if before != mapping:
+                raise ValueError(
+                    f"{flag}: the checkpoint was trained with {before}, this run has {mapping}; go on with the same, "
+                    "or start a new run from it with --finetune-from-model or --reset-optimizer"
+                )
 
 
 def add_missing_mappings(model: nn.Module, state_dict: Dict[str, Tensor], prefix: str) -> None:
@@ -94,7 +127,7 @@ def modulators_by_site(model: nn.Module) -> Dict[str, List[MultiMax]]:
     return dict(modulators)
 
 
-def log_modulators(model: nn.Module, detail: str = "module") -> None:
+def log_modulators(model: nn.Module, detail: str = "site") -> None:
     """Log the thresholds and gains of a model's modulators.
 
     For each site the mean absolute thresholds (b, d) and gains (g_b, g_d) over its modules and orders, as

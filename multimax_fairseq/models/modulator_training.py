@@ -1,24 +1,41 @@
-"""How modulators are trained apart from the other parameters: weight decay, clipping, and the norm of their gradient.
+"""How modulators are trained apart from the other parameters: learning rate, weight decay and clipping of their own.
 
-A modulator's gradient is a sum over all scores of a batch. Two options keep it, and the weight decay meant for
-matrices, from doing harm; both are off by default, as in the paper. They need a place inside fairseq's update that no
-model is asked about: between the gradients and the step of whatever ``--optimizer`` was chosen. Every path to an
-optimizer leads through ``fairseq.optim.build_optimizer``, so that is where this looks for parameters that a model has
-marked, puts them into a parameter group of their own, and adds to the one optimizer's ``clip_grad_norm``.
+A modulator has a few numbers whose gradient is a sum over all scores of a batch, and which have far to go. What suits
+matrices does not suit them; all three options are off by default, as in the paper. They need places inside fairseq's
+update that no model is asked about:
+
+- A model marks parameters (:meth:`ModulatorTraining.mark`).
+- Every path to an optimizer leads through ``fairseq.optim.build_optimizer``. There marked parameters get a parameter
+  group of their own, whose learning rate and weight decay are set before each step from those of the others. So it
+  does not matter which scheduler sets the rate, or what a checkpoint or ``--optimizer-overrides`` has put there.
+- ``FP16Optimizer`` and ``MemoryEfficientFP16Optimizer`` are given to fairseq as subclasses: the first carries marks
+  over to its copies in fp32, and both clip gradients that are still scaled.
+
+A checkpoint holds the optimizer's state as if nothing had been separated, so that a run can go on with these options
+switched on, off or changed.
 """
 
 import functools
-from dataclasses import dataclass
-from typing import Any, Callable, Iterable, List, Optional
+import math
+import weakref
+from dataclasses import dataclass, field
+from typing import Any, Callable, Dict, Iterable, List, Optional, Set, Tuple
 
 import fairseq.optim
 import torch
 from fairseq.logging import metrics
 from fairseq.optim import FairseqOptimizer
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import Parameter
 
 MARK = "modulator_training"  # the attribute of a parameter that is a modulator's
+PART = "part_of_flat_copy"  # the attribute of a parameter that is a part of a longer one: its FlatPart
+PARTS = "modulator_parts"  # the attribute of the longer one: its parts
+
+Slices = List[Tuple[int, int]]
+
+# Models in training that a checkpoint was loaded into: asked by ``check_resumed`` when an optimizer's state follows.
+loaded_models: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
 
 
 @dataclass
@@ -29,30 +46,45 @@ class ModulatorTraining:
         weight_decay: of the modulators; None: that of the other parameters.
         clip_norm: the largest norm of the gradient of all modulators together, which then has no part in
             ``--clip-norm``; 0: no limit; None: inside ``--clip-norm`` with the other parameters.
-        is_applied: an optimizer that holds the modulators has been built.
+        lr_scale: learning rate of the modulators, times that of the other parameters.
+        applied: which of "step" and "clip" an optimizer has seen to.
     """
 
     weight_decay: Optional[float] = None
     clip_norm: Optional[float] = None
-    is_applied: bool = False
+    lr_scale: float = 1.0
+    applied: Set[str] = field(default_factory=set)
 
     @classmethod
     def from_options(cls, args: Any) -> "ModulatorTraining":
-        """Read ``--modulator-weight-decay`` and ``--modulator-clip-norm``.
+        """Read ``--modulator-weight-decay``, ``--modulator-clip-norm`` and ``--modulator-lr-scale``.
 
         Raises:
-            ValueError: a negative number.
+            ValueError: not a finite number, a negative one, or a scale of 0.
         """
-        numbers = {}
-        for name in ("weight_decay", "clip_norm"):
-            number = getattr(args, f"modulator_{name}", None)
-            if number is not None and not number >= 0:
-                raise ValueError(f"--modulator-{name.replace('_', '-')} takes a number of at least 0; got {number}")
-            numbers[name] = number
-        return cls(**numbers)
+        return cls(
+            weight_decay=_number(args, "weight_decay", None),
+            clip_norm=_number(args, "clip_norm", None),
+            lr_scale=_number(args, "lr_scale", 1.0, above_zero=True),
+        )
+
+    @property
+    def steps_apart(self) -> bool:
+        """Whether modulators need a parameter group of their own."""
+        return self.weight_decay is not None or self.lr_scale != 1
+
+    @property
+    def flags(self) -> List[str]:
+        """The options that ask for something."""
+        chosen = {
+            "--modulator-weight-decay": self.weight_decay is not None,
+            "--modulator-clip-norm": self.clip_norm is not None,
+            "--modulator-lr-scale": self.lr_scale != 1,
+        }
+        return [flag for flag, is_chosen in chosen.items() if is_chosen]
 
     def mark(self, parameters: Iterable[Parameter]) -> None:
-        """Say of parameters that they are modulators', for :func:`separate_modulators`."""
+        """Say of parameters that they are to be trained so; of modulators, but it goes for any few numbers."""
         for parameter in parameters:
             setattr(parameter, MARK, self)
 
@@ -60,91 +92,350 @@ class ModulatorTraining:
         """Raise where a choice would be ignored.
 
         Raises:
-            ValueError: the optimizer that training uses does not hold the modulators themselves.
+            ValueError: after an update, no optimizer has done what was asked for.
         """
-        if self.is_applied or (self.weight_decay is None and self.clip_norm is None):
-            return
-        raise ValueError(
-            "--modulator-weight-decay and --modulator-clip-norm do not go with --fp16, --bf16 or sharding, where the "
-            "optimizer works on copies of the parameters: use --amp or full precision, or drop them"
-        )
+        wanted = {"step"} if self.steps_apart else set()
+        wanted |= {"clip"} if self.clip_norm is not None else set()
+        if not wanted <= self.applied:
+            raise ValueError(
+                f"{', '.join(self.flags)}: the optimizer that training uses does not hold the modulators themselves, "
+                "as with --ddp-backend fully_sharded and --zero-sharding os; drop sharding, or these options"
+            )
+
+
+def _number(args: Any, name: str, default: Optional[float], above_zero: bool = False) -> Optional[float]:
+    value = getattr(args, f"modulator_{name}", default)
+    if value is None and default is None:
+        return None
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not 0 <= number < math.inf or (above_zero and number == 0):
+        bound = "above 0" if above_zero else "of at least 0"
+        raise ValueError(f"--modulator-{name.replace('_', '-')} takes a finite number {bound}; got {value}")
+    return number
 
 
 def install() -> None:
     """Let every optimizer that fairseq builds see to marked parameters; does nothing the second time."""
     build = fairseq.optim.build_optimizer
-    if not hasattr(build, "__wrapped__"):
+    if hasattr(build, MARK):
+        return
 
-        @functools.wraps(build)
-        def build_optimizer(cfg, params, *args, **kwargs) -> FairseqOptimizer:
-            optimizer = build(cfg, params, *args, **kwargs)
-            separate_modulators(optimizer)
-            return optimizer
+    @functools.wraps(build)
+    def build_optimizer(cfg, params, *args, **kwargs) -> FairseqOptimizer:
+        optimizer = build(cfg, _with_parts(params), *args, **kwargs)
+        for part in _parts_of(optimizer):
+            part.optimizer.register_load_state_dict_pre_hook(_check_loaded_models)
+        separate_modulators(optimizer)
+        return optimizer
 
-        fairseq.optim.build_optimizer = build_optimizer
+    setattr(build_optimizer, MARK, True)
+    fairseq.optim.build_optimizer = build_optimizer
+    for wrapper in (FP16Optimizer, MemoryEfficientFP16Optimizer):
+        setattr(fairseq.optim, wrapper.__name__, wrapper)
+
+
+def _parts_of(optimizer: FairseqOptimizer) -> Iterable[FairseqOptimizer]:
+    """The optimizer, or those that ``--optimizer composite`` is made of."""
+    return getattr(optimizer, "optimizers", {"": optimizer}).values()
+
+
+def _check_loaded_models(*_: Any) -> None:
+    while loaded_models:
+        loaded_models.pop().check_resumed()
 
 
 def separate_modulators(optimizer: FairseqOptimizer) -> None:
     """Give the modulators among an optimizer's parameters what their :class:`ModulatorTraining` says.
 
-    Where it says nothing, all that is added is the norm of their gradient in the log (``modulator_gnorm``). In half
-    precision the gradient is scaled by a factor that is not known here: nothing is done.
+    Where it says nothing, all that is added is the norm of their gradient in the log (``modulator_gnorm``).
 
     Raises:
         ValueError: a weight decay is chosen, and the optimizer has none.
     """
-    half = (torch.float16, torch.bfloat16)
-    modulators = [p for p in optimizer.params if hasattr(p, MARK) and p.dtype not in half]
-    if not modulators:
-        return
-    training: ModulatorTraining = getattr(modulators[0], MARK)
-    if training.weight_decay is not None:
-        _set_weight_decay(optimizer, modulators, training.weight_decay)
-    optimizer.clip_grad_norm = functools.partial(_clip_grad_norm, optimizer.clip_grad_norm, modulators, training)
-    training.is_applied = True
+    for part in _parts_of(optimizer):
+        modulators = [parameter for parameter in part.params if hasattr(parameter, MARK)]
+        if not modulators:
+            continue
+        training: ModulatorTraining = getattr(modulators[0], MARK)
+        layout = SavedLayout(part.optimizer, training)
+        if training.steps_apart:
+            _separate_steps(part, modulators, training)
+        if training.steps_apart or any(hasattr(parameter, PART) for parameter in modulators):
+            layout.install()
+    _clip_apart(optimizer, list(optimizer.params))
 
 
-def _set_weight_decay(optimizer: FairseqOptimizer, modulators: List[Parameter], weight_decay: float) -> None:
-    if "weight_decay" not in optimizer.optimizer.defaults:
+def _separate_steps(optimizer: FairseqOptimizer, modulators: List[Parameter], training: ModulatorTraining) -> None:
+    """Put the modulators into the last parameter group, which is set from the first before each step."""
+    if training.weight_decay is not None and "weight_decay" not in optimizer.optimizer.defaults:
         raise ValueError(
             f"--modulator-weight-decay: {type(optimizer).__name__} has no weight decay; drop it, or choose another "
             "--optimizer"
         )
-    for group in optimizer.param_groups:
+    for group in optimizer.optimizer.param_groups:
         group["params"] = [parameter for parameter in group["params"] if not hasattr(parameter, MARK)]
-    optimizer.optimizer.add_param_group({"params": modulators, "weight_decay": weight_decay})
+    optimizer.optimizer.add_param_group({"params": modulators})
+
+    def set_group(torch_optimizer, args, kwargs) -> None:
+        others, group = torch_optimizer.param_groups[0], torch_optimizer.param_groups[-1]
+        group["lr"] = others["lr"] * training.lr_scale
+        if training.weight_decay is not None:
+            group["weight_decay"] = training.weight_decay
+        training.applied.add("step")
+
+    optimizer.optimizer.register_step_pre_hook(set_group)
+
+
+# ---------------------------------------------------------------------- the state of an optimizer in a checkpoint
+
+
+@dataclass
+class FlatPart:
+    """Of a flat copy of many parameters, the modulators or the others.
+
+    Attributes:
+        flat: the tensor as ``FP16Optimizer`` knows it, which begins with the others and ends with the modulators.
+        slices: where this part's numbers would be, in their order, if ``flat`` were in the order of the model.
+    """
+
+    flat: Tensor
+    slices: Slices
+
+    def cut(self, value: Any) -> Any:
+        """What belongs to this part of something in the state of an optimizer of the whole."""
+        if not torch.is_tensor(value) or value.numel() != self.flat.numel():
+            return value
+        return torch.cat([value[start:stop] for start, stop in self.slices])
+
+    def join(self, value: Any, whole: Any) -> Any:
+        """Put what belongs to this part back; ``whole`` is what came of the part before, or None."""
+        lengths = [stop - start for start, stop in self.slices]
+        if not torch.is_tensor(value) or value.numel() != sum(lengths):
+            return value
+        whole = value.new_zeros(self.flat.numel()) if whole is None else whole
+        for (start, stop), piece in zip(self.slices, value.split(lengths)):
+            whole[start:stop] = piece
+        return whole
+
+
+class SavedLayout:
+    """Writes and reads the state of an optimizer as if its modulators were not apart.
+
+    Made before they are separated, and installed after.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, training: ModulatorTraining):
+        self.optimizer, self.training = optimizer, training
+        self.numbers: Dict[Any, int] = {}  # of parameters, and of flat copies in the place of their parts
+        self.groups = []
+        for group in optimizer.param_groups:
+            wholes = dict.fromkeys(self._whole(parameter) for parameter in group["params"])
+            self.groups.append(list(range(len(self.numbers), len(self.numbers) + len(wholes))))
+            for whole in wholes:
+                self.numbers[whole] = len(self.numbers)
+
+    @staticmethod
+    def _whole(parameter: Parameter) -> Tensor:
+        return getattr(parameter, PART).flat if hasattr(parameter, PART) else parameter
+
+    def _parameters(self) -> List[Parameter]:
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
+    def install(self) -> None:
+        self.optimizer.register_state_dict_post_hook(lambda _, state: self.to_saved(state))
+        self.optimizer.register_load_state_dict_pre_hook(lambda _, state: self.from_saved(state))
+        self.optimizer.register_load_state_dict_post_hook(lambda _: self.keep_precision())
+        # What fairseq does about precision takes parameters to be in the order of the saved state.
+        self.optimizer.disable_mem_eff_fp16_loading_hack = True
+
+    def to_saved(self, state: Dict[str, Any]) -> Dict[str, Any]:
+        entries: Dict[int, Dict[str, Any]] = {}
+        for number, parameter in enumerate(self._parameters()):
+            if number in state["state"]:
+                entry, part = state["state"][number], getattr(parameter, PART, None)
+                whole = entries.setdefault(self.numbers[self._whole(parameter)], {})
+                for name, value in entry.items():
+                    whole[name] = value if part is None else part.join(value, whole.get(name))
+        groups = [{**group, "params": numbers} for group, numbers in zip(state["param_groups"], self.groups)]
+        return {**state, "state": entries, "param_groups": groups}
+
+    def from_saved(self, state: Dict[str, Any]) -> Dict[str, Any]:
+        saved = state["param_groups"]
+        self.entries: Dict[int, Dict[str, Any]] = state["state"]
+        if [len(group["params"]) for group in saved] != list(map(len, self.groups)):
+            return state  # version 0.1 wrote the groups as they were; what else it may be, torch complains of
+        ids = [number for group in saved for number in group["params"]]
+        self.entries = {}
+        for number, parameter in enumerate(self._parameters()):
+            entry = state["state"].get(ids[self.numbers[self._whole(parameter)]])
+            if entry is not None:
+                part = getattr(parameter, PART, None)
+                self.entries[number] = {k: v if part is None else part.cut(v) for k, v in entry.items()}
+        of_modulators = dict(saved[0])
+        if "lr_old" in of_modulators:  # nag's: the rate of the last step
+            of_modulators["lr_old"] *= self.training.lr_scale
+        groups, start = [], 0
+        for saved_group, group in zip([*saved, of_modulators], self.optimizer.param_groups):
+            stop = start + len(group["params"])
+            groups.append({**saved_group, "params": list(range(start, stop))})
+            start = stop
+        return {**state, "state": self.entries, "param_groups": groups}
+
+    def keep_precision(self) -> None:
+        """torch has cast the state to the type of its parameter, which for parameters in half precision is a loss."""
+        for number, parameter in enumerate(self._parameters()):
+            if parameter.dtype in (torch.float16, torch.bfloat16) and number in self.entries:
+                self.optimizer.state[parameter] = {
+                    name: value.to(parameter.device) if torch.is_tensor(value) else value
+                    for name, value in self.entries[number].items()
+                }
+        del self.entries
+
+
+# ---------------------------------------------------------------------- clipping
+
+
+def _clip_apart(optimizer: FairseqOptimizer, parameters: List[Parameter]) -> None:
+    """Let ``optimizer.clip_grad_norm`` see to the marked ones among the parameters that are stepped."""
+    if any(hasattr(parameter, MARK) for parameter in parameters):
+        optimizer.clip_grad_norm = functools.partial(
+            _clip_grad_norm, optimizer, parameters, optimizer.clip_grad_norm
+        )
 
 
 def _clip_grad_norm(
-    clip_others: Callable[..., Tensor],
-    modulators: List[Parameter],
-    training: ModulatorTraining,
+    optimizer: FairseqOptimizer,
+    parameters: List[Parameter],
+    clip: Callable[..., Tensor],
     max_norm: float,
     aggregate_norm_fn: Optional[Callable[[Tensor], Tensor]] = None,
 ) -> Tensor:
     """The optimizer's ``clip_grad_norm``, which logs the norm of the modulators' gradient and clips it if asked to.
 
+    In half precision gradients are scaled, and clipping changes the factor that they are multiplied with later.
+
     Returns:
         the norm that fairseq logs as ``gnorm``: of all parameters, or of all but the modulators where these have
         their own clip. One that is not finite is passed on, as fairseq stops at it.
+
+    Raises:
+        OverflowError: in fp16, a gradient is not finite; fairseq then lowers its scale.
     """
-    gradients = [parameter.grad for parameter in modulators if parameter.grad is not None]
-    if not gradients:
-        return clip_others(max_norm, aggregate_norm_fn)
-    norm = torch.stack([gradient.detach().float().norm() for gradient in gradients]).norm()
-    metrics.log_scalar("modulator_gnorm", norm, priority=410, round=3)
-    if training.clip_norm is None:
-        return clip_others(max_norm, aggregate_norm_fn)
+    if hasattr(optimizer, "_sync_fp16_grads_to_fp32"):
+        optimizer._sync_fp16_grads_to_fp32()
+    modulators = [parameter for parameter in parameters if hasattr(parameter, MARK)]
+    training: ModulatorTraining = getattr(modulators[0], MARK)
     kept = [parameter.grad for parameter in modulators]
-    for parameter in modulators:
-        parameter.grad = None
-    try:
-        norm_of_others = clip_others(max_norm, aggregate_norm_fn)
-    finally:
-        for parameter, gradient in zip(modulators, kept):
-            parameter.grad = gradient
-    if training.clip_norm > 0:
-        coefficient = (training.clip_norm / (norm + 1e-6)).clamp(max=1)
-        for gradient in gradients:
-            gradient.mul_(coefficient)
-    return torch.where(norm.isfinite(), norm_of_others, norm)
+    gradients = [gradient for gradient in kept if gradient is not None]
+    if not gradients:
+        return clip(max_norm, aggregate_norm_fn)
+    factor = getattr(optimizer, "_multiply_factor", 1.0)
+    norm = torch.stack([gradient.detach().float().norm() for gradient in gradients]).norm() * factor
+    if training.clip_norm is None:
+        result = clip(max_norm, aggregate_norm_fn)
+    else:
+        if getattr(optimizer, "scaler", None) is not None:
+            optimizer.scaler.check_overflow(norm.item())
+        for parameter in modulators:
+            parameter.grad = None
+        try:
+            result = clip(max_norm, aggregate_norm_fn)
+        finally:
+            for parameter, gradient in zip(modulators, kept):
+                parameter.grad = gradient
+        own = (training.clip_norm / (norm + 1e-6)).clamp(max=1) if training.clip_norm > 0 else 1.0
+        _multiply(optimizer, parameters, own * factor / getattr(optimizer, "_multiply_factor", 1.0))
+        training.applied.add("clip")
+        result = torch.where(norm.isfinite(), result, norm)
+    metrics.log_scalar("modulator_gnorm", norm, priority=410, round=3)
+    return result
+
+
+def _multiply(optimizer: FairseqOptimizer, parameters: List[Parameter], ratio: Any) -> None:
+    """Multiply the gradients of modulators by ``ratio``, in relation to the others'.
+
+    Scaled gradients in fp16 are near its largest number, so that none may grow: there the others are made smaller.
+    """
+    grows = any(parameter.dtype == torch.float16 for parameter in parameters) and ratio > 1
+    if grows:
+        optimizer._multiply_factor = optimizer._multiply_factor * float(ratio)
+        ratio = 1 / ratio
+    for parameter in parameters:
+        if parameter.grad is not None and hasattr(parameter, MARK) != grows:
+            parameter.grad.mul_(ratio)
+
+
+# ---------------------------------------------------------------------- half precision
+
+
+class ClipsApart:
+    """To stand before fairseq's wrapper for half precision, which then clips modulators, and not what it wraps."""
+
+    wrapped_name: str  # of the attribute that holds the optimizer
+
+    @classmethod
+    def build_optimizer(cls, cfg, params, **kwargs) -> FairseqOptimizer:
+        optimizer = super().build_optimizer(cfg, params, **kwargs)
+        wrapped = getattr(optimizer, cls.wrapped_name)
+        vars(wrapped).pop("clip_grad_norm", None)
+        _clip_apart(optimizer, list(wrapped.params))
+        return optimizer
+
+
+class FP16Optimizer(ClipsApart, fairseq.optim.FP16Optimizer):
+    """fairseq's, whose copies in fp32 keep the marks of what they are copies of."""
+
+    wrapped_name = "fp32_optimizer"
+
+    @classmethod
+    def build_fp32_params(cls, args, params, flatten=True):
+        """As fairseq's; with ``flatten``, modulators are put last in ``params``, the list that fairseq keeps."""
+        marked = [parameter for parameter in params if hasattr(parameter, MARK)]
+        if not marked:
+            return super().build_fp32_params(args, params, flatten)
+        training: ModulatorTraining = getattr(marked[0], MARK)
+        if not flatten:
+            copies = super().build_fp32_params(args, params, flatten)
+            training.mark(copy for copy, parameter in zip(copies, params) if hasattr(parameter, MARK))
+            return copies
+        slices: Tuple[Slices, Slices] = ([], [])
+        stop = 0
+        for parameter in params:
+            start, stop = stop, stop + parameter.numel()
+            slices[hasattr(parameter, MARK)].append((start, stop))
+        params.sort(key=lambda parameter: hasattr(parameter, MARK))
+        copies = super().build_fp32_params(args, params, flatten)
+        for flat in copies.values():
+            setattr(flat, PARTS, _cut(flat, *slices, training))
+        return copies
+
+
+class MemoryEfficientFP16Optimizer(ClipsApart, fairseq.optim.MemoryEfficientFP16Optimizer):
+    """fairseq's, which has no copies."""
+
+    wrapped_name = "wrapped_optimizer"
+
+
+def _cut(flat: Parameter, of_others: Slices, of_modulators: Slices, training: ModulatorTraining) -> List[Parameter]:
+    """The others and the modulators in a flat copy, as parameters that share its memory and its gradient's."""
+    parts = []
+    stop = 0
+    for slices in filter(None, (of_others, of_modulators)):
+        start, stop = stop, stop + sum(b - a for a, b in slices)
+        part = Parameter(flat.data[start:stop])
+        part.grad = flat.grad[start:stop]
+        setattr(part, PART, FlatPart(flat, slices))
+        parts.append(part)
+    training.mark(parts[-1:])
+    return parts
+
+
+def _with_parts(params: Iterable[Any]) -> List[Any]:
+    """What ``fairseq.optim.build_optimizer`` is given, with the parts of flat copies in their place."""
+    params = list(params)
+    if not all(isinstance(copies, dict) for copies in params):
+        return params
+    return [part for copies in params for flat in copies.values() for part in getattr(flat, PARTS, [flat])]

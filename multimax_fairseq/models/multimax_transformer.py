@@ -1,6 +1,7 @@
 """The Transformer for translation, with MultiMax or another mapping in each attention module."""
 
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
+from typing import Set
 
 from fairseq.dataclass.utils import gen_parser_from_dataclass
 from fairseq.models import ARCH_CONFIG_REGISTRY, register_model, register_model_architecture
@@ -9,7 +10,7 @@ from omegaconf import OmegaConf
 
 from ..modules import MappedDecoder, MappedEncoder
 from .mapped_model import MappedModelMixin
-from .options import MappingChoice, MappingOptions, with_defaults
+from .options import SITES, MappingChoice, MappingOptions, with_defaults
 
 
 @register_model("multimax_transformer")
@@ -27,10 +28,12 @@ class MultimaxTransformerModel(MappedModelMixin, TransformerModel):
         # A copy, as a namespace: fairseq saves the original in the checkpoint, and fairseq-hydra-train gives a
         # config to which the stock model could not add.
         namespace = Namespace(**(OmegaConf.to_container(args) if OmegaConf.is_config(args) else vars(args)))
-        namespace.mapping_choice = MappingChoice.from_options(namespace)
+        has_cross_attention = not getattr(namespace, "no_cross_attention", False)
+        sites = SITES if has_cross_attention else tuple(site for site in SITES if site != "cross")
+        namespace.mapping_choice = MappingChoice.from_options(namespace, available_sites=sites)
         model = super().build_model(namespace, task)
         task.output_mapping = namespace.mapping_choice.output[0]  # for the criterion, which is built next
-        model.set_modulator_options(namespace)
+        model.set_mapping_options(namespace, namespace.mapping_choice)
         # What the checkpoint has to know: how many layers --encoder-layers-to-keep has left.
         args.encoder_layers, args.decoder_layers = namespace.encoder_layers, namespace.decoder_layers
         return model
@@ -45,6 +48,13 @@ class MultimaxTransformerModel(MappedModelMixin, TransformerModel):
         return MappedDecoder(cfg, tgt_dict, embed_tokens, no_encoder_attn=cfg.no_cross_attention)
 
 
+def known_fields() -> Set[str]:
+    """The fields of a config of this model: its options, and what fairseq's commands add."""
+    parser = ArgumentParser()
+    MultimaxTransformerModel.add_args(parser)
+    return {action.dest for action in parser._actions} | {"_name", "arch", "base_layers"}
+
+
 for stock_name in (
     "transformer",
     "transformer_tiny",
@@ -53,5 +63,5 @@ for stock_name in (
     "transformer_vaswani_wmt_en_de_big",
 ):
     register_model_architecture("multimax_transformer", f"multimax_{stock_name}")(
-        with_defaults(ARCH_CONFIG_REGISTRY[stock_name])
+        with_defaults(ARCH_CONFIG_REGISTRY[stock_name], known_fields)
     )

@@ -3,8 +3,8 @@
 import sys
 from dataclasses import dataclass
 
-from fairseq.models import ARCH_CONFIG_REGISTRY, register_model, register_model_architecture, transformer_lm
-from fairseq.models.transformer import TransformerConfig
+from fairseq import utils
+from fairseq.models import ARCH_CONFIG_REGISTRY, register_model, register_model_architecture
 from fairseq.models.transformer_lm import TransformerLanguageModel, TransformerLanguageModelConfig
 
 from ..kernels.chunked_loss import default_chunk_tokens
@@ -25,36 +25,28 @@ class MultimaxTransformerLanguageModel(MappedModelMixin, TransformerLanguageMode
     @classmethod
     def build_model(cls, args, task):
         choice = MappingChoice.from_options(args, available_sites=("decoder",))
-
-        def build_decoder(args, *positional, **named):
-            cfg = TransformerConfig.from_namespace(args)
-            cfg.mapping_choice = choice
-            return MappedDecoder(cfg, *positional, **named)
-
-        # The stock build_model names its decoder's class where others ask a method, so the name is lent to ours
-        # for as long as it runs: less than it takes to write again what it does about embeddings.
-        stock_decoder = transformer_lm.TransformerDecoder
-        transformer_lm.TransformerDecoder = build_decoder
-        try:
-            model = super().build_model(args, task)
-        finally:
-            transformer_lm.TransformerDecoder = stock_decoder
+        # The stock build_model names its decoder's class where others ask a method.
+        model = super().build_model(args, task)
+        MappedDecoder.adopt(model.decoder, choice)
         task.output_mapping = choice.output[0]  # for the criterion, which is built next
-        model.set_modulator_options(args)
+        model.set_mapping_options(args, choice)
         return model
 
     def prepare_for_inference_(self, cfg) -> None:
         """Also lets ``fairseq-eval-lm`` have logits of a chunk of tokens at a time only.
 
         Its ``--softmax-batch`` bounds what comes after the output layer, and is unbounded by default; here it bounds
-        the output layer too (see :class:`.MappedDecoder`), and is a chunk by default. Commands ask for probabilities
-        by ``get_normalized_probs``; whoever loads a model in Python (and has no --path) may ask it for logits.
+        the output layer too (see :class:`.MappedDecoder`), and is a chunk by default, but in an ensemble, where it is
+        the other models' too. Commands ask for probabilities by ``get_normalized_probs``; whoever loads a model in
+        Python (and has no --path) may ask it for logits.
         """
         super().prepare_for_inference_(cfg)
         if self.decoder.adaptive_softmax is not None or cfg.common_eval.path is None:
             return
-        self.decoder.defers_output_layer = True
-        if cfg.eval_lm.softmax_batch == sys.maxsize:  # not the user's
+        is_unbounded = cfg.eval_lm.softmax_batch == sys.maxsize  # not the user's
+        is_alone = len(utils.split_paths(cfg.common_eval.path)) == 1
+        self.decoder.defers_output_layer = is_alone or not is_unbounded
+        if is_alone and is_unbounded:
             cfg.eval_lm.softmax_batch = default_chunk_tokens(len(self.decoder.dictionary))
 
 

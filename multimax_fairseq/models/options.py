@@ -2,10 +2,12 @@
 
 from argparse import Namespace
 from dataclasses import dataclass, field, fields
-from typing import Any, Callable, Dict, Optional, Sequence, Tuple, Union
+from difflib import get_close_matches
+from typing import Any, Callable, Dict, Optional, Sequence, Set, Tuple, Union
 
 from fairseq.dataclass import FairseqDataclass
 from omegaconf import OmegaConf
+from torch import nn
 
 from ..kernels.backend import set_backend
 from ..mappings import BUILT_IN, MAPPINGS, build_mapping, parse_options
@@ -15,7 +17,7 @@ from ..modules.transformer import SPARSE
 
 SITES = ("encoder", "decoder", "cross")
 OUTPUT_MAPPINGS = ("softmax", "multimax", *SPARSE)
-LOG_MODULATORS = ("module", "site", "none")
+LOG_MODULATORS = ("site", "module", "none")
 
 Mapping = Tuple[str, Dict[str, Any]]  # the arguments of build_mapping
 SOFTMAX: Mapping = ("softmax", {})
@@ -62,7 +64,8 @@ class MappingOptions(FairseqDataclass):
     multimax_init: str = field(
         default="normal",
         metadata={
-            "help": "start of the modulator: normal (std 0.02, as in the paper), or identity (softmax at step 0)"
+            "help": "start of the modulator: normal (std 0.02, as in the paper), identity (softmax at step 0), or "
+            "shaped (steeper below, flatter above)"
         },
     )
     entmax_alpha: str = field(
@@ -76,6 +79,9 @@ class MappingOptions(FairseqDataclass):
             "PyTorch); the environment variable MULTIMAX_BACKEND overrides it"
         },
     )
+    modulator_lr_scale: float = field(
+        default=1.0, metadata={"help": "learning rate of the modulators, times that of the other parameters"}
+    )
     modulator_weight_decay: Optional[float] = field(
         default=None, metadata={"help": "weight decay of the modulators (default: that of the other parameters)"}
     )
@@ -87,7 +93,7 @@ class MappingOptions(FairseqDataclass):
         },
     )
     log_modulators: str = field(
-        default="module",
+        default="site",
         metadata={"help": f"thresholds and gains in the log, of each of: {', '.join(LOG_MODULATORS)}"},
     )
 
@@ -102,15 +108,25 @@ XFORMERS_OPTIONS = {
 }
 
 
-def with_defaults(architecture: Callable[[Any], None]) -> Callable[[Any], None]:
-    """An architecture function that also sets the options of mappings, so that a checkpoint names all of them."""
+def with_defaults(
+    architecture: Callable[[Any], None], known_fields: Optional[Callable[[], Set[str]]] = None
+) -> Callable[[Any], None]:
+    """An architecture function that also sets the options of mappings, so that a checkpoint names all of them.
+
+    Args:
+        architecture: fairseq's.
+        known_fields: gives the fields of the model's config, if fairseq does not check them (a model without a
+            dataclass); raising ValueError at others is then done here.
+    """
 
     def architecture_with_mappings(args: Any) -> None:
         namespace = args
         if OmegaConf.is_config(args):
             # In omegaconf 2.0 (fairseq 0.12.2) what a config lacks looks like None: work on what it has.
-            given = OmegaConf.to_container(args).items()
-            namespace = Namespace(**{name: value for name, value in given if value is not None})
+            given = OmegaConf.to_container(args)
+            if known_fields is not None and not {option.name for option in MAPPING_OPTIONS} <= given.keys():
+                check_fields(given, known_fields() | vars(_defaults_of(architecture)).keys())  # not a checkpoint's
+            namespace = Namespace(**{name: value for name, value in given.items() if value is not None})
             namespace.base_layers = getattr(namespace, "base_layers", 0)  # its trainer asks whether this is > 0
         for option in MAPPING_OPTIONS:
             setattr(namespace, option.name, getattr(namespace, option.name, option.default))
@@ -119,6 +135,23 @@ def with_defaults(architecture: Callable[[Any], None]) -> Callable[[Any], None]:
             setattr(args, name, value)
 
     return architecture_with_mappings
+
+
+def _defaults_of(architecture: Callable[[Any], None]) -> Namespace:
+    namespace = Namespace()
+    architecture(namespace)
+    return namespace
+
+
+def check_fields(given: Dict[str, Any], known: Set[str]) -> None:
+    """Raise ValueError where a config has a field that is not ``known``, or null for an option of mappings."""
+    for name in given:
+        if name not in known:
+            nearest = get_close_matches(name.replace("-", "_"), sorted(known), n=1, cutoff=0)
+            raise ValueError(f"model.{name}: the model has no such field; the nearest one is model.{nearest[0]}")
+    for option in MAPPING_OPTIONS:
+        if option.name in given and given[option.name] is None and option.default is not None:
+            raise ValueError(f"model.{option.name}: null is no value; leave it out for the default, {option.default}")
 
 
 @dataclass(frozen=True)
@@ -173,10 +206,29 @@ class MappingChoice:
         set_backend(options.multimax_backend)
         return cls(
             attention=(options.attention_mapping, arguments.get(options.attention_mapping, {})),
-            sites=sites,
+            sites=tuple(site for site in sites if site in available_sites),
             scale=options.attention_scale,
             output=(options.output_mapping, arguments.get(options.output_mapping, {})),
         )
+
+    def build_output(self) -> Optional[nn.Module]:
+        """The module of the output layer's mapping; None for softmax."""
+        return None if self.output == SOFTMAX else build_mapping(self.output[0], **self.output[1])
+
+    def describe(self) -> Dict[str, str]:
+        """What the weights of a model are trained for, in words, by the flag that chooses it."""
+
+        def words(mapping: Mapping) -> str:
+            name, options = mapping
+            return " ".join([name, *(f"{key}={value}" for key, value in sorted(options.items()) if key != "init")])
+
+        is_stock = self.attention == SOFTMAX and self.scale == "none"
+        sites = "" if is_stock else f" in {', '.join(sorted(self.sites))}"
+        return {
+            "--attention-mapping": words(self.attention) + sites,
+            "--attention-scale": self.scale,
+            "--output-mapping": words(self.output),
+        }
 
     def attention_at(self, site: str) -> Mapping:
         """The mapping of the attention modules at ``site``."""

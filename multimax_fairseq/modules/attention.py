@@ -53,7 +53,15 @@ class MappedMultiheadAttention(MultiheadAttention):
 
         Made this way rather than by a constructor, an attention has exactly the weights, drawn in the same
         order, that the stock model would have, in every version of fairseq.
+
+        Raises:
+            TypeError: it is of a subclass, whose own ways of attending would be lost.
         """
+        if type(attention) not in (MultiheadAttention, cls):
+            raise TypeError(
+                f"only fairseq's MultiheadAttention itself can be given a mapping; {type(attention).__name__} "
+                f"attends in its own way, which would be lost: leave {site} out of --attention-mapping-sites"
+            )
         attention.__class__ = cls
         attention.mapping = mapping
         attention.site = site

@@ -9,9 +9,9 @@ from fairseq.modules.checkpoint_activations import checkpoint_wrapper
 from torch import Tensor, nn
 
 from ..kernels.chunked_loss import default_chunk_tokens
-from ..mappings import build_mapping, compute_dtype
+from ..mappings import compute_dtype
 from .attention import CAUSAL
-from .transformer_layer import MappedDecoderLayer, MappedEncoderLayer
+from .transformer_layer import MappedDecoderLayer, MappedEncoderLayer, with_mapping
 
 
 def wrap_layer(layer: nn.Module, cfg: TransformerConfig) -> nn.Module:
@@ -69,9 +69,20 @@ class MappedDecoder(TransformerDecoderBase):
 
     def __init__(self, cfg, dictionary, embed_tokens, no_encoder_attn=False, output_projection=None):
         super().__init__(cfg, dictionary, embed_tokens, no_encoder_attn, output_projection)
-        name, options = cfg.mapping_choice.output
-        self.output_mapping = None if name == "softmax" else build_mapping(name, **options)
-        self.is_sparse = name in SPARSE
+        self.output_mapping = cfg.mapping_choice.build_output()
+        self.is_sparse = cfg.mapping_choice.output[0] in SPARSE
+
+    @classmethod
+    def adopt(cls, decoder: TransformerDecoderBase, choice: Any) -> "MappedDecoder":
+        """Turn fairseq's ``decoder``, without cross-attention, into one with the mappings of ``choice``."""
+        decoder.__class__ = cls
+        decoder.cfg.mapping_choice = choice
+        for layer in decoder.layers.children():  # iterating over the list itself would drop layers
+            if hasattr(layer, "self_attn"):  # a BASE layer has none
+                layer.self_attn = with_mapping(layer.self_attn, decoder.cfg, "decoder")
+        decoder.output_mapping = choice.build_output()
+        decoder.is_sparse = choice.output[0] in SPARSE
+        return decoder
 
     def build_decoder_layer(self, cfg: TransformerConfig, no_encoder_attn: bool = False) -> nn.Module:
         return wrap_layer(MappedDecoderLayer(cfg, no_encoder_attn), cfg)
