@@ -63,7 +63,7 @@ def test_other_sites_have_softmax():
     ({"attention_mapping": "softmin"}, "--attention-mapping.*'softmin'.*multimax.*evsoftmax"),
     ({"attention_mapping_sites": "encoder,output"}, "--attention-mapping-sites.*'output'.*encoder, decoder, cross"),
     ({"attention_mapping_sites": ""}, "--attention-mapping-sites.*''"),
-    ({"output_mapping": "sparsemax"}, "--output-mapping sparsemax.*softmax, multimax"),
+    ({"output_mapping": "evsoftmax"}, "--output-mapping.*'evsoftmax'.*softmax, multimax, sparsemax"),
     ({"output_mapping": "softmin"}, "--output-mapping.*'softmin'.*softmax, multimax"),
     ({"output_mapping": "multimax", "adaptive_softmax_cutoff": "10,20"}, "adaptive-softmax-cutoff"),
     ({"multimax_order": 3}, "orders 1, 2; got 3"),
