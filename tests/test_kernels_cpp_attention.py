@@ -2,12 +2,13 @@
 
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import torch
 from conftest import needs_compiler
 from test_kernels_blockwise_attention import HEADS, INF, padding, whole
 
-from multimax_fairseq.kernels import cpp, cpp_attention
+from multimax_fairseq.kernels import attention, cpp, cpp_attention
 from multimax_fairseq.kernels.attention import multimax_attention
 from multimax_fairseq.kernels.masks import Masks
 from multimax_fairseq.mappings.multimax import multimax_formula
@@ -133,7 +134,43 @@ def test_any_number_of_threads_gives_the_same():
     finally:
         torch.set_num_threads(before)
     for result in results[1:]:
-        torch.testing.assert_close(result, results[0], atol=0, rtol=0)
+        torch.testing.assert_close(result, results[0], atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("heads", [1, 3])
+@pytest.mark.parametrize("masks", [Masks(), Masks(causal=True)])
+def test_threads_that_share_heads(heads, masks, monkeypatch):
+    """More of them than heads, and than blocks; the same number of them gives the same bits."""
+    monkeypatch.setattr(cpp_attention, "BLOCKS_PER_THREAD", 1)
+    inputs = [tensor.detach()[:heads].requires_grad_() if tensor.dim() == 3 else tensor for tensor in case()]
+    results, before = {}, torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3, 5, 64, 2, 3, 5):
+            torch.set_num_threads(threads)
+            torch.manual_seed(0)
+            output = multimax_attention(*inputs, masks, 0.2)
+            result = [output.detach(), *torch.autograd.grad(output.pow(2).sum(), inputs)]
+            torch.testing.assert_close(result, results.setdefault(threads, result), atol=0, rtol=0)
+    finally:
+        torch.set_num_threads(before)
+    for threads in (2, 3, 5, 64):
+        for result, expected in zip(results[threads], results[1]):
+            torch.testing.assert_close(result, expected, atol=1e-5 * expected.abs().max().item(), rtol=0)
+
+
+def test_memory_for_threads_is_bounded(monkeypatch):
+    """Of the size of a head's keys and of a block, not of all heads, nor of length²."""
+    taken = []
+    original = torch.Tensor.new_empty
+    monkeypatch.setattr(
+        torch.Tensor, "new_empty", lambda *given, **options: taken.append(original(*given, **options)) or taken[-1]
+    )
+    for heads in (2, 8):
+        query = torch.zeros(heads, 2_048, 16)
+        multimax_attention(query, query, query, torch.zeros(1, 2), torch.zeros(1, 2), Masks(causal=True))
+        threads = torch.get_num_threads()
+        most = threads * (6 * 2_048 * 16 + 2 * cpp_attention.SCORES + 2 * 128 * 16 + 2 * 2_048 + 64)
+        assert max(tensor.numel() for tensor in taken) <= max(most, query.numel())
 
 
 def test_gradients_of_gradients_are_refused():
@@ -147,7 +184,7 @@ def test_nothing_of_length_squared_is_kept():
     length, kept = 400, []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda _: _):
         multimax_attention(*case(length, length), Masks(causal=True))
-    assert sum(tensor.numel() for tensor in kept) == HEADS * length * (4 * 20 + 2) + 8
+    assert sum(tensor.numel() for tensor in kept) == HEADS * length * (3 * 20 + 2) + 8
 
 
 def test_parameters_of_another_precision():
@@ -248,6 +285,89 @@ def test_where_it_does_not_serve_the_blocks_are_pytorchs(missing, monkeypatch):
         inputs = [tensor.detach().double().requires_grad_() for tensor in inputs]
     else:
         monkeypatch.setenv("MULTIMAX_BACKEND", "eager")
-    monkeypatch.setattr(cpp_attention.CppMultiMax, "apply", None)  # cannot be called
+    monkeypatch.setattr(cpp_attention, "attend", None)  # cannot be called
     output = multimax_attention(*inputs, Masks(causal=True))
     torch.testing.assert_close(output, expected, atol=2e-5, rtol=1e-5, check_dtype=False)
+
+
+# ---------------------------------------------------------------- dropout
+
+
+def philox(counters, key, rounds=10):
+    """Philox4x32 as its authors define it, in 64-bit integers: (4, n) and (2,) → (4, n) numbers of 32 bits."""
+    mask = np.uint64(2**32 - 1)
+    c, k = list(np.asarray(counters, dtype=np.uint64)), list(np.asarray(key, dtype=np.uint64))
+    for _ in range(rounds):
+        first, second = np.uint64(0xD2511F53) * c[0], np.uint64(0xCD9E8D57) * c[2]
+        high, low = np.uint64(32), mask
+        c = [(second >> high) ^ c[1] ^ k[0], second & low, (first >> high) ^ c[3] ^ k[1], first & low]
+        k = [(k[0] + np.uint64(0x9E3779B9)) & mask, (k[1] + np.uint64(0xBB67AE85)) & mask]
+    return np.stack(c)
+
+
+def kept(seed, heads, tgt_len, src_len, dropout):
+    """Which probabilities are kept, (heads, tgt_len, src_len): of a key j the counter is (16 ⌊j / 64⌋ + j mod 16,
+    query, head, 0), and of its four numbers that of number ⌊j / 16⌋ mod 4 decides."""
+    head, query, key = (axis.ravel() for axis in np.mgrid[:heads, :tgt_len, :src_len])
+    counters = np.stack([16 * (key // 64) + key % 16, query, head, 0 * head])
+    numbers = philox(counters, [seed % 2**32, seed >> 32])
+    decides = numbers[key // 16 % 4, np.arange(key.size)]
+    return torch.from_numpy(decides >= int(dropout * 2**32)).view(heads, tgt_len, src_len)
+
+
+@pytest.mark.parametrize(
+    ("counter", "key", "expected"),
+    [
+        ([0] * 4, [0] * 2, "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
+        ([2**32 - 1] * 4, [2**32 - 1] * 2, "408f276d 41c83b0e a20bc7c6 6d5451fd"),
+        ([0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344], [0xA4093822, 0x299F31D0],
+         "d16cfe09 94fdcceb 5001e420 24126ea1"),
+    ],
+)  # fmt: skip
+def test_the_generator_of_the_tests_is_philox(counter, key, expected):
+    """Known answers of Random123, its authors' library (kat_vectors)."""
+    numbers = philox([[word] for word in counter], key)
+    assert " ".join(f"{int(number):08x}" for number in numbers.ravel()) == expected
+
+
+@pytest.mark.parametrize("masks", ["none", "all"])
+@pytest.mark.parametrize("order", [0, 1, 2])
+def test_dropout_forward_and_backward_by_the_same_mask_in_double_precision(order, masks, blocks, monkeypatch):
+    seed, dropout, inputs = 0x0123_4567_89AB_CDEF, 0.3, case(order=order or 1)
+    monkeypatch.setattr(attention, "_seed", lambda: seed)
+    mask = kept(seed, HEADS, 40, 40, dropout) / (1 - dropout)
+    upstream, added = torch.randn(HEADS, 40, 20), full_mask(MASKS[masks])
+    inputs[3:] = [parameter.detach()[:order].requires_grad_() for parameter in inputs[3:]]
+    doubles = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    query, key, value, *parameters = doubles
+    expected = (multimax_formula(query @ key.mT + added, *parameters) * mask) @ value
+    output = multimax_attention(*inputs, MASKS[masks], dropout)
+    torch.testing.assert_close(output.double(), expected, atol=2e-5, rtol=1e-5)
+    wanted = 5 if order else 3
+    grads = torch.autograd.grad(output, inputs[:wanted], upstream)
+    expected_grads = torch.autograd.grad(expected, doubles[:wanted], upstream.double())
+    for grad, expected_grad in zip(grads, expected_grads):
+        scale = expected_grad.abs().max().clamp(min=1)
+        torch.testing.assert_close(grad / scale, (expected_grad / scale).float(), atol=1e-4, rtol=0)
+
+
+def test_the_mask_has_the_rate_and_is_independent_of_place_and_seed():
+    """Equal scores, and values that show the probabilities one by one."""
+    heads, length, dropout, masks = 4, 256, 0.1, []
+    scores, value = torch.zeros(heads, length, length), torch.eye(length).expand(heads, -1, -1)
+    for seed in (1, 2, 2**40):
+        parameters = torch.zeros(1, 2), torch.zeros(1, 2)
+        masks.append(cpp_attention.attend(scores, scores, value, *parameters, Masks(), dropout, seed) > 0)
+        assert torch.equal(masks[-1], kept(seed, heads, length, length, dropout))
+    dropped = torch.stack(masks).logical_not().double()  # (seeds, heads, queries, keys)
+    assert abs(dropped.mean() - dropout) < 4 * (dropout * (1 - dropout) / dropped.numel()) ** 0.5
+    for each in (dropped.mean((1, 2, 3)), dropped.mean((0, 2, 3)), dropped.mean((0, 1, 3)), dropped.mean((0, 1, 2))):
+        deviation = (dropout * (1 - dropout) * len(each) / dropped.numel()) ** 0.5
+        assert (each - dropout).abs().max() < 5 * deviation
+    deviations = (dropped - dropout) / (dropout * (1 - dropout)) ** 0.5
+    for dim in range(4):
+        for distance in (1, 2, 16, 64):
+            if distance < dropped.size(dim):
+                first = deviations.narrow(dim, 0, dropped.size(dim) - distance)
+                second = deviations.narrow(dim, distance, dropped.size(dim) - distance)
+                assert abs((first * second).mean()) < 4.5 / first.numel() ** 0.5

@@ -34,13 +34,13 @@ class FusedMultiMax(Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
-        scores, thresholds, gains, _ = ctx.saved_tensors
+        saved = scores, thresholds, gains, _ = ctx.saved_tensors  # once: checkpointed activations are there once
         if torch.is_grad_enabled():
-            return (*_differentiable_backward(ctx, grad), None, None)
+            return (*_differentiable_backward(ctx, saved[:3], grad), None, None)
         if scores.numel() == 0:
             return grad, torch.zeros_like(thresholds), torch.zeros_like(gains), None, None
 
-        grad_scores, grads_of_parameters = _backward(ctx, grad)
+        grad_scores, grads_of_parameters = _backward(saved, ctx.normalise, grad)
         grad_thresholds, grad_gains = grads_of_parameters.to(gains.dtype).unbind()
         return grad_scores, grad_thresholds, grad_gains, None, None
 
@@ -63,12 +63,12 @@ def _forward(scores: Tensor, thresholds: Tensor, gains: Tensor, normalise: bool)
     return _joined(kernel.over_rows([scores], (thresholds, gains))).view(scores.shape)
 
 
-def _backward(ctx, grad: Tensor) -> Tuple[Tensor, Tensor]:
+def _backward(saved: Sequence[Optional[Tensor]], normalise: bool, grad: Tensor) -> Tuple[Tensor, Tensor]:
     """∂L/∂x, and ∂L/∂(thresholds, gains)."""
-    scores, thresholds, gains, probabilities = ctx.saved_tensors
-    if ctx.normalise and cpp.ROWS.serves(scores):
+    scores, thresholds, gains, probabilities = saved
+    if normalise and cpp.ROWS.serves(scores):
         return cpp.multimax_rows_backward(scores, probabilities, grad, thresholds, gains)
-    if ctx.normalise:
+    if normalise:
         kernel, rows = multimax_rows_backward, (scores, probabilities, grad)
     else:
         kernel, rows = modulate_rows_backward, (scores, grad)
@@ -84,9 +84,9 @@ def _summed(blocks: Sequence[Tensor]) -> Tensor:
     return blocks[0] if len(blocks) == 1 else torch.stack(blocks).sum(0)
 
 
-def _differentiable_backward(ctx, grad: Tensor) -> Iterator[Optional[Tensor]]:
+def _differentiable_backward(ctx, inputs: Sequence[Tensor], grad: Tensor) -> Iterator[Optional[Tensor]]:
     """The gradients as autograd has them from the formula, which it can differentiate again."""
-    inputs, needed = ctx.saved_tensors[:3], ctx.needs_input_grad[:3]
+    needed = ctx.needs_input_grad[:3]
     wanted = [tensor for tensor, is_needed in zip(inputs, needed) if is_needed]
     gradients = iter(torch.autograd.grad(ctx.formula(*inputs), wanted, grad, create_graph=True))
     return (next(gradients) if is_needed else None for is_needed in needed)
