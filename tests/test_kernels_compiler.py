@@ -6,8 +6,9 @@ import sys
 
 import pytest
 import torch
+import torch._inductor.codecache
 
-from multimax_fairseq.kernels import backend, compiler
+from multimax_fairseq.kernels import backend, compiler, rows
 from multimax_fairseq.kernels.backend import set_backend
 from multimax_fairseq.kernels.compiler import Kernel
 from multimax_fairseq.kernels.rows import multimax_rows, multimax_rows_backward
@@ -149,3 +150,58 @@ def test_rows_in_blocks_where_eager_and_whole_where_compiled(monkeypatch):
         blocks = Kernel(double).over_rows([scores], ARGUMENTS[1:])
         assert [len(block) for block in blocks] == heights
         torch.testing.assert_close(torch.cat(blocks), 2 * scores.view(10, 6))
+
+
+@pytest.mark.parametrize("width", [160, 5_000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["multimax_rows", "multimax_rows_backward"])
+def test_what_the_compiler_takes_for_granted_holds_for_every_shape(name, dtype, width, monkeypatch):
+    """Its guards, that is. Nobody checks them at a call: they may only say what the choice of a kernel settles."""
+    kernel, traced = getattr(rows, name), []
+    inductor = torch._inductor.compile
+
+    def stop(*_, **__):
+        raise RuntimeError("all the code is there")
+
+    def compile_traced(*inputs, **options):
+        traced.append(inputs)
+        return inductor(*inputs, **options)
+
+    monkeypatch.setattr(torch._inductor, "compile", compile_traced)
+    monkeypatch.setattr(torch._inductor.codecache.PyCodeCache, "write", stop)
+    count = {"multimax_rows": 1, "multimax_rows_backward": 3}[name]
+    arguments = [torch.zeros(50, width, dtype=dtype)] * count + [torch.zeros(2, 2)] * 2
+    with pytest.raises(Exception, match="all the code is there"), torch._inductor.config.patch(fx_graph_cache=False):
+        compiler.compile_function(kernel.eager, compiler._examples(arguments))
+    ((_, inputs),) = traced
+    environment, symbols = inputs[0].fake_mode.shape_env, [size.node.expr for size in inputs[0].shape]
+    for height in (2, 10**6):
+        for width_now in (2, compiler.WIDE) if width <= compiler.WIDE else (compiler.WIDE + 1, 10**6):
+            sizes = {**environment.var_to_val, **dict(zip(symbols, (height, width_now)))}
+            broken = [guard.expr for guard in environment.guards if not guard.expr.subs(sizes)]
+            assert not broken, (height, width_now)
+
+
+def test_a_kernel_for_each_number_of_threads(monkeypatch):
+    def compile_function(function, _):
+        compiled_for.append(torch.get_num_threads())
+        return function
+
+    monkeypatch.setattr(compiler, "compile_function", compile_function)
+    set_backend("compiled")
+    compiled_for, kernel, before = [], Kernel(double), torch.get_num_threads()
+    try:
+        for threads in (1, 2, 1):
+            torch.set_num_threads(threads)
+            kernel(*ARGUMENTS)
+    finally:
+        torch.set_num_threads(before)
+    assert compiled_for == [1, 2]
+
+
+def test_threads_of_an_earlier_process_are_not_taken_over(monkeypatch):
+    """PyTorch keeps what it has compiled by its options: the number of threads has to be one of them."""
+    given = []
+    monkeypatch.setattr(torch._inductor, "compile", lambda graph, inputs, options: given.append(options))
+    compiler.compile_function(double, ARGUMENTS)
+    assert given[0]["cpp.threads"] == torch.get_num_threads()

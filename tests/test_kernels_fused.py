@@ -104,6 +104,61 @@ def test_scores_are_left_as_they_are():
     torch.testing.assert_close(leaf.detach(), before, atol=0, rtol=0)
 
 
+@pytest.mark.parametrize("chosen", ["eager", "compiled"])
+@pytest.mark.parametrize("mean", [0.0, 4.0])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_as_good_as_plain_pytorch(dtype, mean, chosen, monkeypatch):
+    """Against float64: no result and no gradient has twice the error of the formula that autograd differentiates.
+
+    ∂L/∂p of that mean, as of values of one: its sum with the probabilities of a row is to cancel.
+    """
+    monkeypatch.setenv("MULTIMAX_BACKEND", chosen)
+    scores, thresholds, gains = (tensor.detach().to(dtype) for tensor in case((256, 96)))
+    gains = 0.2 * gains
+    upstream = (torch.randn(scores.shape) + mean).to(dtype)
+
+    def errors(function):
+        inputs = [tensor.clone().requires_grad_() for tensor in (scores, thresholds, gains)]
+        probabilities = function(*inputs)
+        results = probabilities, *torch.autograd.grad(probabilities, inputs, upstream)
+        return [(result.double() - other).norm() for result, other in zip(results, exact)]
+
+    inputs = [tensor.double().requires_grad_() for tensor in (scores, thresholds, gains)]
+    probabilities = multimax_formula(*inputs)
+    exact = probabilities.detach(), *torch.autograd.grad(probabilities, inputs, upstream.double())
+    for ours, plain in zip(errors(multimax), errors(multimax_formula)):
+        assert ours <= 2 * plain
+
+
+TRANSFORMS = {
+    "vmap over scores": lambda f, x, b, g: torch.func.vmap(f, (0, None, None))(x, b, g),
+    "vmap over parameters": lambda f, x, b, g: torch.func.vmap(f, (None, 0, 0))(
+        x, torch.stack([b, 2 * b]), torch.stack([g, g])
+    ),
+    "grad": lambda f, x, b, g: torch.func.grad(lambda *inputs: f(*inputs)[..., 0].sum(), (0, 1, 2))(x, b, g),
+    "a gradient for each row": lambda f, x, b, g: torch.func.vmap(
+        torch.func.grad(lambda gains, row: f(row, b, gains)[0]), (None, 0)
+    )(g, x),
+    "jvp": lambda f, x, b, g: torch.func.jvp(f, (x, b, g), (torch.cos(x), torch.ones_like(b), torch.ones_like(g))),
+    "hessian": lambda f, x, b, g: torch.func.hessian(lambda gains: f(x, b, gains)[..., 0].sum())(g),
+    "forward mode": lambda f, x, b, g: torch.autograd.functional.jvp(f, (x, b, g), (x, b, g), strict=True),
+}
+
+
+@pytest.mark.parametrize("with_grad", [True, False])
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("name", TWINS)
+@pytest.mark.parametrize("chosen", ["eager", "compiled"])
+def test_transforms_of_torch_func(chosen, name, transform, with_grad, monkeypatch):
+    monkeypatch.setenv("MULTIMAX_BACKEND", chosen)
+    if not with_grad and transform == "forward mode":
+        pytest.skip("it needs autograd")
+    inputs = torch.randn(4, 5), torch.randn(2, 2), torch.randn(2, 2)
+    with torch.set_grad_enabled(with_grad):
+        actual, expected = (TRANSFORMS[transform](function, *inputs) for function in TWINS[name])
+    torch.testing.assert_close(actual, expected)
+
+
 # ---------------------------------------------------------------- scores of any size, and no numbers
 
 INF, NAN, LOWEST = float("inf"), float("nan"), torch.finfo(torch.float32).min

@@ -16,6 +16,7 @@ from typing import List, Tuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +58,13 @@ def wants_compiled(tensor: Tensor) -> bool:
         and backend() != "eager"
         and not torch.jit.is_tracing()
         and not _is_compiling()  # whoever compiles a whole model has the formula
+        and not is_transformed()
     )
+
+
+def is_transformed() -> bool:
+    """Whether ``torch.func`` or forward-mode differentiation is at work: what it computes of has to be a formula."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def note_compiled(name: str, seconds: float) -> None:

@@ -45,7 +45,8 @@ class Kernel:
 
     Its graph is traced and compiled here, not by ``torch.compile``, which looks at every call anew to see whether its
     kernel still fits: that takes twice the time of the rest of a call, and more than softmax of short rows. What it
-    looks at is settled here: dtypes, devices and order have a kernel each, and a kernel fits every shape.
+    looks at is settled here: dtypes, devices, order and the number of threads have a kernel each, and a kernel fits
+    every shape.
     """
 
     def __init__(self, function: Callable[..., Any]):
@@ -84,7 +85,7 @@ class Kernel:
 
     def _run_compiled(self, arguments: Sequence[Tensor]) -> Any:
         kinds = [(tensor.dtype, tensor.device) for tensor in arguments]
-        variant = (*kinds, len(arguments[-1]), arguments[0].size(1) > WIDE)
+        variant = (*kinds, len(arguments[-1]), arguments[0].size(1) > WIDE, torch.get_num_threads())
         compiled = self._compiled.get(variant)
         if compiled is None:
             compiled = self._compiled[variant] = self._compile(arguments)
@@ -125,6 +126,7 @@ def compile_function(function: Callable[..., Any], examples: Sequence[Tensor]) -
         inputs = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
         known = torch._inductor.list_options()
         options = {name: value for name, value in INDUCTOR_OPTIONS.items() if name in known}
+        options["cpp.threads"] = torch.get_num_threads()  # or the kernel that PyTorch keeps may be one for others
         return torch._inductor.compile(graph, inputs, options=options)
 
 

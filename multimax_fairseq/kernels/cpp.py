@@ -162,20 +162,22 @@ def multimax_rows(scores: Tensor, thresholds: Tensor, gains: Tensor) -> Tensor:
 def multimax_rows_backward(
     scores: Tensor, probabilities: Tensor, grad: Tensor, thresholds: Tensor, gains: Tensor
 ) -> Tuple[Tensor, Tensor]:
-    """:func:`.rows.multimax_rows_backward` likewise; the gradient of the parameters is in fp64."""
+    """:func:`.rows.multimax_rows_backward` likewise."""
     scores, grad, (thresholds, gains) = scores.contiguous(), grad.contiguous(), parameters(thresholds, gains)
-    sizes = _sizes(scores, gains)
-    grad_scores = torch.empty_like(scores)
-    grads_of_parameters = scores.new_zeros(sizes[-1], 2, len(gains), 2, dtype=torch.float64)
+    grad_scores, grads_of_parameters = torch.empty_like(scores), gains.new_empty(2, *gains.shape)
     tensors = scores, probabilities, grad, grad_scores, grads_of_parameters, thresholds, gains
-    ROWS.functions.multimax_rows_backward(*sizes, *map(Tensor.data_ptr, tensors))
-    return grad_scores, grads_of_parameters.sum(0)
+    ROWS.functions.multimax_rows_backward(*_sizes(scores, gains), *map(Tensor.data_ptr, tensors))
+    return grad_scores, grads_of_parameters
 
 
 def parameters(thresholds: Tensor, gains: Tensor) -> Tuple[Tensor, Tensor]:
     """As the C++ reads them: fp32, (N, 2), without gaps, on the CPU."""
-    thresholds, gains = (tensor.detach().to("cpu", torch.float32).contiguous() for tensor in (thresholds, gains))
-    return thresholds, gains
+    return tuple(
+        tensor
+        if tensor.dtype == torch.float32 and tensor.device.type == "cpu" and tensor.is_contiguous()
+        else tensor.detach().to("cpu", torch.float32).contiguous()
+        for tensor in (thresholds, gains)
+    )
 
 
 def _sizes(scores: Tensor, gains: Tensor) -> Tuple[int, int, int, int]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from . import cpp
+from .backend import is_transformed
 from .rows import modulate_rows, modulate_rows_backward, multimax_rows, multimax_rows_backward
 
 
@@ -48,7 +49,12 @@ class FusedMultiMax(Function):
 def fused_multimax(
     scores: Tensor, thresholds: Tensor, gains: Tensor, formula: Callable[..., Tensor], normalise: bool
 ) -> Tensor:
-    """:class:`FusedMultiMax`; where no gradient is wanted, as in decoding, without the detour by autograd."""
+    """:class:`FusedMultiMax`; where no gradient is wanted, as in decoding, without the detour by autograd.
+
+    Under ``torch.func`` (``vmap``, ``grad``, ``jvp`` and so on) it is ``formula`` itself.
+    """
+    if is_transformed():
+        return formula(scores, thresholds, gains)
     if torch.is_grad_enabled():
         return FusedMultiMax.apply(scores, thresholds, gains, formula, normalise)
     return _forward(scores, thresholds, gains, normalise)

@@ -104,9 +104,19 @@ inline void each(int64_t count, Body body) {
 }
 
 inline float dot(const float* a, const float* b, int64_t count) {
-  Vec products = {};
-  each(count, [&](int64_t j, int lanes) { products += load(a + j, lanes, 0) * load(b + j, lanes, 0); });
-  return sum(products);
+  constexpr int PARTS = 4;  // a sum has to wait for the one before it
+  Vec products[PARTS] = {};
+  int64_t start = 0;
+  for (; start + PARTS * LANES <= count; start += PARTS * LANES) {
+    for (int k = 0; k < PARTS; ++k) {
+      const int64_t j = start + k * LANES;
+      products[k] += load(a + j, LANES, 0) * load(b + j, LANES, 0);
+    }
+  }
+  each(count - start, [&](int64_t j, int lanes) {
+    products[0] += load(a + start + j, lanes, 0) * load(b + start + j, lanes, 0);
+  });
+  return sum((products[0] + products[1]) + (products[2] + products[3]));
 }
 
 // Calls body(first, last, thread) for a part of `count` things in each thread.

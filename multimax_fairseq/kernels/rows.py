@@ -35,9 +35,14 @@ def multimax_rows(scores: Tensor, thresholds: Tensor, gains: Tensor) -> Tensor:
 def multimax_rows_backward(
     scores: Tensor, probabilities: Tensor, grad: Tensor, thresholds: Tensor, gains: Tensor
 ) -> Tuple[Tensor, Tensor]:
-    """∂L/∂x, and ∂L/∂(thresholds, gains), from ∂L/∂p."""
-    dtype = compute_dtype(scores.dtype)
-    probabilities, grad = probabilities.to(dtype), grad.to(dtype)
+    """∂L/∂x, and ∂L/∂(thresholds, gains), from ∂L/∂p.
+
+    In half precision probabilities are computed again: rounded, they would not cancel in the sums of gradients.
+    """
+    grad = grad.to(compute_dtype(scores.dtype))
+    if grad.dtype != scores.dtype:
+        exponentials, _, total = _exponentials(scores, thresholds, gains)
+        probabilities = exponentials * _reciprocal(total)
     upstream = probabilities * (grad - (grad * probabilities).sum(-1, keepdim=True))
     return sigma_backward(scores, upstream, thresholds, gains)
 
@@ -115,5 +120,6 @@ def sigma_backward(
 
 
 def _sum(terms: Tensor) -> Tensor:
-    # row by row first: short sums lose less, and the compiler makes them on the way
-    return terms.sum(-1).sum()
+    # Row by row, which the compiler does on the way, and then in double precision: of sums of more than 4,096 numbers
+    # in single Inductor would make another kernel.
+    return terms.sum(-1).double().sum()

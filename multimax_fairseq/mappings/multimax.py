@@ -85,7 +85,7 @@ def modulate_formula(scores: Tensor, thresholds: Tensor, gains: Tensor) -> Tenso
     modulated, thresholds, gains = x, thresholds.to(x.dtype), gains.to(x.dtype)
     for n in reversed(range(len(gains))):  # of huge scores the square decides: added last, it could meet a −inf
         (b, d), (gain_b, gain_d) = thresholds[n], gains[n]
-        below, above = (b - x).clamp(min=0), (x - d).clamp(min=0)
+        below, above = (b - x).relu(), (x - d).relu()
         terms = gain_b * below, gain_d * above
         if n == 1:  # the gain first: 0 · inf, the square of a huge score, would be NaN
             terms = terms[0] * below, terms[1] * above

@@ -7,11 +7,12 @@ from .. import compat
 compat.apply()  # before fairseq is asked for anything
 
 from .. import criterions  # noqa: E402, F401
-from . import modulator_training, sparse_decoding  # noqa: E402
+from . import backend_option, modulator_training, sparse_decoding  # noqa: E402
 from .multimax_transformer import MultimaxTransformerModel  # noqa: E402
 from .multimax_transformer_lm import MultimaxTransformerLanguageModel  # noqa: E402
 from .options import MappingChoice, MappingOptions  # noqa: E402
 
+backend_option.install()
 modulator_training.install()
 sparse_decoding.install()
 

@@ -75,8 +75,10 @@ class MappingOptions(FairseqDataclass):
     multimax_backend: str = field(
         default="auto",
         metadata={
-            "help": "how MultiMax is computed: auto (compiled, where that is possible), compiled, or eager (plain "
-            "PyTorch); the environment variable MULTIMAX_BACKEND overrides it"
+            "help": "how MultiMax is computed in this run: auto (compiled, where that is possible), compiled, or "
+            "eager (plain PyTorch). No checkpoint restores it; fairseq-generate and fairseq-eval-lm take it as "
+            "--model-overrides \"{'multimax_backend': 'eager'}\". The environment variable MULTIMAX_BACKEND "
+            "overrides it"
         },
     )
     modulator_lr_scale: float = field(
@@ -172,7 +174,7 @@ class MappingChoice:
 
     @classmethod
     def from_options(cls, args: Any, available_sites: Sequence[str] = SITES) -> "MappingChoice":
-        """Check what the user chose; the backend, which is the process's and not the model's, is set here.
+        """Check what the user chose; a backend, which is the process's and not the model's, is set here.
 
         Args:
             args: has the attributes of :class:`MappingOptions` (one that is missing has its default) among those
@@ -203,7 +205,8 @@ class MappingChoice:
         if (options.attention_mapping, options.attention_scale) != ("softmax", "none"):
             _check_attention(args, sites, available_sites)
         _check_output(args, options.output_mapping)
-        set_backend(options.multimax_backend)
+        if options.multimax_backend != "auto":  # auto, as of every checkpoint, leaves what this run has chosen
+            set_backend(options.multimax_backend)
         return cls(
             attention=(options.attention_mapping, arguments.get(options.attention_mapping, {})),
             sites=tuple(site for site in sites if site in available_sites),
