@@ -1,8 +1,8 @@
 """Sparsemax, 1.5-entmax, α-entmax and EvSoftMax without sorting: functions of rows for a compiler to fuse.
 
 With c = α − 1 and d = x − max x, the first three are p = max(t + c·d, 0)^(1/c) for the t in (0, 1] that makes
-Σ p = 1. It is the root of N(t) − 1 with the norm N(t) = (Σ max(t + c·d, 0)^(1/c))^c, which is convex and nearly straight, so
-that Newton's method from t = 1 comes down to it in a few steps and never below::
+Σ p = 1. It is the root of N(t) − 1 with the norm N(t) = (Σ max(t + c·d, 0)^(1/c))^c, which is convex and nearly
+straight, so that Newton's method from t = 1 comes down to it in a few steps and never below::
 
     q = max(1 + (c / t)·d, 0)^(1/c)        p = q / Σ q        t ← t − (t − (Σ q)^−c) · Σ q / Σ q^(1−c)
 
