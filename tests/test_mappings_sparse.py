@@ -189,7 +189,7 @@ def test_alpha_out_of_range_is_refused(alpha):
             make(alpha)
 
 
-@pytest.mark.parametrize("alpha", ["x", "", None, "2.5"])
+@pytest.mark.parametrize("alpha", ["x", "", None, "2.5", "1_5e-1"])
 def test_alpha_that_is_no_number_is_refused(alpha):
     with pytest.raises(ValueError, match=r"\(1, 2\] or 'learned'") as error:
         Entmax(alpha=alpha)

@@ -40,8 +40,8 @@ _failure = ""  # why compiling is not tried again
 class Kernel:
     """A function of rows of scores, (rows, width), that is compiled when it is first called.
 
-    Its first argument has that shape; others have it too, or (rows, 1), or always the same, and the last two are
-    thresholds and gains. What it writes to is contiguous.
+    Its first argument has that shape; others have it too, or (rows, 1), or always the same, and the last
+    ``parameters`` of them are of no rows: thresholds and gains. What it writes to is contiguous.
 
     Its graph is traced and compiled here, not by ``torch.compile``, which looks at every call anew to see whether its
     kernel still fits: that takes twice the time of the rest of a call, and more than softmax of short rows. What it
@@ -49,9 +49,10 @@ class Kernel:
     every shape.
     """
 
-    def __init__(self, function: Callable[..., Any]):
+    def __init__(self, function: Callable[..., Any], parameters: int = 2):
         functools.update_wrapper(self, function)
         self.eager = function
+        self.parameters = parameters
         self._compiled: Dict[Tuple, Callable[..., Any]] = {}
 
     def compiles(self, scores: Tensor) -> bool:
@@ -85,7 +86,8 @@ class Kernel:
 
     def _run_compiled(self, arguments: Sequence[Tensor]) -> Any:
         kinds = [(tensor.dtype, tensor.device) for tensor in arguments]
-        variant = (*kinds, len(arguments[-1]), arguments[0].size(1) > WIDE, torch.get_num_threads())
+        shapes = tuple(tensor.shape for tensor in arguments[len(arguments) - self.parameters :])
+        variant = (*kinds, *shapes, arguments[0].size(1) > WIDE, torch.get_num_threads())
         compiled = self._compiled.get(variant)
         if compiled is None:
             compiled = self._compiled[variant] = self._compile(arguments)
@@ -96,7 +98,7 @@ class Kernel:
         logger.info("compiling %s; PyTorch keeps it for the next run", self.__name__)
         start = time.perf_counter()
         try:
-            compiled = compile_function(self.eager, _examples(arguments))
+            compiled = compile_function(self.eager, _examples(arguments, self.parameters))
         except Exception as error:
             if backend() == "compiled":
                 raise
@@ -115,6 +117,11 @@ def kernel(function: Callable[..., Any]) -> Kernel:
     return Kernel(function)
 
 
+def row_kernel(function: Callable[..., Any]) -> Kernel:
+    """Decorator: a :class:`Kernel` of rows alone, without thresholds and gains."""
+    return Kernel(function, parameters=0)
+
+
 def compile_function(function: Callable[..., Any], examples: Sequence[Tensor]) -> Callable[..., Any]:
     """``function`` by Inductor, for contiguous tensors like the ``examples``, of any number of rows and any width."""
     import torch._inductor  # here: it takes a second, and may not be needed
@@ -130,12 +137,12 @@ def compile_function(function: Callable[..., Any], examples: Sequence[Tensor]) -
         return torch._inductor.compile(graph, inputs, options=options)
 
 
-def _examples(arguments: Sequence[Tensor]) -> List[Tensor]:
+def _examples(arguments: Sequence[Tensor], parameters: int) -> List[Tensor]:
     """Tensors in the place of arguments, of the shapes to compile for."""
     shape = arguments[0].shape
     example_width = EXAMPLE_WIDTH if shape[1] <= WIDE else WIDE_EXAMPLE
     examples = {shape: (EXAMPLE_ROWS, example_width), (shape[0], 1): (EXAMPLE_ROWS, 1)}
-    *rows, thresholds, gains = arguments
-    return [tensor.new_zeros(examples.get(tensor.shape, tensor.shape)) for tensor in rows] + [
-        torch.zeros_like(thresholds), torch.zeros_like(gains)
+    count = len(arguments) - parameters
+    return [tensor.new_zeros(examples.get(tensor.shape, tensor.shape)) for tensor in arguments[:count]] + [
+        torch.zeros_like(tensor) for tensor in arguments[count:]
     ]

@@ -5,10 +5,12 @@ Distributions in Deep Generative Models*, NeurIPS 2021.
 """
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from ..kernels.sparse import fused_sparse
 from .masking import compute_dtype, is_absent, masked_softmax
 
 TRAINING_EPSILON = 1e-6
@@ -30,17 +32,23 @@ def evsoftmax(scores: Tensor, dim: int = -1, training: bool = False) -> Tensor:
         probabilities, shape and dtype of ``scores``. Error against float64: below 3e-7 in fp32 (a score within
         rounding of the mean may fall on the other side of it).
     """
-    if scores.numel() == 0:
-        return scores.clone()
+    if dim not in (-1, scores.dim() - 1):
+        return evsoftmax(scores.movedim(dim, -1), training=training).movedim(-1, dim)
+    epsilon = torch.tensor(TRAINING_EPSILON if training else 0.0)
+    return fused_sparse("evsoftmax", scores, partial(evsoftmax_formula, training=training), epsilon)
+
+
+def evsoftmax_formula(scores: Tensor, training: bool) -> Tensor:
+    """:func:`evsoftmax` over the last dimension, in plain torch."""
     x = scores.to(compute_dtype(scores.dtype))
     absent = is_absent(x)
-    count = (~absent).sum(dim, keepdim=True)
-    mean = x.detach().masked_fill(absent, 0.0).sum(dim, keepdim=True) / count  # 0 / 0 in a row without scores
-    kept = (x >= mean) | (x == x.amax(dim, keepdim=True))
+    count = (~absent).sum(-1, keepdim=True)
+    mean = x.detach().masked_fill(absent, 0.0).sum(-1, keepdim=True) / count  # 0 / 0 in a row without scores
+    kept = (x >= mean) | (x == x.amax(-1, keepdim=True))
     if training:
         log_weight = torch.zeros_like(x).masked_fill(~kept, math.log(TRAINING_EPSILON))
-        return masked_softmax(x + log_weight, absent, dim).to(scores.dtype)
-    return masked_softmax(x, absent | ~kept, dim).to(scores.dtype)
+        return masked_softmax(x + log_weight, absent, -1).to(scores.dtype)
+    return masked_softmax(x, absent | ~kept, -1).to(scores.dtype)
 
 
 class EvSoftmax(nn.Module):

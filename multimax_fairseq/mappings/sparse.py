@@ -1,20 +1,26 @@
-"""Sparsemax, 1.5-entmax and α-entmax: the exact implementations of the ``entmax`` package, safe on empty rows.
+"""Sparsemax, 1.5-entmax and α-entmax, exact, and safe on empty rows.
+
+Fast where something compiled can be had (:mod:`..kernels.sparse`); elsewhere, and to compare with, they are those of
+the ``entmax`` package.
 
 Sources: sparsemax, Martins & Astudillo 2016; entmax, Peters, Niculae & Martins 2019; one learned α a head,
 Correia, Niculae & Martins 2019.
 """
 
+from functools import partial
 from typing import Callable, Optional, Union
 
 import entmax as entmax_package
 import torch
 from torch import Tensor, nn
 
+from ..kernels.sparse import fused_sparse
 from .masking import compute_dtype, is_absent
 
-# entmax computes x^(1 / (α − 1)) and divides by (α − 1)² in the gradient of α: at α = 1 + 1e-2, as near to
-# softmax as a learned α comes, both are still well inside fp32.
 LEARNED_ALPHA_MIN = 1.01
+
+# Nearer to 1 than this, the package's bisection loses too many digits of x^(1 / (α − 1)) in fp32: it goes in fp64.
+SINGLE_PRECISION_ALPHA = 1.01
 
 # Halvings of an interval that is shorter than 1: of the package's 50 the last 20 change nothing in fp32, to the bit.
 ITERATIONS = {torch.float32: 30, torch.float64: 50}
@@ -24,30 +30,30 @@ def sparsemax(scores: Tensor, dim: int = -1) -> Tensor:
     """The Euclidean projection of the scores on the simplex: argmin_p ‖p − x‖².
 
     Args:
-        scores: any shape, fp16, bf16, fp32 or fp64; −inf marks an absent score.
+        scores: any shape, fp16, bf16, fp32 or fp64; −inf marks an absent score. NaN or +inf makes its row NaN.
         dim: the dimension that holds the distribution.
 
     Returns:
         probabilities, shape and dtype of ``scores``; zeros in a row without scores. Error against float64:
         below 1e-6 in fp32 for scores within ±20.
     """
-    return _project(scores, dim, entmax_package.sparsemax)
+    return _over_last(scores, dim, lambda x: fused_sparse("sparsemax", x, sparsemax_formula))
 
 
 def entmax15(scores: Tensor, dim: int = -1) -> Tensor:
-    """1.5-entmax: p_i = max(x_i / 2 − τ, 0)², with the τ that makes Σ p = 1, found exactly by sorting.
+    """1.5-entmax: p_i = max(x_i / 2 − τ, 0)², with the τ that makes Σ p = 1.
 
     Args, Returns: as :func:`sparsemax`.
     """
-    return _project(scores, dim, entmax_package.entmax15)
+    return _over_last(scores, dim, lambda x: fused_sparse("entmax15", x, entmax15_formula))
 
 
 def entmax(scores: Tensor, alpha: Union[float, Tensor] = 1.5, dim: int = -1) -> Tensor:
-    """α-entmax: p_i = max((α − 1) x_i − τ, 0)^(1 / (α − 1)), with the τ that makes Σ p = 1, found by bisection.
+    """α-entmax: p_i = max((α − 1) x_i − τ, 0)^(1 / (α − 1)), with the τ that makes Σ p = 1.
 
     Args:
-        scores: any shape, fp16, bf16, fp32 or fp64; −inf marks an absent score.
-        alpha: 1 < α ≤ 2; 2 is sparsemax, towards 1 it approaches softmax. A tensor broadcasts over the scores,
+        scores: any shape, fp16, bf16, fp32 or fp64; −inf marks an absent score. NaN or +inf makes its row NaN.
+        alpha: 1 < α ≤ 2; 2 is sparsemax, towards 1 it becomes softmax. A tensor broadcasts over the scores,
             with size 1 in ``dim``, and gets a gradient.
         dim: the dimension that holds the distribution.
 
@@ -64,22 +70,52 @@ def entmax(scores: Tensor, alpha: Union[float, Tensor] = 1.5, dim: int = -1) -> 
         alpha = alpha.to(compute_dtype(scores.dtype))
         if alpha.dim():
             alpha = alpha.expand([1] * (scores.dim() - alpha.dim()) + list(alpha.shape)).movedim(dim, -1)
-    return _project(scores, dim, lambda x: entmax_package.entmax_bisect(x, alpha, n_iter=ITERATIONS[x.dtype]))
+        c = alpha - 1
+    else:
+        c = torch.tensor(alpha - 1, dtype=torch.float64)
+    formula = partial(entmax_formula, alpha=alpha)
+    return _over_last(scores, dim, lambda x: fused_sparse("entmax", x, formula, c))
 
 
-def _project(scores: Tensor, dim: int, projection: Callable[[Tensor], Tensor]) -> Tensor:
+def sparsemax_formula(scores: Tensor) -> Tensor:
+    """:func:`sparsemax` over the last dimension, by sorting."""
+    return _project(scores, entmax_package.sparsemax)
+
+
+def entmax15_formula(scores: Tensor) -> Tensor:
+    """:func:`entmax15` over the last dimension, by sorting."""
+    return _project(scores, entmax_package.entmax15)
+
+
+def entmax_formula(scores: Tensor, alpha: Union[float, Tensor]) -> Tensor:
+    """:func:`entmax` over the last dimension, by bisection."""
+
+    def bisect(x: Tensor) -> Tensor:
+        if not isinstance(alpha, Tensor) and alpha < SINGLE_PRECISION_ALPHA:
+            return entmax_package.entmax_bisect(x.double(), alpha).to(x.dtype)
+        return entmax_package.entmax_bisect(x, alpha, n_iter=ITERATIONS[x.dtype])
+
+    return _project(scores, bisect)
+
+
+def _over_last(scores: Tensor, dim: int, mapping: Callable[[Tensor], Tensor]) -> Tensor:
+    if dim in (-1, scores.dim() - 1):
+        return mapping(scores)
+    return mapping(scores.movedim(dim, -1)).movedim(-1, dim)
+
+
+def _project(scores: Tensor, projection: Callable[[Tensor], Tensor]) -> Tensor:
     """Apply ``projection``, which maps over the last dimension, to the scores that are there."""
-    x = scores.to(compute_dtype(scores.dtype)).movedim(dim, -1)
-    absent = is_absent(x)
-    if x.numel() == 0:
+    if scores.numel() == 0:
         return scores.clone()
+    x = scores.to(compute_dtype(scores.dtype))
+    absent = is_absent(x)
     # The package takes single −inf scores for what they are, but a row of them for 0 / 0: give such a row
     # scores, and take away what it makes of them.
     x = x.masked_fill(absent.all(-1, keepdim=True), 0.0)
     # No projection depends on where 0 is; the bisection loses digits where scores are large.
     x = x - x.detach().amax(-1, keepdim=True)
-    probabilities = projection(x).masked_fill(absent, 0.0)
-    return probabilities.movedim(-1, dim).to(scores.dtype)
+    return projection(x).masked_fill(absent, 0.0).to(scores.dtype)
 
 
 class Sparsemax(nn.Module):
@@ -120,8 +156,8 @@ class Entmax(nn.Module):
 
     @staticmethod
     def _checked(alpha: Union[float, str]) -> float:
-        try:
-            number = float("nan" if "_" in str(alpha) else alpha)  # Python reads "1_5e-1" as 15e-1
+        try:  # float() takes "1_5" for 15
+            number = float("nan") if "_" in str(alpha) else float(alpha)
         except (TypeError, ValueError):
             number = float("nan")
         if not 1 < number <= 2:

@@ -1,0 +1,465 @@
+// Sparsemax, 1.5-entmax, alpha-entmax and EvSoftMax over rows of fp32 scores, and their gradients.
+//
+// With c = alpha - 1 and d = x - max x the first three are p = max(t + c d, 0)^(1/c), for the t in (0, 1] that makes
+// sum p = 1. It is the root of N(t) - 1 with the norm N(t) = (sum max(t + c d, 0)^(1/c))^c, convex and nearly straight,
+// so that Newton's method from t = 1 comes down to it in few steps and never below: what is 0 at one step stays so,
+// and is left out of the next. A step makes (N - 1) N' at most a quarter of what it was.
+//
+// All is computed from q = max(1 + (c / t) d, 0)^(1/c), which is 1 for the largest score, and p = q / sum q. The
+// logarithm of 1 + (c / t) d keeps its digits where c is small, so this holds down to softmax, c = 0.
+
+#include "multimax.hpp"
+
+#include <vector>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace multimax {
+
+constexpr float SMALLEST = std::numeric_limits<float>::min();
+constexpr float NOT_A_NUMBER = std::numeric_limits<float>::quiet_NaN();
+constexpr int MOST_STEPS = 50;  // twice what a row of 2^20 scores can need
+constexpr int64_t FEW_SCORES = 64;  // in rows as short as this, a step takes less time for as many rows as lanes
+
+inline Vec sqrt(Vec v) {
+  for (int lane = 0; lane < LANES; ++lane) v[lane] = __builtin_sqrtf(v[lane]);
+  return v;
+}
+
+// log2(1 + x) of a number above -1, to 3 units in the last place; `whole` is 1 + x.
+//
+// 1 + x = 2^n (1 + f), 1 + f in [sqrt(1/2), sqrt(2)), with the polynomial of Moshier's Cephes library (logf) times
+// log2(e). Where n is 0, f is x itself, which has more digits.
+inline Vec log2_1p(Vec x, Vec whole) {
+  IntVec bits;
+  std::memcpy(&bits, &whole, sizeof bits);
+  const IntVec n = (bits - 0x3f3504f3) >> 23;  // the bits of sqrt(1/2)
+  bits -= n << 23;
+  Vec f;
+  std::memcpy(&f, &bits, sizeof f);
+  f = n == 0 ? x : f - 1.f;
+  Vec y = f * 1.0153231271e-01f - 1.6612071192e-01f;
+  y = y * f + 1.6846348175e-01f;
+  y = y * f - 1.7918475606e-01f;
+  y = y * f + 2.0557427321e-01f;
+  y = y * f - 2.4046924135e-01f;
+  y = y * f + 2.8854932006e-01f;
+  y = y * f - 3.6067367356e-01f;
+  y = y * f + 4.8089831581e-01f;
+  y = y * f - 7.2134752044e-01f;
+  y = y * f + 1.4426950409e+00f;
+  return y * f + __builtin_convertvector(n, Vec);
+}
+
+// log2(x) of a number that is not smaller than SMALLEST.
+inline Vec log2(Vec x) { return log2_1p(x - 1.f, x); }
+
+// 2^x for x <= 0, to 2 units in the last place; 0 below -126.5. The polynomial is that of Cephes (exp2f).
+inline Vec exp2(Vec x) {
+  x = max(x, all(-127.f));
+  const IntVec n = __builtin_convertvector(x - 0.5f, IntVec);  // towards 0
+  const Vec r = x - __builtin_convertvector(n, Vec);
+  Vec y = r * 1.535336188e-4f + 1.339887440e-3f;
+  y = y * r + 9.618437357e-3f;
+  y = y * r + 5.550332471e-2f;
+  y = y * r + 2.402264791e-1f;
+  y = y * r + 6.931472028e-1f;
+  y = y * r + 1.f;
+  const IntVec bits = (n + 127) << 23;  // of 2^n; of 0 for n = -127
+  Vec power;
+  std::memcpy(&power, &bits, sizeof power);
+  return y * power;
+}
+
+// A bit for each lane that is not `limit` or less.
+inline uint32_t lanes_above(Vec v, Vec limit) {
+#if defined(__AVX512F__)
+  return _mm512_cmp_ps_mask((__m512)v, (__m512)limit, _CMP_NLE_UQ);
+#elif defined(__AVX2__)
+  return _mm256_movemask_ps(_mm256_cmp_ps((__m256)v, (__m256)limit, _CMP_NLE_UQ));
+#else
+  uint32_t bits = 0;
+  for (int lane = 0; lane < LANES; ++lane) bits |= uint32_t(!(v[lane] <= limit[lane])) << lane;
+  return bits;
+#endif
+}
+
+// Writes the lanes of `bits` side by side, and may write LANES numbers.
+inline void compress(float* to, Vec v, uint32_t bits) {
+#if defined(__AVX512F__)
+  _mm512_storeu_ps(to, _mm512_maskz_compress_ps(bits, (__m512)v));
+#else
+  for (; bits; bits &= bits - 1) *to++ = v[__builtin_ctz(bits)];
+#endif
+}
+
+// The other way round: numbers that lie side by side into the lanes of `bits`, 0 into the others.
+inline Vec expand(const float* from, uint32_t bits) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_maskz_expand_ps(bits, _mm512_loadu_ps(from));
+#else
+  Vec v = {};
+  for (; bits; bits &= bits - 1) v[__builtin_ctz(bits)] = *from++;
+  return v;
+#endif
+}
+
+// The mappings, by c: of one row, or of as many as lanes. power(base) is q = base^(1/c) and its slope, base^(1/c-1);
+// shrink(sum) is sum^-c; bend is (1 - c) / 2c, or 0 where base^(1/c-2), which it goes with, may be infinite; near is
+// how near to its root t has to come, in parts of c t. slope_of(p) is p^(1-c), and 0 of 0.
+
+struct Sparsemax {
+  static constexpr bool COSTLY = false, SPARSE = true;
+  const Vec c = all(1.f), bend = {}, near = all(1e-6f);
+  explicit Sparsemax(Vec) {}
+  static Vec power(Vec base, Vec, Vec, Vec& slope) { return slope = all(1.f), base; }
+  static Vec shrink(Vec sum) { return 1.f / sum; }
+  static Vec slope_of(Vec p) { return p > 0.f ? all(1.f) : p; }
+};
+
+struct Entmax15 {
+  static constexpr bool COSTLY = false, SPARSE = true;
+  const Vec c = all(0.5f), bend = all(0.5f), near = all(1e-6f);
+  explicit Entmax15(Vec) {}
+  static Vec power(Vec base, Vec, Vec, Vec& slope) { return slope = base, base * base; }
+  static Vec shrink(Vec sum) { return 1.f / sqrt(sum); }
+  static Vec slope_of(Vec p) { return sqrt(p); }
+};
+
+struct Entmax {
+  static constexpr bool COSTLY = true, SPARSE = true;
+  const Vec c, reciprocal, bend, near;
+  explicit Entmax(Vec c)
+      : c(c), reciprocal(1.f / c), bend(c > 0.5f ? Vec{} : 0.5f * (1.f - c) / c),
+        near(c > 0.5f ? all(1e-6f) : all(5e-4f)) {}
+  Vec power(Vec base, Vec base_less_1, Vec inverse, Vec& slope) const {
+    const Vec q = exp2(log2_1p(base_less_1, base) * reciprocal);
+    slope = q * inverse;
+    return q;
+  }
+  Vec shrink(Vec sum) const { return exp2(-c * log2(sum)); }
+  Vec slope_of(Vec p) const { return p >= SMALLEST ? exp2((1.f - c) * log2(p)) : p * 0.f; }
+};
+
+// exp(d), times epsilon where a score is below the mean; the gradient is softmax's.
+struct EvSoftmax {
+  static constexpr bool SPARSE = false;
+  explicit EvSoftmax(Vec) {}
+  static Vec slope_of(Vec p) { return p; }
+};
+
+// The search for t.
+template <class Mapping>
+struct Root {
+  const Mapping mapping;
+  Vec t = all(1.f), bound = all(1.f);  // t is not above `bound`
+  Vec ratio = mapping.c, change = {};  // c / t, and how much that was in the last step
+  Vec sum, slopes, curves;
+
+  explicit Root(Vec c) : mapping(c) { clear(); }
+
+  void clear() { sum = slopes = curves = Vec{}; }
+
+  // q of a score less the maximum of its row; adds to the sums.
+  Vec add(Vec d, Vec& inverse) {
+    const Vec base_less_1 = ratio * d, base = 1.f + base_less_1;
+    inverse = 1.f / base;
+    Vec slope, q = mapping.power(base, base_less_1, inverse, slope);
+    q = base > 0.f ? q : Vec{};
+    slope = base > 0.f ? slope : Vec{};
+    sum += q, slopes += slope, curves += slope * inverse;
+    return q;
+  }
+
+  // With all scores added: in which lanes t is not yet near enough to the root. Moves it there.
+  //
+  // Newton's step bounds t, since N is convex; Halley's, by the second derivative too, comes nearer.
+  IntVec step() {
+    sum = max(sum, all(1.f));  // less only where no score is there
+    const Vec goal = mapping.shrink(sum), error = t - goal, newton = error * sum / slopes;
+    const Vec tolerance = max(mapping.near * mapping.c, all(1.2e-7f)) * goal;
+    const Vec tight = max(1e-6f * mapping.c, all(1.2e-7f)) * goal;  // from below, scores are still to come in
+    const Vec curve = mapping.bend * newton * (curves / slopes - slopes / sum) / t;
+    bound = t - newton < bound ? t - newton : bound;
+    t -= newton / max(1.f - curve, all(0.5f));
+    t = t < bound ? t : bound;
+    change = mapping.c / t - ratio;
+    ratio += change;
+    return (error > tolerance) | (error < -tight);
+  }
+
+  // Of a power that takes long, q after the last step from q before it: two terms of its series. Adds to the sum.
+  Vec settle(Vec q, Vec d, Vec inverse) {
+    if (Mapping::COSTLY) {
+      const Vec y = change / mapping.c * d * inverse;
+      q = 1.f + ratio * d > 0.f ? q + q * y * (1.f + (0.5f - 0.5f * mapping.c) * y) : Vec{};
+    }
+    sum += q;
+    return q;
+  }
+};
+
+// A row of scores, less the largest, and those of them that are above a limit.
+struct Row {
+  const float* scores;
+  int64_t width;
+  float largest;
+  bool is_wrong;  // a score is NaN or +inf
+
+  Row() = default;
+  Row(const float* scores, int64_t width) : scores(scores), width(width) {
+    Vec peaks = all(LOWEST);
+    uint32_t wrong = 0;
+    each(width, [&](int64_t j, int lanes) {
+      const Vec x = load(scores + j, lanes, -INFINITE);
+      wrong |= lanes_above(x, all(-LOWEST));
+      peaks = max(x, peaks);
+    });
+    largest = max(peaks);
+    is_wrong = wrong;
+  }
+
+  template <class Body>
+  void each_above(float limit, Body body) const {
+    each(width, [&](int64_t j, int lanes) {
+      const Vec d = load(scores + j, lanes, -INFINITE) - largest;
+      body(j, lanes, d, lanes_above(d, all(limit)));
+    });
+  }
+
+  int64_t compress_above(float limit, float* left) const {
+    int64_t count = 0;
+    each_above(limit, [&](int64_t, int, Vec d, uint32_t above) {
+      compress(left + count, d, above);
+      count += __builtin_popcount(above);
+    });
+    return count;
+  }
+
+  // The other way round: `left` with the probabilities, times `factor`.
+  void expand_above(float limit, const float* left, float factor, float* probabilities) const {
+    if (is_wrong) factor = NOT_A_NUMBER;
+    each_above(limit, [&](int64_t j, int lanes, Vec, uint32_t above) {
+      store(probabilities + j, lanes, factor * expand(left, above));
+      left += __builtin_popcount(above);
+    });
+  }
+};
+
+// `room`: 3 (width + LANES) numbers.
+template <class Mapping>
+void project_row(const float* scores, float* probabilities, int64_t width, float c, float* room) {
+  float *left = room, *q = left + width + LANES, *inverse = q + width + LANES;
+  const Row row(scores, width);
+  Root<Mapping> root(all(c));
+  float limit = -1 / root.mapping.c[0];
+  int64_t count = row.compress_above(limit, left);
+  for (int steps = 0;; ++steps) {
+    store(left + count, LANES, all(-INFINITE));
+    root.clear();
+    for (int64_t j = 0; j < count; j += LANES) {
+      Vec inverses;
+      store(q + j, LANES, root.add(load(left + j, LANES, 0), inverses));
+      if (Mapping::COSTLY) store(inverse + j, LANES, inverses);
+    }
+    root.sum = all(sum(root.sum)), root.slopes = all(sum(root.slopes)), root.curves = all(sum(root.curves));
+    if (!root.step()[0] || steps == MOST_STEPS) break;
+    limit = -root.bound[0] / root.mapping.c[0];
+    const int64_t before = count;
+    count = 0;
+    for (int64_t j = 0; j < before; j += LANES) {
+      const Vec d = load(left + j, LANES, 0);
+      const uint32_t above = lanes_above(d, all(limit));
+      compress(left + count, d, above);
+      count += __builtin_popcount(above);
+    }
+  }
+  root.sum = Vec{};
+  for (int64_t j = 0; j < count; j += LANES) {
+    store(q + j, LANES, root.settle(load(q + j, LANES, 0), load(left + j, LANES, 0), load(inverse + j, LANES, 0)));
+  }
+  row.expand_above(limit, q, 1 / sum(root.sum), probabilities);
+}
+
+// As many rows as lanes, or fewer: `count`.
+template <class Mapping>
+void project_rows_abreast(const float* scores, float* probabilities, int64_t width, Vec c, int height) {
+  Vec d[FEW_SCORES], q[FEW_SCORES], inverse[FEW_SCORES];
+  Root<Mapping> root(c);
+  float left[FEW_SCORES + LANES];
+  Row rows[LANES];
+  int64_t counts[LANES], most = 0;
+  for (int64_t j = 0; j < width; ++j) d[j] = all(-INFINITE);
+  for (int i = 0; i < height; ++i) {
+    rows[i] = Row(scores + i * width, width);
+    counts[i] = rows[i].compress_above(-1 / root.mapping.c[i], left);
+    for (int64_t j = 0; j < counts[i]; ++j) d[j][i] = left[j];
+    most = most < counts[i] ? counts[i] : most;
+  }
+  for (int steps = 0;; ++steps) {
+    root.clear();
+    for (int64_t j = 0; j < most; ++j) q[j] = root.add(d[j], inverse[j]);
+    if (!lanes_above(__builtin_convertvector(-root.step(), Vec), Vec{}) || steps == MOST_STEPS) break;
+  }
+  root.sum = Vec{};
+  for (int64_t j = 0; j < most; ++j) q[j] = root.settle(q[j], d[j], inverse[j]);
+  for (int i = 0; i < height; ++i) {
+    for (int64_t j = 0; j < counts[i]; ++j) left[j] = q[j][i];
+    rows[i].expand_above(-1 / root.mapping.c[i], left, 1 / root.sum[i], probabilities + i * width);
+  }
+}
+
+void evsoftmax_row(const float* scores, float* probabilities, int64_t width, float epsilon) {
+  Vec peaks = all(LOWEST), sums = {}, counts = {}, totals = {};
+  each(width, [&](int64_t j, int lanes) {
+    const Vec x = load(scores + j, lanes, -INFINITE);
+    peaks = max(x, peaks);
+    sums += x > -INFINITE ? x : Vec{};
+    counts += x > -INFINITE ? all(1.f) : Vec{};
+  });
+  // the largest is kept even if rounding puts the mean above it
+  const float largest = max(peaks), mean = sum(sums) / sum(counts), from = mean > largest ? largest : mean;
+  each(width, [&](int64_t j, int lanes) {
+    const Vec x = load(scores + j, lanes, -INFINITE);
+    const Vec weighted = exp(x - largest) * (x < from ? all(epsilon) : all(1.f));
+    totals += weighted;
+    store(probabilities + j, lanes, weighted);
+  });
+  const float total = sum(totals), factor = total == 0 ? 0 : 1 / total;
+  each(width, [&](int64_t j, int lanes) {
+    store(probabilities + j, lanes, factor * load(probabilities + j, lanes, 0));
+  });
+}
+
+// `parameters`, of every row or (stride 0) of all: c, or the epsilon of EvSoftMax.
+template <class Mapping>
+void project_rows(int64_t rows, int64_t width, int threads, const float* scores, const float* parameters,
+                  int64_t stride, float* probabilities) {
+  share(rows, threads, [&](int64_t first, int64_t last, int64_t) {
+    std::vector<float> room(3 * (width + LANES));
+    for (int64_t row = first; row < last;) {
+      const float* x = scores + row * width;
+      float* p = probabilities + row * width;
+      const int height = width > FEW_SCORES || !Mapping::SPARSE ? 1 : last - row < LANES ? int(last - row) : LANES;
+      if constexpr (!Mapping::SPARSE) {
+        evsoftmax_row(x, p, width, parameters[row * stride]);
+      } else if (height == 1) {
+        project_row<Mapping>(x, p, width, parameters[row * stride], room.data());
+      } else {
+        Vec c = all(1.f);
+        for (int i = 0; i < height; ++i) c[i] = parameters[(row + i) * stride];
+        project_rows_abreast<Mapping>(x, p, width, c, height);
+      }
+      row += height;
+    }
+  });
+}
+
+// (exp(x) - 1 - x) / x^2 for x in [0, 1], to 1 unit in the last place: its series.
+inline Vec bent(Vec x) {
+  Vec y = x * 2.087675699e-9f + 2.505210839e-8f;
+  y = y * x + 2.755731922e-7f;
+  y = y * x + 2.755731922e-6f;
+  y = y * x + 2.480158730e-5f;
+  y = y * x + 1.984126984e-4f;
+  y = y * x + 1.388888889e-3f;
+  y = y * x + 8.333333333e-3f;
+  y = y * x + 4.166666667e-2f;
+  y = y * x + 1.666666667e-1f;
+  return y * x + 0.5f;
+}
+
+// dL/dx = s (g - sum s g / sum s), s = p^(1-c), of `count` scores. It may be written over p.
+//
+// And where `grad_of_c` is wanted, dL/dc: the gradient of alpha (Correia, Niculae, Martins 2019), without differences
+// that are of the size of c^2. With l = log p and B = (exp(-c l) - 1 + c l) / c^2,
+//
+//     dL/dc = (sum p B * sum g p (1 - c l) - (1 - c sum p l) * sum g p B) / sum s.
+template <class Mapping>
+inline void backward_row(const float* p, const float* g, float* result, int64_t count, float c, float* grad_of_c) {
+  const Mapping mapping(all(c));
+  Vec slopes = {}, products = {}, logs = {}, linear_products = {}, bends = {}, bend_products = {};
+  each(count, [&](int64_t j, int lanes) {
+    const Vec y = load(p + j, lanes, 0), grad = load(g + j, lanes, 0), slope = mapping.slope_of(y);
+    slopes += slope, products += slope * grad;
+    if (grad_of_c) {
+      const Vec l = y >= SMALLEST ? 0.693147181f * log2(y) : Vec{}, x = -c * l, pl = y * l;
+      const Vec bend = x < 1.f ? pl * l * bent(x) : ((slope - y) / c + pl) / c;
+      logs += pl, linear_products += grad * (y - c * pl), bends += bend, bend_products += grad * bend;
+    }
+    store(result + j, lanes, slope);
+  });
+  const float total = sum(slopes), inverse = total == 0 ? 0 : 1 / total, mean = sum(products) * inverse;
+  each(count, [&](int64_t j, int lanes) {
+    store(result + j, lanes, load(result + j, lanes, 0) * (load(g + j, lanes, 0) - mean));
+  });
+  if (grad_of_c) {
+    *grad_of_c = (sum(bends) * sum(linear_products) - (1 - c * sum(logs)) * sum(bend_products)) * inverse;
+  }
+}
+
+template <class Mapping>
+void backward_rows(int64_t rows, int64_t width, int threads, const float* probabilities, const float* grad,
+                   const float* parameters, int64_t stride, float* grad_scores, float* grads_of_c) {
+  share(rows, threads, [&](int64_t first, int64_t last, int64_t) {
+    std::vector<float> room(2 * (width + LANES));
+    float *left = room.data(), *grad_left = left + width + LANES;
+    for (int64_t row = first; row < last; ++row) {
+      const float *p = probabilities + row * width, *g = grad + row * width, c = parameters[row * stride];
+      float *result = grad_scores + row * width, *grad_of_c = grads_of_c ? grads_of_c + row : nullptr;
+      if (!Mapping::SPARSE || width <= FEW_SCORES) {
+        backward_row<Mapping>(p, g, result, width, c, grad_of_c);
+        continue;
+      }
+      int64_t count = 0;
+      each(width, [&](int64_t j, int lanes) {
+        const Vec y = load(p + j, lanes, 0);
+        const uint32_t above = lanes_above(y, Vec{});
+        compress(left + count, y, above);
+        compress(grad_left + count, load(g + j, lanes, 0), above);
+        count += __builtin_popcount(above);
+      });
+      backward_row<Mapping>(left, grad_left, left, count, c, grad_of_c);
+      const float* from = left;
+      each(width, [&](int64_t j, int lanes) {
+        const uint32_t above = lanes_above(load(p + j, lanes, 0), Vec{});
+        store(result + j, lanes, expand(from, above));
+        from += __builtin_popcount(above);
+      });
+    }
+  });
+}
+
+// Calls body with a mapping, by its place in the list of sparse.py; only its type counts.
+template <class Body>
+inline void with_mapping(int64_t kind, Body body) {
+  const Vec any = all(1.f);
+  if (kind == 0) return body(Sparsemax(any));
+  if (kind == 1) return body(Entmax15(any));
+  kind == 2 ? body(Entmax(any)) : body(EvSoftmax(any));
+}
+
+}  // namespace multimax
+
+extern "C" {
+
+// scores, probabilities: (rows, width). parameters: (rows,), or with stride 0 one number.
+void sparse_rows(int64_t kind, int64_t rows, int64_t width, int64_t threads, const float* scores,
+                 const float* parameters, int64_t stride, float* probabilities) {
+  multimax::with_mapping(kind, [&](auto mapping) {
+    multimax::project_rows<decltype(mapping)>(rows, width, threads, scores, parameters, stride, probabilities);
+  });
+}
+
+// grad, grad_scores: dL/dp and dL/dx, (rows, width). grads_of_c: dL/dc, (rows,), or null.
+void sparse_rows_backward(int64_t kind, int64_t rows, int64_t width, int64_t threads, const float* probabilities,
+                          const float* grad, const float* parameters, int64_t stride, float* grad_scores,
+                          float* grads_of_c) {
+  multimax::with_mapping(kind, [&](auto mapping) {
+    multimax::backward_rows<decltype(mapping)>(rows, width, threads, probabilities, grad, parameters, stride,
+                                               grad_scores, grads_of_c);
+  });
+}
+}

@@ -1,0 +1,187 @@
+"""The sparse mappings in C++ against the ``entmax`` package in float64, on random rows and on those that break others.
+
+``SPARSE_CASES=2000 pytest tests/test_kernels_sparse.py -k random`` takes so many random cases a mapping.
+"""
+
+import math
+import os
+from functools import partial
+
+import pytest
+import torch
+from conftest import needs_compiler
+
+from multimax_fairseq.kernels import cpp, sparse
+from multimax_fairseq.mappings import entmax, entmax15, evsoftmax, sparsemax
+from multimax_fairseq.mappings.evsoftmax import evsoftmax_formula
+from multimax_fairseq.mappings.sparse import entmax15_formula, entmax_formula, sparsemax_formula
+
+INF = float("inf")
+pytestmark = needs_compiler
+RANDOM_CASES = int(os.environ.get("SPARSE_CASES", 60))
+CAPABILITIES = ["DEFAULT", "AVX2", "AVX512"]  # each includes those before it
+
+# name: mapping, its formula, whether α is learned, and the error that the docstring allows
+TWINS = {
+    "sparsemax": (sparsemax, sparsemax_formula, False, 1e-6),
+    "entmax15": (entmax15, entmax15_formula, False, 1e-6),
+    "entmax at 1.5": (partial(entmax, alpha=1.5), entmax15_formula, False, 1e-5),
+    "entmax, learned": (entmax, entmax_formula, True, 1e-5),
+    "evsoftmax": (evsoftmax, partial(evsoftmax_formula, training=False), False, 1e-6),
+    "evsoftmax, training": (partial(evsoftmax, training=True), partial(evsoftmax_formula, training=True), False, 1e-6),
+}
+twins = pytest.mark.parametrize("name", TWINS)
+MAPPINGS = {name: mapping for name, (mapping, _, learned, _) in TWINS.items() if not learned}
+mappings = pytest.mark.parametrize("mapping", MAPPINGS.values(), ids=MAPPINGS)
+
+
+@pytest.fixture(autouse=True, scope="module", params=CAPABILITIES)
+def library(request, tmp_path_factory):
+    """As compiled for this processor and for lesser ones, whose vectors are shorter."""
+    best = torch.backends.cpu.get_cpu_capability()
+    if best not in CAPABILITIES or CAPABILITIES.index(best) < CAPABILITIES.index(request.param):
+        pytest.skip(f"this processor has {best}")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MULTIMAX_BACKEND", "compiled")
+        patch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path_factory.mktemp("extensions")))
+        patch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: request.param)
+        library = cpp.Library(sparse.LIBRARY.source, sparse.LIBRARY.signatures)
+        assert library.functions is not None
+        patch.setattr(sparse, "LIBRARY", library)
+        yield
+
+
+def gradients(function, inputs, upstream):
+    inputs = [tensor.detach().clone().requires_grad_() for tensor in inputs]
+    probabilities = function(*inputs)
+    return [probabilities.detach(), *torch.autograd.grad(probabilities, inputs, upstream)]
+
+
+def random_case(number):
+    """(2, 3, rows, width) scores of any spread, a third of the cases with absent ones; and an α for each of 3 heads."""
+    rows, width = (int(torch.randint(1, most, ())) for most in (30, 200))
+    scores = torch.randn(2, 3, rows, width) * torch.empty(()).uniform_(0.05, 6)
+    if number % 3 == 0:
+        scores = scores.masked_fill(torch.rand_like(scores) < 0.3, -INF)
+        scores[0, 0, 0] = -INF
+    return scores, torch.empty(3, 1, 1).uniform_(1.01, 2)
+
+
+@twins
+def test_random_cases(name):
+    mapping, formula, learned, atol = TWINS[name]
+    for number in range(RANDOM_CASES):
+        scores, alpha = random_case(number)
+        upstream = torch.randn_like(scores)
+        inputs = [scores, alpha] if learned else [scores]
+        assert sparse.LIBRARY.serves(scores)
+        actual = gradients(mapping, inputs, upstream)
+        expected = gradients(formula, [tensor.double() for tensor in inputs], upstream.double())
+        for result, oracle in zip(actual, expected):
+            size = max(1.0, oracle.abs().max().item())  # α's gradient is a sum over rows
+            torch.testing.assert_close(result.double(), oracle, atol=atol * size, rtol=0)
+        assert ((expected[0] > 0) == (actual[0] > 0))[expected[0] > 1e-12].all()
+        assert (expected[0][actual[0] > 1e-6] > 0).all()
+        total = actual[0].sum(-1)
+        torch.testing.assert_close(total, (scores > -INF).any(-1).float(), atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize("alpha", [1 + 1e-12, 1 + 1e-8, 1.0001, 1.001, 1.009, 1.011])
+@pytest.mark.parametrize("backend", ["compiled", "eager"])
+def test_alpha_near_1_is_right(alpha, backend, monkeypatch):
+    """Down to softmax, which is what a float64 bisection is compared with where it has too few digits itself."""
+    monkeypatch.setenv("MULTIMAX_BACKEND", backend)
+    scores = 3 * torch.randn(40, 70)
+    exact = scores.double().softmax(-1) if alpha < 1 + 1e-7 else entmax_formula(scores.double(), alpha)
+    if backend == "eager" and alpha < 1 + 1e-7:
+        pytest.skip("the package's bisection ends there")
+    torch.testing.assert_close(entmax(scores, alpha).double(), exact, atol=1e-5, rtol=0)
+
+
+@mappings
+@pytest.mark.parametrize("width", [3, 40, 100])
+def test_what_is_not_a_number_stays_so(mapping, width):
+    for wrong in (math.nan, INF):
+        scores = torch.randn(40, width)
+        scores[1, 1], scores[2], scores[3, 0] = wrong, wrong, -INF
+        probabilities = mapping(scores)
+        assert probabilities[1].isnan().all() and probabilities[2].isnan().all()
+        assert probabilities[[0, *range(3, 40)]].isfinite().all()
+        assert gradients(mapping, [scores], torch.randn(40, width))[1][1].isnan().any()
+
+
+@mappings
+@pytest.mark.parametrize("width", [2, 15, 16, 17, 64, 65, 1_000])
+def test_scores_of_any_size(mapping, width):
+    lowest, largest = torch.finfo(torch.float32).min, torch.finfo(torch.float32).max
+    scores = torch.stack([torch.full((width,), fill) for fill in (lowest, largest, -1e4, 0.1, -INF)])
+    expected = torch.full((width,), 1 / width).expand(4, -1)
+    torch.testing.assert_close(mapping(scores)[:4], expected, atol=1e-7, rtol=1e-5)
+    assert (mapping(scores)[4] == 0).all()
+    scores[:, 0] = largest
+    probabilities = mapping(scores[[0, 2, 3, 4]])
+    assert (probabilities == torch.eye(width)[0]).all()
+
+
+@pytest.mark.parametrize("mapping", [entmax15, sparsemax, partial(entmax, alpha=1.3), partial(entmax, alpha=1.9)])
+def test_rows_that_take_many_steps(mapping):
+    """Scores in powers of a number, more and more of them: each step of Newton's method leaves out a few."""
+    for ratio in (0.25, 0.5, 0.9):
+        for growth in (1.5, 2.0, 4.0):
+            powers = torch.arange(40.0)
+            counts = (growth**powers).clamp(max=500).long()
+            scores = -torch.repeat_interleave(1 - ratio**powers, counts)[None, :20_000]
+            expected = mapping(scores.double())
+            torch.testing.assert_close(mapping(scores).double(), expected, atol=1e-6, rtol=0)
+
+
+@mappings
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_loses_only_what_rounding_takes(mapping, dtype):
+    scores, upstream = (2 * torch.randn(2, 60, 90)).to(dtype)
+    half = gradients(mapping, [scores], upstream)
+    single = gradients(mapping, [scores.float()], upstream.float())
+    assert half[0].dtype == half[1].dtype == dtype
+    for ours, exact in zip(half, single):
+        torch.testing.assert_close(ours, exact.to(dtype), atol=0, rtol=0)
+
+
+def test_open_reports_of_the_package():
+    """deep-spin/entmax: NaN of the bisection in fp16 (30), a loss of NaN (23), α = 1 (16)."""
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        scores = torch.tensor([[-1e4, 2.0, 1.0, -6e4], [6e4, 6e4, 0.0, -6e4], [0.0, 0.0, 0.0, 0.0]], dtype=dtype)
+        for alpha in (1.0001, 1.01, 1.5, 2.0):
+            probabilities, gradient = gradients(partial(entmax, alpha=alpha), [scores], torch.ones_like(scores))
+            torch.testing.assert_close(probabilities.float().sum(-1), torch.ones(3), atol=5e-3, rtol=0)
+            assert gradient.isfinite().all()
+    with pytest.raises(ValueError, match=r"\(1, 2\]"):
+        entmax(torch.zeros(2, 3), 1.0)
+
+
+@twins
+def test_rows_that_are_not_contiguous_and_other_dimensions(name):
+    mapping, _, learned, _ = TWINS[name]
+    scores = torch.randn(7, 12, 5)
+    parameters = [torch.tensor(1.3)] if learned else []
+    expected = mapping(scores.movedim(1, -1).contiguous(), *parameters).movedim(-1, 1)
+    torch.testing.assert_close(mapping(scores, *parameters, dim=1), expected, atol=0, rtol=0)
+
+
+def test_gradients_of_gradients():
+    """Against the package in float64: what is compiled comes back to a formula."""
+    scores = torch.tensor([[0.3, -0.2, 0.1, -9.0], [0.5, 0.1, 0.4, -INF]], requires_grad=True)
+    for mapping in (*MAPPINGS.values(), partial(entmax, alpha=1.3)):
+        first = torch.autograd.grad(mapping(scores).pow(2).sum(), scores, create_graph=True)[0]
+        second = torch.autograd.grad(first.pow(2).sum(), scores)[0]
+        wide = scores.detach().double().requires_grad_()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("MULTIMAX_BACKEND", "eager")
+            first = torch.autograd.grad(mapping(wide).pow(2).sum(), wide, create_graph=True)[0]
+            expected = torch.autograd.grad(first.pow(2).sum(), wide)[0]
+        torch.testing.assert_close(second.double(), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_under_functorch_the_formula_serves():
+    scores = torch.randn(3, 4, 5)
+    for mapping in MAPPINGS.values():
+        torch.testing.assert_close(torch.vmap(mapping)(scores), mapping(scores), atol=1e-6, rtol=0)
