@@ -324,30 +324,45 @@ def descendants_of(number):
 
 
 def random_tensors(rng, _):
-    """Random scores through a mapping in some dtype: on the simplex, as in fp64, finite gradients; NaN stays NaN."""
-    torch.manual_seed(rng.randrange(2**31))
-    name, dtype = rng.choice(sorted(mappings.MAPPINGS)), rng.choice([torch.float64, torch.float32, torch.bfloat16])
-    options = {"multimax": {"order": rng.choice([1, 2])}, "entmax": {"alpha": round(rng.uniform(1.05, 2), 3)}}
-    module = mappings.build_mapping(name, **options.get(name, {})).double().eval()
+    """Random scores through a mapping in some dtype: on the simplex, as in fp64, with finite gradients."""
+    name, dtype, options = draw_mapping(rng)
+    module = mappings.build_mapping(name, **options).to(dtype).eval()
     shape = [rng.randrange(1, 6) for _ in range(rng.randrange(1, 4))] + [rng.choice([1, 2, 7, 64, 300])]
     scores = (torch.randn(shape, dtype=torch.float64) * 10 ** rng.uniform(-2, 1.2)).to(dtype)
     absent = torch.rand(shape) < rng.choice([0, 0.3, 0.9, 1])
     scores = scores.masked_fill(absent, -math.inf).requires_grad_()
-    what = f"{name} {options.get(name, '')} {dtype} {shape}"
-    probabilities = module.to(dtype)(scores)
+    what = f"{name} {options} {dtype} {shape}"
+    probabilities = module(scores)
     p, there = probabilities.detach().double(), (~absent).any(-1)
     expect(p.isfinite().all() and (p >= 0).all() and (p[absent] == 0).all(), what, "is not on the simplex")
     error = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.02}[dtype]
     expect(((p.sum(-1) - there.double()).abs() <= error * shape[-1] ** 0.5).all(), what, "does not sum to 1")
-    exact = mappings.build_mapping(name, **options.get(name, {})).double().eval()
+    exact = mappings.build_mapping(name, **options).double().eval()
     exact.load_state_dict({key: value.double() for key, value in module.state_dict().items()})
     expected = exact(scores.detach().double())
     expect(((p - expected).abs() <= error * 5).all(), what, "differs from fp64 by", (p - expected).abs().max().item())
     (probabilities * torch.randn(shape).to(dtype)).sum().backward()
     expect(scores.grad.isfinite().all(), what, "has a gradient that is not finite")
-    bad = scores.detach().clone()
-    bad.view(-1)[rng.randrange(bad.numel())] = math.nan
-    expect(module(bad).isnan().any(), what, "makes a NaN among its scores vanish")
+
+
+def draw_mapping(rng):
+    torch.manual_seed(rng.randrange(2**31))
+    name, dtype = rng.choice(sorted(mappings.MAPPINGS)), rng.choice([torch.float64, torch.float32, torch.bfloat16])
+    options = {"multimax": {"order": rng.choice([1, 2])}, "entmax": {"alpha": round(rng.uniform(1.05, 2), 3)}}
+    return name, dtype, options.get(name, {})
+
+
+def not_a_number(rng, _):
+    """A NaN among the scores of a row: its probabilities are NaN, those of other rows are as without it."""
+    name, dtype, options = draw_mapping(rng)
+    module = mappings.build_mapping(name, **options).to(dtype).eval()
+    scores = torch.randn(3, rng.choice([1, 2, 7, 300])).to(dtype)
+    bad = scores.clone()
+    bad[1, rng.randrange(bad.size(1))] = math.nan
+    with torch.no_grad():
+        before, after = module(scores), module(bad)
+    expect(after[1].isnan().any(), name, dtype, "makes a NaN among its scores vanish")
+    expect((after[[0, 2]] == before[[0, 2]]).all(), name, dtype, "carries a NaN to other rows")
 
 
 def backends(rng, _):
@@ -378,6 +393,7 @@ ATTACKS = {
     "preparation": (killed_preparation, 1),
     "kill": (killed_run, 1),
     "mappings": (random_tensors, 30),
+    "NaN": (not_a_number, 10),
     "backends": (backends, 30),
 }
 
