@@ -68,6 +68,15 @@ def test_resuming_gives_the_losses_of_the_uninterrupted_run(translation, corpus,
     assert losses(resumed) == losses(uninterrupted)
 
 
+def test_with_batches_of_each_epoch_a_run_stopped_at_its_end_is_the_same(corpus, tmp_path):
+    """--update-epoch-batch-itr, as the recipes have it; without it fairseq goes on with other batches."""
+    options = [corpus / "data-bin", "multimax_transformer"]
+    whole = train(*options, tmp_path / "whole", "--max-epoch", 2, "--update-epoch-batch-itr", "True")
+    train(*options, tmp_path / "stopped", "--max-epoch", 1, "--update-epoch-batch-itr", "True")
+    resumed = train(*options, tmp_path / "stopped", "--max-epoch", 2, "--update-epoch-batch-itr", "True")
+    assert losses(resumed)[0] == losses(whole)[0][1:]
+
+
 def test_compiled_and_eager_train_the_same_model(translation, corpus, tmp_path, monkeypatch):
     """Rounding differs, and training magnifies it: equal to three of the digits that the log shows."""
     _, eager = translation
