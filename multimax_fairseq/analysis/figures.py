@@ -366,7 +366,8 @@ def draw_alignment(measurements: Sequence[Measurement]) -> Figure:
             heads = [(row["layer"] + 1 + shift, row["aer"]) for row in rows if row["head"].isdigit()]
             means = [(row["layer"] + 1, row["aer"]) for row in rows if row["head"] == "mean"]
             axes.scatter(*zip(*heads), s=14, color=colour, marker=marker, alpha=0.6, linewidths=0.6)
-            axes.plot(*zip(*means), color=colour, linestyle=MODEL_LINES[number % 8], label=_plain(measurement.loaded.label))
+            name = _plain(measurement.loaded.label)
+            axes.plot(*zip(*means), color=colour, linestyle=MODEL_LINES[number % 8], label=name)
             axes.axhline(
                 next(row["aer"] for row in rows if row["head"] == "rollout"),
                 color=colour,
