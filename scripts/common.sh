@@ -20,6 +20,7 @@ UNPACK_LIMIT=${UNPACK_LIMIT:-4294967296} # bytes that an archive may unpack to: 
 instead="--from FOLDER with files you already have" # of a download; a recipe may say otherwise
 out=        # where the result goes, absolute
 build=      # where it is built: OUT.partial.XXXXXX
+rebuilding= # not empty: OUT was there when we began, and --force replaces it
 replaced=   # where the old OUT waits while --force puts the new one in its place
 settings=   # key=value lines; two runs with the same settings give the same OUT
 digests=    # lines "SHA-256 FILE" of the source, where it is at hand
@@ -487,6 +488,7 @@ check_existing() {
         other=$(LC_ALL=C comm -13 <(manifest) <(list_files "$out"))
         [[ -z $other ]] || die "--force would delete files in $out that this script did not make;" \
             "move them or choose another --out:"$'\n'"$other"
+        rebuilding=yes
         return 0
     fi
     there=$(LC_ALL=C grep -avE '^(file|size|digest) ' "$marker" | LC_ALL=C sort) || true
@@ -522,10 +524,11 @@ sizes() {
 
 # digest FILE ...: note in $digests what the source of OUT is, before begin_output.
 digest() {
-    local file
+    local file sum
     for file in "$@"; do
         need_file "$file"
-        digests+=$(sha256 "$file")" ${file##*/}"$'\n'
+        sum=$(sha256 "$file" 2>/dev/null) || die "$file cannot be read: check its permissions, and the disk"
+        digests+="$sum ${file##*/}"$'\n'
     done
 }
 
@@ -541,7 +544,7 @@ finish_output() {
         printf '%s' "$digests" | sed 's/^/digest /'
     } >"$build/.complete"
     find "$build" -type f -exec sync {} + 2>/dev/null || sync
-    if [[ -f $out/.complete ]]; then
+    if [[ -n $rebuilding ]]; then
         replaced=$build.replaced
         rename "$out" "$replaced"
     fi

@@ -72,8 +72,9 @@ known_pairs() {
 check_pairs() {
     local split found counts=()
     for split in "${SPLITS[@]}"; do
-        counts+=("$(count_lines "$build/text/$split.de")")
-        ((counts[-1])) || die "no sentence pair is left for $split: ${archive##*/} has too little text"
+        found=$(count_lines "$build/text/$split.de")
+        counts+=("$found")
+        ((found)) || die "no sentence pair is left for $split: ${archive##*/} has too little text"
     done
     info "sentence pairs: ${counts[0]} train, ${counts[1]} valid, ${counts[2]} test" \
         "(published: $(known_pairs train), $(known_pairs valid), $(known_pairs test))"

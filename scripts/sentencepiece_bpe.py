@@ -69,10 +69,13 @@ def load(model: Path) -> sentencepiece.SentencePieceProcessor:
 
 def filter_lines(convert: Callable[[str], str]) -> None:
     """Apply `convert` to every line of standard input and write the result to standard output."""
-    sys.stdin.reconfigure(encoding="utf-8", newline="\n")
     sys.stdout.reconfigure(encoding="utf-8", newline="\n", line_buffering=True)
-    for line in sys.stdin:
-        print(convert(line))
+    for number, line in enumerate(sys.stdin.buffer, start=1):
+        try:
+            text = line.decode("utf-8")
+        except UnicodeDecodeError:
+            raise ValueError(f"line {number} is not UTF-8") from None
+        print(convert(text))
 
 
 def encode(model: Path) -> None:

@@ -93,9 +93,9 @@ elif ((statuses[2])); then
     why=$(why_it_failed "$work/log" "$data/data-bin" "$checkpoint")
     number=$(($(tail -n 1 "$work/count" 2>/dev/null || echo 0) + 1))
     case $why in
-    *"Size of sample"* | *"max_tokens limit"*) die "line $number is longer than the model or --max-tokens takes ($why):" \
+    *"Size of sample"* | *max_tokens*) die "line $number is longer than the model or --max-tokens takes ($why):" \
         "shorten it, or let --truncate cut it" ;;
-    *) die "fairseq-interactive failed, at line $number: $why" ;;
+    *) die "fairseq-interactive failed: $why" ;;
     esac
 fi
 ((statuses[0] == 0 && statuses[4] == 0)) || exit 1 # which has been explained

@@ -69,6 +69,25 @@ def load_script(name):
     return module
 
 
+def save_checkpoint(built, path):
+    """What fairseq-train saves of a model, without the state of training."""
+    from fairseq import checkpoint_utils
+    from omegaconf import OmegaConf
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    history = [{"num_updates": 0, "criterion_name": "", "optimizer_name": "", "lr_scheduler_state": {}}]
+    state = {
+        "args": None,
+        "cfg": OmegaConf.to_container(built.cfg, resolve=True, enum_to_str=True),
+        "model": built.model.state_dict(),
+        "optimizer_history": history,
+        "extra_state": {"epoch": 1, "train_iterator": {"epoch": 1}},
+        "last_optimizer_state": None,
+    }
+    checkpoint_utils.torch_persistent_save(state, str(path))
+    return path
+
+
 @pytest.fixture(autouse=True)
 def seed():
     """The same numbers in every run, whatever ran before: tolerances hold for them, not for all that can be drawn."""

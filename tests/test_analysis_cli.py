@@ -10,9 +10,8 @@ from xml.etree import ElementTree
 import pytest
 import reference
 import torch
-from conftest import ROOT, run
+from conftest import ROOT, run, save_checkpoint
 from fairseq import checkpoint_utils
-from omegaconf import OmegaConf
 from PIL import Image
 
 from multimax_fairseq.analysis import collect, figures
@@ -21,22 +20,6 @@ from multimax_fairseq.analysis.cli import main
 from multimax_fairseq.analysis.measure import Measurement
 
 SENTENCES = 12
-
-
-def save_checkpoint(built, path):
-    """What fairseq-train saves of a model, without the state of training."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    history = [{"num_updates": 0, "criterion_name": "", "optimizer_name": "", "lr_scheduler_state": {}}]
-    state = {
-        "args": None,
-        "cfg": OmegaConf.to_container(built.cfg, resolve=True, enum_to_str=True),
-        "model": built.model.state_dict(),
-        "optimizer_history": history,
-        "extra_state": {"epoch": 1, "train_iterator": {"epoch": 1}},
-        "last_optimizer_state": None,
-    }
-    checkpoint_utils.torch_persistent_save(state, str(path))
-    return path
 
 
 @pytest.fixture(scope="session")
@@ -460,6 +443,44 @@ def no_alignments(checkpoints, corpus, tmp_path):
     return [checkpoints["stock"]], corpus / "data-bin", "--alignments", tmp_path / "absent.align"
 
 
+def a_cut_split(checkpoints, corpus, tmp_path):
+    return [checkpoints["stock"]], changed_data(corpus, tmp_path, "valid.de-en.en.bin", lambda content: content[:900])
+
+
+def words_beyond_the_dictionary(checkpoints, corpus, tmp_path):
+    def change(content):
+        return content[:40] + b"\xff\x7f\x00\x00" + content[44:]
+
+    return [checkpoints["stock"]], changed_data(corpus, tmp_path, "valid.de-en.de.bin", change)
+
+
+def changed_data(corpus, tmp_path, name, change):
+    data = tmp_path / "data"
+    data.mkdir()
+    for path in (corpus / "data-bin").iterdir():
+        if path.name == name:
+            (data / name).write_bytes(change(path.read_bytes()))
+        else:
+            (data / path.name).symlink_to(path)
+    return data
+
+
+def no_folder_to_write_to(checkpoints, corpus, tmp_path):
+    (tmp_path / "file").write_text("")
+    return [checkpoints["stock"]], corpus / "data-bin", "--out", tmp_path / "file" / "out"
+
+
+def a_label_of_control_characters(checkpoints, corpus, tmp_path):
+    return [checkpoints["stock"]], corpus / "data-bin", "--labels", "a\nb"
+
+
+def not_a_number(checkpoints, corpus, tmp_path):
+    state = torch.load(checkpoints["stock"])
+    state["model"]["encoder.embed_tokens.weight"][5, 0] = float("nan")
+    torch.save(state, tmp_path / "nan.pt")
+    return [tmp_path / "nan.pt"], corpus / "data-bin"
+
+
 @pytest.mark.parametrize("arguments, message", [
     (corrupt, "corrupt.pt cannot be read as a checkpoint of fairseq (damaged, cut off, or something else)"),
     (other_file, "test.de cannot be read as a checkpoint of fairseq"),
@@ -477,6 +498,11 @@ def no_alignments(checkpoints, corpus, tmp_path):
     (other_alignments, "there are 40 gold alignments for the 60 sentence pairs"),
     (alignments_of_other_text, "gold alignment 99-0 in line 2 is outside of its sentences"),
     (no_alignments, "there is no file"),
+    (a_cut_split, "the split 'valid' of"),
+    (words_beyond_the_dictionary, "has words that its dictionary lacks"),
+    (no_folder_to_write_to, "is not a folder: choose another"),
+    (a_label_of_control_characters, "cannot be printed"),
+    (not_a_number, "has NaN or infinity in encoder.embed_tokens.weight: its training has diverged"),
 ])  # fmt: skip
 def test_what_is_wrong_is_said_before_any_work(arguments, message, checkpoints, corpus, tmp_path, monkeypatch):
     paths, data, *options = arguments(checkpoints, corpus, tmp_path)
@@ -486,6 +512,32 @@ def test_what_is_wrong_is_said_before_any_work(arguments, message, checkpoints, 
     error = str(stopped.value)
     assert error.startswith("ERROR: ") and message in error
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("factor", [1e12, 1e36])
+def test_scores_that_no_trained_model_has_are_an_error(factor, checkpoints, corpus, tmp_path):
+    state = torch.load(checkpoints["multimax"])
+    for name, tensor in state["model"].items():
+        if "k_proj.weight" in name:
+            tensor *= factor
+    torch.save(state, tmp_path / "huge.pt")
+    with pytest.raises(SystemExit, match="ERROR: .*huge.pt: scores of encoder layer 1 are NaN, infinite or beyond"):
+        analyze(tmp_path / "huge.pt", corpus / "data-bin", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("options", [["--cross-self-attention"], ["--cross-self-attention", "--no-cross-attention"]])
+def test_decoders_that_attend_to_source_and_target_together(options, build, corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(figures, "drawings_of", lambda measurements: [])  # takes the time, and is seen elsewhere
+    path = save_checkpoint(build("transformer", *options), tmp_path / "run" / "checkpoint_best.pt")
+    main([str(path), "--data", str(corpus / "data-bin"), "--out", str(tmp_path / "out"), "--cpu",
+          "--no-progress-bar", "--show", "1", "--max-sentences", "3", "--labels", "l" * 300])  # fmt: skip
+    (model,) = json.loads((tmp_path / "out" / "results.json").read_text())["models"]
+    assert {row["site"] for row in model["heads"]} == {"encoder", "decoder", "cross"} - (
+        {"cross"} if len(options) > 1 else set()
+    )
+    assert list((tmp_path / "out" / "figures").glob("*-1-decoder-layer1.png"))
+    assert list((tmp_path / "out" / "figures").glob("*-1-cross-rollout.png"))
 
 
 @pytest.mark.parametrize("name, data", [("multimax", "data-bin"), ("lm", "data-bin-lm")])

@@ -75,7 +75,7 @@ def test_without_layers_there_is_no_rollout():
 
 
 def test_self_attention_over_source_and_target_by_hand():
-    """--cross-self-attention, alone and with --no-cross-attention: the part of A over the source takes what it is of."""
+    """--cross-self-attention, with and without cross-attention: what A has of the source goes through its rollout."""
     encoder, decoder, cross = (attention(1, 2, *shape) for shape in [(4, 4), (3, 7), (3, 4)])
     encoded, means = (encoder.mean(1)[0] + torch.eye(4)) / 2, decoder.mean(1)[0]
     over_source, over_target = translation_rollout([decoder], [], [encoder])

@@ -35,7 +35,9 @@ from recipes import (
     reached,
     siblings,
     snapshot,
+    started,
     succeed,
+    wait_for,
 )
 
 BPE = SCRIPTS / "sentencepiece_bpe.py"
@@ -509,6 +511,65 @@ def test_force_keeps_what_the_user_put_there(tmp_path, stand_in):
     message = fail(TEXT_LM, "--from", source, "--out", out, "--force", **stand_in)
     assert "./checkpoints/checkpoint_best.pt" in message and "./text" not in message
     assert snapshot(out) == before
+
+
+def emptied(out, source):
+    (out / "text" / "train.tokens").write_bytes(b"")
+
+
+def changed_source(out, source):
+    (source / "train.tokens").write_text((source / "train.tokens").read_text() + "one more\n")
+
+
+def damaged_list(out, source):
+    (out / ".complete").write_bytes(b"\0" * 40)
+
+
+def no_list(out, source):
+    (out / ".complete").write_bytes(b"")
+
+
+@pytest.mark.parametrize("change, message", [
+    (emptied, "are not as they were made (bytes, file: "),
+    (changed_source, "the source has changed since"),
+    (damaged_list, "is damaged, so nobody knows what"),
+    (no_list, "is damaged, so nobody knows what"),
+])  # fmt: skip
+def test_what_has_changed_is_not_called_prepared(tmp_path, stand_in, change, message):
+    source, out = make_tokens(tmp_path / "source"), tmp_path / "out"
+    succeed(TEXT_LM, "--from", source, "--out", out, **stand_in)
+    change(out, source)
+    assert message in fail(TEXT_LM, "--from", source, "--out", out, **stand_in)
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path, stand_in):
+    source = make_tokens(tmp_path / "source")
+    (source / "test.tokens").unlink()
+    (source / "test.tokens").mkdir()
+    (source / "test.tokens.gz").symlink_to("/proc/self/mem")  # there, and unreadable to root, too
+    message = fail(TEXT_LM, "--from", source, "--out", tmp_path / "out", **stand_in)
+    assert "test.tokens" in message and message.count("\n") == 1
+
+
+def test_two_recipes_with_one_process_number_do_not_share_a_folder(tmp_path, stand_in):
+    """As containers with a common disk have them: what the other one builds stays."""
+    source, out = make_tokens(tmp_path / "source"), tmp_path / "out"
+    script = f"mkdir {out}.partial.$$; touch {out}.partial.$$/theirs; exec {TEXT_LM} --from {source} --out {out}"
+    result = subprocess.run(["bash", "-c", script], env=environment(**stand_in), capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert len(list(tmp_path.glob("out.partial.*/theirs"))) == 1 and (out / "data-bin").is_dir()
+
+
+def test_who_comes_second_finds_the_work_done(tmp_path, stand_in):
+    source, out = make_tokens(tmp_path / "source"), tmp_path / "out"
+    with started(TEXT_LM, "--from", source, "--out", out, STAND_IN_SECONDS="120", **stand_in) as process:
+        wait_for(reached(tmp_path).exists)
+        worker = int(reached(tmp_path).read_text())
+        succeed(TEXT_LM, "--from", source, "--out", out, **stand_in)
+        os.kill(worker, 15)
+        output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and "already prepared" in output
+    assert siblings(out) == ["out"]
 
 
 # ---------------------------------------------------------------------- interruption

@@ -194,9 +194,32 @@ def faulty(tmp_path, what):
         (multimax / "best.hypotheses").unlink()
     elif what == "no JSON":
         (multimax / "run.json").write_text("{")
-    elif what == "another format":
+    elif what in DAMAGE:
         record = json.loads((multimax / "run.json").read_text())
-        (multimax / "run.json").write_text(json.dumps({**record, "format": 2}))
+        DAMAGE[what](record)
+        (multimax / "run.json").write_text(json.dumps(record))
+    elif what == "cut":
+        lines = (multimax / "best.hypotheses").read_text().splitlines(keepends=True)
+        (multimax / "best.hypotheses").write_text("".join(lines[:10]))
+    elif what == "empty":
+        (multimax / "best.hypotheses").write_text("")
+    elif what == "other translations":
+        (multimax / "best.hypotheses").write_text("\n".join(REFERENCES) + "\n")
+    elif what == "not UTF-8":
+        (multimax / "best.hypotheses").write_bytes(b"\xff\n" * 120)
+
+
+# run.json with one thing wrong.
+DAMAGE = {
+    "another format": lambda record: record.update(format=2),
+    "no scores": lambda record: record.update(scores={}),
+    "NaN": lambda record: record["scores"]["best"].update(bleu=float("nan")),
+    "a score without BLEU": lambda record: record["scores"]["best"].pop("bleu"),
+    "a path": lambda record: record["scores"]["best"].update(hypotheses="../softmax/best.hypotheses"),
+    "no seed": lambda record: record.pop("seed"),
+    "no mapping": lambda record: record["mapping"].pop("multimax_terms"),
+    "an infinite perplexity": lambda record: record["validation"].update(ppl=float("inf")),
+}
 
 
 @pytest.mark.parametrize("what, message", [
@@ -204,14 +227,43 @@ def faulty(tmp_path, what):
     ("signature", "are scored in different ways"),
     ("twice", "are both iwslt14_de_en, MultiMax, seed 1"),
     ("no hypotheses", "needs best.hypotheses beside it: No such file"),
-    ("no JSON", "is not a file of record_run.py"),
-    ("another format", "format 2, and this script knows 1"),
+    ("cut", "multimax/best.hypotheses has 10 lines for 120 references"),
+    ("empty", "multimax/best.hypotheses has 1 lines for 120 references"),
+    ("other translations", "has BLEU 100.00, and run.json says"),
+    ("not UTF-8", "multimax/best.hypotheses is damaged: it is not UTF-8"),
+    ("no scores", "(scores is {})"),
+    ("NaN", "(best: bleu is nan)"),
+    ("a score without BLEU", "(best: perplexity is nothing)"),
+    ("a path", "(best: hypotheses is '../softmax"),
+    ("no seed", "(seed is nothing)"),
+    ("no mapping", "(mapping: multimax_terms is nothing)"),
+    ("an infinite perplexity", "(validation is {'ppl': inf})"),
+    ("no JSON", "is not, or no longer, a file of record_run.py"),
+    ("another format", "a file of record_run.py (format is 2)"),
 ])  # fmt: skip
 def test_a_faulty_folder_is_an_error_that_names_it(what, message, tmp_path):
     faulty(tmp_path, what)
     result = results_table(tmp_path, check=False)
     assert result.returncode == 1 and not result.stdout
     assert message in result.stderr and str(tmp_path) in result.stderr and "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("content, message", [
+    ("{", "is not of the form that --help shows"),
+    ("[]", "it is no table"),
+    ('{"iwslt14_de_en": {"rows": {"MultiMax": "1"}}}', "iwslt14_de_en: source is nothing"),
+    ('{"iwslt14_de_en": {"source": "x", "rows": {"MultiMax": 1}}}', "iwslt14_de_en: MultiMax is 1"),
+])  # fmt: skip
+def test_published_numbers_of_another_form_are_an_error(content, message, translation, tmp_path):
+    (tmp_path / "paper.json").write_text(content)
+    result = results_table(translation[0], "--paper", tmp_path / "paper.json", check=False)
+    assert result.returncode == 1 and message in result.stderr and result.stderr.count("\n") == 1
+
+
+def test_a_score_that_others_have_is_missed(tmp_path):
+    write_run(tmp_path / "a", 1, experiment="lm", perplexities={"test, context 0": 30.0, "test, context 400": 29.0})
+    write_run(tmp_path / "b", 2, experiment="lm", perplexities={"test, context 0": 30.0})
+    assert "WARNING: MultiMax, seed 2, has no score test, context 400." in results_table(tmp_path).stdout
 
 
 def test_an_empty_folder_is_an_error(tmp_path):

@@ -190,7 +190,7 @@ def test_a_list_that_cannot_be_run(arguments, message, tmp_path):
 
 
 def test_slurm_gives_each_line_and_seed_a_job(tmp_path):
-    lines = ["# comment", "--mapping softmax --dry-run", "--mapping multimax --order 1 --dry-run"]
+    lines = ["# comment", "", "--mapping softmax --dry-run", "  ", "--mapping multimax --order 1 --dry-run"]
     (tmp_path / "list.txt").write_text("\n".join(lines) + "\n")
 
     def job(number, **kwargs):

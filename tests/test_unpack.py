@@ -165,6 +165,15 @@ def test_refuses_what_is_too_large(module, tmp_path, folder, monkeypatch):
         module.unpack(archive, folder, ["README"])
 
 
+def test_a_giant_header_is_refused_before_it_is_read(module, tmp_path, folder):
+    """A kilobyte of bzip2 that says: here follow 3 GiB of what is to be known about a file."""
+    header = tarfile.TarInfo("x")
+    header.type, header.size = tarfile.XHDTYPE, 3 * 2**30
+    (tmp_path / "archive").write_bytes(bz2.compress(header.tobuf(tarfile.USTAR_FORMAT) + bytes(2**20)))
+    with pytest.raises(module.BadArchive, match="has a header of 3221225472 bytes"):
+        module.unpack(tmp_path / "archive", folder, ["a"])
+
+
 def test_other_errors_are_not_blamed_on_the_archive(module, tmp_path, folder):
     archive = tmp_path / "archive"
     archive.write_bytes(TAR_GZ)

@@ -208,7 +208,7 @@ def draw_smoothing(measurements: Sequence[Measurement]) -> Figure:
                 linestyle=MODEL_LINES[number % 8],
                 marker=MODEL_MARKERS[number % 8],
                 ms=4,
-                label=measurement.loaded.label,
+                label=_plain(measurement.loaded.label),
             )
         axes.set(xlabel=f"{side} layer (0: its input)", title=side)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -239,7 +239,7 @@ def draw_sparsity_and_multimodality(measurements: Sequence[Measurement]) -> Figu
             style = dict(color=MODEL_COLOURS[number % 8], marker=MODEL_MARKERS[number % 8], linewidths=0.6)
             axes.scatter(*zip(*points), s=14, alpha=0.45, **style)
             mean = [sum(values) / len(points) for values in zip(*points)]
-            axes.scatter(*mean, s=75, edgecolors="black", label=measurement.loaded.label, zorder=3, **style)
+            axes.scatter(*mean, s=75, edgecolors="black", label=_plain(measurement.loaded.label), zorder=3, **style)
         axes.set(title=SITE_NAMES[site], xlabel="sparsity $S$ (1: none to the irrelevant)")
         axes.grid(color="#DDDDDD", lw=0.5)
         axes.set_axisbelow(True)
@@ -366,7 +366,8 @@ def draw_alignment(measurements: Sequence[Measurement]) -> Figure:
             heads = [(row["layer"] + 1 + shift, row["aer"]) for row in rows if row["head"].isdigit()]
             means = [(row["layer"] + 1, row["aer"]) for row in rows if row["head"] == "mean"]
             axes.scatter(*zip(*heads), s=14, color=colour, marker=marker, alpha=0.6, linewidths=0.6)
-            axes.plot(*zip(*means), color=colour, linestyle=MODEL_LINES[number % 8], label=measurement.loaded.label)
+            name = _plain(measurement.loaded.label)
+            axes.plot(*zip(*means), color=colour, linestyle=MODEL_LINES[number % 8], label=name)
             axes.axhline(
                 next(row["aer"] for row in rows if row["head"] == "rollout"),
                 color=colour,

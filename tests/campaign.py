@@ -1,0 +1,452 @@
+"""Attacks on everything that a user can meet, at random, for as long as you like. No part of the test suite.
+
+    python tests/campaign.py --minutes 60 --seed 1
+    python tests/campaign.py --repeat mappings:123456
+
+An attack is a function of the table ``ATTACKS`` that draws what it does from a generator and raises ``Failure`` where
+something is not as it should be: a traceback, a success on damaged files, something left behind, other bytes after a
+kill than without, a wrong probability. A line is printed for each failure, with the word that repeats it, and at the
+end how often each attack was made. The exit status is 1 if there was a failure.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import io
+import json
+import math
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from functools import cache
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch  # noqa: E402
+from conftest import ROOT, TINY, environment, load_script, run, save_checkpoint  # noqa: E402
+
+from multimax_fairseq import mappings  # noqa: E402
+from multimax_fairseq.analysis.cli import main as analyze  # noqa: E402
+
+SCRIPTS, EXAMPLES = ROOT / "scripts", ROOT / "examples"
+
+
+class Failure(Exception):
+    """Something is not as it should be."""
+
+
+def expect(holds, *words):
+    if not holds:
+        raise Failure(" ".join(map(str, words)))
+
+
+# ---------------------------------------------------------------------- what is attacked: made once, then copied
+
+
+@cache
+def workplace():
+    folder = Path(tempfile.mkdtemp(prefix="campaign-"))
+    run(sys.executable, SCRIPTS / "make_smoke_data.py", "multi30k", folder / "source", "--sentences", 300)
+    run(sys.executable, SCRIPTS / "make_demo_corpus.py", "--out", folder / "text", "--train", 200, "--valid", 20,
+        "--test", 20)  # fmt: skip
+    text = folder / "text"
+    run("fairseq-preprocess", "--source-lang", "de", "--target-lang", "en", "--joined-dictionary", "--workers", 1,
+        "--trainpref", text / "train", "--validpref", text / "valid", "--testpref", text / "test",
+        "--destdir", folder / "data-bin")  # fmt: skip
+    return folder
+
+
+@cache
+def trained_run():
+    """As an evaluated run leaves it, but for the training."""
+    from argparse import Namespace
+
+    from conftest import parse
+    from fairseq import tasks
+
+    _, cfg = parse([workplace() / "data-bin", "--arch", "multimax_transformer", *TINY])
+    folder = workplace() / "run"
+    model = tasks.setup_task(cfg.task).build_model(cfg.model)
+    path = save_checkpoint(Namespace(model=model, cfg=cfg), folder / "checkpoint_best.pt")
+    state = torch.load(path)
+    state["extra_state"].update(val_loss=3.0, best=3.0, previous_training_time=1.0)
+    torch.save(state, path)
+    shutil.copy(path, folder / "checkpoint_last.pt")
+    references = (workplace() / "text" / "test.en").read_text()
+    for name in ("best.hypotheses", "references"):
+        (folder / name).write_text(references)
+    details = "BLEU|nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:2.6.0 = 100.00 100.0/100.0 (BP = 1.000)"
+    (folder / "best.bleu").write_text(details + "\n")
+    message = in_process("record_run", [folder, "--experiment", "x"])
+    expect(message is None, message)
+    return folder
+
+
+def in_process(tool, arguments):
+    """A tool of Python: None if it succeeds, or its one line of error; a traceback is a failure."""
+    main = analyze if tool == "multimax-analyze" else script(tool).main
+    before, sys.argv = sys.argv, [tool, *map(str, arguments)]
+    output = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+            main()
+        return None
+    except SystemExit as stopped:
+        message = stopped.code if isinstance(stopped.code, str) else output.getvalue().strip().splitlines()[-1]
+        expect(message.startswith("ERROR: ") and "\n" not in message, tool, "ends with", repr(message))
+        return message
+    except Exception as error:
+        raise Failure(f"{tool}: traceback: {type(error).__name__}: {error}") from error
+    finally:
+        sys.argv = before
+
+
+@cache
+def script(name):
+    return load_script(name)
+
+
+def in_a_shell(*command, **kwargs):
+    """Exit status and standard error of a script; a traceback is a failure."""
+    result = run("bash", *command, check=False, **kwargs)
+    expect("Traceback" not in result.stderr, command[0], "traceback:", result.stderr[-300:])
+    if result.returncode:
+        expect(result.stderr.count("ERROR: ") == 1, command[0], "says", repr(result.stderr[-300:]))
+    return result
+
+
+def damage(rng, path):
+    """Change a file's bytes; says how."""
+    content = bytearray(path.read_bytes())
+    how = rng.choice(["cut", "flip", "zero", "insert", "empty", "noise", "delete"])
+    where = rng.randrange(len(content)) if content else 0
+    if how == "cut":
+        content = content[:where]
+    elif how == "flip" and content:
+        content[where] ^= 1 << rng.randrange(8)
+    elif how == "zero":
+        content[where : where + rng.randrange(1, 400)] = bytes(min(400, len(content) - where))
+    elif how == "insert":
+        content[where:where] = rng.randbytes(rng.randrange(1, 50))
+    elif how == "empty":
+        content = b""
+    elif how == "noise":
+        content = rng.randbytes(rng.randrange(1, 3000))
+    if how == "delete":
+        path.unlink()
+    else:
+        path.write_bytes(content)
+    return f"{how} at {where} of {path.name}"
+
+
+def hash_of(folder):
+    """Of names and bytes, but for what names options or time."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.name not in ("preprocess.log", ".complete"):
+            digest.update(str(path.relative_to(folder)).encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+# ---------------------------------------------------------------------- attacks
+
+
+def damaged_run(rng, folder):
+    """A damaged file of a run: no tool has a traceback; a damaged checkpoint is never a success."""
+    place = shutil.copytree(trained_run(), folder / "run")
+    victim = rng.choice(sorted(place.iterdir()))
+    how = damage(rng, victim)
+    best, last, data = place / "checkpoint_best.pt", place / "checkpoint_last.pt", workplace() / "data-bin"
+    tool, arguments, reads = rng.choice([  # and what begins the names of files that have to be intact
+        ("average_checkpoints", [best, last, "--output", place / "average.pt"], "checkpoint_"),
+        ("check_decoding", [data, "--path", best, "--sentences", 2], "checkpoint_best"),
+        ("check_model", ["--checkpoint", best, "--data", data], "checkpoint_best"),
+        ("record_run", [place, "--experiment", "x"], "checkpoint_"),
+        ("resume_checkpoint", [place], "none"),
+        ("results_table", [place, "--samples", 1], "none"),
+    ])  # fmt: skip
+    changed = not victim.exists() or victim.read_bytes() != (trained_run() / victim.name).read_bytes()
+    before = set(place.iterdir())
+    message = in_process(tool, arguments)
+    expect(not (changed and victim.name.startswith(reads)) or message, tool, "succeeds after", how)
+    expect(message is None or set(place.iterdir()) == before, tool, "leaves something after", how)
+
+
+def damaged_data(rng, folder):
+    """A damaged file of the binarised data."""
+    data = shutil.copytree(workplace() / "data-bin", folder / "data-bin")
+    how = damage(rng, rng.choice(sorted(data.iterdir())))
+    best, split = trained_run() / "checkpoint_best.pt", rng.choice(["valid", "test"])
+    tool, arguments = rng.choice([
+        ("check_decoding", [data, "--path", best, "--sentences", 3, "--split", split]),
+        ("check_model", ["--checkpoint", best, "--data", data, "--split", split]),
+        ("multimax-analyze", [best, "--data", data, "--split", split, "--out", folder / "out", "--max-sentences", 2,
+                              "--no-progress-bar", "--show", "--cpu"]),
+    ])  # fmt: skip
+    if tool == "multimax-analyze" and rng.random() < 0.8:  # its figures take seconds
+        tool, arguments = "check_model", ["--checkpoint", best, "--data", data, "--split", split]
+    message = in_process(tool, arguments)
+    expect(message is None or not (folder / "out").exists(), tool, "leaves a report after", how)
+
+
+def damaged_table(rng, folder):
+    """Entries of run.json changed at random: a line that names the file, or a table without NaN."""
+    place = shutil.copytree(trained_run(), folder / "run")
+    record = json.loads((place / "run.json").read_text())
+    table = record
+    while True:
+        key = rng.choice(list(table))
+        if isinstance(table[key], dict) and table[key] and rng.random() < 0.7:
+            table = table[key]
+            continue
+        break
+    if rng.random() < 0.3:
+        del table[key]
+    else:
+        table[key] = rng.choice([None, float("nan"), float("inf"), -1, 0, "", "x", [], {}, True, "../x", 1e308])
+    (place / "run.json").write_text(json.dumps(record))
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
+        message = in_process("results_table", [place, "--samples", 1])
+    expect(message is None or "run" in message, message)
+    expect(not re.search(r"\bnan\b|\binf\b", output.getvalue()), "the table has NaN")
+
+
+SHELL_SCRIPTS = (
+    "multi30k_de_en/run.sh", "wikitext103/run.sh", "iwslt14_de_en/run.sh", "score_translation.sh", "translate.sh",
+    "prepare_multi30k.sh", "prepare_text_lm.sh", "prepare_iwslt14.sh",
+)  # fmt: skip
+VALUES = (
+    "", "-", "--", "0", "-1", "1e9", "99999999999", "NaN", "a:b", "a\nb", "-x", "ä", "x" * 300, "$(touch x)", "*",
+    "../..", "/", "softmax", "multimax", "encoder,cross", ",", "1.0", "learned", "fp32",
+)  # fmt: skip
+
+
+def strange_options(rng, folder):
+    """Options that may or may not make sense: usage errors are a line."""
+    name = rng.choice(SHELL_SCRIPTS)
+    path = EXAMPLES / name if "/" in name else SCRIPTS / name
+    text = path.read_text() + ((EXAMPLES / "experiment.sh").read_text() if "/" in name else "")
+    known = sorted(set(re.findall(r"^(--[a-z-]+) ", text, re.M)) - {"--url"})
+    options = []
+    for _ in range(rng.randrange(1, 5)):
+        option = rng.choice(known) if rng.random() < 0.9 else rng.choice(VALUES)
+        options += [f"{option}={rng.choice(VALUES)}"] if rng.random() < 0.5 else [option, rng.choice(VALUES)]
+    if "/" in name:
+        options.append("--dry-run")
+    else:  # nothing is there to be prepared from, so nothing is made
+        options += ["--from", str(folder / "none")] * (name in ("prepare_multi30k.sh", "prepare_text_lm.sh"))
+        options += ["--archive", str(folder / "none")] * (name == "prepare_iwslt14.sh")
+    result = in_a_shell(path, *options, cwd=folder, stdin=subprocess.DEVNULL)
+    expect(not list(folder.iterdir()), name, *options, "leaves", *folder.iterdir())
+    expect(result.returncode == 0 or len(result.stderr) < 2000, name, "says much")
+
+
+def killed_preparation(rng, folder):
+    """prepare_multi30k.sh, killed at random, then run to its end: the bytes of a run that was not stopped."""
+    command = [SCRIPTS / "prepare_multi30k.sh", "--from", workplace() / "source", "--vocab-size", 300, "--workers", 1]
+    kill_at_random(rng, [*command, "--out", folder / "out"], folder, most=prepared()[1])
+    in_a_shell(*command, "--out", folder / "out", cwd=folder)
+    expect(hash_of(folder / "out") == prepared()[0], "another result after a kill")
+
+
+@cache
+def prepared():
+    start = time.monotonic()
+    result = in_a_shell(SCRIPTS / "prepare_multi30k.sh", "--from", workplace() / "source", "--vocab-size", 300,
+                        "--workers", 1, "--out", workplace() / "prepared")  # fmt: skip
+    expect(result.returncode == 0, result.stderr)
+    return hash_of(workplace() / "prepared"), time.monotonic() - start
+
+
+def killed_run(rng, folder):
+    """run.sh, killed at random up to three times, then run to its end: scores and parameters of one that was not."""
+    record, parameters, seconds = uninterrupted()
+    place = folder / "run"
+    for _ in range(rng.randrange(1, 4)):
+        kill_at_random(rng, [*RUN, "--out", place], folder, most=seconds)
+    result = in_a_shell(*RUN, "--out", place, cwd=folder)
+    expect(result.returncode == 0, "cannot go on:", result.stderr[-300:])
+    again = json.loads((place / "run.json").read_text())
+    expect(again["scores"] == record["scores"], "other scores after a kill:", again["scores"], record["scores"])
+    found = torch.load(place / "checkpoint_last.pt")["model"]
+    expect(all(torch.equal(found[name], parameters[name]) for name in parameters), "other parameters after a kill")
+
+
+RUN = [EXAMPLES / "multi30k_de_en" / "run.sh", "--cpu-smoke", "--epochs", 3]
+
+
+@cache
+def uninterrupted():
+    place = workplace() / "whole"
+    RUN.extend(["--data", workplace() / "smoke-data"])
+    in_a_shell(*RUN, "--only", "prepare")
+    start = time.monotonic()
+    result = in_a_shell(*RUN, "--out", place)
+    expect(result.returncode == 0, result.stderr[-500:])
+    seconds = time.monotonic() - start
+    parameters = torch.load(place / "checkpoint_last.pt")["model"]
+    return json.loads((place / "run.json").read_text()), parameters, seconds
+
+
+def kill_at_random(rng, command, folder, most):
+    """Start a script, and end it and all that it started at a random moment, as a machine that goes down does."""
+    with open(folder / "log", "wb") as log:
+        process = subprocess.Popen(["bash", *map(str, command)], stdout=log, stderr=log, stdin=subprocess.DEVNULL,
+                                   cwd=folder, start_new_session=True, env=environment())  # fmt: skip
+        try:
+            process.wait(rng.uniform(0, most))
+        except subprocess.TimeoutExpired:
+            how = rng.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+            descendants = descendants_of(process.pid)
+            for number in [process.pid, *descendants]:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(number, how if number == process.pid or how == signal.SIGKILL else signal.SIGTERM)
+            process.wait(120)
+            for number in descendants:  # a copy that goes on would disturb the next run
+                deadline = time.monotonic() + 60
+                while Path(f"/proc/{number}").exists() and time.monotonic() < deadline:
+                    time.sleep(0.05)
+
+
+def descendants_of(number):
+    listed = subprocess.run(["ps", "-o", "pid=", "--ppid", str(number)], capture_output=True, text=True).stdout
+    return [found for child in map(int, listed.split()) for found in (child, *descendants_of(child))]
+
+
+def random_tensors(rng, _):
+    """Random scores through a mapping in some dtype: on the simplex, as in fp64, with finite gradients."""
+    name, dtype, options = draw_mapping(rng)
+    module = mappings.build_mapping(name, **options).to(dtype).eval()
+    shape = [rng.randrange(1, 6) for _ in range(rng.randrange(1, 4))] + [rng.choice([1, 2, 7, 64, 300])]
+    scores = (torch.randn(shape, dtype=torch.float64) * 10 ** rng.uniform(-2, 1.2)).to(dtype)
+    absent = torch.rand(shape) < rng.choice([0, 0.3, 0.9, 1])
+    scores = scores.masked_fill(absent, -math.inf).requires_grad_()
+    what = f"{name} {options} {dtype} {shape}"
+    probabilities = module(scores)
+    p, there = probabilities.detach().double(), (~absent).any(-1)
+    expect(p.isfinite().all() and (p >= 0).all() and (p[absent] == 0).all(), what, "is not on the simplex")
+    error = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.02}[dtype]
+    expect(((p.sum(-1) - there.double()).abs() <= error * shape[-1] ** 0.5).all(), what, "does not sum to 1")
+    exact = mappings.build_mapping(name, **options).double().eval()
+    exact.load_state_dict({key: value.double() for key, value in module.state_dict().items()})
+    expected = exact(scores.detach().double())
+    expect(((p - expected).abs() <= error * 5).all(), what, "differs from fp64 by", (p - expected).abs().max().item())
+    (probabilities * torch.randn(shape).to(dtype)).sum().backward()
+    expect(scores.grad.isfinite().all(), what, "has a gradient that is not finite")
+
+
+def draw_mapping(rng):
+    torch.manual_seed(rng.randrange(2**31))
+    name, dtype = rng.choice(sorted(mappings.MAPPINGS)), rng.choice([torch.float64, torch.float32, torch.bfloat16])
+    options = {"multimax": {"order": rng.choice([1, 2])}, "entmax": {"alpha": round(rng.uniform(1.05, 2), 3)}}
+    return name, dtype, options.get(name, {})
+
+
+def not_a_number(rng, _):
+    """A NaN among the scores of a row: its probabilities are NaN, those of other rows are as without it."""
+    name, dtype, options = draw_mapping(rng)
+    module = mappings.build_mapping(name, **options).to(dtype).eval()
+    scores = torch.randn(3, rng.choice([1, 2, 7, 300])).to(dtype)
+    bad = scores.clone()
+    bad[1, rng.randrange(bad.size(1))] = math.nan
+    with torch.no_grad():
+        before, after = module(scores), module(bad)
+    expect(after[1].isnan().any(), name, dtype, "makes a NaN among its scores vanish")
+    expect((after[[0, 2]] == before[[0, 2]]).all(), name, dtype, "carries a NaN to other rows")
+
+
+def backends(rng, _):
+    """Random rows through MultiMax in plain PyTorch, and as fast as it goes here: equal to 1e-5, the same NaN."""
+    torch.manual_seed(rng.randrange(2**31))
+    order, rows, width = rng.choice([1, 2]), rng.randrange(1, 40), rng.choice([1, 3, 8, 33, 200])
+    thresholds, gains = torch.randn(order, 2), torch.randn(order, 2) * 0.1
+    scores = torch.randn(rows, width) * 10 ** rng.uniform(-1, 1)
+    strange = torch.tensor([math.nan, math.inf, -math.inf, torch.finfo().min, 1e30, -1e30])
+    places = torch.rand(rows, width) < rng.choice([0, 0.02, 0.3])
+    scores = torch.where(places, strange[torch.randint(0, len(strange), (rows, width))], scores)
+    results = []
+    for backend in ("eager", "compiled"):
+        os.environ["MULTIMAX_BACKEND"] = backend
+        with torch.no_grad():
+            results.append(mappings.multimax(scores, thresholds, gains))
+    os.environ["MULTIMAX_BACKEND"] = "eager"
+    expect((results[0].isnan() == results[1].isnan()).all(), "NaN in one backend only, order", order)
+    expect((results[0] - results[1]).abs().nan_to_num().max() <= 1e-5, "backends differ, order", order)
+
+
+# name → attack, and how often it is drawn
+ATTACKS = {
+    "run": (damaged_run, 20),
+    "data": (damaged_data, 12),
+    "table": (damaged_table, 12),
+    "options": (strange_options, 12),
+    "preparation": (killed_preparation, 1),
+    "kill": (killed_run, 1),
+    "mappings": (random_tensors, 30),
+    "NaN": (not_a_number, 10),
+    "backends": (backends, 30),
+}
+
+
+def attack(name, seed):
+    """Make one attack; what failed, in a line, or None."""
+    folder = Path(tempfile.mkdtemp(prefix="attack-", dir=workplace()))
+    try:
+        ATTACKS[name][0](random.Random(seed), folder)
+    except Failure as failure:
+        return " ".join(str(failure).split())[:400]
+    except Exception as error:
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        said = " ".join(str(error).split())[:300]
+        return f"{type(error).__name__}: {said} ({Path(where.filename).name}:{where.lineno})"
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def campaign(seed, goes_on, names=tuple(ATTACKS)):
+    """Attack while ``goes_on()``; (how often each, failures)."""
+    rng, counts, failures = random.Random(seed), Counter(), []
+    while goes_on():
+        name = rng.choices(names, [ATTACKS[name][1] for name in names])[0]
+        number = rng.randrange(10**9)
+        counts[name] += 1
+        failure = attack(name, number)
+        if failure:
+            failures.append(f"{name}:{number}: {failure}")
+            print(f"FAILED {failures[-1]}", flush=True)
+    return counts, failures
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=60)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--only", nargs="+", choices=ATTACKS, default=list(ATTACKS), help="these attacks alone")
+    parser.add_argument("--repeat", metavar="NAME:NUMBER", help="one attack, as a failure names it")
+    args = parser.parse_args()
+    try:
+        if args.repeat:
+            name, _, number = args.repeat.partition(":")
+            failure = attack(name, int(number))
+            print(f"FAILED {args.repeat}: {failure}" if failure else f"{args.repeat}: no failure")
+            sys.exit(bool(failure))
+        end = time.monotonic() + 60 * args.minutes
+        counts, failures = campaign(args.seed, lambda: time.monotonic() < end, args.only)
+        print(", ".join(f"{name}: {counts[name]}" for name in args.only), f"- {len(failures)} failures", flush=True)
+        sys.exit(bool(failures))
+    finally:
+        shutil.rmtree(workplace(), ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,56 @@
+"""tests/campaign.py for a few seconds, and that it finds what it is to find."""
+
+import itertools
+
+import campaign
+import pytest
+
+
+@pytest.fixture(scope="module", autouse=True)
+def place(corpus, tmp_path_factory):
+    """What the attacks begin with, of the suite's own corpus: a campaign makes its own."""
+    folder = tmp_path_factory.mktemp("campaign")
+    for name in ("data-bin", "text"):
+        (folder / name).symlink_to(corpus / name)
+    before, campaign.workplace = campaign.workplace, lambda: folder
+    yield folder
+    campaign.workplace = before
+
+
+def rounds(number):
+    counter = itertools.count()
+    return lambda: next(counter) < number
+
+
+@pytest.mark.parametrize("name, number", [("run", 8), ("data", 4), ("table", 6), ("mappings", 30), ("options", 3)])
+def test_a_short_campaign_finds_nothing(name, number, place):
+    counts, failures = campaign.campaign(1, rounds(number), [name])
+    assert counts == {name: number} and not failures
+    assert not list(place.glob("attack-*"))
+
+
+def test_a_failure_is_a_line_that_repeats_it(place, monkeypatch, capsys):
+    def fails_at_times(rng, folder):
+        (folder / "x").write_text("")
+        campaign.expect(rng.random() < 0.7, "bad\nluck")
+
+    monkeypatch.setitem(campaign.ATTACKS, "luck", (fails_at_times, 1))
+    counts, failures = campaign.campaign(1, rounds(20), ["luck"])
+    assert counts["luck"] == 20 and 0 < len(failures) < 20
+    assert capsys.readouterr().out.splitlines() == [f"FAILED {failure}" for failure in failures]
+    name, number, said = failures[0].split(":", 2)
+    assert campaign.attack(name, int(number)) == said.strip() == "bad luck"
+
+
+def test_the_attacks_can_fail(place, tmp_path, monkeypatch):
+    """A tool that takes everything for intact, and one that falls over, are found out."""
+    monkeypatch.setattr(campaign, "in_process", lambda tool, arguments: None)
+    assert any(campaign.attack("run", number) for number in range(10))
+    monkeypatch.undo()
+
+    def falls_over(tool):
+        raise ZeroDivisionError("x")
+
+    monkeypatch.setattr(campaign, "script", lambda name: type("tool", (), {"main": lambda: falls_over(name)}))
+    with pytest.raises(campaign.Failure, match="check_model: traceback: ZeroDivisionError: x"):
+        campaign.in_process("check_model", [])
