@@ -8,6 +8,7 @@ from setuptools import find_packages, setup
 root = Path(__file__).parent
 version = re.search(r'^__version__ = "(.+)"$', (root / "multimax_fairseq" / "__init__.py").read_text(), re.M)[1]
 iwslt14 = ["sacremoses", "subword-nmt"]  # scripts/prepare_iwslt14.sh
+vision = ["timm>=1.0.31", "scikit-learn"]  # examples/vision
 
 setup(
     name="multimax_fairseq",
@@ -32,6 +33,15 @@ setup(
         "tqdm",
         "matplotlib",
     ],
-    extras_require={"iwslt14": iwslt14, "test": [*iwslt14, "hypothesis", "pytest", "pytest-xdist"]},
-    entry_points={"console_scripts": ["multimax-analyze = multimax_fairseq.analysis.cli:main"]},
+    extras_require={
+        "iwslt14": iwslt14,
+        "vision": vision,
+        "test": [*iwslt14, *vision, "hypothesis", "pytest", "pytest-xdist"],
+    },
+    entry_points={
+        "console_scripts": [
+            "multimax-analyze = multimax_fairseq.analysis.cli:main",
+            "multimax-doctor = multimax_fairseq.doctor:main",
+        ]
+    },
 )

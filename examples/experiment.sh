@@ -41,6 +41,7 @@ root=$(dirname "$examples")
 scripts=$root/scripts
 # shellcheck source=scripts/common.sh
 source "$scripts/common.sh"
+help_files+=("$examples/experiment.sh")
 
 # ---------------------------------------------------------------- what a recipe sets
 
@@ -78,73 +79,54 @@ order=2
 terms=
 entmax_alpha=1.5
 seed=1
+epochs=  # instead of length, or
+updates=
+archive= # of the data, or
+from=
 data=
 runs=
 run= # --out
-source=()
 only=
 processes=1
-launch=()
+launch= # words
 smoke=
 dry_run=
 extra=()
 
+# The choices are those of multimax_fairseq, which would know only after the data are prepared.
 parse_run_options() {
-    while (($#)); do
-        case $1 in
-        --?*=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" ;; # --out=DIR is --out DIR
-        --help | -h) show_help "$0"; echo; show_help "$examples/experiment.sh"; exit ;;
-        --mapping) need_choice "$@"; mapping=$2; shift 2 ;;
-        --sites) need_choice "$@"; sites=$2; shift 2 ;;
-        --output-mapping) need_choice "$@"; output_mapping=$2; shift 2 ;;
-        --order) need_choice "$@"; order=$2; shift 2 ;;
-        --terms) need_choice "$@"; terms=$2; shift 2 ;;
-        --entmax-alpha) need_alpha "$@"; entmax_alpha=$2; shift 2 ;;
-        --seed) need_number "$1" "${2-}" 1; seed=$2; shift 2 ;;
-        --epochs) need_number "$1" "${2-}" 1; length=(--max-epoch "$2"); smoke_length=("${length[@]}"); shift 2 ;;
-        --updates) need_number "$1" "${2-}" 1; length=(--max-update "$2"); smoke_length=("${length[@]}"); shift 2 ;;
-        --precision) need_choice "$@"; precision=$2; shift 2 ;;
-        --average) need_number "$1" "${2-}" 0; average=$2; shift 2 ;;
-        --data) need_value "$@"; data=$2; shift 2 ;;
-        --archive | --from) need_value "$@"; source=("$1" "$2"); shift 2 ;;
-        --runs) need_value "$@"; runs=$2; shift 2 ;;
-        --out) need_value "$@"; run=$2; shift 2 ;;
-        --only) need_choice "$@"; only=$2; shift 2 ;;
-        --processes) need_number "$1" "${2-}" 1; processes=$2; shift 2 ;;
-        --launch) need_value "$@"; read -r -a launch <<<"$2"; shift 2 ;;
-        --cpu-smoke) smoke=yes; shift ;;
-        --dry-run) dry_run=yes; shift ;;
-        --) shift; extra=("$@"); break ;;
-        *) die "unknown option '$1'; see --help" ;;
-        esac
-    done
-}
-
-# choices OPTION: what it can be. (multimax_fairseq knows as well, but only after the data are prepared.)
-choices() {
-    case $1 in
-    --mapping) echo "softmax multimax sparsemax entmax15 entmax evsoftmax stock" ;;
-    --sites) echo "encoder decoder cross" ;;
-    --output-mapping) echo "softmax multimax" ;;
-    --order) echo "1 2" ;;
-    --terms) echo "below above" ;;
-    --precision) echo "fp32 fp16 bf16" ;;
-    --only) echo "prepare train evaluate" ;;
-    esac
-}
-
-# need_choice OPTION VALUE: stop unless VALUE, or each in a list of --sites or --terms, is a choice.
-need_choice() {
-    local value values=("${2-}")
-    need_value "$@"
-    if [[ $1 == --sites || $1 == --terms ]]; then IFS=, read -r -a values <<<"$2"; fi
-    for value in "${values[@]}"; do
-        [[ " $(choices "$1") " == *" $value "* ]] || die "$1: there is no '$value'; choose from: $(choices "$1")"
-    done
-}
-
-need_alpha() {
-    [[ ${2-} == learned || ${2-} =~ ^(1\.[0-9]+|2(\.0+)?)$ ]] || die "$1 takes a number in (1, 2] or 'learned': got '${2-}'"
+    parse_options "
+--mapping         mapping         one of softmax multimax sparsemax entmax15 entmax evsoftmax stock
+--sites           sites           some of encoder decoder cross
+--output-mapping  output_mapping  one of softmax multimax
+--order           order           one of 1 2
+--terms           terms           some of below above
+--entmax-alpha    entmax_alpha    text
+--seed            seed            1
+--epochs          epochs          1
+--updates         updates         1
+--precision       precision       one of fp32 fp16 bf16
+--average         average         0
+--data            data            path
+--archive         archive         text
+--from            from            text
+--runs            runs            path
+--out             run             path
+--only            only            one of prepare train evaluate
+--processes       processes       1
+--launch          launch          text
+--cpu-smoke       smoke           =yes
+--dry-run         dry_run         =yes
+--
+" "$@"
+    [[ $entmax_alpha =~ ^(learned|1\.[0-9]*[1-9][0-9]*|2(\.0+)?)$ ]] ||
+        die "--entmax-alpha takes a number in (1, 2] or 'learned': got '$entmax_alpha'"
+    [[ -z $epochs || -z $updates ]] || die "--epochs and --updates exclude each other; see --help"
+    [[ -z $archive || -z $from ]] || die "--archive and --from exclude each other; see --help"
+    if [[ -n $epochs$updates ]]; then
+        length=(${epochs:+--max-epoch "$epochs"} ${updates:+--max-update "$updates"})
+        smoke_length=("${length[@]}")
+    fi
 }
 
 # ---------------------------------------------------------------- the command that trains
@@ -191,16 +173,16 @@ compose_command() {
     local options
     mapping_options
     share_among_processes
-    if ((${#launch[@]})); then
-        train_command=("${launch[@]}" -m fairseq_cli.train)
-    else
-        train_command=(fairseq-train)
-    fi
+    read -r -a train_command <<<"${launch:+$launch -m fairseq_cli.train}"
+    ((${#train_command[@]})) || train_command=(fairseq-train)
     # With the plugin for stock, too: to resume, torch 2.6 and later have to be told that its checkpoints are safe.
     train_command+=("$data/data-bin" --user-dir "$root/multimax_fairseq" "${options[@]}"
         ${model[@]+"${model[@]}"} "${training[@]}" "${length[@]}" --max-tokens "$max_tokens"
         --update-freq "$update_freq" --distributed-world-size "$processes" --seed "$seed"
-        --save-dir "$run" --log-format simple --log-file "$run/train.log")
+        --save-dir "$run" --log-format simple --log-file "$run/train.log"
+        # Batches are made for each epoch, by its number. fairseq makes them once, by the number of the epoch in which
+        # the process starts: a run that is stopped after its first epoch would go on with other batches.
+        --update-epoch-batch-itr True)
     if ((average)); then
         train_command+=(--keep-last-epochs "$average")
     else
@@ -222,11 +204,11 @@ quoted() {
 prepare_data() {
     [[ ! -d $data/data-bin ]] || return 0
     if [[ -n $smoke ]]; then
-        made_up=$(mktemp -d)
+        made_up=$(temporary -d)
         trap 'rm -rf "$made_up"' EXIT
         prepare_smoke "$made_up/source"
     else
-        bash "$scripts/$prepare_script" --out "$data" ${source[@]+"${source[@]}"}
+        bash "$scripts/$prepare_script" --out "$data" ${archive:+--archive "$archive"} ${from:+--from "$from"}
     fi
 }
 
@@ -237,13 +219,24 @@ settings_of_run() {
         "seed=$seed" "precision=$precision" "options=$(quoted ${extra[@]+"${extra[@]}"})" | LC_ALL=C sort
 }
 
+# Without a checkpoint there is nothing to be mixed: fairseq-train may not have known an option.
 check_settings() {
     local there
-    [[ -f $run/settings ]] || return 0
+    if [[ ! -f $run/settings ]] || ! has_checkpoints; then return; fi
     there=$(cat "$run/settings")
     [[ $there == "$(settings_of_run)" ]] ||
         die "$run holds a run with other settings (there: $(only_in_first "$there" "$(settings_of_run)"); asked for:" \
             "$(only_in_first "$(settings_of_run)" "$there")). Choose another --out, or remove it"
+}
+
+has_checkpoints() { compgen -G "$run/checkpoint*.pt" >/dev/null; }
+
+# begin_run: from here on the run's folder is ours alone; but with --launch several machines may share it.
+begin_run() {
+    make_folder "$run"
+    out=$(absolute_path "$run") # whose disk may be full
+    lock "$run/.lock" ${launch:+shared}
+    check_settings
 }
 
 # is_trained: for as long as it is asked for? fairseq itself would train an update more, each time it is asked again
@@ -251,30 +244,37 @@ check_settings() {
 is_trained() { [[ -f $run/trained && $(cat "$run/trained") == "${length[*]}" ]]; }
 
 train() {
+    local status=0
     if is_trained; then
         info "already trained: $run"
         return
     fi
-    [[ -d $data/data-bin ]] || die "$data has no data-bin: run this with --only prepare first"
+    check_data
     if [[ $precision != fp32 ]] && ! "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
         die "--precision $precision needs a GPU, and torch sees none: --precision fp32 trains on the CPU"
     fi
-    mkdir -p "$run"
+    if has_checkpoints; then "$PYTHON" "$scripts/resume_checkpoint.py" "$run"; fi
     write_file "$run/settings" < <(settings_of_run)
     rm -f "$run/trained" "$run/run.json"
-    keep_memory "${train_command[@]}"
+    keep_memory "${train_command[@]}" || status=$?
+    ((status < 128)) || exit "$status" # stopped, and not failed
+    ((status == 0)) || die "fairseq-train failed (exit status $status), as its last lines say"
     write_file "$run/trained" <<<"${length[*]}"
 }
 
-# write_file FILE: from standard input, whole or not at all, by however many machines at the same time.
-write_file() {
-    cat >"$1.part.$$"
-    mv "$1.part.$$" "$1"
+check_data() {
+    local split file
+    [[ -d $data/data-bin ]] || die "$data has no data-bin: run this with --only prepare first"
+    for split in train valid test; do
+        for file in "$data/data-bin/$split".*bin; do
+            [[ -s $file ]] || die "$data/data-bin has no text of the split '$split': remove $data, and run this again"
+        done
+    done
 }
 
 evaluate_and_record() {
     [[ -f $run/checkpoint_best.pt ]] || die "$run has no checkpoint_best.pt: train first"
-    rm -f "$run"/{best,average}.* "$run"/*.eval "$run/run.json"
+    rm -rf "$run"/{best,average}.* "$run"/*.eval "$run/run.json"
     evaluate
     "$PYTHON" "$scripts/record_run.py" "$run" --experiment "$experiment" ${smoke:+--smoke} \
         --command "$command_line" --train-command "$(quoted "${train_command[@]}")"
@@ -308,7 +308,8 @@ perplexity() {
     local log=$run/$1.context-$2.eval
     fairseq-eval-lm "$data/data-bin" --user-dir "$root/multimax_fairseq" --path "$run/checkpoint_best.pt" \
         --gen-subset "$1" --context-window "$2" --sample-break-mode none --num-workers 0 "${@:3}" \
-        >"$log.part" 2>&1 || { tail -n 15 "$log.part" >&2; die "fairseq-eval-lm failed"; }
+        >"$log.part" 2>&1 ||
+        die "fairseq-eval-lm failed: $(why_it_failed "$log.part" "$data/data-bin" "$run/checkpoint_best.pt" "$1")"
     mv "$log.part" "$log"
     printf '%s, context window %s: %s\n' "$1" "$2" "$(grep -o 'Perplexity: .*' "$log")"
 }
@@ -348,6 +349,7 @@ run_experiment() {
         return
     fi
     if [[ -z $only || $only == prepare ]]; then prepare_data; fi
+    [[ $only == prepare ]] || begin_run
     if [[ -z $only || $only == train ]]; then train; fi
     if [[ -z $only || $only == evaluate ]]; then evaluate_and_record; fi
 }

@@ -21,10 +21,10 @@ scripts=$(dirname "$examples")/scripts
 # shellcheck source=scripts/common.sh
 source "$scripts/common.sh"
 
-seeds=(1)
 runs=
 dry_run=
-common=()
+seeds=1 # a list
+extra=() # for run.sh
 
 [[ ${1:-} != --help && ${1:-} != -h ]] || { show_help "$0"; exit; }
 [[ $# -ge 2 ]] || die "the experiment and the list of runs are required; see --help"
@@ -32,27 +32,28 @@ experiment=$1
 list=$2
 shift 2
 [[ -f $examples/$experiment/run.sh ]] || die "there is no experiment '$experiment'; choose a folder of $examples"
-[[ -f $list ]] || die "$list: there is no such file"
-while (($#)); do
-    case $1 in
-    --seeds=* | --runs=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" ;; # --seeds=1,2 is --seeds 1,2
-    --seeds) need_value "$@"; IFS=, read -r -a seeds <<<"$2"; shift 2 ;;
-    --runs) need_value "$@"; runs=$2; shift 2 ;;
-    --dry-run) dry_run=--dry-run; shift ;;
-    --seed | --seed=* | --out | --out=*) die "${1%%=*} is for a single run: use --seeds or --runs here" ;;
-    *) common+=("$1"); shift ;;
-    esac
+need_file "$list"
+parse_options "
+--seeds    seeds    text
+--runs     runs     path
+--dry-run  dry_run  =--dry-run
+*
+" "$@"
+for option in ${extra[@]+"${extra[@]}"}; do
+    [[ $option != -- ]] || break
+    [[ ! $option =~ ^--(seed|out)(=.*)?$ ]] || die "${option%%=*} is for a single run: use --seeds or --runs here"
 done
+IFS=, read -r -a seeds <<<"$seeds"
 for seed in "${seeds[@]}"; do need_number --seeds "$seed" 1; done
 
 trap 'exit 130' INT # or Ctrl-C would only go on to the next run
 failed=
-while read -r -a options <&3; do
+while read -r -a options <&3 || ((${#options[@]})); do
     [[ ${#options[@]} -gt 0 && ${options[0]} != \#* ]] || continue
     for seed in "${seeds[@]}"; do
         [[ -n $dry_run ]] || printf '\n== %s %s --seed %s\n' "$experiment" "${options[*]}" "$seed"
-        bash "$examples/$experiment/run.sh" "${options[@]}" --seed "$seed" ${runs:+--runs "$runs"} $dry_run \
-            ${common[@]+"${common[@]}"} || failed+=$'\n'"  ${options[*]} --seed $seed"
+        bash "$examples/$experiment/run.sh" "${options[@]}" --seed "$seed" ${runs:+--runs "$runs"} ${dry_run:+"$dry_run"} \
+            ${extra[@]+"${extra[@]}"} || failed+=$'\n'"  ${options[*]} --seed $seed"
     done
 done 3<"$list"
 if [[ -z $dry_run ]]; then

@@ -4,8 +4,8 @@
 #     bash examples/iwslt14_de_en/run.sh --only prepare
 #     sbatch --array 1-15 examples/slurm.sh iwslt14_de_en examples/ablation.txt 3
 #
-#   EXPERIMENT LIST SEEDS   the jobs are the lines of LIST that are no comments, each with seeds 1 to SEEDS; the array
-#                           has as many numbers: lines × SEEDS
+#   EXPERIMENT LIST SEEDS   the jobs are the lines of LIST that are neither comments nor blank, each with seeds 1 to
+#                           SEEDS; the array has as many numbers: lines × SEEDS
 #
 # A job that runs out of time is sent again by the same line, and goes on from its last checkpoint.
 
@@ -18,7 +18,7 @@
 
 set -euo pipefail
 
-if [[ $# -ne 3 || -z ${SLURM_ARRAY_TASK_ID:-} ]]; then
+if [[ $# -ne 3 || -z ${SLURM_ARRAY_TASK_ID:-} || ! $3 =~ ^[1-9][0-9]*$ ]]; then
     awk 'NR > 1 { if (!/^#/) exit; sub(/^# ?/, ""); print }' "$0"
     exit 1
 fi
@@ -28,7 +28,7 @@ seeds=$3
 
 line=$(((SLURM_ARRAY_TASK_ID - 1) / seeds + 1))
 seed=$(((SLURM_ARRAY_TASK_ID - 1) % seeds + 1))
-read -r -a options < <(grep -v '^#' "$list" | sed -n "${line}p") ||
+read -r -a options < <(awk -v line="$line" 'NF && $1 !~ /^#/ && ++number == line' "$list") ||
     { echo "ERROR: $list has no line $line: --array is too long" >&2; exit 1; }
 
 # sbatch runs a copy of this file: the examples are where it was called from

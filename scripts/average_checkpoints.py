@@ -6,24 +6,29 @@
 Everything but the parameters (configuration, training state) is that of the last input.
 """
 
-import argparse
-import os
 import re
-import sys
 from pathlib import Path
 from typing import Any, Dict, List
 
 import torch
 from torch import Tensor
 
-import multimax_fairseq  # noqa: F401  lets torch load fairseq's checkpoints
+from multimax_fairseq.analysis.files import (
+    ArgumentParser,
+    UserError,
+    check_output,
+    errors_in_a_line,
+    positive,
+    read_checkpoint,
+    replacing,
+)
 
 
 def last_epochs(folder: Path, count: int) -> List[Path]:
     """The ``count`` newest ``checkpoint<epoch>.pt`` of a folder, oldest first.
 
     Raises:
-        ValueError: there are fewer of them.
+        UserError: there are fewer of them.
     """
     by_epoch = {}
     for path in folder.glob("checkpoint*.pt"):
@@ -31,7 +36,7 @@ def last_epochs(folder: Path, count: int) -> List[Path]:
         if match:
             by_epoch[int(match[1])] = path
     if len(by_epoch) < count:
-        raise ValueError(
+        raise UserError(
             f"{folder} holds {len(by_epoch)} checkpoints of whole epochs, not {count}: train without "
             f"--no-epoch-checkpoints and with --keep-last-epochs {count} or more"
         )
@@ -42,11 +47,11 @@ def average(paths: List[Path]) -> Dict[str, Any]:
     """The last checkpoint with the mean of the parameters of all: taken in fp64, in each parameter's own dtype.
 
     Raises:
-        ValueError: the checkpoints do not have the same parameters, of the same shapes.
+        UserError: one is no checkpoint, or they do not have the same parameters, of the same shapes.
     """
     total: Dict[str, Tensor] = {}
     for path in paths:
-        checkpoint = torch.load(path, map_location="cpu")
+        checkpoint = read_checkpoint(path)
         parameters = checkpoint["model"]
         total = total or {name: torch.zeros_like(tensor, dtype=torch.float64) for name, tensor in parameters.items()}
         different = [
@@ -55,7 +60,7 @@ def average(paths: List[Path]) -> Dict[str, Any]:
             if name not in total or name not in parameters or total[name].shape != parameters[name].shape
         ]
         if different:
-            raise ValueError(f"{path} is of another model than {paths[0]}: they differ in {', '.join(different[:3])}")
+            raise UserError(f"{path} is of another model than {paths[0]}: they differ in {', '.join(different[:3])}")
         for name, tensor in parameters.items():
             total[name] += tensor
     checkpoint["model"] = {name: (total[name] / len(paths)).to(tensor.dtype) for name, tensor in parameters.items()}
@@ -63,24 +68,19 @@ def average(paths: List[Path]) -> Dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(__doc__)
     parser.add_argument("inputs", nargs="+", type=Path, help="checkpoints, or with --last one folder of them")
-    parser.add_argument("--last", type=int, metavar="N", help="take the last N epochs of the folder")
+    parser.add_argument("--last", type=positive, metavar="N", help="take the last N epochs of the folder")
     parser.add_argument("--output", type=Path, required=True, help="the averaged checkpoint")
     args = parser.parse_args()
-    try:
-        if args.last is not None and (args.last < 1 or len(args.inputs) != 1 or not args.inputs[0].is_dir()):
-            raise ValueError("--last takes a number of at least 1, and one folder")
-        paths = args.inputs if args.last is None else last_epochs(args.inputs[0], args.last)
-        missing = [str(path) for path in paths if not path.is_file()]
-        if missing:
-            raise ValueError(f"no such file: {', '.join(missing)}")
+    with errors_in_a_line():
+        if args.last and (len(args.inputs) != 1 or not args.inputs[0].is_dir()):
+            raise UserError("--last goes with one folder")
+        check_output(args.output)
+        paths = last_epochs(args.inputs[0], args.last) if args.last else args.inputs
         averaged = average(paths)
-    except ValueError as error:
-        sys.exit(f"ERROR: {error}")
-    part = args.output.with_name(args.output.name + ".part")
-    torch.save(averaged, part)
-    os.replace(part, args.output)
+        with replacing(args.output) as file:
+            torch.save(averaged, file)
     print(f"averaged {', '.join(path.name for path in paths)} into {args.output}")
 
 

@@ -202,21 +202,27 @@ def mappings() -> Dict[str, Callable[[Tensor], Tensor]]:
 # ---------------------------------------------------------------- attention
 
 HEADS, WIDTH = 8, 512
+ATTENTION_SIZES = (4, 512), (2, 2_048)
 
 
 def benchmark_attention(rounds: int) -> Iterator[Rows]:
-    for bsz, length in ((4, 512), (2, 2_048)):
-        case = f"{bsz} × {length} tokens, causal, forward+backward"
-        yield compare(f"core, {case}", attention_core(bsz, length), rounds)
-        yield compare(f"module, {case}", attention_module(bsz, length), rounds)
-    for bsz, length in ((4, 512), (2, 2_048), (1, 8_192)):
+    for dropout in (0.0, 0.1):
+        for bsz, length in ATTENTION_SIZES:
+            case = f"{bsz} × {length} tokens, causal, dropout {dropout}, forward+backward"
+            yield compare(f"core, {case}", attention_core(bsz, length, dropout=dropout), rounds)
+            yield compare(f"module, {case}", attention_module(bsz, length, dropout), rounds)
+    for heads in (1, 3):  # with few of them threads have to share a head
+        for _, length in ATTENTION_SIZES:
+            case = f"core, {heads} head{'s' * (heads > 1)} × {length} tokens, causal, forward+backward"
+            yield compare(case, attention_core(1, length, heads), rounds)
+    for bsz, length in (*ATTENTION_SIZES, (1, 8_192)):
         case = f"module, {bsz} × {length} tokens, peak"
         yield compare_memory(case, module_peak, ["stock", "multimax"], bsz, length)
 
 
-def attention_core(bsz: int, length: int) -> Sides:
+def attention_core(bsz: int, length: int, heads: int = HEADS, dropout: float = 0.0) -> Sides:
     """Between projections: stock fairseq leaves this to torch's scaled dot-product attention, with its mask."""
-    shape = length, bsz * HEADS, WIDTH // HEADS
+    shape = length, bsz * heads, WIDTH // HEADS
     # as projections give them: length first in memory, scores of standard deviation 2
     inputs = [torch.randn(shape, device=DEVICE).mul_(0.5).transpose(0, 1).requires_grad_() for _ in range(3)]
     upstream = torch.randn(shape, device=DEVICE).transpose(0, 1)
@@ -224,31 +230,31 @@ def attention_core(bsz: int, length: int) -> Sides:
     multimax = MultiMax().to(DEVICE)
 
     def stock() -> None:
-        by_sentence = (tensor.view(bsz, HEADS, length, -1) for tensor in inputs)
-        output = F.scaled_dot_product_attention(*by_sentence, mask, scale=1.0)
+        by_sentence = (tensor.view(bsz, heads, length, -1) for tensor in inputs)
+        output = F.scaled_dot_product_attention(*by_sentence, mask, dropout, scale=1.0)
         torch.autograd.grad(output, inputs, upstream.view(output.shape))
 
     def blockwise() -> None:
         parameters = multimax.thresholds, multimax.gains
-        output = multimax_attention(*inputs, *parameters, Masks(causal=True))
+        output = multimax_attention(*inputs, *parameters, Masks(causal=True), dropout)
         torch.autograd.grad(output, (*inputs, *parameters), upstream)
 
     return {"stock": stock, "multimax": blockwise}
 
 
-def attention_module(bsz: int, length: int) -> Sides:
+def attention_module(bsz: int, length: int, dropout: float) -> Sides:
     inputs = torch.randn(length, bsz, WIDTH, device=DEVICE, requires_grad=True)
     upstream, mask = torch.randn(length, bsz, WIDTH, device=DEVICE), future_mask(length)
 
     def side(name: str) -> Callable[[], None]:
-        module = attention(name)
+        module = attention(name, dropout)
         return lambda: module(inputs, inputs, inputs, attn_mask=mask, need_weights=False)[0].backward(upstream)
 
     return {name: side(name) for name in ("stock", "multimax")}
 
 
-def attention(name: str) -> nn.Module:
-    module = MultiheadAttention(WIDTH, HEADS, self_attention=True).to(DEVICE)
+def attention(name: str, dropout: float = 0.0) -> nn.Module:
+    module = MultiheadAttention(WIDTH, HEADS, dropout=dropout, self_attention=True).to(DEVICE)
     if name == "multimax":
         module = MappedMultiheadAttention.adopt(module, MultiMax().to(DEVICE), "decoder")
     return module

@@ -7,17 +7,17 @@ the cache, as beam search does, and prints the largest difference between log-pr
 targets, its own and the next one's, which change places on the way, as the hypotheses of a beam do.
 """
 
-import argparse
-import sys
+import math
 from pathlib import Path
 from typing import Dict
 
 import torch
-from fairseq import checkpoint_utils, utils
+from fairseq import utils
 from fairseq.models import BaseFairseqModel
 from torch import Tensor
 
-import multimax_fairseq  # noqa: F401  registers the models, and lets torch load fairseq's checkpoints
+from multimax_fairseq.analysis.checkpoint import check_sentences, load_model, load_split
+from multimax_fairseq.analysis.files import ArgumentParser, UserError, errors_in_a_line, positive
 
 
 def log_softmax(logits: Tensor) -> Tensor:
@@ -27,7 +27,8 @@ def log_softmax(logits: Tensor) -> Tensor:
 
 @torch.no_grad()
 def largest_difference(model: BaseFairseqModel, net_input: Dict[str, Tensor]) -> float:
-    """max |log p(step by step) − log p(all at once)| over the tokens of a batch and the vocabulary, in nats."""
+    """max |log p(step by step) − log p(all at once)| over the tokens of a batch and the vocabulary, in nats; infinite
+    where one of them is NaN."""
     number = torch.arange(net_input["src_tokens"].size(0))
     twice = number.repeat_interleave(2)
     targets = torch.stack([number, number.roll(-1)], dim=1).flatten()
@@ -43,34 +44,43 @@ def largest_difference(model: BaseFairseqModel, net_input: Dict[str, Tensor]) ->
             tokens, full = tokens[swapped], full[swapped]
         output = model.decoder(tokens[:, : step + 1], encoder_out=encoder_out, incremental_state=incremental_state)
         difference = (log_softmax(output[0])[:, 0] - full[:, step]).abs().amax(dim=1)
-        largest = max([largest, *difference[tokens[:, step] != model.decoder.padding_idx].tolist()])
+        of_tokens = difference[tokens[:, step] != model.decoder.padding_idx].tolist()
+        largest = max([largest, *(math.inf if math.isnan(nats) else nats for nats in of_tokens)])
+    return largest
+
+
+def check(checkpoint: Path, data: Path, split: str, sentences: int, fp64: bool) -> float:
+    """:func:`largest_difference` over the first sentences of a split.
+
+    Raises:
+        UserError: a file is missing or damaged, the model does not translate, or its probabilities are not finite.
+    """
+    model, _, task = load_model(checkpoint, data)
+    if not hasattr(model, "encoder") or not hasattr(model, "decoder"):
+        raise UserError(f"{checkpoint} is no translation model: there is no beam search to compare with")
+    model = model.double() if fp64 else model
+    dataset = load_split(task, data, split)
+    number = min(sentences, len(dataset))
+    check_sentences(task, dataset, range(number), f"the split {split!r} of {data}")
+    largest = 0.0
+    for start in range(0, number, 20):
+        batch = dataset.collater([dataset[index] for index in range(start, min(start + 20, number))])
+        largest = max(largest, largest_difference(model, batch["net_input"]))
+    if not math.isfinite(largest):
+        raise UserError(f"{checkpoint} computes NaN or infinity on sentences of {split!r}: its training has diverged")
     return largest
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(__doc__)
     parser.add_argument("data_bin", type=Path)
-    parser.add_argument("--path", required=True, help="the checkpoint")
+    parser.add_argument("--path", type=Path, required=True, help="the checkpoint")
     parser.add_argument("--split", default="test")
-    parser.add_argument("--sentences", type=int, default=100)
+    parser.add_argument("--sentences", type=positive, default=100)
     parser.add_argument("--fp64", action="store_true", help="compute in fp64: tells rounding from another model")
     args = parser.parse_args()
-    if not args.data_bin.is_dir():
-        sys.exit(f"ERROR: there is no folder {args.data_bin}")
-    if not Path(args.path).is_file():
-        sys.exit(f"ERROR: there is no file {args.path}")
-
-    (model,), _, task = checkpoint_utils.load_model_ensemble_and_task(
-        [args.path], arg_overrides={"data": str(args.data_bin)}
-    )
-    model = model.double().eval() if args.fp64 else model.eval()
-    task.load_dataset(args.split)
-    dataset = task.dataset(args.split)
-    largest = 0.0
-    for start in range(0, min(args.sentences, len(dataset)), 20):
-        indices = range(start, min(start + 20, args.sentences, len(dataset)))
-        batch = dataset.collater([dataset[index] for index in indices])
-        largest = max(largest, largest_difference(model, batch["net_input"]))
+    with errors_in_a_line():
+        largest = check(args.path, args.data_bin, args.split, args.sentences, args.fp64)
     print(f"{args.path}: largest difference {largest:.2e} nat")
 
 

@@ -19,9 +19,10 @@ UNPACK_LIMIT=${UNPACK_LIMIT:-4294967296} # bytes that an archive may unpack to: 
 
 instead="--from FOLDER with files you already have" # of a download; a recipe may say otherwise
 out=        # where the result goes, absolute
-build=      # where it is built: OUT.partial.PID
+build=      # where it is built: OUT.partial.XXXXXX
 replaced=   # where the old OUT waits while --force puts the new one in its place
 settings=   # key=value lines; two runs with the same settings give the same OUT
+digests=    # lines "SHA-256 FILE" of the source, where it is at hand
 child=      # the running command that a signal has to stop
 explained=  # not empty: an error message has been shown
 
@@ -38,32 +39,57 @@ die() {
 # show_help SCRIPT: print the comment that opens it.
 show_help() { awk 'NR > 1 { if (!/^#/) exit; sub(/^# ?/, ""); print }' "$1"; }
 
+help_files=("$0") # their opening comments are the text of --help
+
 # parse_options TABLE ARGUMENT ...: set the variables that TABLE names. A line of it is an option, its variable, and
 #
-#     text      the option takes a value, which must not be empty
-#     N         it takes a whole number, N or more
-#     =VALUE    it takes none, and sets the variable to VALUE
+#     text           the option takes a value
+#     path           the same, a file or folder; fairseq takes ':' for what separates several, so it has none
+#     N              it takes a whole number, N or more
+#     one of A B …   it takes one of these words
+#     some of A B …  it takes several of them, joined by ',', and sets the variable to them in this order ("": all)
+#     =VALUE         it takes no value, and sets the variable to VALUE
 #
-# With a line "--" the array "extra" gets what follows that word on the command line.
+# With a line "--" the array "extra" gets what follows that word on the command line; with a line "*" it gets every
+# argument that the table does not know.
 parse_options() {
-    local table=$1 option variable kind
+    local table=$1 option variable kind chosen
     shift
     while (($#)); do
         case $1 in
         --?*=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" ;; # --out=DIR is --out DIR
-        --help | -h) show_help "$0"; exit ;;
+        --help | -h)
+            for option in "${help_files[@]}"; do
+                [[ $option == "${help_files[0]}" ]] || echo
+                show_help "$option"
+            done
+            exit
+            ;;
         esac
-        read -r option variable kind < <(awk -v option="$1" 'NF && $1 == option' <<<"$table") ||
-            die "unknown option '$1'; see --help"
+        if ! read -r option variable kind < <(awk -v option="$1" 'NF && $1 == option && $1 != "*"' <<<"$table"); then
+            [[ $'\n'$table == *$'\n*'* ]] || die "unknown option '$1'; see --help"
+            if [[ $1 == -- ]]; then
+                extra+=("$@")
+                return
+            fi
+            extra+=("$1")
+            shift
+            continue
+        fi
         if [[ $option == -- ]]; then
             shift
-            # shellcheck disable=SC2034 # for the caller
             extra=("$@")
             return
         fi
         case $kind in
         =*) set -- "$option" "${kind#=}" "${@:2}" ;;
         text) need_value "$@" ;;
+        path) need_path "$@" ;;
+        "one of "* | "some of "*)
+            need_value "$@"
+            chosen=$(choice "$option" "$2" "${kind%% *}" "${kind#* of }") || exit 1
+            set -- "$option" "$chosen" "${@:3}"
+            ;;
         *) need_number "$option" "${2-}" "$kind" ;;
         esac
         printf -v "$variable" %s "$2"
@@ -72,13 +98,63 @@ parse_options() {
 }
 
 # need_value OPTION [VALUE ...]: stop unless a value follows the option.
-need_value() { [[ $# -ge 2 && -n $2 && $2 != --* ]] || die "$1 needs a value; see --help"; }
+need_value() {
+    [[ $# -ge 2 && -n $2 ]] || die "$1 needs a value; see --help"
+    [[ $2 != -* ]] || die "$1 needs a value, and '$2' is like an option; a file of this name is ./$2"
+    [[ $2 != *[[:cntrl:]]* ]] || die "$1: a name with control characters, such as a new line, is asking for trouble"
+}
+
+need_path() {
+    need_value "$@"
+    [[ $2 != *:* ]] || die "$1 $2: fairseq takes ':' for what separates names; rename it, or give a link without ':'"
+}
 
 # need_number OPTION VALUE MINIMUM: stop unless VALUE is a whole number, at least MINIMUM.
 need_number() {
     if ! [[ $2 =~ ^(0|[1-9][0-9]{0,8})$ ]] || (($2 < $3)); then
         die "$1 takes a whole number, $3 or more: got '$2'"
     fi
+}
+
+# choice OPTION VALUE one|some WORDS: VALUE, if it is among WORDS; of several those in their order, once each.
+choice() {
+    local word known found=() values
+    if [[ $3 == some ]]; then IFS=, read -r -a values <<<"$2"; else values=("$2"); fi
+    for word in "${values[@]}"; do
+        [[ -n $word && " $4 " == *" $word "* ]] || die "$1: there is no '$word'; choose from: $4"
+    done
+    for known in $4; do
+        [[ " ${values[*]} " != *" $known "* ]] || found+=("$known")
+    done
+    [[ $3 == one || ${found[*]} != "$4" ]] || return 0
+    (IFS=,; echo "${found[*]}")
+}
+
+# need_checkpoints LIST: set the array "checkpoints" to the files of a list joined by ':', which have to be there.
+need_checkpoints() {
+    local file
+    [[ :$1: != *::* ]] || die "--checkpoint '$1' has an empty name: give files joined by ':'"
+    IFS=: read -r -a checkpoints <<<"$1"
+    for file in "${checkpoints[@]}"; do need_file "$file"; done
+}
+
+# need_file FILE: stop unless it can be read.
+need_file() {
+    [[ -e $1 ]] || die "$1: there is no such file"
+    [[ -f $1 ]] || die "$1 is not a file"
+    [[ -r $1 ]] || die "$1 cannot be read: check its permissions"
+}
+
+# make_folder FOLDER: and those that it is in; stop unless files can be made there.
+make_folder() {
+    local said
+    said=$(mkdir -p -- "$1" 2>&1) || die "the folder $1 cannot be made: ${said##*: }"
+    [[ -w $1 && -x $1 ]] || die "the folder $1 cannot be written to: choose another, or change its permissions"
+}
+
+# temporary OPTION: a new file, or with -d a folder, where temporary ones go.
+temporary() {
+    mktemp "$@" 2>/dev/null || die "no temporary file can be made in ${TMPDIR:-/tmp}: set TMPDIR to a folder that is there"
 }
 
 # ---------------------------------------------------------------- what has to be installed
@@ -135,16 +211,78 @@ detokenise() { sed 's/ \([.,?!]\)/\1/g'; }
 
 # full_disk: a sentence for an error message if the disk of OUT is full (less than 1 MB is free), else nothing.
 full_disk() {
-    local free
+    local free folder
     [[ -n $out ]] || return 0
-    free=$(df -Pk "$(dirname "$out")" 2>/dev/null | awk 'NR == 2 { print $4 }') || return 0
+    folder=$(dirname -- "$out")
+    free=$(df -Pk -- "$folder" 2>/dev/null | awk 'NR == 2 { print $4 }') || return 0
     if [[ $free =~ ^[0-9]+$ ]] && ((free < 1024)); then
-        printf '. The disk is full (%s kB are free in %s): make room and run the command again' "$free" "$(dirname "$out")"
+        printf '. The disk is full (%s kB are free in %s): make room and run the command again' "$free" "$folder"
     fi
+}
+
+# write_file FILE: from standard input, whole or not at all, by however many machines at the same time.
+write_file() {
+    local part
+    part=$(mktemp "$1.XXXXXX" 2>/dev/null) || die "$1 cannot be written: is its folder there, and yours?"
+    if ! { cat >"$part" && chmod "$(new_mode 666)" "$part" && sync_file "$part" && mv -f "$part" "$1"; } 2>/dev/null; then
+        rm -f "$part"
+        die "$1 could not be written"
+    fi
+}
+
+# new_mode MODE: octal, less what the user's umask takes away: mktemp leaves its files to their owner alone.
+new_mode() { printf '%o' $((0$1 & ~$(umask))); }
+
+# sync_file FILE: onto the disk; where sync takes no file, all of them.
+sync_file() { sync "$1" 2>/dev/null || sync; }
+
+# lock FILE [shared]: stop if another process holds it; ours ends with this script and what it has started. Several may
+# share it.
+lock() {
+    # for the process that is to hold it, so that no kill leaves it behind
+    exec 9>>"$1" || die "$1 cannot be written"
+    "$PYTHON" -c '
+import fcntl, sys
+
+try:
+    fcntl.flock(9, (fcntl.LOCK_SH if sys.argv[1:] else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+except BlockingIOError:
+    sys.exit(1)
+except OSError:
+    pass  # a file system without locks
+' "${@:2}" || die "another command is at work in $(dirname -- "$1"): wait for it, or choose another --out"
+}
+
+# last_line LOG: the last line that says something.
+last_line() { LC_ALL=C awk 'NF { line = $0 } END { print substr(line, 1, 500) }' "$1"; }
+
+# why_it_failed LOG DATA_BIN CHECKPOINTS [SPLIT]: for an error message, in a line: what is wrong with the files that a
+# command of fairseq was given (checkpoints joined by ':'), or else what it said last.
+why_it_failed() {
+    local said
+    said=$("$PYTHON" "$(dirname "${BASH_SOURCE[0]}")/check_model.py" --data "$2" ${4:+--split "$4"} "--checkpoint=$3" 2>&1 |
+        sed -n 's/^ERROR: //p' | tail -n 1) || true
+    printf '%s' "${said:-$(last_line "$1")}"
 }
 
 # count_lines FILE: counts a last line without newline, as fairseq does and wc -l does not.
 count_lines() { awk 'END { print NR }' "$1"; }
+
+# count_sentences DATA_BIN SPLIT: as the head of an index of fairseq-preprocess has it; stop if there is none.
+count_sentences() {
+    local index
+    index=$(find "$1/" -maxdepth 1 -name "$2.*.idx" | LC_ALL=C sort | head -n 1)
+    [[ -n $index ]] || die "$1 has no split '$2': make it with a prepare script"
+    "$PYTHON" -c '
+import struct, sys
+
+with open(sys.argv[1], "rb") as file:
+    head = file.read(26)
+if len(head) < 26 or head[:9] != b"MMIDIDX\0\0":
+    sys.exit(1)
+print(struct.unpack("<Q", head[18:])[0])
+' "$index" || die "$index is damaged: prepare the data again"
+}
 
 sha256() {
     if command -v sha256sum >/dev/null; then sha256sum; else shasum -a 256; fi <"$1" | cut -d ' ' -f 1
@@ -152,12 +290,14 @@ sha256() {
 
 # extract SOURCE FILE: copy SOURCE to FILE, uncompressed if its name ends in .gz.
 extract() {
+    local said
+    need_file "$1"
     case $1 in
     *.gz)
         check_gzip "$1" "$1"
-        gzip -dc "$1" >"$2"
+        said=$({ gzip -dc "$1" >"$2"; } 2>&1) || die "could not unpack $1: ${said##*: }"
         ;;
-    *) cp "$1" "$2" ;;
+    *) said=$(cp "$1" "$2" 2>&1) || die "could not copy $1: ${said##*: }" ;;
     esac
 }
 
@@ -248,10 +388,24 @@ run() {
     local name=$1 log=$build/run.log status=0
     shift
     supervise "$log" "$@" || status=$?
-    if ((status)); then
-        tail -n 15 "$log" >&2
-        die "$name failed (exit status $status); its last lines are above"
+    ((status == 0)) || failed "$name" "$log" "$status"
+}
+
+# filter NAME FILE RESULT COMMAND ...: run COMMAND from FILE to RESULT.
+filter() {
+    local name=$1 file=$2 result=$3 log=$build/run.log
+    shift 3
+    "$@" <"$file" >"$result" 2>"$log" || failed "$name" "$log" $?
+}
+
+# failed NAME LOG STATUS: stop, and say why.
+failed() {
+    local name=$1 log=$2 status=$3
+    if [[ $(last_line "$log") == "ERROR: "* ]]; then # one of ours: it says all there is to say
+        die "$name failed: $(last_line "$log" | cut -d ' ' -f 2-)"
     fi
+    tail -n 15 "$log" >&2
+    die "$name failed (exit status $status); its last lines are above"
 }
 
 # run_with_progress NAME COMMAND ...: the same, but the terminal, if there is one, shows COMMAND's standard error.
@@ -309,16 +463,17 @@ begin_output() {
     if [[ -e $out ]]; then
         check_existing "$3"
     fi
-    mkdir -p "$(dirname "$out")"
+    make_folder "$(dirname -- "$out")"
     for left in "$out".partial.*; do
         [[ ! -e $left ]] || warn "$left is there: from a run that is not over, or was killed; then remove it"
     done
-    build=$out.partial.$$
     trap cleanup EXIT
     trap 'exit 129' HUP
     trap 'exit 130' INT
     trap 'exit 143' TERM
-    mkdir "$build"
+    # A name of its own: process numbers are not, where several machines or containers share a disk.
+    build=$(mktemp -d "$out.partial.XXXXXX" 2>/dev/null) || die "no folder can be made beside $out"
+    chmod "$(new_mode 777)" "$build"
 }
 
 # check_existing FORCE: exit 0 if OUT is what was asked for, return if it may be replaced, else stop.
@@ -334,13 +489,21 @@ check_existing() {
             "move them or choose another --out:"$'\n'"$other"
         return 0
     fi
-    there=$(grep -v '^file ' "$marker" | LC_ALL=C sort)
+    there=$(LC_ALL=C grep -avE '^(file|size|digest) ' "$marker" | LC_ALL=C sort) || true
     asked=$(LC_ALL=C sort <<<"$settings")
+    if [[ -z $there || -z $(manifest) ]]; then
+        die "$marker is damaged, so nobody knows what $out holds: remove the folder, or choose another --out"
+    fi
     [[ $there == "$asked" ]] || die "$out was prepared with other settings" \
         "(there: $(only_in_first "$there" "$asked"); asked for: $(only_in_first "$asked" "$there"))." \
         "Choose another --out, remove the folder, or rebuild it with --force"
     other=$(LC_ALL=C comm -23 <(manifest) <(list_files "$out"))
     [[ -z $other ]] || die "files are missing from $out; rebuild it with --force:"$'\n'"$other"
+    other=$(only_in_first "$(sed -n 's/^size //p' "$marker" | LC_ALL=C sort)" "$(sizes "$out" | LC_ALL=C sort)")
+    [[ -z $other ]] || die "files in $out are not as they were made (bytes, file: $other); rebuild it with --force"
+    other=$(only_in_first "$(LC_ALL=C sort <<<"$digests")" "$(sed -n 's/^digest //p' "$marker" | LC_ALL=C sort)")
+    [[ -z $other ]] || ! grep -q '^digest ' "$marker" || die "the source has changed since $out was made (SHA-256, file: $other):" \
+        "rebuild it with --force, or choose another --out"
     info "already prepared: $out"
     exit 0
 }
@@ -351,6 +514,21 @@ only_in_first() { LC_ALL=C comm -23 <(echo "$1") <(echo "$2") | paste -s -d ' ' 
 # list_files FOLDER: the files in it, sorted, without the marker.
 list_files() { (cd "$1" && find . ! -type d ! -path ./.complete | LC_ALL=C sort); }
 
+# sizes FOLDER: of its files, as "BYTES ./path".
+sizes() {
+    local file
+    list_files "$1" | while read -r file; do printf '%s %s\n' $(($(wc -c <"$1/$file"))) "$file"; done
+}
+
+# digest FILE ...: note in $digests what the source of OUT is, before begin_output.
+digest() {
+    local file
+    for file in "$@"; do
+        need_file "$file"
+        digests+=$(sha256 "$file")" ${file##*/}"$'\n'
+    done
+}
+
 # The files that were made, as the marker in OUT lists them.
 manifest() { sed -n 's/^file //p' "$out/.complete"; }
 
@@ -359,12 +537,19 @@ finish_output() {
     {
         printf '%s\n' "$settings"
         list_files "$build" | sed 's/^/file /'
+        sizes "$build" | sed 's/^/size /'
+        printf '%s' "$digests" | sed 's/^/digest /'
     } >"$build/.complete"
+    find "$build" -type f -exec sync {} + 2>/dev/null || sync
     if [[ -f $out/.complete ]]; then
         replaced=$build.replaced
         rename "$out" "$replaced"
     fi
-    rename "$build" "$out" || die "could not move the finished folder to $out: is another run writing there?"
+    if ! rename "$build" "$out" 2>/dev/null; then
+        [[ -z $replaced && -f $out/.complete ]] || die "could not move the finished folder to $out: is another run at it?"
+        (check_existing "") || exit 1 # another run has made the same meanwhile: as good as ours
+        exit 0
+    fi
     if [[ -n $replaced ]]; then
         rm -rf "$replaced"
     fi
@@ -413,8 +598,9 @@ download() {
 choose_archive() {
     [[ -z $archive || -z $url ]] || die "--archive and --url exclude each other; see --help"
     if [[ -n $archive ]]; then
-        [[ -f $archive ]] || die "--archive $archive: there is no such file"
+        [[ -e $archive ]] || die "--archive $archive: there is no such file"
         archive=$(absolute_path "$archive")
+        digest "$archive"
     else
         url=${url:-${2:-$1}}
     fi

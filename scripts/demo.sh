@@ -33,16 +33,15 @@ seed=1
 output=demo # --out
 
 readonly OPTIONS="
---data     corpus   text
+--data     corpus   one of grammar multi30k
 --from     folder   text
---mapping  mapping  text
+--mapping  mapping  one of multimax softmax sparsemax entmax15 entmax evsoftmax
 --epochs   epochs   1
 --seed     seed     1
---out      output   text
+--out      output   path
 "
 
 check_options() {
-    [[ $corpus == grammar || $corpus == multi30k ]] || die "--data $corpus: choose grammar or multi30k"
     [[ -n $epochs ]] || { [[ $corpus == grammar ]] && epochs=8 || epochs=16; }
     [[ -z $folder || $corpus == multi30k ]] || die "--from goes with --data multi30k"
 }
@@ -114,7 +113,7 @@ main() {
     export PYTHONWARNINGS=ignore # of fairseq and torch about each other
     step "Installation" "fairseq, torch and this plugin"
     use_environment "$root"
-    mkdir -p "$output"
+    make_folder "$output"
     "${corpus}_demo"
     printf '\nAll of it is in %s\n' "$output"
 }

@@ -277,7 +277,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         else:
             decode(args.language)
     except (OSError, ValueError) as error:  # no file, a full disk; not UTF-8, languages that do not match
-        sys.exit(f"iwslt14_text.py {args.command}: {error}")
+        sys.exit(f"ERROR: iwslt14_text.py {args.command}: {error}")
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ scripts=$(cd "$(dirname "$0")" >/dev/null && pwd)
 source "$scripts/common.sh"
 
 parse_options "
---out    target  text
+--out    target  path
 --seed   seed    0
 --force  force   =yes
 " "$@"

@@ -41,7 +41,7 @@ source "$scripts/common.sh"
 instead="--archive FILE with an archive you already have"
 
 readonly OPTIONS="
---out      target   text
+--out      target   path
 --archive  archive  text
 --url      url      text
 --merges   merges   1
@@ -73,6 +73,7 @@ check_pairs() {
     local split found counts=()
     for split in "${SPLITS[@]}"; do
         counts+=("$(count_lines "$build/text/$split.de")")
+        ((counts[-1])) || die "no sentence pair is left for $split: ${archive##*/} has too little text"
     done
     info "sentence pairs: ${counts[0]} train, ${counts[1]} valid, ${counts[2]} test" \
         "(published: $(known_pairs train), $(known_pairs valid), $(known_pairs test))"

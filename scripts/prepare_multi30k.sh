@@ -54,7 +54,7 @@ scripts=$(cd "$(dirname "$0")" >/dev/null && pwd)
 source "$scripts/common.sh"
 
 readonly OPTIONS="
---out          target      text
+--out          target      path
 --from         folder      text
 --url          url         text
 --no-checksum  checksum    =
@@ -92,10 +92,21 @@ choose_source() {
         [[ -d $folder ]] || die "--from $folder: there is no such folder"
         folder=$(absolute_path "$folder")
         url=
+        digest_source
     else
         url=${url:-$URL_DEFAULT}
         url=${url%/}
     fi
+}
+
+digest_source() {
+    local split language source
+    for split in "${SPLITS[@]}"; do
+        for language in "${LANGUAGES[@]}"; do
+            source=$(find_text "$folder" "$(source_name "$split").$language")
+            [[ -z $source ]] || digest "$source"
+        done
+    done
 }
 
 # is_known FILE NAME: is the text in FILE the published NAME?
@@ -161,7 +172,8 @@ learn_and_apply_bpe() {
         --vocab-size "$vocab_size" "$build/raw/train.de" "$build/raw/train.en"
     mkdir "$build/text"
     for file in "$build"/raw/*; do
-        "$PYTHON" "$scripts/sentencepiece_bpe.py" encode --model "$model" <"$file" >"$build/text/${file##*/}"
+        filter "SentencePiece" "$file" "$build/text/${file##*/}" \
+            "$PYTHON" "$scripts/sentencepiece_bpe.py" encode --model "$model"
     done
 }
 

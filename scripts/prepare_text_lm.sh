@@ -38,7 +38,7 @@ scripts=$(cd "$(dirname "$0")" >/dev/null && pwd)
 source "$scripts/common.sh"
 
 readonly OPTIONS="
---out        target     text
+--out        target     path
 --from       folder     text
 --min-count  min_count  0
 --max-vocab  max_vocab  5
@@ -47,6 +47,7 @@ readonly OPTIONS="
 "
 
 choose_source() {
+    local split source
     if [[ -z $folder && -n ${MULTIMAX_DATA:-} && -d $MULTIMAX_DATA/brown ]]; then
         folder=$MULTIMAX_DATA/brown
         info "using $folder (from MULTIMAX_DATA)"
@@ -54,6 +55,10 @@ choose_source() {
     [[ -n $folder ]] || die "--from DIR is required; see --help"
     [[ -d $folder ]] || die "--from $folder: there is no such folder"
     folder=$(absolute_path "$folder")
+    for split in "${SPLITS[@]}"; do
+        source=$(text_of "$split")
+        [[ -z $source ]] || digest "$source"
+    done
 }
 
 # text_of SPLIT: the file in $folder, under either name; nothing if it is missing.

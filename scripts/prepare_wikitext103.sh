@@ -47,8 +47,8 @@ source "$scripts/common.sh"
 instead="--archive FILE with an archive you already have"
 
 readonly OPTIONS="
---out          target    text
---corpus       corpus    text
+--out          target    path
+--corpus       corpus    one of wikitext-103 wikitext-2
 --archive      archive   text
 --url          url       text
 --no-checksum  checksum  =
@@ -100,7 +100,6 @@ main() {
     local split
     parse_options "$OPTIONS" "$@"
     [[ -n $target ]] || die "--out DIR is required; see --help"
-    [[ -n $(known_counts) ]] || die "--corpus is wikitext-103 or wikitext-2: got '$corpus'"
     need_python
     need_fairseq
     choose_archive "${MIRRORS[*]/%//$corpus-v1.zip}" "${WIKITEXT_URL:-}"

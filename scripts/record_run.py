@@ -11,20 +11,27 @@ checkpoint knows is taken from it, not from the command line. scripts/results_ta
 
 from __future__ import annotations
 
-import argparse
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-import multimax_fairseq  # lets torch load fairseq's checkpoints
+import multimax_fairseq
+from multimax_fairseq.analysis.files import (
+    ArgumentParser,
+    UserError,
+    entry,
+    errors_in_a_line,
+    read_checkpoint,
+    replacing,
+)
 
 FORMAT = 1  # of run.json; a reader that knows another one can say so
 DISTRIBUTIONS = ("torch", "fairseq", "ve-fairseq", "numpy", "entmax", "sacrebleu", "sentencepiece", "sacremoses",
@@ -62,21 +69,38 @@ def learned_parameters(state: dict[str, Tensor]) -> dict[str, dict[str, list]]:
     return learned
 
 
+def read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is damaged: it is not UTF-8. Remove it, and evaluate again") from None
+
+
+def updates_of(checkpoint: dict[str, Any], path: Path) -> int:
+    """After how many updates it was saved."""
+    return entry(checkpoint, path, "optimizer_history", -1, "num_updates")
+
+
 def validation(folder: Path, checkpoint: dict[str, Any]) -> dict[str, Any]:
     """The best checkpoint on validation: what it was chosen by, after how many updates, and its perplexity."""
-    updates = checkpoint["optimizer_history"][-1]["num_updates"]
+    path = folder / "checkpoint_best.pt"
+    updates = updates_of(checkpoint, path)
     found = {
         "updates": updates,
-        "metric": checkpoint["cfg"]["checkpoint"]["best_checkpoint_metric"],
-        "value": checkpoint["extra_state"]["val_loss"],
+        "metric": entry(checkpoint, path, "cfg", "checkpoint", "best_checkpoint_metric"),
+        "value": entry(checkpoint, path, "extra_state", "val_loss"),
     }
     log = folder / "train.log"
-    for line in log.read_text(encoding="utf-8").splitlines() if log.is_file() else ():
+    for line in read_text(log).splitlines() if log.is_file() else ():
         # "epoch 001 | valid on 'valid' subset | loss 4.302 | nll_loss 2.744 | ppl 6.7 | … | num_updates 130 | …"
         fields = dict(part.split(" ", 1) for part in line.split(" | ") if part.count(" ") == 1)
         if " | valid on " in line and fields.get("num_updates") == str(updates):
-            found.update({name: float(fields[name]) for name in ("loss", "ppl") if name in fields})
+            found.update({name: float(fields[name]) for name in ("loss", "ppl") if is_number(fields.get(name))})
     return found
+
+
+def is_number(text: str | None) -> bool:
+    return re.fullmatch(r"\d+(\.\d*)?(e[+-]?\d+)?", text or "") is not None and math.isfinite(float(text))
 
 
 def bleu_scores(folder: Path) -> dict[str, dict[str, Any]]:
@@ -85,10 +109,10 @@ def bleu_scores(folder: Path) -> dict[str, dict[str, Any]]:
     for name in ("best", "average"):
         path = folder / f"{name}.bleu"
         if path.is_file():
-            text = path.read_text(encoding="utf-8").strip()
-            match = re.match(r"(BLEU\|\S+) = ([\d.]+) ", text)
+            text = read_text(path).strip()
+            match = re.match(r"(BLEU\|\S+) = (\d+(?:\.\d+)?) ", text)
             if match is None:
-                raise ValueError(f"{path} is not what sacrebleu prints: {text[:80]!r}")
+                raise UserError(f"{path} is not what sacrebleu prints: {text[:80]!r}")
             scores[name] = {"bleu": float(match[2]), "signature": match[1], "details": text,
                             "hypotheses": f"{name}.hypotheses", "references": "references"}  # fmt: skip
     return scores
@@ -99,15 +123,19 @@ def perplexities(folder: Path) -> dict[str, dict[str, Any]]:
     scores = {}
     names = [re.fullmatch(r"(\w+)\.context-(\d+)\.eval", path.name) for path in folder.glob("*.context-*.eval")]
     for name in sorted(filter(None, names), key=lambda name: (name[1], -int(name[2]))):
-        text = (folder / name[0]).read_text(encoding="utf-8")
-        loss = re.search(r"Loss \(base 2\): ([\d.]+), Perplexity: ([\d.]+)", text)
+        path = folder / name[0]
+        text = read_text(path)
+        loss = re.search(r"Loss \(base 2\): (\S+), Perplexity: (\S+)", text)
         tokens = re.search(r"Evaluated ([\d,]+) tokens", text)
-        if loss is None or tokens is None:
-            raise ValueError(f"{folder / name[0]} is not what fairseq-eval-lm prints")
+        if loss is None or tokens is None or not (is_number(loss[1]) and is_number(loss[2])):
+            raise UserError(f"{path} is not what fairseq-eval-lm prints of a finite perplexity")
+        number = int(tokens[1].replace(",", ""))
+        if not number:
+            raise UserError(f"{path}: no token was evaluated, so its perplexity says nothing: is the split empty?")
         scores[f"{name[1]}, context {name[2]}"] = {
             "perplexity": float(loss[2]),
             "bits_per_token": float(loss[1]),
-            "tokens": int(tokens[1].replace(",", "")),
+            "tokens": number,
         }
     return scores
 
@@ -139,35 +167,36 @@ def record(folder: Path) -> dict[str, Any]:
     """Everything about a run but the commands that made it.
 
     Raises:
-        ValueError: the folder lacks a checkpoint or scores, or a file is not what it should be.
+        UserError: the folder lacks a checkpoint or scores, or a file is not what it should be.
     """
-    for name in ("checkpoint_best.pt", "checkpoint_last.pt"):
-        if not (folder / name).is_file():
-            raise ValueError(f"{folder} has no {name}: train first")
+    best_path, last_path = folder / "checkpoint_best.pt", folder / "checkpoint_last.pt"
+    for path in (best_path, last_path):
+        if not path.is_file():
+            raise UserError(f"{folder} has no {path.name}: train first")
     scores = {**bleu_scores(folder), **perplexities(folder)}
     if not scores:
-        raise ValueError(f"{folder} has no scores: neither best.bleu nor a *.context-*.eval")
-    best = torch.load(folder / "checkpoint_best.pt", map_location="cpu")
-    state, cfg = best["model"], best["cfg"]
-    valid = validation(folder, best)
-    parameters = sum(tensor.numel() for tensor in unique_storage(state))
-    learned, mapping = learned_parameters(state), mapping_of(cfg["model"])
-    del best, state  # one checkpoint at a time: they can be large
-    last = torch.load(folder / "checkpoint_last.pt", map_location="cpu")
-    return {
+        raise UserError(f"{folder} has no scores: neither best.bleu nor a *.context-*.eval")
+    best = read_checkpoint(best_path)
+    found = {
         "scores": scores,
-        "validation": valid,
-        "mapping": mapping,
-        "seed": cfg["common"]["seed"],
-        "updates": last["optimizer_history"][-1]["num_updates"],
-        "whole_epochs": last["extra_state"]["train_iterator"]["epoch"] - 1,  # it is the one that comes next
+        "validation": validation(folder, best),
+        "mapping": mapping_of(entry(best, best_path, "cfg", "model")),
+        "seed": entry(best, best_path, "cfg", "common", "seed"),
+        "processes": entry(best, best_path, "cfg", "distributed_training", "distributed_world_size"),
+        "tokens_per_batch": entry(best, best_path, "cfg", "dataset", "max_tokens"),
+        "update_freq": list(entry(best, best_path, "cfg", "optimization", "update_freq")),
+        "parameters": sum(tensor.numel() for tensor in unique_storage(best["model"])),
+        "learned": learned_parameters(best["model"]),
+    }
+    del best  # one checkpoint at a time: they can be large
+    last = read_checkpoint(last_path)
+    return {
+        **found,
+        "updates": updates_of(last, last_path),
+        # it has the one that comes next
+        "whole_epochs": entry(last, last_path, "extra_state", "train_iterator", "epoch") - 1,
         # fairseq keeps it in its checkpoints, so it is that of all sittings together, without what was lost
-        "training_seconds": round(last["extra_state"]["previous_training_time"], 1),
-        "processes": cfg["distributed_training"]["distributed_world_size"],
-        "tokens_per_batch": cfg["dataset"]["max_tokens"],
-        "update_freq": list(cfg["optimization"]["update_freq"]),
-        "parameters": parameters,
-        "learned": learned,
+        "training_seconds": round(entry(last, last_path, "extra_state", "previous_training_time"), 1),
         "versions": versions(),
         "hardware": hardware(),
     }
@@ -182,22 +211,20 @@ def unique_storage(state: dict[str, Tensor]) -> list[Tensor]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(__doc__)
     parser.add_argument("folder", type=Path, help="of the run; run.json is written there")
     parser.add_argument("--experiment", required=True, help="what the table is called that the run belongs to")
     parser.add_argument("--smoke", action="store_true", help="made-up data: the scores mean nothing")
     parser.add_argument("--command", help="that started all of it")
     parser.add_argument("--train-command", help="the command of fairseq-train")
     args = parser.parse_args()
-    try:
+    with errors_in_a_line():
         found = record(args.folder)
-    except ValueError as error:
-        sys.exit(f"ERROR: {error}")
-    commands = {"command": args.command, "train_command": args.train_command}
-    whole = {"format": FORMAT, "experiment": args.experiment, "smoke": args.smoke, **found, **commands}
-    part = args.folder / "run.json.part"
-    part.write_text(json.dumps(whole, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(part, args.folder / "run.json")
+        commands = {"command": args.command, "train_command": args.train_command}
+        whole = {"format": FORMAT, "experiment": args.experiment, "smoke": args.smoke, **found, **commands}
+        with replacing(args.folder / "run.json") as file:
+            text = json.dumps(whole, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+            file.write(text.encode(errors="backslashreplace"))
     print(f"wrote {args.folder / 'run.json'}")
 
 

@@ -18,10 +18,11 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
 import statistics
 import sys
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,13 +60,15 @@ class Run:
         """The ``hypotheses`` or ``references`` of the score ``which``.
 
         Raises:
-            ValueError: the file is not there any more.
+            ValueError: the file is not there any more, or not text.
         """
         path = self.folder / self.content["scores"][which][kind]
         try:
             return path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
         except OSError as error:
             raise ValueError(f"{self.folder / 'run.json'} needs {path.name} beside it: {error.strerror}") from error
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is damaged: it is not UTF-8") from error
 
 
 def row_name(mapping: dict[str, Any]) -> str:
@@ -95,22 +98,137 @@ def row_name(mapping: dict[str, Any]) -> str:
     return name
 
 
+def is_finite(value: Any, least: float) -> bool:
+    return type(value) in (int, float) and math.isfinite(value) and value >= least
+
+
+def is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value)
+
+
+def is_file_name(value: Any) -> bool:
+    return is_text(value) and Path(value).name == value
+
+
+def is_one_of(names: Iterable[str]) -> Callable[[Any], bool]:
+    return lambda value: value in tuple(names)
+
+
+def is_list_of(names: set[str]) -> Callable[[Any], bool]:
+    return lambda value: is_text(value) and set(value.split(",")) <= names
+
+
+# What a run.json has to hold for a table: where, and how it is told from something else.
+ENTRIES = {
+    "format": lambda value: value == FORMAT,
+    "experiment": is_text,
+    "smoke": lambda value: isinstance(value, bool),
+    "seed": lambda value: type(value) is int,
+    "updates": lambda value: type(value) is int and value > 0,
+    "mapping": lambda value: isinstance(value, dict),
+    "validation": lambda value: isinstance(value, dict) and is_finite(value.get("ppl", 1), 1),
+    "scores": lambda value: isinstance(value, dict) and bool(value),
+}
+MAPPING_ENTRIES = {
+    "attention_mapping": is_one_of(NAMES),
+    "attention_mapping_sites": is_list_of(ALL_SITES),
+    "output_mapping": is_one_of(("softmax", "multimax")),
+    "multimax_order": is_one_of((1, 2)),
+    "multimax_terms": is_list_of(BOTH_TERMS),
+    "multimax_init": is_text,
+    "entmax_alpha": is_text,
+}
+BLEU_ENTRIES = {
+    "bleu": lambda value: is_finite(value, 0) and value <= 100,
+    "signature": lambda value: is_text(value) and value.startswith("BLEU|"),
+    "hypotheses": is_file_name,
+    "references": is_file_name,
+}
+PERPLEXITY_ENTRIES = {"perplexity": lambda value: is_finite(value, 1), "tokens": lambda value: is_finite(value, 1)}
+
+
+def check_entries(content: Any, entries: dict[str, Callable[[Any], bool]], where: str = "") -> None:
+    """Raises:
+    ValueError: ``content`` lacks an entry, or it is not what it should be.
+    """
+    if not isinstance(content, dict):
+        raise ValueError(f"{where or 'it'} is no table")
+    for name, is_right in entries.items():
+        if not is_right(content.get(name)):
+            found = repr(content[name])[:60] if name in content else "nothing"
+            raise ValueError(f"{where}{name} is {found}")
+
+
+def load_run(path: Path) -> Run:
+    """A run.json, if a table can vouch for what it says: the scores are there, and are those of the files beside it.
+
+    Raises:
+        ValueError: something is missing, damaged, or no number; translations are not those that were scored.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        check_entries(content, ENTRIES)
+        mapping = content["mapping"]
+        is_stock = mapping.get("attention_mapping") == "stock"
+        check_entries(mapping, {} if is_stock else MAPPING_ENTRIES, "mapping: ")
+        for name, score in content["scores"].items():
+            is_bleu = isinstance(score, dict) and "bleu" in score
+            check_entries(score, BLEU_ENTRIES if is_bleu else PERPLEXITY_ENTRIES, f"{name}: ")
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{path} is not, or no longer, a file of record_run.py ({error}): evaluate again"
+        ) from error
+    run = Run(path.parent, content)
+    for name, score in content["scores"].items():
+        if "bleu" in score:
+            check_bleu(run, name)
+    return run
+
+
+def check_bleu(run: Run, which: str) -> None:
+    """Raises:
+    ValueError: the translations beside a run.json do not have the BLEU that it says.
+    """
+    hypotheses, references = run.lines(which, "hypotheses"), run.lines(which, "references")
+    score, where = run.content["scores"][which], run.folder / run.content["scores"][which]["hypotheses"]
+    if len(hypotheses) != len(references):
+        raise ValueError(f"{where} has {len(hypotheses)} lines for {len(references)} references: evaluate again")
+    found = metric(score["signature"]).corpus_score(hypotheses, [references]).score
+    if abs(found - score["bleu"]) > 0.0051:  # it was printed with two digits
+        raise ValueError(
+            f"{where} has BLEU {found:.2f}, and run.json says {score['bleu']}: the translations or the references "
+            "are not those that were scored; evaluate again"
+        )
+
+
+def metric(signature: str, **options: Any):
+    """sacrebleu's BLEU as in a signature such as ``BLEU|nrefs:1|case:lc|eff:no|tok:13a|smooth:exp|version:2.6.0``.
+
+    Raises:
+        ValueError: sacrebleu has no such BLEU.
+    """
+    from sacrebleu.metrics import BLEU
+
+    parts = dict(part.partition(":")[::2] for part in signature.split("|")[1:])
+    try:
+        return BLEU(lowercase=parts["case"] == "lc", tokenize=parts["tok"], smooth_method=parts["smooth"],
+                    effective_order=parts["eff"] == "yes", **options)  # fmt: skip
+    except (KeyError, AssertionError, ValueError) as error:
+        raise ValueError(f"{signature} is no signature that sacrebleu knows: evaluate again") from error
+
+
 def load_runs(folder: Path) -> list[Run]:
     """Every run.json below ``folder``.
 
     Raises:
-        ValueError: there is none, one is not readable, or two are the same run.
+        ValueError: there is none, one cannot be vouched for, or two are the same run.
     """
     runs: dict[tuple[str, str, int], Run] = {}
     for path in sorted(folder.rglob("run.json")):
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            if content["format"] != FORMAT:
-                raise ValueError(f"format {content['format']}, and this script knows {FORMAT}")
-            run = Run(path.parent, content)
-            key = (run.experiment, run.row, run.seed)
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is not a file of record_run.py: {error!r}") from error
+        run = load_run(path)
+        key = (run.experiment, run.row, run.seed)
         if key in runs:
             raise ValueError(
                 f"{path} and {runs[key].folder / 'run.json'} are both {run.experiment}, {run.row}, seed {run.seed}: "
@@ -120,6 +238,23 @@ def load_runs(folder: Path) -> list[Run]:
     if not runs:
         raise ValueError(f"there is no run.json below {folder}")
     return list(runs.values())
+
+
+def load_paper(path: Path) -> dict[str, Any]:
+    """The file of ``--paper``.
+
+    Raises:
+        ValueError: it is not of its form.
+    """
+    try:
+        paper = json.loads(path.read_text(encoding="utf-8"))
+        check_entries(paper, {})
+        for name, published in paper.items():
+            check_entries(published, {"source": is_text, "rows": lambda rows: isinstance(rows, dict)}, f"{name}: ")
+            check_entries(published["rows"], {row: is_text for row in published["rows"]}, f"{name}: ")
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"--paper {path} is not of the form that --help shows: {error}") from error
+    return paper
 
 
 def mean_and_deviation(values: Iterable[float]) -> str:
@@ -143,7 +278,6 @@ def p_values(runs: list[Run], which: str, samples: int) -> dict[tuple[str, int],
     Raises:
         ValueError: translations are missing, or were scored against other references or in another way.
     """
-    from sacrebleu.metrics import BLEU
     from sacrebleu.significance import PairedTest
 
     by_seed: dict[int, list[Run]] = defaultdict(list)
@@ -166,7 +300,7 @@ def p_values(runs: list[Run], which: str, samples: int) -> dict[tuple[str, int],
                 raise ValueError(f"{run.folder} and {ordered[0].folder} are scored in different ways")
         systems = [(f"{number}", run.lines(which, "hypotheses")) for number, run in enumerate(ordered)]
         # references=None: the test takes those of the metric, tokenised once
-        metrics = {"BLEU": BLEU(references=[references], lowercase="case:lc" in signature)}
+        metrics = {"BLEU": metric(signature, references=[references])}
         test = PairedTest(systems, metrics, references=None, test_type="bs", n_samples=samples)
         for run, (_, lines), result in zip(others, systems[1:], test()[1]["BLEU"][1:]):
             # the test counts resampled differences above the real one: of equal translations none is, so p would be 0
@@ -233,6 +367,11 @@ def notes(runs: list[Run], p: dict, published: dict[str, Any], samples: int) -> 
     tokens = {(name, s["tokens"]) for run in runs for name, s in run.content["scores"].items() if "tokens" in s}
     if len(tokens) > len({name for name, _ in tokens}):
         found.append("WARNING: perplexities over different numbers of tokens cannot be compared.")
+    names = {name for run in runs for name in run.content["scores"]}
+    for run in runs:
+        missing = sorted(names - set(run.content["scores"]))
+        if missing:
+            found.append(f"WARNING: {run.row}, seed {run.seed}, has no score {' or '.join(missing)}.")
     if p:
         found.append(f"p: sacrebleu's paired bootstrap of the best checkpoints, {samples:,} samples, a value a seed.")
     if published:
@@ -247,17 +386,17 @@ def main() -> None:
                         help="of the bootstrap (default: %(default)s)")  # fmt: skip
     parser.add_argument("--paper", type=Path, metavar="FILE", help="published numbers, as above")
     args = parser.parse_args()
-    if args.samples < 1:
-        parser.error("--samples takes a number of at least 1")
+    if not 1 <= args.samples <= 1_000_000:
+        parser.error("--samples takes a number of at least 1, and no more than a million")
     logging.getLogger("sacrebleu").setLevel(logging.WARNING)  # it tells of each system that it resamples
     try:
-        paper = json.loads(args.paper.read_text(encoding="utf-8")) if args.paper else {}
+        paper = load_paper(args.paper) if args.paper else {}
         by_experiment: dict[str, list[Run]] = defaultdict(list)
         for run in load_runs(args.folder):
             by_experiment[run.experiment].append(run)
         print("\n\n".join(table(by_experiment[name], paper, args.samples) for name in sorted(by_experiment)))
     except (OSError, ValueError) as error:
-        sys.exit(f"ERROR: {error}")
+        sys.exit(f"ERROR: {error}".replace("\n", " "))
 
 
 if __name__ == "__main__":

@@ -30,55 +30,67 @@ beam=5
 prefix= # --out
 
 parse_options "
---data-bin       data_bin       text
+--data-bin       data_bin       path
 --checkpoint     checkpoint     text
 --reference      reference      text
---sentencepiece  sentencepiece  text
---moses          moses          text
+--sentencepiece  sentencepiece  path
+--moses          moses          one of de en
 --beam           beam           1
 --out            prefix         text
 " "$@"
 [[ -n $data_bin && -n $checkpoint && -n $reference && -n $prefix ]] ||
     die "--data-bin, --checkpoint, --reference and --out are required; see --help"
 [[ -z $sentencepiece || -z $moses ]] || die "--sentencepiece and --moses exclude each other; see --help"
+need_checkpoints "$checkpoint"
 [[ -d $data_bin ]] || die "--data-bin $data_bin: there is no such folder"
-IFS=: read -r -a checkpoints <<<"$checkpoint"
-for file in "${checkpoints[@]}" "$reference" ${sentencepiece:+"$sentencepiece"}; do
-    [[ -f $file ]] || die "$file: there is no such file"
-done
+for file in "$reference" ${sentencepiece:+"$sentencepiece"}; do need_file "$file"; done
+! LC_ALL=C grep -q $'\r.' "$reference" || # SacreBLEU would take it for the end of a line
+    die "$reference has carriage returns within its lines: remove them (tr -d '\\r')"
+need_python
 need_tool fairseq-generate "activate the environment that holds fairseq"
 need_tool sacrebleu "$PYTHON -m pip install sacrebleu"
+references=$(count_lines "$reference")
+sentences=$(count_sentences "$data_bin" test)
+((sentences == references)) ||
+    die "$references lines in $reference for the $sentences sentences of the test set of $data_bin: they have to be" \
+        "translations line by line"
 
 pieces=()
 metric=()
 [[ -z $sentencepiece ]] || pieces=(--bpe sentencepiece --sentencepiece-model "$sentencepiece")
 [[ -z $moses ]] || metric=(--lowercase)
 
+# All of it is made in a folder beside, and moved: what is there is whole, and of one translation.
+make_folder "$(dirname "$prefix")"
+out=$(absolute_path "$prefix") # whose disk may be full
+build=$(mktemp -d "$out.XXXXXX" 2>/dev/null) || die "no folder can be made beside $prefix"
+trap cleanup EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM
+
 # Without --required-batch-size-multiple 1, fairseq's main branch leaves out up to 7 sentences that do not fill a batch.
-# What is written is built beside and renamed, so that a file that is there is whole.
-mkdir -p "$(dirname "$prefix")"
-trap 'rm -f "$prefix".*.part' EXIT
 fairseq-generate "$data_bin" --user-dir "$scripts/../multimax_fairseq" --path "$checkpoint" --gen-subset test \
     --beam "$beam" --max-tokens 8192 --required-batch-size-multiple 1 --num-workers 0 ${pieces[@]+"${pieces[@]}"} \
-    >"$prefix.generate.part" 2>"$prefix.log" || { tail -n 15 "$prefix.log" >&2; die "fairseq-generate failed"; }
-mv "$prefix.generate.part" "$prefix.generate"
+    >"$build/generate" 2>"$build/log" ||
+    die "fairseq-generate failed: $(why_it_failed "$build/log" "$data_bin" "$checkpoint" test)"
 
 # D-<index> <score> <sentence>, in order of length: back to the order of the reference.
-sed -n 's/^D-//p' "$prefix.generate" | sort -n -k 1,1 | cut -f 3 >"$prefix.tokens.part"
+sed -n 's/^D-//p' "$build/generate" | sort -n -k 1,1 | cut -f 3 >"$build/tokens" ||
+    die "the translations could not be sorted"
 if [[ -n $sentencepiece ]]; then
-    mv "$prefix.tokens.part" "$prefix.hypotheses.part"
+    mv "$build/tokens" "$build/hypotheses"
 elif [[ -n $moses ]]; then
-    "$PYTHON" "$scripts/iwslt14_text.py" decode --language "$moses" <"$prefix.tokens.part" >"$prefix.hypotheses.part"
+    filter "the detokenisation" "$build/tokens" "$build/hypotheses" \
+        "$PYTHON" "$scripts/iwslt14_text.py" decode --language "$moses"
 else
-    detokenise <"$prefix.tokens.part" >"$prefix.hypotheses.part"
+    detokenise <"$build/tokens" >"$build/hypotheses"
 fi
-hypotheses=$(count_lines "$prefix.hypotheses.part")
-references=$(count_lines "$reference")
-((hypotheses == references)) ||
-    die "$hypotheses translations for $references references: is $reference the test set of $data_bin?"
-mv "$prefix.hypotheses.part" "$prefix.hypotheses"
-
-sacrebleu "$reference" --input "$prefix.hypotheses" --metrics bleu --width 2 --format text \
-    ${metric[@]+"${metric[@]}"} >"$prefix.bleu.part"
-mv "$prefix.bleu.part" "$prefix.bleu"
+hypotheses=$(count_lines "$build/hypotheses")
+((hypotheses == references)) || die "$hypotheses translations for $references references: some were lost on the way"
+filter "sacrebleu" /dev/null "$build/bleu" sacrebleu "$reference" --input "$build/hypotheses" --metrics bleu --width 2 \
+    --format text ${metric[@]+"${metric[@]}"}
+[[ $(<"$build/bleu") == *" = "[0-9]* ]] || die "sacrebleu printed no score"
+for kind in generate log hypotheses bleu; do
+    mv -f "$build/$kind" "$prefix.$kind" || die "$prefix.$kind cannot be written"
+done
 cat "$prefix.bleu"

@@ -112,7 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         else:
             decode(args.model)
     except (OSError, RuntimeError, ValueError) as error:  # no file; no model; not UTF-8, bad size
-        sys.exit(f"sentencepiece_bpe.py {args.command}: {error}")
+        sys.exit(f"ERROR: sentencepiece_bpe.py {args.command}: {error}")
 
 
 if __name__ == "__main__":

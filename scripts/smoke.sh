@@ -16,30 +16,27 @@ scripts=$(cd "$(dirname "$0")" >/dev/null && pwd)
 source "$scripts/common.sh"
 
 out_folder=
-options=()
-while (($#)); do
-    case $1 in
-    --help | -h) show_help "$0"; exit ;;
-    --out=*) out_folder=${1#*=}; shift ;;
-    --out) need_value "$@"; out_folder=$2; shift 2 ;;
-    *) options+=("$1"); shift ;;
-    esac
-done
+extra=() # for run.sh
+
+parse_options "
+--out  out_folder  path
+*
+" "$@"
 need_python
 need_fairseq
 need_module sacremoses # of prepare_iwslt14.sh, whose turn comes later
 need_module subword_nmt
 if [[ -z $out_folder ]]; then
-    out_folder=$(mktemp -d)
+    out_folder=$(temporary -d)
     trap 'rm -rf "$out_folder"' EXIT
 fi
-mkdir -p "$out_folder"
+make_folder "$out_folder"
 
 for experiment in multi30k_de_en iwslt14_de_en wikitext103; do
     start=$SECONDS
     log=$out_folder/$experiment.log
     bash "$scripts/../examples/$experiment/run.sh" --cpu-smoke --data "$out_folder/data/$experiment" \
-        --runs "$out_folder/runs/$experiment" ${options[@]+"${options[@]}"} >"$log" 2>&1 ||
+        --runs "$out_folder/runs/$experiment" ${extra[@]+"${extra[@]}"} >"$log" 2>&1 ||
         { tail -n 15 "$log" >&2; die "$experiment failed; its last lines are above"; }
     info "$experiment: $((SECONDS - start)) s"
 done

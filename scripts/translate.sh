@@ -9,6 +9,7 @@
 #   --data DIR         made by a prepare script. What it was cut into units with is found there: bpe.codes (Moses
 #                      tokens and BPE, in lower case), or sentencepiece.bpe.model
 #   --beam N           (default: 5)
+#   --truncate         cut sentences that are longer than the model takes; else the first of them is an error
 #   -- OPTION ...      further options of fairseq-interactive
 #   --help             show this text
 #
@@ -20,29 +21,25 @@ scripts=$(cd "$(dirname "$0")" >/dev/null && pwd)
 # shellcheck source=scripts/common.sh
 source "$scripts/common.sh"
 
+run=
 checkpoint=
 data=
 beam=5
+truncate=
 extra=()
 
-while (($#)); do
-    case $1 in
-    --?*=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" ;; # --data=DIR is --data DIR
-    --help | -h) show_help "$0"; exit ;;
-    --run) need_value "$@"; checkpoint=$2/checkpoint_best.pt; shift 2 ;;
-    --checkpoint) need_value "$@"; checkpoint=$2; shift 2 ;;
-    --data) need_value "$@"; data=$2; shift 2 ;;
-    --beam) need_number "$1" "${2-}" 1; beam=$2; shift 2 ;;
-    --) shift; extra=("$@"); break ;;
-    *) die "unknown option '$1'; see --help" ;;
-    esac
-done
+parse_options "
+--run         run         path
+--checkpoint  checkpoint  text
+--data        data        path
+--beam        beam        1
+--truncate    truncate    =yes
+--
+" "$@"
+checkpoint=${checkpoint:-${run:+$run/checkpoint_best.pt}}
 [[ -n $checkpoint && -n $data ]] || die "--data, and --run or --checkpoint, are required; see --help"
 [[ -d $data/data-bin ]] || die "$data has no data-bin: make it with a prepare script"
-IFS=: read -r -a checkpoints <<<"$checkpoint"
-for file in "${checkpoints[@]}"; do
-    [[ -f $file ]] || die "$file: there is no such file"
-done
+need_checkpoints "$checkpoint"
 need_python
 need_tool fairseq-interactive "activate the environment that holds fairseq"
 
@@ -56,12 +53,49 @@ else
     die "$data has neither bpe.codes nor sentencepiece.bpe.model: it is not of a translation task's prepare script"
 fi
 
-log=$(mktemp)
-trap 'rm -f "$log"' EXIT
+work=$(temporary -d)
+trap 'rm -rf "$work"' EXIT
+
+# most_units: that a sentence may have, with the end that fairseq adds: what the model and --max-tokens allow.
+most_units() {
+    local most index
+    most=$("$PYTHON" "$scripts/check_model.py" --data "$data/data-bin" "--checkpoint=$checkpoint" 2>"$work/log") ||
+        die "$(last_line "$work/log" | sed 's/^ERROR: //')"
+    for ((index = 0; index < ${#extra[@]} - 1; index++)); do
+        [[ ${extra[index]} != --max-tokens ]] || most=$((extra[index + 1] < most ? extra[index + 1] : most))
+    done
+    echo $((most - 1))
+}
+
+# cut_lines MOST: to so many units, and say so; 0: leave them.
+cut_lines() {
+    awk -v most="$1" 'most && NF > most {
+        printf "WARNING: line %d is cut: it has %d units, and the model takes %d\n", NR, NF, most >"/dev/stderr"
+        line = $1
+        for (unit = 2; unit <= most; unit++) line = line " " $unit
+        $0 = line
+    } { print; fflush() }'
+}
+
+most=0
+[[ -z $truncate ]] || most=$(most_units) || exit 1
 # fairseq-interactive numbers sentences and says H-<number> <score> <units>; everything else is for developers.
-"$PYTHON" "$scripts/${encode[0]}" "${encode[@]:1}" |
-    { fairseq-interactive "$data/data-bin" --user-dir "$scripts/../multimax_fairseq" --path "$checkpoint" \
-        --source-lang de --target-lang en --beam "$beam" ${extra[@]+"${extra[@]}"} 2>"$log" ||
-        { tail -n 15 "$log" >&2; die "fairseq-interactive failed; its last lines are above"; }; } |
-    awk -F '\t' '/^H-/ { print $3; fflush() }' |
-    "$PYTHON" "$scripts/${decode[0]}" "${decode[@]:1}"
+statuses=(0 0 0 0 0)
+"$PYTHON" "$scripts/${encode[0]}" "${encode[@]:1}" | cut_lines "$most" |
+    fairseq-interactive "$data/data-bin" --user-dir "$scripts/../multimax_fairseq" --path "$checkpoint" \
+        --source-lang de --target-lang en --beam "$beam" ${extra[@]+"${extra[@]}"} 2>"$work/log" |
+    awk -F '\t' -v count="$work/count" '/^H-/ { print $3; fflush(); print ++number >count; fflush(count) }' |
+    "$PYTHON" "$scripts/${decode[0]}" "${decode[@]:1}" || statuses=("${PIPESTATUS[@]}")
+
+if ((statuses[4] == 141)); then
+    exit 0 # whoever reads the translations has read enough
+elif ((statuses[2])); then
+    why=$(why_it_failed "$work/log" "$data/data-bin" "$checkpoint")
+    number=$(($(tail -n 1 "$work/count" 2>/dev/null || echo 0) + 1))
+    case $why in
+    *"Size of sample"* | *"max_tokens limit"*) die "line $number is longer than the model or --max-tokens takes ($why):" \
+        "shorten it, or let --truncate cut it" ;;
+    *) die "fairseq-interactive failed, at line $number: $why" ;;
+    esac
+fi
+((statuses[0] == 0 && statuses[4] == 0)) || exit 1 # which has been explained

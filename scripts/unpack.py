@@ -14,6 +14,8 @@ with a line that says how, and nothing is left in FOLDER.
 from __future__ import annotations
 
 import argparse
+import bz2
+import gzip
 import lzma
 import re
 import shutil
@@ -29,6 +31,7 @@ from typing import IO, NamedTuple
 MOST_MEMBERS = 10_000
 MOST_BYTES = 4 * 2**30  # unpacked; WikiText-103 has 0.5 GB
 BLOCK = 2**20  # bytes read at a time
+LARGEST_HEADER = 16 * BLOCK  # of a tar: names, and what else is said about a file
 
 # Where a file of the kind begins with what: the name says nothing certain.
 SIGNATURES = {"zip": (0, (b"PK",)), "tar": (0, (b"\x1f\x8b", b"BZh", b"\xfd7zXZ")), "plain tar": (257, (b"ustar",))}
@@ -56,8 +59,24 @@ class Member(NamedTuple):
     open: Callable[[], IO[bytes]]
 
 
+class Bounded:
+    """A stream of which nobody takes much at once: tarfile would take a header of any size into memory."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self.seek, self.tell, self.seekable = stream.seek, stream.tell, stream.seekable
+        self._read = stream.read
+
+    def read(self, size: int) -> bytes:
+        if size > LARGEST_HEADER:
+            raise BadArchive(f"is not safe to unpack: it has a header of {size} bytes")
+        return self._read(size)
+
+
 def tar_members(archive: Path) -> Iterator[Member]:
-    with tarfile.open(archive) as tar:
+    with archive.open("rb") as file:
+        head = file.read(3)
+    open_stream = {b"\x1f\x8b\x08": gzip.open, b"BZh": bz2.open, b"\xfd7z": lzma.open}.get(head, open)
+    with open_stream(archive, "rb") as stream, tarfile.open(fileobj=Bounded(stream), mode="r:") as tar:
         for info in tar:
             link = info.issym() or info.islnk()
             kind = "file" if info.isfile() else "folder" if info.isdir() else "link" if link else "device"

@@ -469,7 +469,7 @@ def no_alignments(checkpoints, corpus, tmp_path):
     (no_pairs, "its model cannot be built with the data in"),
     (other_dictionary, "the vocabulary of"),
     (no_split, "has no split 'dev' for this model; --split takes one of: test, train, valid"),
-    (empty_split, "is empty: there is nothing to analyse"),
+    (empty_split, "is empty: there is nothing in it"),
     (no_attention, "LSTMModel has no attention to analyse"),
     (twice, "the same checkpoint is given twice"),
     (too_few_labels, "2 checkpoints need as many different --labels"),

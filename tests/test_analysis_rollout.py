@@ -68,5 +68,19 @@ def test_source_and_target_together_sum_to_one():
 def test_without_layers_there_is_no_rollout():
     with pytest.raises(ValueError, match="at least one layer"):
         attention_rollout([])
-    with pytest.raises(ValueError, match="decoder layers have both attentions"):
-        translation_rollout([attention(1, 3, 3)], [], [attention(1, 4, 4)])
+    with pytest.raises(ValueError, match="decoder layers are alike"):
+        translation_rollout([attention(1, 3, 3)] * 2, [attention(1, 3, 4)], [attention(1, 4, 4)])
+    with pytest.raises(ValueError, match="decoder layers are alike"):
+        translation_rollout([], [], [attention(1, 4, 4)])
+
+
+def test_self_attention_over_source_and_target_by_hand():
+    """--cross-self-attention, alone and with --no-cross-attention: the part of A over the source takes what it is of."""
+    encoder, decoder, cross = (attention(1, 2, *shape) for shape in [(4, 4), (3, 7), (3, 4)])
+    encoded, means = (encoder.mean(1)[0] + torch.eye(4)) / 2, decoder.mean(1)[0]
+    over_source, over_target = translation_rollout([decoder], [], [encoder])
+    torch.testing.assert_close(over_source[0], means[:, :4] @ encoded / 2)
+    torch.testing.assert_close(over_target[0], (means[:, 4:] + torch.eye(3)) / 2)
+    both_source, both_target = translation_rollout([decoder], [cross], [encoder])
+    torch.testing.assert_close(both_source, (over_source + cross.mean(1) @ encoded) / 2)
+    torch.testing.assert_close(both_target, over_target / 2)

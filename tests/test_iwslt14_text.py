@@ -212,7 +212,7 @@ def test_errors_are_one_line(tmp_path, codes):
         command = [sys.executable, str(SCRIPT), *map(str, arguments)]
         result = subprocess.run(command, input=text, capture_output=True)
         assert result.returncode == 1
-        assert result.stderr.decode().startswith(f"iwslt14_text.py {arguments[0]}: ")
+        assert result.stderr.decode().startswith(f"ERROR: iwslt14_text.py {arguments[0]}: ")
         assert result.stderr.count(b"\n") == 1
 
 

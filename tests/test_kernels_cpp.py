@@ -1,13 +1,15 @@
 """The C++ kernels against those of plain torch in float64, and how they are compiled and kept."""
 
+import hashlib
 import logging
 import math
+import os
 import sys
 import threading
 
 import pytest
 import torch
-from conftest import needs_compiler
+from conftest import get_cxx_compiler, needs_compiler
 
 from multimax_fairseq.kernels import backend, cpp
 from multimax_fairseq.kernels.rows import multimax_rows as reference_rows
@@ -205,13 +207,111 @@ def test_without_setuptools(folder, monkeypatch):
     assert new_library().functions is None
 
 
-def test_what_was_kept_but_does_not_load_is_made_anew(folder):
+@pytest.fixture(scope="module")
+def compiled_file(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("extensions")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCH_EXTENSIONS_DIR", str(folder))
+        assert new_library().functions is not None
+    return next(folder.glob("*/*.so"))
+
+
+@pytest.fixture
+def kept(folder, compiled_file):
+    """A compiled library, as of an earlier run: nothing was loaded from here, so that it is not known by its name."""
+    folder.mkdir()
+    kept = folder / compiled_file.name
+    kept.write_bytes(compiled_file.read_bytes())
+    kept.chmod(0o700)
+    return kept
+
+
+def sealed(contents):
+    return contents + hashlib.sha256(contents).digest()
+
+
+def use(library):
+    """Of a file that was cut short the system ends the process with SIGBUS, where it is read."""
+    scores, probabilities, zeros = torch.zeros(1, 4), torch.zeros(1, 4), torch.zeros(1, 2)
+    pointers = [tensor.data_ptr() for tensor in (scores, probabilities, zeros, zeros)]
+    library.functions.multimax_rows(1, 4, 1, 1, *pointers)
+    assert probabilities.tolist() == [[0.25] * 4]
+
+
+@pytest.mark.parametrize("size", [0, 3_000, 12_000, 20_000, -1])
+def test_a_library_that_was_cut_short_is_made_anew(size, kept):
+    whole = kept.read_bytes()
+    kept.write_bytes(whole[:size])
+    use(new_library())
+    assert [kept] == list(kept.parent.iterdir()) and len(kept.read_bytes()) == len(whole)
+
+
+@pytest.mark.parametrize("contents", [b"of another system", bytes(100), "flipped"])
+def test_a_library_that_was_changed_is_made_anew(contents, kept):
+    whole = kept.read_bytes()
+    kept.write_bytes(whole[:9_000] + bytes([whole[9_000] ^ 1]) + whole[9_001:] if contents == "flipped" else contents)
+    use(new_library())
+    assert len(kept.read_bytes()) == len(whole)
+
+
+@pytest.fixture
+def foreign(tmp_path):
+    """The bytes of a library without our functions."""
+    source, library = tmp_path / "foreign.cpp", tmp_path / "foreign.so"
+    source.write_text("int foreign() { return 1; }")
+    cpp._run(*get_cxx_compiler().split(), "-shared", "-fPIC", str(source), "-o", str(library))
+    return library.read_bytes()
+
+
+@pytest.mark.parametrize("is_library", [False, True])
+def test_what_cannot_be_loaded_is_not_compiled_at_every_start(is_library, foreign, kept, monkeypatch, caplog):
+    kept.write_bytes(sealed(foreign if is_library else b"for an OpenMP that is not here"))
+    monkeypatch.setattr(cpp, "_run", None)  # cannot be called
+    with caplog.at_level(logging.INFO):
+        assert new_library().functions is None
+    assert "not compiled, so others take" in caplog.text
+    assert ("undefined symbol: multimax_rows" if is_library else f"remove {kept} to have it compiled") in caplog.text
+
+
+@pytest.mark.parametrize("umask", [0o000, 0o002, 0o077])
+def test_folder_and_library_are_private_whatever_the_umask(umask, folder):
+    before = os.umask(umask)
+    try:
+        assert new_library().functions is not None
+    finally:
+        os.umask(before)
+    assert [path.stat().st_mode & 0o777 for path in (folder, *folder.iterdir())] == [0o700, 0o700]
+
+
+def test_a_library_that_others_may_write_is_made_anew(foreign, kept):
+    kept.write_bytes(sealed(foreign))
+    kept.chmod(0o770)
+    kept.parent.chmod(0o777)
+    use(new_library())
+    assert [path.stat().st_mode & 0o777 for path in (kept.parent, kept)] == [0o700, 0o700]
+
+
+@pytest.mark.parametrize("whose", ["another user's", "of no modes"])
+def test_nothing_is_loaded_from_a_folder_of_others(whose, kept, monkeypatch, caplog):
+    folder, user = kept.parent, os.geteuid()
+    if whose == "another user's":
+        monkeypatch.setattr(os, "geteuid", lambda: user + 1)
+    else:  # as on file systems that ignore them
+        folder.chmod(0o777)
+        monkeypatch.setattr(cpp.Path, "chmod", lambda path, mode: None)
+    monkeypatch.setattr(cpp.ctypes, "CDLL", None)  # cannot be called
+    with caplog.at_level(logging.INFO):
+        assert new_library().functions is None
+    assert f"can write into {folder}: set TORCH_EXTENSIONS_DIR to a folder of your own" in caplog.text
+
+
+def test_what_is_written_is_on_the_disk_before_it_has_its_name(folder, monkeypatch):
+    events = []
+    for name in ("fsync", "replace"):
+        function = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *args, n=name, f=function: (events.append(n), f(*args))[1])
     assert new_library().functions is not None
-    (kept,) = folder.iterdir()
-    kept.unlink()  # not written over: it is in use
-    kept.write_bytes(b"of another system")
-    assert new_library().functions is not None
-    assert [kept] == list(folder.iterdir())
+    assert events[-2:] == ["fsync", "replace"]
 
 
 def test_interrupted_while_compiling_it_leaves_nothing(folder, monkeypatch):

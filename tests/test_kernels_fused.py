@@ -1,12 +1,17 @@
 """The fused MultiMax, compiled and eager, against the formula that autograd differentiates."""
 
+import os
+
 import pytest
 import torch
+from conftest import needs_compiler
 
-from multimax_fairseq.kernels import compiler
+from multimax_fairseq.kernels import compiler, cpp
+from multimax_fairseq.kernels.rows import FAR
 from multimax_fairseq.mappings.multimax import modulate, modulate_formula, multimax, multimax_formula
 
 TWINS = {"multimax": (multimax, multimax_formula), "modulate": (modulate, modulate_formula)}
+EXTREME_ROWS = int(os.environ.get("MULTIMAX_EXTREME_ROWS", "600"))  # more of them, for who has the time
 SHAPES = [(7,), (5, 7), (3, 2, 4, 7), (4, 1), (0, 7), (3, 0)]
 
 
@@ -97,3 +102,99 @@ def test_scores_are_left_as_they_are():
     leaf = scores.requires_grad_()
     multimax(leaf, thresholds, gains).pow(2).sum().backward()
     torch.testing.assert_close(leaf.detach(), before, atol=0, rtol=0)
+
+
+# ---------------------------------------------------------------- scores of any size, and no numbers
+
+INF, NAN, LOWEST = float("inf"), float("nan"), torch.finfo(torch.float32).min
+EXTREMES = torch.tensor([NAN, INF, -INF, -INF, -INF, LOWEST, -LOWEST, 1e30, -1e30, 1e20, -1e20])
+
+
+def extreme_case(seed):
+    """30 rows of scores, some of them extreme, in half of the rows none of the kind that makes NaN; parameters.
+
+    Gains stay within ±1: beyond, σ of the largest numbers overflows or not by whether a product is rounded before
+    the sum. Some are 0, of which the square of a large score must not make NaN.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    width, order = (2, 3, 16, 33, 100)[seed % 5], 1 + seed // 5 % 2
+    scores = 2 * torch.randn(30, width, generator=generator)
+    chosen = EXTREMES[torch.randint(len(EXTREMES), scores.shape, generator=generator)]
+    chosen[::2] = chosen[::2].nan_to_num(-INF, -INF, -INF)
+    often = torch.tensor([0.05, 0.3, 1.0])[torch.randint(3, (30, 1), generator=generator)]
+    scores = torch.where(torch.rand(scores.shape, generator=generator) < often, chosen, scores)
+    thresholds, gains = torch.randn(2, order, 2, generator=generator).mul_(torch.tensor([[[1.0]], [[0.3]]]))
+    gains.clamp_(-0.9, 0.9).mul_(torch.rand(order, 2, generator=generator) < (0.0, 0.5, 1.0)[seed % 3])
+    return scores, thresholds, gains, torch.randn(scores.shape, generator=generator)
+
+
+def with_gradients(function, scores, thresholds, gains, upstream):
+    """Probabilities, and the gradients of what hangs on the rows in which they are numbers."""
+    inputs = [tensor.clone().requires_grad_() for tensor in (scores, thresholds, gains)]
+    probabilities = function(*inputs)
+    kept = ~probabilities.detach().isnan().any(-1)
+    inputs[0] = scores[kept].requires_grad_()
+    return probabilities.detach(), *torch.autograd.grad((function(*inputs) * upstream[kept]).sum(), inputs)
+
+
+@pytest.fixture(params=["eager", "Inductor", pytest.param("C++", marks=needs_compiler)])
+def backend(request, monkeypatch):
+    monkeypatch.setenv("MULTIMAX_BACKEND", "eager" if request.param == "eager" else "compiled")
+    if request.param == "Inductor":
+        monkeypatch.setattr(cpp.Library, "serves", lambda self, tensor: False)
+
+
+def test_extreme_scores_are_the_same_to_every_backend(backend):
+    for seed in range(EXTREME_ROWS // 30):
+        case = extreme_case(seed)
+        probabilities, *grads = with_gradients(multimax, *case)
+        expected, expected_grad, *_ = with_gradients(multimax_formula, *case)
+        torch.testing.assert_close(probabilities, expected, atol=1e-5, rtol=0, equal_nan=True)
+        assert all(grad.isfinite().all() for grad in grads)
+        near = case[0][~probabilities.isnan().any(-1)].abs() <= FAR  # the slope further away is that at FAR
+        torch.testing.assert_close(grads[0][near], expected_grad[near], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("scores", "expected"),
+    [
+        ([1.0, 2.0, LOWEST], [1 / (1 + torch.e), torch.e / (1 + torch.e), 0.0]),
+        ([1.0, 1.0, -1e20], [0.5, 0.5, 0.0]),
+        ([LOWEST, -INF, LOWEST], [0.5, 0.0, 0.5]),
+        ([1e30, 0.0, 1e30], [0.5, 0.0, 0.5]),
+        ([LOWEST] * 3, [1 / 3] * 3),
+        ([-INF] * 3, [0.0] * 3),
+        ([NAN, 1.0, -INF], [NAN] * 3),
+        ([NAN, -INF, -INF], [NAN] * 3),
+        ([INF, 1.0, -INF], [NAN] * 3),
+    ],
+)
+@pytest.mark.parametrize("order", [1, 2])
+def test_gains_of_zero_are_softmax_of_scores_of_any_size(scores, expected, order, backend):
+    zeros, scores = torch.zeros(order, 2), torch.tensor([scores, scores])
+    for function in (multimax, multimax_formula):
+        probabilities, *grads = with_gradients(function, scores, zeros, zeros, torch.ones(scores.shape))
+        torch.testing.assert_close(probabilities, torch.tensor([expected] * 2), equal_nan=True)
+        assert grads[0].isfinite().all()
+    torch.testing.assert_close(
+        modulate(scores, zeros, zeros), torch.where(scores == INF, NAN, scores), equal_nan=True, atol=0, rtol=0
+    )
+
+
+@pytest.mark.parametrize(("gain", "expected"), [(0.5, NAN), (-0.5, 0.0)])
+def test_a_row_is_empty_by_its_scores_and_not_by_its_sigma(gain, expected, backend):
+    """−1e30 is there; where g_b,2 makes +inf of it, or −inf of all, softmax has no answer."""
+    gains = torch.tensor([[0.0, 0.0], [gain, 0.0]])
+    scores = torch.tensor([[-1e30, 1.0, -INF], [-1e30, -1e30, -INF]])
+    for function in (multimax, multimax_formula):
+        probabilities = function(scores, torch.zeros(2, 2), gains)
+        torch.testing.assert_close(probabilities[0, 0].item(), expected, equal_nan=True)
+        assert probabilities[1].isnan().all()
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_parameters_that_are_no_numbers_are_not_hidden(which, backend):
+    for place in range(4):
+        parameters = torch.zeros(2, 2, 2)
+        parameters[which].view(-1)[place] = NAN
+        assert multimax(torch.randn(3, 20), *parameters).isnan().all()

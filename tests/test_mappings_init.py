@@ -21,7 +21,8 @@ from mapping_cases import (
 )
 
 import multimax_fairseq
-from multimax_fairseq.mappings import MAPPINGS, build_mapping
+from multimax_fairseq import mappings
+from multimax_fairseq.mappings import MAPPINGS, build_mapping, register_mapping
 
 
 def test_every_mapping_is_under_test():
@@ -218,3 +219,69 @@ def test_mappings_work_without_fairseq():
     code = f"import sys\nsys.path.insert(0, {root!r})\n{WITHOUT_FAIRSEQ}"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert (ran.returncode, ran.stdout) == (0, "works\n"), ran.stderr
+
+
+# ---------------------------------------------------------------- mappings of one's own
+
+
+@pytest.fixture
+def registry(monkeypatch):
+    monkeypatch.setattr(mappings, "MAPPINGS", dict(MAPPINGS))
+    return mappings
+
+
+class Sharp(torch.nn.Module):
+    def __init__(
+        self, temperature: float = 0.5, rounds: int = 1, cold: bool = False, kind: str = "x", num_heads=None
+    ):
+        super().__init__()
+        self.options = temperature, rounds, cold, kind, num_heads
+
+    def forward(self, scores):
+        return mappings.softmax(scores / self.options[0])
+
+
+def test_a_registered_mapping_is_built_by_its_name_and_typed_options(registry):
+    assert register_mapping("sharp")(Sharp) is Sharp and register_mapping("sharp")(Sharp) is Sharp
+    options = registry.parse_options("sharp", "temperature=0.25, rounds=3,cold=true,kind=y")
+    assert registry.build_mapping("sharp", **options, num_heads=4).options == (0.25, 3, True, "y", 4)
+    assert registry.build_mapping("sharp", **registry.parse_options("sharp", "")).options[0] == 0.5
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("heat=1", "sharp has no 'heat'; it takes: temperature, rounds, cold, kind"),
+    ("num_heads=4", "sharp has no 'num_heads'"),
+    ("rounds=1.5", "rounds of sharp is of type int; got '1.5'"),
+    ("cold=yes", "cold of sharp is of type bool; got 'yes'"),
+    ("temperature", "temperature of sharp is of type float; got ''"),
+])  # fmt: skip
+def test_options_that_a_registered_mapping_cannot_take(text, message, registry):
+    register_mapping("sharp")(Sharp)
+    with pytest.raises(ValueError, match=message):
+        registry.parse_options("sharp", text)
+
+
+def test_mappings_of_the_package_have_flags_of_their_own():
+    with pytest.raises(ValueError, match="multimax has options of its own"):
+        mappings.parse_options("multimax", "order=1")
+
+
+def test_what_cannot_be_registered(registry):
+    class Untyped(torch.nn.Module):
+        def __init__(self, k=8):
+            super().__init__()
+
+    class Needy(torch.nn.Module):
+        def __init__(self, k: int):
+            super().__init__()
+
+    for name, module, message in [
+        ("multimax", Sharp, "there is a mapping 'multimax' already"),
+        ("top-k", Sharp, "letters, digits and _ only; got 'top-k'"),
+        ("function", mappings.softmax, "register a class of nn.Module"),
+        ("untyped", Untyped, "its argument 'k' needs a default, and one of the types int, float, str, bool"),
+        ("needy", Needy, "its argument 'k' needs a default"),
+    ]:
+        with pytest.raises((TypeError, ValueError), match=message):
+            register_mapping(name)(module)
+    assert set(registry.MAPPINGS) == set(MAPPINGS)

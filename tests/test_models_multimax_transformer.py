@@ -8,6 +8,7 @@ from test_models_options import SITES
 
 import multimax_fairseq  # noqa: F401
 from multimax_fairseq.mappings import MAPPINGS
+from multimax_fairseq.modules.scale import SCALES
 
 ARCHITECTURES = [
     "transformer",
@@ -24,8 +25,8 @@ def test_dimensions_and_defaults_are_those_of_the_stock_architecture(stock, corp
     actual, _ = parse([corpus / "data-bin", "--arch", f"multimax_{stock}"])
     extra = set(vars(actual)) - set(vars(expected))
     assert extra == {
-        "attention_mapping", "attention_mapping_sites", "output_mapping", "multimax_order", "multimax_terms",
-        "multimax_init", "entmax_alpha", "multimax_backend",
+        "attention_mapping", "mapping_options", "attention_mapping_sites", "attention_scale", "output_mapping",
+        "multimax_order", "multimax_terms", "multimax_init", "entmax_alpha", "multimax_backend",
         "modulator_weight_decay", "modulator_clip_norm", "log_modulators",
     }  # fmt: skip
     assert actual.attention_mapping == "multimax" and actual.attention_mapping_sites == ",".join(SITES)
@@ -34,10 +35,14 @@ def test_dimensions_and_defaults_are_those_of_the_stock_architecture(stock, corp
     assert stock in ARCH_CONFIG_REGISTRY
 
 
-@pytest.mark.parametrize("sites", [",".join(SITES), *SITES])
+SCALED = [(",".join(SITES), scale) for scale in SCALES]
+
+
+@pytest.mark.parametrize(("sites", "scale"), [*SCALED, *((site, "none") for site in SITES)])
 @pytest.mark.parametrize("name", MAPPINGS)
-def test_steps_with_reordered_beams_equal_the_full_forward(name, sites, build, batch):
+def test_steps_with_reordered_beams_equal_the_full_forward(name, sites, scale, build, batch):
     options = ["--attention-mapping", name, "--attention-mapping-sites", sites, "--output-mapping", "multimax"]
+    options += ["--attention-scale", scale]
     built = build("multimax_transformer", *options)
     model = built.model.eval()
     sample = batch(built, size=4)["net_input"]

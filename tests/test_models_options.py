@@ -23,6 +23,8 @@ def test_the_defaults_are_those_of_the_documentation():
     assert {name: value for name, value in vars(MappingOptions()).items() if name != "_name"} == {
         "attention_mapping": "multimax",
         "attention_mapping_sites": "encoder,decoder,cross",
+        "mapping_options": "",
+        "attention_scale": "none",
         "output_mapping": "softmax",
         "multimax_order": 2,
         "multimax_terms": "below,above",
@@ -55,6 +57,7 @@ def test_other_sites_have_softmax():
 
 
 @pytest.mark.parametrize("options, message", [
+    ({"attention_scale": "sqrt"}, "--attention-scale.*'sqrt'.*none, learned, log-length"),
     ({"log_modulators": "layer"}, "--log-modulators.*'layer'.*module, site, none"),
     ({"attention_mapping": "softmin"}, "--attention-mapping.*'softmin'.*multimax.*evsoftmax"),
     ({"attention_mapping_sites": "encoder,output"}, "--attention-mapping-sites.*'output'.*encoder, decoder, cross"),

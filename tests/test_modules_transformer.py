@@ -7,6 +7,7 @@ from fairseq.modules.checkpoint_activations import CheckpointFunction
 
 from multimax_fairseq.mappings import MultiMax
 from multimax_fairseq.modules import MappedDecoderLayer, MappedEncoderLayer, MappedMultiheadAttention
+from multimax_fairseq.modules.attention import CAUSAL
 
 
 def logits(built, sample):
@@ -59,6 +60,23 @@ def test_layers_are_checkpointed_when_asked(build, batch, monkeypatch):
         gradients.append({name: p.grad for name, p in built.model.named_parameters()})
     assert len(calls) == 4
     torch.testing.assert_close(gradients[1], gradients[0], atol=1e-4, rtol=1e-4)  # fp32 sums in another order
+
+
+def test_the_mask_of_a_decoder_says_that_it_is_causal(build):
+    decoder = build("multimax_transformer_lm").model.decoder
+    for length in (5, 3, 9):  # fairseq keeps one mask, and cuts it
+        mask = decoder.buffered_future_mask(torch.zeros(length, 1, 1))
+        assert getattr(mask, CAUSAL) and torch.equal(mask, torch.full((length, length), -float("inf")).triu(1))
+
+
+@pytest.mark.parametrize("scale", ["learned", "log-length"])
+@pytest.mark.parametrize("mapping", ["softmax", "multimax"])
+def test_a_scale_is_learned_at_every_site(mapping, scale, build, batch):
+    built = build("multimax_transformer", "--attention-mapping", mapping, "--attention-scale", scale)
+    built.model.train()
+    logits(built, batch(built)).logsumexp(-1).sum().backward()
+    scales = [p for name, p in built.model.named_parameters() if ".scale." in name]
+    assert len(scales) == 6 and all(parameter.grad.abs().min() > 0 for parameter in scales)
 
 
 def test_layer_drop_keeps_the_mapped_layers(build, batch):

@@ -699,7 +699,7 @@ def test_bpe_errors_are_one_line(tmp_path, multi30k):
     ):
         result = subprocess.run([sys.executable, BPE, *arguments], input=text, capture_output=True)
         assert result.returncode == 1
-        assert result.stderr.decode().startswith(f"sentencepiece_bpe.py {arguments[0]}: ")
+        assert result.stderr.decode().startswith(f"ERROR: sentencepiece_bpe.py {arguments[0]}: ")
         assert result.stderr.count(b"\n") == 1
 
 

@@ -141,7 +141,7 @@ def test_second_run_does_nothing(wikitext):
     ("arguments", "message"),
     [
         ([], "--out DIR is required"),
-        (["--out", "x", "--corpus", "wikitext"], "--corpus is wikitext-103 or wikitext-2: got 'wikitext'"),
+        (["--out", "x", "--corpus", "wikitext"], "--corpus: there is no 'wikitext'; choose from: wikitext-103 wikitext-2"),
         (["--out", "x", "--archive", "nowhere.zip"], "--archive nowhere.zip: there is no such file"),
         (["--out", "x", "--archive", "a", "--url", "b"], "--archive and --url exclude each other"),
         (["--raw"], "unknown option '--raw'"),

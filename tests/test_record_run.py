@@ -53,7 +53,7 @@ def test_scores_are_read_from_what_the_commands_print(record_run, tmp_path):
 @pytest.mark.parametrize("name, function", [("average.bleu", "bleu_scores"), ("test.context-0.eval", "perplexities")])
 def test_a_file_without_a_score_is_an_error(name, function, record_run, tmp_path):
     (tmp_path / name).write_text("Traceback (most recent call last):\n")
-    with pytest.raises(ValueError, match=rf"{name} is not what (sacrebleu|fairseq-eval-lm) prints"):
+    with pytest.raises(record_run.UserError, match=rf"{name} is not what (sacrebleu|fairseq-eval-lm) prints"):
         getattr(record_run, function)(tmp_path)
 
 

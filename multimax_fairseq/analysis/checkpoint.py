@@ -1,8 +1,9 @@
 """From files to a model and its data, with errors that say what to do."""
 
 import glob
+import os
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, NamedTuple, Sequence
+from typing import Any, Dict, Iterator, List, NamedTuple, Sequence, Tuple
 
 import torch
 from fairseq import checkpoint_utils, utils
@@ -11,10 +12,7 @@ from fairseq.tasks import FairseqTask
 from torch import nn
 
 from .collect import attention_modules
-
-
-class AnalysisError(Exception):
-    """Something that the user can put right; its text says how."""
+from .files import UserError, read_checkpoint
 
 
 class LoadedModel(NamedTuple):
@@ -54,80 +52,104 @@ def labels_of(paths: Sequence[Path]) -> List[str]:
         labels = [name(path.absolute()) for path in paths]
         if len(set(labels)) == len(labels):
             return labels
-    raise AnalysisError("the same checkpoint is given twice")
+    raise UserError("the same checkpoint is given twice")
 
 
 def load(path: Path, label: str, data: Path, split: str, max_sentences: int, device: torch.device) -> LoadedModel:
     """Load a checkpoint of fairseq or of this plugin, and a split of the data.
 
     Raises:
-        AnalysisError: the file is no checkpoint, the data does not fit it, the split is missing or empty, or the
+        UserError: the file is no checkpoint, the data does not fit it, the split is missing, empty or damaged, or the
             model has no attention.
     """
-    if not path.is_file():
-        raise AnalysisError(f"there is no checkpoint {path}")
-    state = _read(path, data)
-    model, task, cfg = _build(path, state, data)
+    model, cfg, task = load_model(path, data)
     try:
         attention_modules(model)
     except ValueError as error:
-        raise AnalysisError(f"{path}: {error}") from None
-    dataset = _load_split(task, data, split)
+        raise UserError(f"{path}: {error}") from None
+    dataset = load_split(task, data, split)
     indices = list(range(len(dataset)))[:max_sentences]
+    check_sentences(task, dataset, indices, f"the split {split!r} of {data}")
     architecture = str(getattr(cfg.model, "arch", None) or getattr(cfg.model, "_name", None) or type(model).__name__)
-    return LoadedModel(label, path, architecture, model.eval().to(device), task, dataset, indices)
+    return LoadedModel(label, path, architecture, model.to(device), task, dataset, indices)
 
 
-def _read(path: Path, data: Path) -> Dict[str, Any]:
+def load_model(path: Path, data: Path) -> Tuple[nn.Module, Any, FairseqTask]:
+    """A checkpoint's model, in evaluation on the CPU, with its configuration and its task on these data.
+
+    Raises:
+        UserError: the file is no checkpoint, or the data does not fit it.
+    """
+    if not data.is_dir():
+        raise UserError(f"there is no folder {data}")
+    if os.pathsep in str(data):
+        raise UserError(f"{data}: fairseq takes {os.pathsep!r} for what separates folders: give one without it")
+    read_checkpoint(path)  # what it checks, fairseq does not
     try:
         state = checkpoint_utils.load_checkpoint_to_cpu(str(path), {"data": str(data)})
-    except Exception as error:  # whatever unpickling raises
-        raise AnalysisError(
-            f"{path} cannot be read as a checkpoint of fairseq (damaged, cut off, or something else): "
-            f"{type(error).__name__}: {_first_line(error)}"
-        ) from error
-    return state
-
-
-def _build(path: Path, state: Dict[str, Any], data: Path):
-    try:
         (model,), cfg, task = checkpoint_utils.load_model_ensemble_and_task([str(path)], state=state)
     except FileNotFoundError as error:
-        raise AnalysisError(
+        raise UserError(
             f"{data} has no dictionary {Path(str(error.filename or error)).name}, which {path} needs: "
-            "give with --data the folder that fairseq-preprocess made for this model"
+            "give the folder that fairseq-preprocess made for this model"
         ) from error
     except Exception as error:
         if "size mismatch" in str(error):
-            raise AnalysisError(
-                f"the vocabulary of {path} is another one than that of {data}: give with --data the folder that it "
-                f"was trained on ({_first_line(error, 'size mismatch')})"
+            raise UserError(
+                f"the vocabulary of {path} is another one than that of {data}: give the folder that it was trained "
+                f"on ({_first_line(error, 'size mismatch')})"
             ) from error
-        raise AnalysisError(
-            f"{path}: its model cannot be built with the data in {data}: {type(error).__name__}: {error}"
+        raise UserError(
+            f"{path}: its model cannot be built with the data in {data}: {type(error).__name__}: {_first_line(error)}"
         ) from error
-    return model, task, cfg
+    return model.eval(), cfg, task
 
 
-def _load_split(task: FairseqTask, data: Path, split: str) -> FairseqDataset:
+def load_split(task: FairseqTask, data: Path, split: str) -> FairseqDataset:
+    """A split of a task's data.
+
+    Raises:
+        UserError: it is missing, empty, or cannot be read.
+    """
     # fairseq cannot open a file without a token, nor then close it without another error
     if any(file.stat().st_size == 0 for file in data.glob(f"{glob.escape(split)}.*bin")):
-        raise AnalysisError(f"the split {split!r} of {data} is empty: there is nothing to analyse")
+        raise UserError(f"the split {split!r} of {data} is empty: there is nothing in it")
     try:
         task.load_dataset(split)
     except FileNotFoundError as error:
         splits = sorted({file.name.split(".")[0] for file in data.glob("*.idx")})
-        raise AnalysisError(
+        raise UserError(
             f"{data} has no split {split!r} for this model; --split takes one of: {', '.join(splits) or 'none'}"
         ) from error
     except Exception as error:
-        raise AnalysisError(
-            f"the split {split!r} of {data} cannot be read: {type(error).__name__}: {error}"
+        raise UserError(
+            f"the split {split!r} of {data} cannot be read: {type(error).__name__}: {_first_line(error)}"
         ) from error
     dataset = task.dataset(split)
     if not len(dataset):
-        raise AnalysisError(f"the split {split!r} of {data} is empty: there is nothing to analyse")
+        raise UserError(f"the split {split!r} of {data} is empty: there is nothing in it")
     return dataset
+
+
+def check_sentences(task: FairseqTask, dataset: FairseqDataset, indices: Sequence[int], where: str) -> None:
+    """Raise unless each of these sentences is there, of words that the dictionaries have.
+
+    Raises:
+        UserError: a file is cut short, or was made with other dictionaries.
+    """
+    words = {"source": len(task.source_dictionary), "target": len(task.target_dictionary)}
+    for index in indices:
+        try:
+            item = dataset[index]
+            sides = {side: item[side] for side in words if item[side] is not None}
+            are_known = all(tokens.min() >= 0 and tokens.max() < words[side] for side, tokens in sides.items())
+        except Exception as error:  # of numpy, about a memory map
+            raise UserError(f"{where} is damaged or cut short: sentence {index} cannot be read") from error
+        if not are_known:
+            raise UserError(
+                f"{where} has words that its dictionary lacks (in sentence {index}): the two are not of one "
+                "fairseq-preprocess, or damaged"
+            )
 
 
 def _first_line(error: Exception, containing: str = "") -> str:

@@ -16,18 +16,13 @@ import torch
 import tqdm
 
 from .alignment import SUBWORDS, GoldAlignment, guess_subwords, read_alignments
-from .checkpoint import AnalysisError, LoadedModel, batches, labels_of, load
+from .checkpoint import LoadedModel, batches, labels_of, load
+from .files import ArgumentParser, UserError, check_output_folder, errors_in_a_line, positive
 from .measure import MOST_TOKENS, Measurement
 
 
-def parser() -> argparse.ArgumentParser:
-    description, _, rest = __doc__.partition("\n\n")
-    parser = argparse.ArgumentParser(
-        prog="multimax-analyze",
-        description=description,
-        epilog=rest,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def parser() -> ArgumentParser:
+    parser = ArgumentParser(__doc__, prog="multimax-analyze")
     parser.add_argument(
         "checkpoints", nargs="+", type=Path, metavar="CHECKPOINT", help="of this plugin or of fairseq"
     )
@@ -38,14 +33,14 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--labels", nargs="+", metavar="NAME", help="names of the models (default: their folders')")
     parser.add_argument(
         "--max-sentences",
-        type=_positive,
+        type=positive,
         default=1000,
         metavar="N",
         help="analyse the first N sentences (language models: samples) of the split (default: 1000)",
     )
     parser.add_argument(
         "--max-tokens",
-        type=_positive,
+        type=positive,
         default=1024,
         metavar="N",
         help="tokens in a batch; fewer take less memory (default: 1024)",
@@ -73,19 +68,11 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _positive(text: str) -> int:
-    if text.isdecimal() and int(text) > 0:
-        return int(text)
-    raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-
-
 def main(arguments: Optional[Sequence[str]] = None) -> None:
     args = parser().parse_args(arguments)
     _quiet()
-    try:
+    with errors_in_a_line():
         analyze(args, command=shlex.join(["multimax-analyze", *(arguments or sys.argv[1:])]))
-    except AnalysisError as error:
-        sys.exit(f"ERROR: {error}")
 
 
 def _quiet() -> None:
@@ -99,22 +86,24 @@ def analyze(args: argparse.Namespace, command: str) -> None:
     """Check everything that can be checked, then measure, then write.
 
     Raises:
-        AnalysisError: something that the user can put right, before long work.
+        UserError: something that the user can put right, before long work.
     """
     try:
         from .report import is_report, write_report
     except ImportError as error:
-        raise AnalysisError(f"figures are drawn with matplotlib: pip install matplotlib ({error})") from error
+        raise UserError(f"figures are drawn with matplotlib: pip install matplotlib ({error})") from error
     if args.out.exists() and not args.out.is_dir():
-        raise AnalysisError(f"{args.out} is a file; --out takes a folder")
+        raise UserError(f"{args.out} is a file; --out takes a folder")
     if args.out.is_dir() and any(args.out.iterdir()) and not (args.force and is_report(args.out)):
         hint = "--force replaces it" if is_report(args.out) else "choose another, or empty it"
-        raise AnalysisError(f"the folder {args.out} is not empty: {hint}")
-    if not args.data.is_dir():
-        raise AnalysisError(f"there is no folder {args.data}")
+        raise UserError(f"the folder {args.out} is not empty: {hint}")
+    check_output_folder(args.out)
     labels = args.labels or labels_of(args.checkpoints)
     if len(set(labels)) != len(args.checkpoints):
-        raise AnalysisError(f"{len(args.checkpoints)} checkpoints need as many different --labels")
+        raise UserError(f"{len(args.checkpoints)} checkpoints need as many different --labels")
+    for label in labels:
+        if not label.strip() or not label.isprintable():
+            raise UserError(f"--labels: {label!r} cannot be printed")
     gold = _gold(args.alignments)
     device = torch.device("cuda" if torch.cuda.is_available() and not args.cpu else "cpu")
     models = [
@@ -134,9 +123,11 @@ def _gold(path: Optional[Path]) -> Optional[List[GoldAlignment]]:
     try:
         return read_alignments(path)
     except FileNotFoundError:
-        raise AnalysisError(f"there is no file {path}") from None
+        raise UserError(f"there is no file {path}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is no text in UTF-8: alignments are lines such as 0-0 1-2") from None
     except ValueError as error:
-        raise AnalysisError(str(error)) from error
+        raise UserError(str(error)) from error
 
 
 def _prepare(loaded: LoadedModel, args: argparse.Namespace, gold: Optional[List[GoldAlignment]]) -> Measurement:
@@ -144,7 +135,7 @@ def _prepare(loaded: LoadedModel, args: argparse.Namespace, gold: Optional[List[
     shown = args.show if args.show is not None else _middling(loaded)
     absent = [index for index in shown if index not in range(len(loaded.indices))]
     if absent:
-        raise AnalysisError(f"--show {absent[0]}: sentences 0 to {len(loaded.indices) - 1} are analysed")
+        raise UserError(f"--show {absent[0]}: sentences 0 to {len(loaded.indices) - 1} are analysed")
     subwords = args.subwords or guess_subwords(loaded.target_dictionary.symbols)
     measurement = Measurement(loaded, shown, gold, subwords)
     if gold is not None:

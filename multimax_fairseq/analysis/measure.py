@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..mappings import MAPPINGS, MultiMax
 from .alignment import AlignmentError, GoldAlignment, hard_alignment, word_attention, words_of_tokens
-from .checkpoint import AnalysisError, LoadedModel
+from .checkpoint import LoadedModel, UserError
 from .collect import Attention, LayerOutput, attention_modules, output_modulator, run, token_masks
 from .metrics import MeanMetrics, ScoreHistogram, top_share
 from .modulator import ModulatorParameters, falling_share, is_monotone, parameters_of
@@ -16,6 +16,9 @@ from .rollout import attention_rollout, translation_rollout
 from .smoothing import mean_cosine_similarity
 
 TOP_K = 10  # words of the vocabulary whose probability together is reported
+
+# No score of a model that has been trained is as large: attention over it is one key, and means lose their digits.
+LARGEST_SCORE = 1e6
 
 # Tokens of a sentence that a heat map shows: more cannot be read at the width of a page.
 MOST_TOKENS = 32
@@ -117,6 +120,8 @@ class Measurement:
         self.output: Optional[MeanMetrics] = None
         self._output_top = 0.0
         modulator = output_modulator(loaded.model)
+        # decoder layers that attend to source and target together
+        self._cross_self = bool(getattr(getattr(loaded.model, "decoder", None), "cross_self_attention", False))
         self.with_output = not loaded.is_translation or modulator is not None
         self.output_module = ModuleReport("output", 0, **_describe(modulator), histogram=ScoreHistogram())
 
@@ -142,6 +147,7 @@ class Measurement:
     def _on_attention(self, attention: Attention) -> None:
         site = attention.site, attention.layer
         mask = self._masks[attention.site]
+        self._check_finite(attention.probabilities, attention.scores, f"{attention.site} layer {attention.layer + 1}")
         scores, probabilities = (  # (num_heads, rows, src_len), without padding's rows
             tensor.transpose(1, 2)[mask].transpose(0, 1) for tensor in (attention.scores, attention.probabilities)
         )
@@ -158,6 +164,14 @@ class Measurement:
                 heads = {f"head {head}": attention.probabilities[row, head] for head in range(scores.size(0))}
                 self._align(row, attention.layer, {**heads, "mean": attention.probabilities[row].mean(0)})
 
+    def _check_finite(self, probabilities: Tensor, scores: Tensor, where: str) -> None:
+        are_there = (scores.abs() < LARGEST_SCORE) | (scores == float("-inf"))
+        if not (are_there.all() and probabilities.isfinite().all()):
+            raise UserError(
+                f"{self.loaded.path}: scores of {where} are NaN, infinite or beyond {LARGEST_SCORE:g} on these data: "
+                "its parameters are too large, so its training has diverged; take an earlier checkpoint"
+            )
+
     def _on_layer(self, output: LayerOutput) -> None:
         similarity = mean_cosine_similarity(output.hidden, self._masks[output.side]).double()
         is_defined = ~similarity.isnan()
@@ -167,6 +181,7 @@ class Measurement:
         total[2] += len(similarity)
 
     def _on_output(self, scores: Tensor, probabilities: Tensor) -> None:
+        self._check_finite(probabilities, scores, "the output layer")
         self.output = self.output or MeanMetrics(1)
         self.output.update(scores.unsqueeze(0), probabilities.unsqueeze(0))
         self.output_module.histogram.update(scores)
@@ -178,7 +193,8 @@ class Measurement:
             return
         matrices = {}
         if self.loaded.is_translation:
-            over_source, _ = translation_rollout(*(self._means[site] for site in ("decoder", "cross", "encoder")))
+            decoder, cross, encoder = (self._means.get(site, []) for site in ("decoder", "cross", "encoder"))
+            over_source, _ = translation_rollout(decoder, cross, encoder)
             matrices = {"encoder": attention_rollout(self._means["encoder"]), "cross": over_source}
         else:
             (side,) = self._means
@@ -195,8 +211,9 @@ class Measurement:
 
     def _positions(self, site: str, row: int) -> Tuple[Tensor, Tensor]:
         """Where the queries and the keys of a sentence are, without padding."""
-        keys = "encoder" if site == "cross" else site
-        return tuple(self._masks[side][row].nonzero().flatten() for side in (site, keys))
+        sides = {"cross": ["encoder"], "decoder": ["encoder", "decoder"][not self._cross_self :]}.get(site, [site])
+        keys = torch.cat([self._masks[side][row] for side in sides])
+        return self._masks[site][row].nonzero().flatten(), keys.nonzero().flatten()
 
     def _tokens_of(self, row: int) -> Tuple[Dict[str, Tuple[List[str], List[str]]], bool]:
         """The tokens along the axes of each site; cross-attention's rows are what they are to predict."""
@@ -210,7 +227,7 @@ class Measurement:
         tokens = {"encoder" if self.loaded.is_translation else next(iter(self._masks)): (read, read)}
         if self.loaded.is_translation:
             written = symbols(net_input["prev_output_tokens"], target)
-            tokens["decoder"] = (written, written)
+            tokens["decoder"] = (written, [*read, *written] if self._cross_self else written)
             tokens["cross"] = (symbols(self._sample["target"], target), read)
         is_cut = any(len(axis) > MOST_TOKENS for axes in tokens.values() for axis in axes)
         return {site: (rows[:MOST_TOKENS], columns[:MOST_TOKENS]) for site, (rows, columns) in tokens.items()}, is_cut
@@ -233,12 +250,14 @@ class Measurement:
         """Raise where gold alignments cannot be those of this split.
 
         Raises:
-            AnalysisError: another number of sentences, or a link to a word that a sentence does not have.
+            UserError: another number of sentences, or a link to a word that a sentence does not have.
         """
         if not self.loaded.is_translation:
-            raise AnalysisError(f"{self.loaded.path} is no translation model: it has nothing to align")
+            raise UserError(f"{self.loaded.path} is no translation model: it has nothing to align")
+        if not any(site == "cross" for site, _ in self.heads):
+            raise UserError(f"{self.loaded.path} has no cross-attention: it has nothing to align")
         if len(self.gold) != len(self.loaded.dataset):
-            raise AnalysisError(
+            raise UserError(
                 f"there are {len(self.gold)} gold alignments for the {len(self.loaded.dataset)} sentence pairs of "
                 "the split: give those of the same split, a line a pair"
             )
@@ -246,7 +265,7 @@ class Measurement:
             counts = [words[-1] + 1 if words else 0 for words in self.words_of(index)]
             for link in self.gold[index].possible:
                 if link[0] >= counts[0] or link[1] >= counts[1]:
-                    raise AnalysisError(
+                    raise UserError(
                         f"gold alignment {link[0]}-{link[1]} in line {index + 1} is outside of its sentences, which "
                         f"have {counts[0]} and {counts[1]} words (from 0): other text, or another marking of "
                         f"subwords than --subwords {self.subwords}"

@@ -6,7 +6,6 @@ import html
 import io
 import json
 import os
-import shutil
 import tempfile
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Set, Tuple
@@ -18,6 +17,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from . import figures
+from .files import UserError, sync_folder
 from .measure import TOP_K, Measurement
 
 PAGE = "report.html"
@@ -75,22 +75,29 @@ def write_report(
     Args:
         out: the folder to make; with ``replace``, one that an earlier report made may be there.
         command: how to make this report again, for the page and the JSON.
+
+    Raises:
+        UserError: it cannot be written: a full disk, say.
     """
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as staging:
-        build = Path(staging, "report")
-        (build / "figures").mkdir(parents=True)
-        write_numbers(build, measurements, command)
-        with matplotlib.rc_context(figures.STYLE):
-            sections = _draw_all(build / "figures", measurements, progress)
-        (build / PAGE).write_text(render_page(measurements, sections, command), encoding="utf-8")
-        build.chmod(0o755)
-        if out.exists():
-            if replace and is_report(out):
-                shutil.rmtree(out)
-            else:
-                out.rmdir()  # it was empty when the work began
-        os.replace(build, out)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name[:100]}.") as staging:
+            build = Path(staging, "report")
+            (build / "figures").mkdir(parents=True)
+            write_numbers(build, measurements, command)
+            with matplotlib.rc_context(figures.STYLE):
+                sections = _draw_all(build / "figures", measurements, progress)
+            (build / PAGE).write_text(render_page(measurements, sections, command), encoding="utf-8")
+            for path in filter(Path.is_file, build.rglob("*")):
+                with open(path, "rb") as file:
+                    os.fsync(file.fileno())
+            build.chmod(0o755)
+            if out.exists() and replace and is_report(out):
+                os.replace(out, Path(staging, "replaced"))  # goes with the staging folder
+            os.replace(build, out)  # or an empty folder, which it may replace
+            sync_folder(out.parent)
+    except OSError as error:
+        raise UserError(f"could not write {out}: {error.strerror or error}") from error
 
 
 def is_report(folder: Path) -> bool:
@@ -166,7 +173,7 @@ def _draw_all(folder: Path, measurements: Sequence[Measurement], progress: bool)
 
 def _file_name(label: str, taken: Set[str]) -> str:
     """What a model's files begin with: its label without spaces and the like, and not that of another model."""
-    plain = "".join(character if character.isalnum() or character in "-._" else "-" for character in label)
+    plain = "".join(character if character.isalnum() or character in "-._" else "-" for character in label)[:40]
     name, number = plain, 1
     while name in taken:
         number += 1

@@ -38,28 +38,39 @@ def translation_rollout(
     self-attention and then into ½ C E + ½ R by cross-attention.
 
     Args:
-        decoder: self-attention of each decoder layer, (bsz, num_heads, tgt_len, tgt_len) or averaged.
-        cross: cross-attention of each decoder layer, (bsz, num_heads, tgt_len, src_len) or averaged.
+        decoder: self-attention of each decoder layer, (bsz, num_heads, tgt_len, tgt_len) or averaged; with
+            ``--cross-self-attention`` (…, tgt_len, src_len + tgt_len), and its part over the source takes E.
+        cross: cross-attention of each decoder layer, (bsz, num_heads, tgt_len, src_len) or averaged; none with
+            ``--no-cross-attention``.
         encoder: self-attention of each encoder layer, (bsz, num_heads, src_len, src_len) or averaged.
 
     Returns:
         how much of each output of the decoder comes from each source token, (bsz, tgt_len, src_len), and from each
         target token that it has read, (bsz, tgt_len, tgt_len). Rows of the two together sum to 1.
     """
-    if len(decoder) != len(cross) or not cross:
-        raise ValueError(f"decoder layers have both attentions; got {len(decoder)} self- and {len(cross)} cross-")
+    if not decoder or len(cross) not in (0, len(decoder)):
+        raise ValueError(f"decoder layers are alike; got {len(decoder)} self- and {len(cross)} cross-attentions")
     encoded = attention_rollout(encoder)
-    bsz, tgt_len, src_len = _mean_of_heads(cross[0]).shape
+    bsz, src_len, _ = encoded.shape
+    tgt_len = decoder[0].size(-2)
     over_source = encoded.new_zeros(bsz, tgt_len, src_len)
     over_target = torch.eye(tgt_len, dtype=encoded.dtype, device=encoded.device).expand(bsz, -1, -1)
-    for self_attention, cross_attention in zip(decoder, cross):
-        step = _with_residual(_mean_of_heads(self_attention))
+    for layer, attention in enumerate(map(_mean_of_heads, decoder)):
+        of_source, of_target = attention.split([attention.size(-1) - tgt_len, tgt_len], dim=-1)
+        step = of_target + torch.eye(tgt_len, dtype=attention.dtype, device=attention.device)
         over_source, over_target = step @ over_source, step @ over_target
-        over_source = (over_source + _mean_of_heads(cross_attention) @ encoded) / 2
-        over_target = over_target / 2
-        total = (over_source.sum(-1) + over_target.sum(-1)).unsqueeze(-1)
-        over_source, over_target = over_source / total, over_target / total
+        if of_source.size(-1):
+            over_source = over_source + of_source @ encoded
+        over_source, over_target = _normalised(over_source, over_target)
+        if cross:
+            over_source = over_source + _mean_of_heads(cross[layer]) @ encoded
+            over_source, over_target = _normalised(over_source, over_target)
     return over_source, over_target
+
+
+def _normalised(over_source: Tensor, over_target: Tensor) -> Tuple[Tensor, Tensor]:
+    total = (over_source.sum(-1) + over_target.sum(-1)).unsqueeze(-1)
+    return over_source / total, over_target / total
 
 
 def _mean_of_heads(attention: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
-// Attention with MultiMax in blocks, in fp32 on a CPU: what BlockwiseMultiMax in blockwise_attention.py does, without
-// a stop between products and mapping. A thread takes whole heads, and a block of scores stays in its cache from the
-// first product to the last.
+// Attention with MultiMax in blocks, in fp32 on a CPU: what BlockwiseMultiMax in blockwise_attention.py does, and
+// dropout too, without a stop between products and mapping. A thread takes blocks, one head after the other, and a
+// block of scores stays in its cache from the first product to the last.
 
 #include "multimax.hpp"
 
@@ -21,6 +21,48 @@ struct Matrices {
   float* row(int64_t head, int64_t index) const { return data + head * to_next_head + index * to_next_row; }
 };
 
+// Which probabilities are dropped: drawn from the seed and the place of each, so that forward and backward, with any
+// number of threads, draw the same, and nothing is stored.
+struct Dropout {
+  int64_t seed, dropped;  // of the 2^32 numbers that may be drawn, so many drop
+  float scale;            // of a probability that is kept
+
+  // Numbers that draw() writes for a row of `keys`.
+  static int64_t room(int64_t keys) { return (keys + GROUP - 1) / GROUP * GROUP; }
+
+  // Writes 0 or `scale` for each key. A group of 64 keys has 16 counters, each of which gives four numbers: those of
+  // keys that are 16 apart.
+  void draw(int64_t head, int64_t query, int64_t keys, float* factors) const {
+    const uint32_t limit = uint32_t(dropped);
+    const float kept = scale;
+    for (int64_t j = 0; j < keys; j += GROUP) {
+      float* group = factors + j;
+#pragma omp simd
+      for (int lane = 0; lane < COUNTERS; ++lane) {
+        uint32_t a = uint32_t(j / 4) + lane, b = uint32_t(query), c = uint32_t(head), d = 0;
+        philox<10>(a, b, c, d, uint32_t(seed), uint32_t(uint64_t(seed) >> 32));
+        group[lane] = a < limit ? 0.f : kept;
+        group[lane + COUNTERS] = b < limit ? 0.f : kept;
+        group[lane + 2 * COUNTERS] = c < limit ? 0.f : kept;
+        group[lane + 3 * COUNTERS] = d < limit ? 0.f : kept;
+      }
+    }
+  }
+
+ private:
+  static constexpr int COUNTERS = 16, GROUP = 4 * COUNTERS;
+
+  // Philox4x32: Salmon, Moraes, Dror and Shaw, Parallel Random Numbers: As Easy as 1, 2, 3, SC 2011.
+  template <int ROUNDS>
+  __attribute__((always_inline)) static inline void philox(uint32_t& a, uint32_t& b, uint32_t& c, uint32_t& d,
+                                                           uint32_t key_0, uint32_t key_1) {
+    const uint64_t product_a = uint64_t(0xD2511F53) * a, product_c = uint64_t(0xCD9E8D57) * c;
+    a = uint32_t(product_c >> 32) ^ b ^ key_0, b = uint32_t(product_c);
+    c = uint32_t(product_a >> 32) ^ d ^ key_1, d = uint32_t(product_a);
+    if constexpr (ROUNDS > 1) philox<ROUNDS - 1>(a, b, c, d, key_0 + 0x9E3779B9, key_1 + 0xBB67AE85);
+  }
+};
+
 // As in cpp_attention.py.
 struct Problem {
   int64_t heads, tgt_len, src_len, head_dim, order, is_causal, block, threads, scratch_size;
@@ -29,9 +71,10 @@ struct Problem {
   const float* hidden_keys;     // (heads, src_len), to be added to scores, or null
   const float* added_scores;    // (tgt_len, src_len), or null
   Normaliser* normalisers;      // (heads, tgt_len)
-  double* grads_of_parameters;  // (heads, 2, order, 2), zeros
+  double* grads_of_parameters;  // (heads, blocks of a head, 2, order, 2), zeros
   float* scratch;               // (threads, scratch_size)
   Sgemm* sgemm;
+  const Dropout* dropout;       // or null
 };
 
 // Some queries of one head, and the keys that these may see.
@@ -41,85 +84,82 @@ struct Block {
 
 class Attention : Problem {
  public:
-  explicit Attention(const Problem& problem) : Problem(problem) {}
+  explicit Attention(const Problem& problem) : Problem(problem), blocks((tgt_len + block - 1) / block) {}
 
   template <int ORDER>
   void forward(const Modulator<ORDER>& sigma) const {
-    share(heads, threads, [&](int64_t first, int64_t last, int64_t thread) {
+    in_threads([&](int64_t thread, int64_t team) {
       Memory memory(scratch + thread * scratch_size);
-      float *q = memory.take(tgt_len * head_dim), *k = memory.take(src_len * head_dim);
-      float *v = memory.take(src_len * head_dim), *scores = memory.take(block * src_len);
-      float* products = memory.take(block * head_dim);
-      for (int64_t head = first; head < last; ++head) {
-        gather(query, head, tgt_len, q), gather(key, head, src_len, k), gather(value, head, src_len, v);
-        each_block(head, [&](const Block& at) {
-          multiply('N', 'T', at.rows, at.keys, head_dim, q + at.start * head_dim, k, 0, scores, at.keys);
-          Normaliser* rows = normalisers + head * tgt_len + at.start;
-          for (int64_t i = 0; i < at.rows; ++i) {
-            const int64_t seen = mask(at, i, scores);
-            rows[i] = exponentials(scores + i * at.keys, scores + i * at.keys, seen, sigma);
-            std::fill(scores + i * at.keys + seen, scores + (i + 1) * at.keys, 0.f);
+      float *k = memory.take(src_len * head_dim), *v = memory.take(src_len * head_dim);
+      float *q = memory.take(block * head_dim), *products = memory.take(block * head_dim);
+      float *scores = memory.take(block * src_len), *kept = memory.take(Dropout::room(src_len));
+      const int64_t first = first_task(thread, team), last = first_task(thread + 1, team);
+      for (int64_t task = first, head = -1; task < last; ++task) {
+        const Block at = block_of(task);
+        if (at.head != head) {
+          head = at.head;
+          gather(key, head, 0, src_len, k), gather(value, head, 0, src_len, v);
+        }
+        gather(query, head, at.start, at.rows, q);
+        multiply('N', 'T', at.rows, at.keys, head_dim, q, k, 0, scores, at.keys);
+        Normaliser* rows = normalisers + head * tgt_len + at.start;
+        for (int64_t i = 0; i < at.rows; ++i) {
+          float* row = scores + i * at.keys;
+          const int64_t seen = mask(at, i, row);
+          rows[i] = exponentials(row, row, seen, sigma);
+          if (dropout) {
+            dropout->draw(head, at.start + i, seen, kept);
+            each(seen, [&](int64_t j, int n) { store(row + j, n, load(row + j, n, 0) * load(kept + j, n, 0)); });
           }
-          multiply('N', 'N', at.rows, head_dim, at.keys, scores, v, 0, products, head_dim);
-          for (int64_t i = 0; i < at.rows; ++i) {
-            float* row = output.row(head, at.start + i);
-            for (int64_t c = 0; c < head_dim; ++c) row[c] = rows[i].factor * products[i * head_dim + c];
-          }
-        });
+          std::fill(row + seen, row + at.keys, 0.f);
+        }
+        multiply('N', 'N', at.rows, head_dim, at.keys, scores, v, 0, products, head_dim);
+        for (int64_t i = 0; i < at.rows; ++i) {
+          float* row = output.row(head, at.start + i);
+          for (int64_t c = 0; c < head_dim; ++c) row[c] = rows[i].factor * products[i * head_dim + c];
+        }
       }
     });
   }
 
   template <int ORDER>
   void backward(const Modulator<ORDER>& sigma) const {
-    share(heads, threads, [&](int64_t first, int64_t last, int64_t thread) {
+    in_threads([&](int64_t thread, int64_t team) {
       Memory memory(scratch + thread * scratch_size);
-      float *q = memory.take(tgt_len * head_dim), *g = memory.take(tgt_len * head_dim);
-      float *k = memory.take(src_len * head_dim), *grad_k = memory.take(src_len * head_dim);
-      float *v = memory.take(src_len * head_dim), *grad_v = memory.take(src_len * head_dim);
+      memory.take(4 * src_len * head_dim);  // see sums_for_keys
+      float *k = memory.take(src_len * head_dim), *v = memory.take(src_len * head_dim);
+      float *q = memory.take(block * head_dim), *g = memory.take(block * head_dim);
       float *scores = memory.take(block * src_len), *grads = memory.take(block * src_len);
-      for (int64_t head = first; head < last; ++head) {
-        gather(query, head, tgt_len, q), gather(key, head, src_len, k), gather(value, head, src_len, v);
-        gather(grad_output, head, tgt_len, g);
-        std::fill_n(grad_k, src_len * head_dim, 0.f), std::fill_n(grad_v, src_len * head_dim, 0.f);
-        each_block(head, [&](const Block& at) {
-          const float *block_q = q + at.start * head_dim, *block_g = g + at.start * head_dim;
-          multiply('N', 'T', at.rows, at.keys, head_dim, block_q, k, 0, scores, at.keys);
-          multiply('N', 'T', at.rows, at.keys, head_dim, block_g, v, 0, grads, at.keys);
-          const Normaliser* rows = normalisers + head * tgt_len + at.start;
-          const int64_t few = few_rows(at.keys);
-          double* parameters = grads_of_parameters + head * 4 * ORDER;
-          Sums<ORDER> sums;
-          for (int64_t i = 0; i < at.rows; ++i) {
-            const float expected = dot(output.row(head, at.start + i), block_g + i * head_dim, head_dim);
-            const Normaliser normaliser = rows[i];
-            // scores become probabilities, and the gradients of these those of scores
-            float *row = scores + i * at.keys, *grad_row = grads + i * at.keys;
-            const int64_t seen = mask(at, i, scores);
-            each(seen, [&](int64_t j, int lanes) {
-              const Vec x = load(row + j, lanes, -INFINITE);
-              const Vec p = exp(sigma(x) - normaliser.peak) * normaliser.factor;
-              const Vec upstream = p * (load(grad_row + j, lanes, 0) - expected);
-              store(row + j, lanes, p);
-              store(grad_row + j, lanes, sums.backward(x, upstream, sigma));
-            });
-            std::fill(row + seen, row + at.keys, 0.f), std::fill(grad_row + seen, grad_row + at.keys, 0.f);
-            if ((i + 1) % few == 0 || i + 1 == at.rows) {
-              sums.add_to(parameters, sigma);
-              sums = {};
-            }
-          }
-          multiply('N', 'N', at.rows, head_dim, at.keys, grads, k, 0, grad_query.row(head, at.start),
-                   grad_query.to_next_row);
-          multiply('T', 'N', at.keys, head_dim, at.rows, grads, block_q, 1, grad_k, head_dim);
-          multiply('T', 'N', at.keys, head_dim, at.rows, scores, block_g, 1, grad_v, head_dim);
-        });
-        scatter(grad_k, head, src_len, grad_key), scatter(grad_v, head, src_len, grad_value);
+      float *probabilities = memory.take(src_len), *kept = memory.take(Dropout::room(src_len));
+      const int64_t first = first_task(thread, team), last = first_task(thread + 1, team);
+      for (int64_t task = first, head = -1; task < last; ++task) {
+        const Block at = block_of(task);
+        float *grad_k = sums_for_keys(at.head, thread, team), *grad_v = grad_k + src_len * head_dim;
+        if (at.head != head) {
+          head = at.head;
+          gather(key, head, 0, src_len, k), gather(value, head, 0, src_len, v);
+          std::fill_n(grad_k, 2 * src_len * head_dim, 0.f);
+        }
+        gather(query, head, at.start, at.rows, q), gather(grad_output, head, at.start, at.rows, g);
+        multiply('N', 'T', at.rows, at.keys, head_dim, q, k, 0, scores, at.keys);
+        multiply('N', 'T', at.rows, at.keys, head_dim, g, v, 0, grads, at.keys);
+        backward_of_rows(at, scores, grads, probabilities, kept, grads_of_parameters + task * 4 * ORDER, sigma);
+        multiply('N', 'N', at.rows, head_dim, at.keys, grads, k, 0, grad_query.row(head, at.start),
+                 grad_query.to_next_row);
+        multiply('T', 'N', at.keys, head_dim, at.rows, grads, q, 1, grad_k, head_dim);
+        multiply('T', 'N', at.keys, head_dim, at.rows, scores, g, 1, grad_v, head_dim);
+        if (task + 1 == (head + 1) * blocks && first <= head * blocks) {  // the whole head was here
+          scatter(grad_k, head, 0, src_len, grad_key), scatter(grad_v, head, 0, src_len, grad_value);
+        }
       }
+#pragma omp barrier
+      add_up_shared_heads(thread, team);
     });
   }
 
  private:
+  const int64_t blocks;  // of a head; head after head they are the tasks
+
   struct Memory {
     float* next;
 
@@ -127,20 +167,115 @@ class Attention : Problem {
     float* take(int64_t count) { return next += count, next - count; }
   };
 
-  // Copies of a head, row after row: products of them are faster than of rows that lie apart.
-  void gather(const Matrices& from, int64_t head, int64_t rows, float* to) const {
-    for (int64_t i = 0; i < rows; ++i) std::memcpy(to + i * head_dim, from.row(head, i), head_dim * sizeof(float));
-  }
-
-  void scatter(const float* from, int64_t head, int64_t rows, const Matrices& to) const {
-    for (int64_t i = 0; i < rows; ++i) std::memcpy(to.row(head, i), from + i * head_dim, head_dim * sizeof(float));
-  }
-
+  // Calls body(thread, team) in all threads that PyTorch would take, also where there is work for one only: inside of
+  // a team of several the BLAS takes no threads of its own, which small products would mostly wait for.
   template <class Body>
-  void each_block(int64_t head, Body body) const {
-    for (int64_t start = 0; start < tgt_len; start += block) {
-      const int64_t rows = std::min(block, tgt_len - start);
-      body(Block{head, start, rows, is_causal ? start + rows : src_len});
+  void in_threads(Body body) const {
+#pragma omp parallel num_threads(threads)
+    body(omp_get_thread_num(), omp_get_num_threads());
+  }
+
+  // Where the tasks of a thread begin; all have about as many scores. It depends on nothing but the problem and the
+  // size of the team, and so do the sums that the threads make.
+  int64_t first_task(int64_t thread, int64_t team) const {
+    int64_t of_a_head = 0;
+    for (int64_t task = 0; task < blocks; ++task) of_a_head += scores_of(block_of(task));
+    const double wanted = double(of_a_head) * heads * thread / team;
+    const int64_t head = std::min(int64_t(wanted / of_a_head), heads);
+    double before = double(of_a_head) * head;
+    int64_t task = head * blocks;
+    for (; task < heads * blocks; ++task) {
+      const double scores = scores_of(block_of(task));
+      if (before + scores / 2 >= wanted) break;
+      before += scores;
+    }
+    return task;
+  }
+
+  static int64_t scores_of(const Block& at) { return at.rows * at.keys; }
+
+  Block block_of(int64_t task) const {
+    const int64_t start = task % blocks * block, rows = std::min(block, tgt_len - start);
+    return {task / blocks, start, rows, is_causal ? start + rows : src_len};
+  }
+
+  // Where a thread sums up the gradients of a head's keys, and behind them those of its values: apart for the first
+  // head that it works on, of which another thread may have had a part, as it may for the last.
+  float* sums_for_keys(int64_t head, int64_t thread, int64_t team) const {
+    const bool is_first = head == first_task(thread, team) / blocks;
+    return scratch + thread * scratch_size + (is_first ? 0 : 2 * src_len * head_dim);
+  }
+
+  // Gradients of the keys and values of heads that several threads have worked on: of a part of the keys here.
+  void add_up_shared_heads(int64_t thread, int64_t team) const {
+    const int64_t start = src_len * thread / team, rows = src_len * (thread + 1) / team - start;
+    for (int64_t second = 1; second < team; ++second) {
+      const int64_t head = first_task(second, team) / blocks, task = head * blocks;
+      if (first_task(second, team) == task || first_task(second - 1, team) > task) continue;  // not the second of it
+      float* total = sums_for_keys(head, second - 1, team) + start * head_dim;
+      for (int64_t other = second; other < team && first_task(other, team) < task + blocks; ++other) {
+        if (first_task(other, team) == first_task(other + 1, team)) continue;  // did nothing
+        const float* sums = sums_for_keys(head, other, team) + start * head_dim;
+        add(sums, rows * head_dim, total);
+        add(sums + src_len * head_dim, rows * head_dim, total + src_len * head_dim);
+      }
+      scatter(total, head, start, rows, grad_key);
+      scatter(total + src_len * head_dim, head, start, rows, grad_value);
+    }
+  }
+
+  static void add(const float* from, int64_t count, float* to) {
+    for (int64_t i = 0; i < count; ++i) to[i] += from[i];
+  }
+
+  // Of a block of scores, and of gradients of what its values are multiplied with, makes those multipliers
+  // (probabilities, or what dropout leaves of them) and gradients of scores; adds those of parameters to `parameters`.
+  template <int ORDER>
+  void backward_of_rows(const Block& at, float* scores, float* grads, float* probabilities, float* kept,
+                        double* parameters, const Modulator<ORDER>& sigma) const {
+    const int64_t few = few_rows(at.keys);
+    Sums<ORDER> sums;
+    for (int64_t i = 0; i < at.rows; ++i) {
+      float *row = scores + i * at.keys, *grad_row = grads + i * at.keys;
+      const int64_t seen = mask(at, i, row);
+      const Normaliser normaliser = normalisers[at.head * tgt_len + at.start + i];
+      if (dropout) {
+        dropout->draw(at.head, at.start + i, seen, kept);
+        each(seen, [&](int64_t j, int n) { store(grad_row + j, n, load(grad_row + j, n, 0) * load(kept + j, n, 0)); });
+      }
+      // Of these very probabilities and gradients, so that what is left of them adds up to 0. By output and its
+      // gradient, whose product it is too, rounding would be left over, in all the scores of the row.
+      Vec expected_grads = {};
+      each(seen, [&](int64_t j, int lanes) {
+        const Vec p = exp(sigma(load(row + j, lanes, -INFINITE)) - normaliser.peak) * normaliser.factor;
+        expected_grads += p * load(grad_row + j, lanes, 0);
+        store(probabilities + j, lanes, p);
+      });
+      const float expected_grad = sum(expected_grads);
+      each(seen, [&](int64_t j, int lanes) {
+        const Vec x = load(row + j, lanes, -INFINITE), p = load(probabilities + j, lanes, 0);
+        const Vec upstream = p * (load(grad_row + j, lanes, 0) - expected_grad);
+        store(grad_row + j, lanes, sums.backward(x, upstream, sigma));
+        store(row + j, lanes, dropout ? p * load(kept + j, lanes, 0) : p);
+      });
+      std::fill(row + seen, row + at.keys, 0.f), std::fill(grad_row + seen, grad_row + at.keys, 0.f);
+      if ((i + 1) % few == 0 || i + 1 == at.rows) {
+        sums.add_to(parameters, sigma);
+        sums = {};
+      }
+    }
+  }
+
+  // Copies of rows of a head, one after another: products of them are faster than of rows that lie apart.
+  void gather(const Matrices& from, int64_t head, int64_t start, int64_t rows, float* to) const {
+    for (int64_t i = 0; i < rows; ++i) {
+      std::memcpy(to + i * head_dim, from.row(head, start + i), head_dim * sizeof(float));
+    }
+  }
+
+  void scatter(const float* from, int64_t head, int64_t start, int64_t rows, const Matrices& to) const {
+    for (int64_t i = 0; i < rows; ++i) {
+      std::memcpy(to.row(head, start + i), from + i * head_dim, head_dim * sizeof(float));
     }
   }
 
@@ -153,10 +288,9 @@ class Attention : Problem {
     sgemm(&op_b, &op_a, &n, &m, &k, &one, b, &ldb, a, &lda, &beta, c, &to_next_row);
   }
 
-  // Masks row i of a block of scores; returns how many of its keys the causal mask leaves.
-  int64_t mask(const Block& at, int64_t i, float* scores) const {
+  // Masks row i of a block, the scores at `row`; returns how many of its keys the causal mask leaves.
+  int64_t mask(const Block& at, int64_t i, float* row) const {
     const int64_t query = at.start + i, seen = is_causal ? query + 1 : at.keys;
-    float* row = scores + i * at.keys;
     for (const float* mask : {added_scores ? added_scores + query * src_len : nullptr,
                               hidden_keys ? hidden_keys + at.head * src_len : nullptr}) {
       if (mask) each(seen, [&](int64_t j, int n) { store(row + j, n, load(row + j, n, 0) + load(mask + j, n, 0)); });
@@ -176,7 +310,7 @@ void blockwise_multimax(const multimax::Problem* problem) {
                            [&](const auto& sigma) { attention.forward(sigma); });
 }
 
-// Writes the gradients, from output, normalisers and grad_output.
+// Writes the gradients, from normalisers and grad_output.
 void blockwise_multimax_backward(const multimax::Problem* problem) {
   const multimax::Attention attention(*problem);
   multimax::with_modulator(problem->order, problem->thresholds, problem->gains,

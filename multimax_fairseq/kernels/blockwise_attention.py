@@ -1,11 +1,13 @@
 """MultiMax attention block by block: memory linear in the length, no work on scores that the causal mask hides.
 
 A block is the scores of some heads, for some queries, against all the keys that these may see. What is kept for the
-backward is the output and one number a query, log Σ exp σ; the scores are computed again there. That costs one more
-product, and saves keeping, and reading back from memory, scores and probabilities of the size length².
+backward is a query's normaliser, peak and factor: a probability is exp(σ − peak) · factor. The scores are computed
+again there. That costs one more product, and saves keeping, and reading back from memory, scores and probabilities of
+the size length².
 
 With P the probabilities, O = P·V, and G = ∂L/∂O, the sum over a row that the gradient of softmax asks for is
-Σ_j P_ij (G·Vᵀ)_ij = Σ_c G_ic O_ic: it is known before the row is.
+Σ_j P_ij (G·Vᵀ)_ij. It is also Σ_c G_ic O_ic, which is known before the row is, but not here: what rounding leaves
+between the two is the same for all the scores of a row, so that it adds up in the gradients of thresholds and gains.
 
 Source of the idea: Rabe and Staats, *Self-attention Does Not Need O(n²) Memory*, 2021; Dao et al.,
 *FlashAttention*, NeurIPS 2022.
@@ -19,12 +21,14 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from .masks import Masks, length_first
-from .rows import exponentials_rows_, exponentials_rows_backward
+from .compiler import kernel
+from .masks import Block, Masks, length_first
+from .rows import normalised, present_sigma, sigma_backward
 
 # Queries in a block. A causal block has queries²/2 scores in vain on its diagonal, a lower one multiplies less
-# efficiently: half as many where rows are not long.
+# efficiently: half as many where rows are not long. On a GPU a launch has to pay.
 QUERIES, LONG_ROW = 128, 1_024
+QUERIES_ON_GPU = 512
 
 # Scores in a block, for each thread of a CPU: 4 MiB in fp32. Smaller blocks would stay in a core's cache between the
 # products and the mapping, but then Python, which gives the orders, takes a share: measured best at 512 and at 2,048
@@ -33,7 +37,47 @@ SCORES_PER_THREAD = 2**20
 SCORES_ON_GPU = 2**26
 
 
-Block = Tuple[slice, slice, slice]  # heads, queries, keys
+@kernel
+def probabilities_rows_(scores: Tensor, thresholds: Tensor, gains: Tensor) -> Tuple[Tensor, Tensor]:
+    """Puts the probabilities in the place of rows of scores, zeros in a row without.
+
+    Normalised here, not after the product with values: of half precision that would overflow.
+
+    Returns:
+        the normalisers, peak and factor, (rows, 1).
+    """
+    probabilities, peak, factor = normalised(scores, thresholds, gains)
+    scores.copy_(probabilities)
+    return peak, factor
+
+
+@kernel
+def probabilities_rows_backward(
+    scores: Tensor,
+    grad: Tensor,
+    peak: Tensor,
+    factor: Tensor,
+    probabilities: Tensor,
+    grad_scores: Tensor,
+    thresholds: Tensor,
+    gains: Tensor,
+) -> Tensor:
+    """Probabilities, and gradients of scores, from ∂L/∂p.
+
+    Args:
+        peak, factor: (rows, 1), of :func:`probabilities_rows_`.
+        probabilities, grad_scores: (rows, width), written to; new memory for each block would cost the operating
+            system more than the kernel takes.
+
+    Returns:
+        ∂L/∂(thresholds, gains), (2, N, 2).
+    """
+    p, grad = (present_sigma(scores, thresholds, gains) - peak).exp() * factor, grad.to(peak.dtype)
+    upstream = p * (grad - (p * grad).sum(-1, keepdim=True))
+    grad_x, grad_parameters = sigma_backward(scores, upstream, thresholds, gains)
+    probabilities.copy_(p)
+    grad_scores.copy_(grad_x)
+    return grad_parameters
 
 
 class BlockwiseMultiMax(Function):
@@ -56,37 +100,35 @@ class BlockwiseMultiMax(Function):
         output = length_first(query)
         # one head after the other in memory: products of such are a fifth faster than of projections as they come
         query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
-        log_totals = []
+        normalisers = []
         scratch = _scratch(query, key)
         for heads, queries, keys in _blocks(query, key, masks):
             scores = _scores(query[heads, queries], key[heads, keys], masks, (heads, queries, keys), scratch)
-            factor, log_total = exponentials_rows_(scores.flatten(0, 1), thresholds, gains)
-            block = torch.bmm(scores, value[heads, keys])
-            torch.mul(block, factor.view(*block.shape[:2], 1), out=output[heads, queries])
-            log_totals.append(log_total)
+            normalisers += probabilities_rows_(scores.flatten(0, 1), thresholds, gains)
+            output[heads, queries] = torch.bmm(scores, value[heads, keys])
         ctx.masks = masks
-        ctx.save_for_backward(query, key, value, thresholds, gains, output, *log_totals)
+        ctx.save_for_backward(query, key, value, thresholds, gains, *normalisers)
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
-        query, key, value, thresholds, gains, output, *log_totals = ctx.saved_tensors
+        query, key, value, thresholds, gains, *normalisers = ctx.saved_tensors
         grad = grad.contiguous()
-        expected_grads = torch.linalg.vecdot(grad, output).to(log_totals[0].dtype)
         grad_query, grad_key, grad_value = length_first(query), length_first(key), length_first(value)
         grads_of_parameters = []
         scratches = [_scratch(query, key) for _ in range(4)]
-        for (heads, queries, keys), log_total in zip(_blocks(query, key, ctx.masks), log_totals):
+        blocks = zip(_blocks(query, key, ctx.masks), normalisers[::2], normalisers[1::2])
+        for (heads, queries, keys), peak, factor in blocks:
             q, k, v, g = query[heads, queries], key[heads, keys], value[heads, keys], grad[heads, queries]
             scores = _scores(q, k, ctx.masks, (heads, queries, keys), scratches[0])
             grad_probabilities, probabilities, grad_scores = (_part(memory, scores.shape) for memory in scratches[1:])
             torch.bmm(g, v.transpose(1, 2), out=grad_probabilities)
-            grad_parameters = exponentials_rows_backward(
+            grad_parameters = probabilities_rows_backward(
                 scores.flatten(0, 1),
                 grad_probabilities.flatten(0, 1),
-                log_total,
-                expected_grads[heads, queries].reshape(-1, 1),
+                peak,
+                factor,
                 probabilities.flatten(0, 1),
                 grad_scores.flatten(0, 1),
                 thresholds,
@@ -95,7 +137,7 @@ class BlockwiseMultiMax(Function):
             grads_of_parameters.append(grad_parameters)
             grad_query[heads, queries] = torch.bmm(grad_scores, k)
             if queries.stop == query.size(1):  # the first block of these heads: it sees all keys
-                grad_k, grad_v = (k.new_zeros(k.shape, dtype=log_total.dtype) for _ in range(2))
+                grad_k, grad_v = (k.new_zeros(k.shape, dtype=peak.dtype) for _ in range(2))
             _add_product(grad_k[:, keys], grad_scores, q)
             _add_product(grad_v[:, keys], probabilities, g)
             if queries.start == 0:  # the last one
@@ -107,8 +149,11 @@ class BlockwiseMultiMax(Function):
 def _block_size(query: Tensor, key: Tensor) -> Tuple[int, int]:
     """Heads and queries of a block."""
     (num_heads, tgt_len, _), src_len = query.shape, key.size(1)
-    count = min(QUERIES if src_len >= LONG_ROW else QUERIES // 2, tgt_len)
-    size = SCORES_PER_THREAD * torch.get_num_threads() if query.device.type == "cpu" else SCORES_ON_GPU
+    if query.device.type == "cpu":
+        count, size = QUERIES if src_len >= LONG_ROW else QUERIES // 2, SCORES_PER_THREAD * torch.get_num_threads()
+    else:
+        count, size = QUERIES_ON_GPU, SCORES_ON_GPU
+    count = min(count, tgt_len)
     return min(max(size // (count * src_len), 1), num_heads), count
 
 
@@ -119,8 +164,7 @@ def _blocks(query: Tensor, key: Tensor, masks: Masks) -> Iterator[Block]:
     for head in range(0, num_heads, heads):
         for start in reversed(range(0, tgt_len, queries)):
             end = min(start + queries, tgt_len)
-            keys = slice(0, end if masks.causal else src_len)
-            yield slice(head, min(head + heads, num_heads)), slice(start, end), keys
+            yield masks.block(slice(head, min(head + heads, num_heads)), slice(start, end), src_len)
 
 
 def _scratch(query: Tensor, key: Tensor) -> Tensor:
@@ -135,15 +179,8 @@ def _part(scratch: Tensor, shape: Sequence[int]) -> Tensor:
 
 def _scores(q: Tensor, k: Tensor, masks: Masks, block: Block, scratch: Tensor) -> Tensor:
     """The masked scores of a block, (heads, queries, keys), from the queries and keys in it."""
-    heads, queries, keys = block
     scores = torch.bmm(q, k.transpose(1, 2), out=_part(scratch, (len(q), q.size(1), k.size(1))))
-    if masks.causal:
-        count = queries.stop - queries.start
-        scores[:, :, queries].add_(scores.new_full((count, count), float("-inf")).triu_(1))
-    if masks.scores is not None:
-        scores.add_(masks.scores[queries, keys])
-    if masks.keys is not None:
-        scores.add_(masks.keys[heads, :, keys])
+    masks.add_to(scores, block)
     return scores
 
 

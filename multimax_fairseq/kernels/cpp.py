@@ -4,10 +4,12 @@ A source file is compiled when a function of it is first called, by the compiler
 (``CXX``, else ``c++``), in about a second, and kept in PyTorch's folder of extensions (``TORCH_EXTENSIONS_DIR``, else
 ``~/.cache/torch_extensions``) for the next run. It includes nothing of PyTorch: what it is given are addresses of
 numbers. Its OpenMP is the one PyTorch has loaded (GNU's on Linux), since a second would bring threads of its own; a
-compiler for another one makes a file that does not load, and Inductor serves.
+compiler for another one makes a file that does not load, and Inductor serves, in the next run too.
 
 ``torch.utils.cpp_extension.load`` needs ninja, and waits forever on the lock of a run that was interrupted while it
-compiled. Here two runs that compile at once both do, and each puts a whole file in its place.
+compiled. Here two runs that compile at once both do, and each puts a whole file in its place. Its last bytes are a
+digest of the others: a file that was cut short would end the process when it is used. The folder is this user's
+alone; from one that others can write to nothing is loaded.
 """
 
 import ctypes
@@ -17,6 +19,7 @@ import logging
 import os
 import platform
 import shlex
+import stat
 import subprocess
 import tempfile
 import time
@@ -71,14 +74,14 @@ class Library:
         """The compiled file; None where that cannot be had."""
         try:
             functions = self._load()
-        except (ImportError, OSError, ValueError, subprocess.SubprocessError) as error:
+            for name, types in self.signatures.items():
+                function = getattr(functions, name)
+                function.argtypes, function.restype = types, None
+        except (AttributeError, ImportError, OSError, ValueError, subprocess.SubprocessError) as error:
             lines = (getattr(error, "stderr", None) or str(error)).splitlines() or [type(error).__name__]
             reason = next((line for line in lines if "error" in line), lines[0])
             logger.info("%s: not compiled, so others take the place of its kernels: %s", self.source.name, reason)
             return None
-        for name, types in self.signatures.items():
-            function = getattr(functions, name)
-            function.argtypes, function.restype = types, None
         return functions
 
     def _load(self) -> ctypes.CDLL:
@@ -87,27 +90,51 @@ class Library:
         compiler = shlex.split(cpp_extension.get_cxx_compiler())
         flags = FLAGS + FLAGS_BY_CAPABILITY.get(torch.backends.cpu.get_cpu_capability(), [])
         contents = [path.read_text() for path in (self.source, HEADER)]
-        key = hashlib.sha256("\0".join([platform.machine(), *compiler, *flags, *contents]).encode()).hexdigest()[:16]
+        system = [platform.machine(), *platform.libc_ver(), torch.__version__]
+        key = hashlib.sha256("\0".join([*system, *compiler, *flags, *contents]).encode()).hexdigest()[:16]
         folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root())
         folder /= "multimax_fairseq"
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if folder.stat().st_uid == os.geteuid():
+            folder.chmod(0o700)  # it may be older than this rule
+        if not _is_private(folder):
+            raise PermissionError(
+                f"others than this user can write into {folder}: set TORCH_EXTENSIONS_DIR to a folder of your own"
+            )
         library = folder / f"{self.source.stem}-{key}.so"
+        if not (library.exists() and _is_private(library) and _is_whole(library)):
+            self._compile(compiler, flags, library)
         try:
             return ctypes.CDLL(str(library))
-        except OSError:  # not there yet, or of a system that was not this one
-            self._compile(compiler, flags, library)
-            return ctypes.CDLL(str(library))
+        except OSError as error:  # it would not load if it were made anew either
+            raise OSError(f"{error} (remove {library} to have it compiled again)") from error
 
     def _compile(self, compiler: Sequence[str], flags: Sequence[str], library: Path) -> None:
         logger.info("compiling %s; it is kept in %s for the next run", self.source.name, library.parent)
         start = time.perf_counter()
-        library.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=library.parent) as unfinished:
             objects, linked = (os.path.join(unfinished, name) for name in ("kernels.o", "kernels.so"))
             _run(*compiler, *flags, "-c", str(self.source), "-o", objects)
             # the linker is not told of OpenMP: its symbols are to be found in PyTorch's
             _run(*compiler, "-shared", objects, "-o", linked)
+            with open(linked, "r+b") as file:
+                file.write(hashlib.sha256(file.read()).digest())
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(linked, 0o700)
             os.replace(linked, library)
         backend.note_compiled(self.source.name, time.perf_counter() - start)
+
+
+def _is_private(path: Path) -> bool:
+    """Whether a file or folder is this user's, and nobody else may write to it; so is a link that leads to it."""
+    owners = {path.lstat().st_uid, path.stat().st_uid}
+    return owners == {os.geteuid()} and not path.stat().st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+
+
+def _is_whole(library: Path) -> bool:
+    contents = library.read_bytes()
+    return hashlib.sha256(contents[:-32]).digest() == contents[-32:]
 
 
 def _run(*command: str) -> None:

@@ -1,7 +1,8 @@
 """MultiMax attention in one C++ function forward and one backward, for fp32 on a CPU: ``attention.cpp``.
 
-The blocks are those of :mod:`.blockwise_attention`, but each thread goes through those of its own heads, and its
-block of scores stays in its cache from the first product to the last. The products are the BLAS's that PyTorch uses.
+The blocks are those of :mod:`.blockwise_attention`, but each thread goes through its own, and a block of scores stays
+in its cache from the first product to the last. The products are the BLAS's that PyTorch uses. Dropout draws its
+mask from a counter, Philox4x32-10, of the place of a probability: in the backward it is drawn again.
 """
 
 import ctypes
@@ -15,13 +16,13 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from . import cpp
-from .masks import length_first
+from .masks import Masks, length_first
 
 ADDRESS, INTEGER = cpp.ADDRESS, cpp.INTEGER
 
 # Scores in a block: 1 MiB, of which the backward has two. Of 128 queries at most, as a causal block has queries²/2
-# scores in vain.
-SCORES, MOST_QUERIES = 2**18, 128
+# scores in vain, and fewer where a thread would have less than four blocks, which could not be shared out evenly.
+SCORES, MOST_QUERIES, BLOCKS_PER_THREAD = 2**18, 128, 4
 
 
 class Matrices(ctypes.Structure):
@@ -34,6 +35,16 @@ class Matrices(ctypes.Structure):
         return cls(tensor.data_ptr(), tensor.stride(0), tensor.stride(1))
 
 
+class Dropout(ctypes.Structure):
+    """``Dropout`` of the C++: the seed, how many of 2^32 numbers drop, and the scale of what is kept."""
+
+    _fields_ = [("seed", INTEGER), ("dropped", INTEGER), ("scale", ctypes.c_float)]
+
+    @classmethod
+    def of(cls, dropout: float, seed: int) -> "Dropout":
+        return cls(seed, min(int(dropout * 2**32), 2**32 - 1), 1 / (1 - dropout) if dropout < 1 else 0)
+
+
 class Problem(ctypes.Structure):
     """``Problem`` of the C++, where shapes are given."""
 
@@ -44,8 +55,12 @@ class Problem(ctypes.Structure):
         *((name, Matrices) for name in ("grad_output", "grad_query", "grad_key", "grad_value")),
         *((name, ADDRESS) for name in ("thresholds", "gains", "hidden_keys", "added_scores")),
         *((name, ADDRESS) for name in ("normalisers", "grads_of_parameters", "scratch", "sgemm")),
+        ("dropout", ctypes.POINTER(Dropout)),
     ]
 
+
+SAVED = "query", "key", "value", "thresholds", "gains", "normalisers"
+ROUNDED_UP = 64  # Dropout::room(): a row's numbers are drawn in groups of so many
 
 POINTER = ctypes.POINTER(Problem)
 LIBRARY = cpp.Library(
@@ -54,9 +69,25 @@ LIBRARY = cpp.Library(
 )
 
 
-def serves(query: Tensor) -> bool:
-    """Whether attention of these queries can be computed here: a compiler, and a BLAS in PyTorch, are needed."""
-    return LIBRARY.serves(query) and sgemm() is not None
+def serves(
+    query: Tensor, key: Tensor, value: Tensor, thresholds: Tensor, gains: Tensor, masks: Masks, dropout: float
+) -> bool:
+    """Whether :func:`attend` takes these arguments, and runs here: a compiler and a BLAS in PyTorch are needed."""
+    return all(map(LIBRARY.serves, (query, key, value))) and sgemm() is not None
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    thresholds: Tensor,
+    gains: Tensor,
+    masks: Masks,
+    dropout: float,
+    seed: int,
+) -> Tensor:
+    """:func:`.attention.multimax_attention`, with dropout's ``seed``, 64 bits; laid out with length first."""
+    return CppMultiMax.apply(query, key, value, thresholds, gains, masks, dropout, seed)
 
 
 @functools.lru_cache(maxsize=None)
@@ -70,15 +101,7 @@ def sgemm() -> Optional[int]:
 
 
 class CppMultiMax(Function):
-    """:class:`.blockwise_attention.BlockwiseMultiMax`, of the masks one by one.
-
-    Args of ``apply``:
-        query, key, value: (heads, length, head_dim), fp32.
-        thresholds, gains: (N, 2).
-        is_causal: whether a query sees only the keys up to its own position.
-        hidden_keys: (heads, 1, src_len), 0 or −inf, or None.
-        added_scores: (tgt_len, src_len), or None.
-    """
+    """See :func:`attend`."""
 
     @staticmethod
     def forward(
@@ -88,41 +111,41 @@ class CppMultiMax(Function):
         value: Tensor,
         thresholds: Tensor,
         gains: Tensor,
-        is_causal: bool,
-        hidden_keys: Optional[Tensor],
-        added_scores: Optional[Tensor],
+        masks: Masks,
+        dropout: float,
+        seed: int,
     ) -> Tensor:
         query, key, value = (_without_gaps(tensor) for tensor in (query, key, value))
-        output, normalisers = length_first(query), query.new_empty(*query.shape[:2], 2)
-        saved = {"query": query, "key": key, "value": value, "thresholds": thresholds, "gains": gains}
-        saved.update(output=output, normalisers=normalisers)
-        ctx.is_causal, ctx.masks = is_causal, {"hidden_keys": hidden_keys, "added_scores": added_scores}
-        _call(LIBRARY.functions.blockwise_multimax, is_causal, **ctx.masks, **saved)
-        ctx.names = tuple(saved)
+        normalisers = query.new_empty(*query.shape[:2], 2)
+        saved = dict(zip(SAVED, (query, key, value, thresholds, gains, normalisers)))
+        ctx.options = masks, dropout, seed
+        output = length_first(query)
+        _call(LIBRARY.functions.blockwise_multimax, *ctx.options, **saved, output=output)
         ctx.save_for_backward(*saved.values())
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
-        saved = dict(zip(ctx.names, ctx.saved_tensors))
-        gains = saved["gains"]
+        saved = dict(zip(SAVED, ctx.saved_tensors))
         grads = {f"grad_{name}": length_first(saved[name]) for name in ("query", "key", "value")}
-        grads_of_parameters = grad.new_zeros(len(grad), 2, len(gains), 2, dtype=torch.float64)
-        _call(
+        grad_parameters = _call(
             LIBRARY.functions.blockwise_multimax_backward,
-            ctx.is_causal,
-            **ctx.masks,
+            *ctx.options,
             **saved,
             **grads,
             grad_output=_without_gaps(grad),
-            grads_of_parameters=grads_of_parameters,
         )
-        return (*grads.values(), *grads_of_parameters.sum(0).to(gains.dtype).unbind(), None, None, None)
+        return (*grads.values(), *grad_parameters.to(saved["gains"].dtype).unbind(), None, None, None)
 
 
-def _call(function: Callable[[Problem], None], is_causal: bool, **tensors: Optional[Tensor]) -> None:
+def _call(
+    function: Callable[[Problem], None], masks: Masks, dropout: float, seed: int, **tensors: Tensor
+) -> Tensor:
     """``function`` with a :class:`Problem` of these tensors, by the names of its fields.
+
+    Returns:
+        ∂L/∂(thresholds, gains), (2, N, 2), fp64, of the backward.
 
     Raises:
         ValueError: shapes do not go together; here it would be foreign memory that is read.
@@ -133,26 +156,34 @@ def _call(function: Callable[[Problem], None], is_causal: bool, **tensors: Optio
     if not key.shape == value.shape == (heads, src_len, head_dim):
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in (query, key, value))
         raise ValueError(f"query, key and value must be (heads, length, head_dim), values like keys: {shapes}")
-    if is_causal and tgt_len > src_len:
+    if masks.causal and tgt_len > src_len:
         raise ValueError(f"{tgt_len} queries need as many keys under a causal mask, not {src_len}")
     tensors["thresholds"], tensors["gains"] = cpp.parameters(tensors["thresholds"], tensors["gains"])
-    for name, shape in (("hidden_keys", (heads, 1, src_len)), ("added_scores", (tgt_len, src_len))):
-        if tensors[name] is not None:
-            tensors[name] = tensors[name].expand(shape).float().contiguous()
-    threads = min(torch.get_num_threads(), heads)
-    block = min(max(SCORES // src_len, 1), MOST_QUERIES, tgt_len)
-    # What a thread of the backward needs, and the forward less: queries, keys and values of a head, as many
-    # gradients, and two blocks of scores.
-    scratch_size = 2 * (tgt_len + 2 * src_len) * head_dim + 2 * block * max(src_len, head_dim)
+    for name, mask, shape in (
+        ("hidden_keys", masks.keys, (heads, 1, src_len)),
+        ("added_scores", masks.scores, (tgt_len, src_len)),
+    ):
+        if mask is not None:
+            tensors[name] = mask.expand(shape).float().contiguous()
+    threads, order = torch.get_num_threads(), len(tensors["gains"])
+    fair_share = -(-heads * tgt_len // (BLOCKS_PER_THREAD * threads))
+    block = min(max(SCORES // src_len, 1), MOST_QUERIES, fair_share, tgt_len)
+    grads_of_parameters = query.new_zeros(heads * -(-tgt_len // block), 2, order, 2, dtype=torch.float64)
+    # What a thread of the backward needs, and the forward less: keys and values of a head, twice their gradients,
+    # queries and gradients of a block, two blocks of scores, and a row's probabilities and its factors of dropout.
+    scratch_size = 6 * src_len * head_dim + 2 * block * (head_dim + src_len) + 2 * src_len + ROUNDED_UP
     tensors["scratch"] = query.new_empty(threads, scratch_size)
-    order = len(tensors["gains"])
-    problem = Problem(heads, tgt_len, src_len, head_dim, order, is_causal, block, threads, scratch_size)
+    tensors["grads_of_parameters"] = grads_of_parameters
+    problem = Problem(heads, tgt_len, src_len, head_dim, order, masks.causal, block, threads, scratch_size)
     problem.sgemm = sgemm()
+    if dropout:
+        problem.dropout = ctypes.pointer(Dropout.of(dropout, seed))
     for name, kind in Problem._fields_:
         tensor = tensors.get(name)
         if tensor is not None:
             setattr(problem, name, Matrices.of(tensor) if kind is Matrices else tensor.data_ptr())
     function(problem)
+    return grads_of_parameters.sum(0)
 
 
 def _without_gaps(tensor: Tensor) -> Tensor:

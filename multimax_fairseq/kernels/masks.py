@@ -1,8 +1,10 @@
 """What attention's backends have in common: the masks that they are given, and how their results lie in memory."""
 
-from typing import NamedTuple, Optional
+from typing import NamedTuple, Optional, Tuple
 
 from torch import Tensor
+
+Block = Tuple[slice, slice, slice]  # heads, queries, and the keys that these may see
 
 
 class Masks(NamedTuple):
@@ -17,6 +19,21 @@ class Masks(NamedTuple):
     causal: bool = False
     keys: Optional[Tensor] = None
     scores: Optional[Tensor] = None
+
+    def block(self, heads: slice, queries: slice, src_len: int) -> Block:
+        """A block, with the keys that some of its queries may see."""
+        return heads, queries, slice(0, queries.stop if self.causal else src_len)
+
+    def add_to(self, scores: Tensor, block: Block) -> None:
+        """Mask the scores of a block, (heads, queries, keys), in place."""
+        heads, queries, keys = block
+        if self.causal:
+            count = queries.stop - queries.start
+            scores[:, :, queries].add_(scores.new_full((count, count), float("-inf")).triu_(1))
+        if self.scores is not None:
+            scores.add_(self.scores[queries, keys])
+        if self.keys is not None:
+            scores.add_(self.keys[heads, :, keys])
 
 
 def length_first(tensor: Tensor) -> Tensor:

@@ -26,11 +26,12 @@ typedef int32_t IntVec __attribute__((vector_size(4 * LANES)));
 
 constexpr float INFINITE = std::numeric_limits<float>::infinity();
 constexpr float LOWEST = std::numeric_limits<float>::lowest();
-// Stands for -inf where a gradient is computed: finite, so that times a gradient of 0 it is 0, also when squared.
-constexpr float FAR_BELOW = -1e9f;
+// Scores further away count as this far where a gradient is computed: times a gradient of 0 the square is 0.
+constexpr float FAR = float(1LL << 50);
 
 inline Vec all(float x) { return x - Vec{}; }
 inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
+inline Vec min(Vec a, Vec b) { return a < b ? a : b; }
 
 // The first `lanes` numbers at `from`, and `fill` in the other lanes.
 inline Vec load(const float* from, int lanes, float fill) {
@@ -126,25 +127,30 @@ struct Modulator {
   Modulator(const float* thresholds, const float* gains) {
     for (int n = 0; n < ORDER; ++n) {
       below[n] = thresholds[2 * n], above[n] = thresholds[2 * n + 1];
-      gain_below[n] = gains[2 * n], gain_above[n] = gains[2 * n + 1];
+      // max() would lose a threshold that is not a number
+      gain_below[n] = below[n] == below[n] ? gains[2 * n] : below[n];
+      gain_above[n] = above[n] == above[n] ? gains[2 * n + 1] : above[n];
     }
   }
 
-  // sigma(x); the lowest number where x is -inf.
+  // sigma(x); -inf stays -inf. In the formula's order: what is infinite, or no number, depends on it.
   inline Vec operator()(Vec x) const {
     Vec y = x;
-    for (int n = 0; n < ORDER; ++n) {
+    for (int n = ORDER - 1; n >= 0; --n) {
       const Vec under = max(below[n] - x, Vec{}), over = max(x - above[n], Vec{});
-      y += gain_below[n] * (n ? under * under : under) + gain_above[n] * (n ? over * over : over);
+      y += n ? gain_below[n] * under * under : gain_below[n] * under;
+      y += n ? gain_above[n] * over * over : gain_above[n] * over;
     }
-    return x < LOWEST ? all(LOWEST) : y;
+    return x < LOWEST ? x : y;
   }
 };
 
-// Calls body with the Modulator of `order`, 1 or 2.
+// Calls body with the Modulator of `order`, 0 (softmax), 1 or 2.
 template <class Body>
 inline void with_modulator(int64_t order, const float* thresholds, const float* gains, Body body) {
-  if (order == 1) {
+  if (order == 0) {
+    body(Modulator<0>(thresholds, gains));
+  } else if (order == 1) {
     body(Modulator<1>(thresholds, gains));
   } else {
     body(Modulator<2>(thresholds, gains));
@@ -162,7 +168,7 @@ struct Sums {
   // dL/dx from x and `upstream` = dL/dsigma; adds to the sums.
   inline Vec backward(Vec x, Vec upstream, const Modulator<ORDER>& sigma) {
     Vec grad = upstream;
-    x = max(x, all(FAR_BELOW));
+    x = min(max(x, all(-FAR)), all(FAR));
     for (int n = 0; n < ORDER; ++n) {
       const Vec under = max(sigma.below[n] - x, Vec{}), over = max(x - sigma.above[n], Vec{});
       // u n max(b_n - x, 0)^(n-1) and u max(b_n - x, 0)^n, and so for d_n
@@ -190,33 +196,30 @@ struct Sums {
 // A probability is exp(sigma - peak) * factor. Of two numbers, as their one, the logarithm of the sum, would lose the
 // digits that large scores have before the point.
 struct Normaliser {
-  float peak;    // max sigma; the lowest number where no score is there
+  float peak;    // max sigma; 0 where no score is there
   float factor;  // 1 / sum exp(sigma - max sigma); 0 there
 };
 
 // exp(sigma(x) - max sigma) of a row of `count` scores, which may be written over.
 template <int ORDER>
 inline Normaliser exponentials(const float* scores, float* result, int64_t count, const Modulator<ORDER>& sigma) {
-  Vec peaks = all(LOWEST), totals = {};
+  Vec peaks = all(-INFINITE), largest = peaks, totals = {};
   each(count, [&](int64_t j, int lanes) {
-    const Vec modulated = sigma(load(scores + j, lanes, -INFINITE));
+    const Vec x = load(scores + j, lanes, -INFINITE), modulated = sigma(x);
+    largest = x > largest ? x : largest;  // loses NaN, which peaks may lose too, but not exp(NaN)
     peaks = max(peaks, modulated);
     store(result + j, lanes, modulated);
   });
-  const float peak = max(peaks);
-  if (peak == LOWEST) {  // nothing but -inf, and what is not a number
-    each(count, [&](int64_t j, int lanes) {
-      const Vec modulated = load(result + j, lanes, LOWEST);
-      store(result + j, lanes, modulated <= LOWEST ? Vec{} : modulated);
-    });
-    return {peak, 0};
-  }
+  float peak = max(peaks);
+  // no score is there, or all sigma are -inf, or not a number: softmax of these is not a number
+  if (!(peak > -INFINITE) && max(largest) == -INFINITE) peak = 0;
   each(count, [&](int64_t j, int lanes) {
     const Vec exponential = exp(load(result + j, lanes, -INFINITE) - peak);
     totals += exponential;
     store(result + j, lanes, exponential);
   });
-  return {peak, 1 / sum(totals)};
+  const float total = sum(totals);
+  return {peak, total == 0 ? 0 : 1 / total};
 }
 
 }  // namespace multimax

@@ -21,15 +21,14 @@ from torch import Tensor
 from .compiler import kernel
 from .scores import compute_dtype, is_absent
 
-# Stands for −inf where a gradient is computed: finite, so that times a gradient of 0 it is 0, also when squared.
-FAR_BELOW = -1e9
+# Scores further away count as this far where a gradient is computed: times a gradient of 0 the square is 0.
+FAR = 2.0**50
 
 
 @kernel
 def multimax_rows(scores: Tensor, thresholds: Tensor, gains: Tensor) -> Tensor:
     """softmax(σ(x)): probabilities of the dtype of ``scores``, zeros in a row without scores."""
-    exponentials, peak, total = _exponentials(scores, thresholds, gains)
-    return (exponentials * _reciprocal(peak, total)).to(scores.dtype)
+    return normalised(scores, thresholds, gains)[0].to(scores.dtype)
 
 
 @kernel
@@ -46,8 +45,7 @@ def multimax_rows_backward(
 @kernel
 def modulate_rows(scores: Tensor, thresholds: Tensor, gains: Tensor) -> Tensor:
     """σ(x), of the dtype of ``scores``; −inf stays −inf."""
-    x = scores.to(compute_dtype(scores.dtype))
-    return sigma(x, thresholds, gains).masked_fill(is_absent(x), float("-inf")).to(scores.dtype)
+    return present_sigma(scores, thresholds, gains).to(scores.dtype)
 
 
 @kernel
@@ -59,84 +57,44 @@ def modulate_rows_backward(
     return sigma_backward(scores, upstream, thresholds, gains)
 
 
-@kernel
-def exponentials_rows_(scores: Tensor, thresholds: Tensor, gains: Tensor) -> Tuple[Tensor, Tensor]:
-    """Puts exp(σ(x) − max σ) in the place of a row of scores.
-
-    Returns:
-        its factor 1 / Σ exp(σ − max σ), (rows, 1), 0 where no score is there; and log Σ exp σ, (rows, 1), +inf there.
-    """
-    exponentials, peak, total = _exponentials(scores, thresholds, gains)
-    log_total = (peak + total.log()).masked_fill(peak == torch.finfo(peak.dtype).min, float("inf"))
-    scores.copy_(exponentials)
-    return _reciprocal(peak, total), log_total
-
-
-@kernel
-def exponentials_rows_backward(
-    scores: Tensor,
-    grad: Tensor,
-    log_total: Tensor,
-    expected_grad: Tensor,
-    probabilities: Tensor,
-    grad_scores: Tensor,
-    thresholds: Tensor,
-    gains: Tensor,
-) -> Tensor:
-    """Probabilities and gradients from ∂L/∂p: one pass, as it is told what it would have to sum over a row.
-
-    Args:
-        log_total: (rows, 1), of :func:`exponentials_rows_`.
-        expected_grad: (rows, 1), Σ p · ∂L/∂p.
-        probabilities, grad_scores: (rows, width), written to; new memory for each block would cost the operating
-            system more than the kernel takes.
-
-    Returns:
-        ∂L/∂(thresholds, gains), (2, N, 2).
-    """
-    p = (present_sigma(scores, thresholds, gains) - log_total).exp()
-    upstream = p * (grad.to(p.dtype) - expected_grad)
-    grad_x, grad_parameters = sigma_backward(scores, upstream, thresholds, gains)
-    probabilities.copy_(p)
-    grad_scores.copy_(grad_x)
-    return grad_parameters
-
-
 def sigma(x: Tensor, thresholds: Tensor, gains: Tensor) -> Tensor:
     """σ(x) in the dtype of ``x``; anything where a score is absent."""
-    modulated = x
-    thresholds, gains = thresholds.to(x.dtype), gains.to(x.dtype)
-    for row in range(len(gains)):
+    modulated, thresholds, gains = x, thresholds.to(x.dtype), gains.to(x.dtype)
+    for row in reversed(range(len(gains))):  # as in the formula: what is infinite, or no number, depends on it
         below, above = torch.relu(thresholds[row, 0] - x), torch.relu(x - thresholds[row, 1])
+        terms = gains[row, 0] * below, gains[row, 1] * above
         if row == 1:
-            below, above = below * below, above * above
-        modulated = modulated + gains[row, 0] * below + gains[row, 1] * above
+            terms = terms[0] * below, terms[1] * above
+        modulated = modulated + terms[0] + terms[1]
     return modulated
 
 
 def present_sigma(scores: Tensor, thresholds: Tensor, gains: Tensor) -> Tensor:
-    """σ(x) in fp32 at least, the lowest number in the place of −inf."""
+    """σ(x) in fp32 at least; −inf stays −inf."""
     x = scores.to(compute_dtype(scores.dtype))
-    return sigma(x, thresholds, gains).masked_fill(is_absent(x), torch.finfo(x.dtype).min)
+    return sigma(x, thresholds, gains).masked_fill(is_absent(x), float("-inf"))
 
 
-def _exponentials(scores: Tensor, thresholds: Tensor, gains: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
-    """exp(σ(x) − max σ), max σ (the lowest number where no score is there) and the sum of the first."""
+def normalised(scores: Tensor, thresholds: Tensor, gains: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
+    """Probabilities exp(σ(x) − peak) · factor, in fp32 at least, and their normalisers.
+
+    Returns:
+        probabilities, (rows, width); peak = max σ and factor = 1 / Σ exp(σ − peak), (rows, 1), both 0 where no score
+        is there.
+    """
     modulated = present_sigma(scores, thresholds, gains)
-    peak = modulated.amax(-1, keepdim=True)
+    empty = is_absent(scores.amax(-1, keepdim=True))  # by the scores: a row whose σ all overflow to −inf is NaN
+    peak = modulated.amax(-1, keepdim=True).masked_fill(empty, 0.0)
     exponentials = (modulated - peak).exp()
-    return exponentials, peak, exponentials.sum(-1, keepdim=True)
-
-
-def _reciprocal(peak: Tensor, total: Tensor) -> Tensor:
-    return (peak > torch.finfo(peak.dtype).min) / total
+    factor = 1 / exponentials.sum(-1, keepdim=True).masked_fill(empty, float("inf"))
+    return exponentials * factor, peak, factor
 
 
 def sigma_backward(
     scores: Tensor, upstream: Tensor, thresholds: Tensor, gains: Tensor
 ) -> Tuple[Tensor, Tensor]:
     """∂L/∂x in the dtype of ``scores``, and ∂L/∂(thresholds, gains), from ∂L/∂σ, 0 where a score is absent."""
-    x = scores.to(upstream.dtype).clamp(min=FAR_BELOW)
+    x = scores.to(upstream.dtype).clamp(-FAR, FAR)
     thresholds, gains = thresholds.to(x.dtype), gains.to(x.dtype)
     grad, grad_thresholds, grad_gains = upstream, [], []
     for row in range(len(gains)):
@@ -151,6 +109,8 @@ def sigma_backward(
         grad = grad - gains[row, 0] * slope_below + gains[row, 1] * slope_above
         grad_thresholds += [gains[row, 0] * _sum(slope_below), -gains[row, 1] * _sum(slope_above)]
         grad_gains += [_sum(power) for power in powers]
+    if not grad_gains:  # softmax
+        return grad.to(scores.dtype), grad.new_zeros(2, 0, 2)
     return grad.to(scores.dtype), torch.stack(grad_thresholds + grad_gains).view(2, len(gains), 2)
 
 

@@ -24,8 +24,9 @@ FINITE_MASK = -9e3
 def masked_softmax(scores: Tensor, absent: Tensor, dim: int) -> Tensor:
     """Softmax over the scores that are there: exactly 0 elsewhere, and zeros where a row is empty.
 
-    The fill is the most negative finite number rather than −inf: exp of it is 0 beside any real score, and in
-    an empty row it leaves a uniform distribution (which the refill turns into zeros) where −inf leaves NaN.
+    Absent scores are −inf to softmax, and an empty row, of which softmax would make NaN, is filled before and
+    after. What is there may have any finite size. A row with NaN or +inf becomes NaN, as one does whose scores are
+    there but all −inf (of a σ that overflowed): a row is empty by its mask, not by its scores.
 
     Args:
         scores: any shape, fp32 or fp64; its values under ``absent`` are not read.
@@ -35,8 +36,9 @@ def masked_softmax(scores: Tensor, absent: Tensor, dim: int) -> Tensor:
     Returns:
         probabilities, shape and dtype of ``scores``.
     """
-    lowest = torch.finfo(scores.dtype).min
-    return scores.masked_fill(absent, lowest).softmax(dim).masked_fill(absent, 0.0)
+    empty = absent.all(dim, keepdim=True)
+    present = scores.masked_fill(absent, float("-inf")).masked_fill(empty, 0.0)
+    return present.softmax(dim).masked_fill(empty, 0.0)
 
 
 def additive_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:

@@ -26,7 +26,10 @@ INITS = ("normal", "identity")
 def modulate(scores: Tensor, thresholds: Tensor, gains: Tensor) -> Tensor:
     """σ(x), the modulated scores.
 
-    σ acts on absolute scores: it is not shift-invariant, and it need not be monotone. −inf stays −inf.
+    σ acts on absolute scores: it is not shift-invariant, and it need not be monotone. −inf stays −inf, and so do
+    finite scores of any size where all gains are 0. Where they are not, σ is what the formula says: of a score of
+    −1e9, which some use as a mask, a gain g_b,2 = 0.1 makes +1e17, and what is beyond the dtype becomes ±inf. A mask
+    is −inf here (:func:`.masking.additive_mask` makes one of others).
 
     Args:
         scores: any shape, fp16, bf16, fp32 or fp64. The polynomial is computed in fp32 at least; fp16 holds
@@ -50,7 +53,9 @@ def multimax(scores: Tensor, thresholds: Tensor, gains: Tensor, dim: int = -1) -
 
     Args:
         scores: any shape, fp16, bf16, fp32 or fp64; −inf marks an absent score: its probability and its
-            gradient are exactly 0. A row without scores gives zeros.
+            gradient are exactly 0. A row without scores gives zeros. Of others softmax(σ(x)) is what PyTorch's
+            softmax makes: NaN in all the row where a score is NaN or +inf, where a σ overflows to +inf, or where
+            all of them overflow to −inf.
         thresholds, gains: (N, 2), as in :func:`modulate`.
         dim: the dimension that holds the distribution.
 
@@ -72,11 +77,14 @@ def modulate_formula(scores: Tensor, thresholds: Tensor, gains: Tensor) -> Tenso
     x = scores.to(compute_dtype(scores.dtype))
     absent = is_absent(x)
     x = x.masked_fill(absent, 0.0)
-    modulated = x
-    rows = zip(thresholds.to(x.dtype), gains.to(x.dtype))
-    for n, ((b, d), (gain_b, gain_d)) in enumerate(rows, start=1):
+    modulated, thresholds, gains = x, thresholds.to(x.dtype), gains.to(x.dtype)
+    for n in reversed(range(len(gains))):  # of huge scores the square decides: added last, it could meet a −inf
+        (b, d), (gain_b, gain_d) = thresholds[n], gains[n]
         below, above = (b - x).clamp(min=0), (x - d).clamp(min=0)
-        modulated = modulated + gain_b * below**n + gain_d * above**n
+        terms = gain_b * below, gain_d * above
+        if n == 1:  # the gain first: 0 · inf, the square of a huge score, would be NaN
+            terms = terms[0] * below, terms[1] * above
+        modulated = modulated + terms[0] + terms[1]
     return modulated.masked_fill(absent, float("-inf")).to(scores.dtype)
 
 

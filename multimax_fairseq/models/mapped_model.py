@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..mappings import MAPPINGS, MultiMax
 from ..modules import MappedMultiheadAttention
+from ..modules.scale import LearnedScale, LogLengthScale
 from .modulator_training import ModulatorTraining
 
 logger = logging.getLogger(__name__)
@@ -58,7 +59,7 @@ def add_missing_mappings(model: nn.Module, state_dict: Dict[str, Tensor], prefix
     """Give a state dict what it lacks of a model's mappings, in place, and say so in one log line.
 
     Modulators that a checkpoint of stock fairseq does not have start as the identity, which is the softmax that
-    it was trained with; a learned α starts where a new one does.
+    it was trained with; a learned α or scale starts where a new one does.
 
     Args:
         model: the model that the state dict is to be loaded into.
@@ -67,7 +68,7 @@ def add_missing_mappings(model: nn.Module, state_dict: Dict[str, Tensor], prefix
     """
     missing = {}
     for module_name, module in model.named_modules():
-        if isinstance(module, tuple(MAPPINGS.values())):
+        if isinstance(module, (*MAPPINGS.values(), LearnedScale, LogLengthScale)):
             for parameter_name, parameter in module.named_parameters(f"{prefix}{module_name}"):
                 if parameter_name not in state_dict:
                     start = parameter.detach().clone()
@@ -76,7 +77,7 @@ def add_missing_mappings(model: nn.Module, state_dict: Dict[str, Tensor], prefix
         state_dict.update(missing)
         logger.info(
             "the checkpoint lacks %d parameters of mappings, the first of them %s: "
-            "modulators start as the identity (softmax), a learned alpha at 1.5",
+            "modulators start as the identity (softmax), a learned alpha at 1.5, a scale as a new one",
             len(missing),
             next(iter(missing)),
         )

@@ -8,8 +8,9 @@ from fairseq.dataclass import FairseqDataclass
 from omegaconf import OmegaConf
 
 from ..kernels.backend import set_backend
-from ..mappings import MAPPINGS, build_mapping
+from ..mappings import BUILT_IN, MAPPINGS, build_mapping, parse_options
 from ..mappings.multimax import TERMS
+from ..modules.scale import SCALES
 from ..modules.transformer import SPARSE
 
 SITES = ("encoder", "decoder", "cross")
@@ -28,11 +29,22 @@ class MappingOptions(FairseqDataclass):
         default="multimax",
         metadata={"help": f"mapping of attention scores to probabilities: {', '.join(MAPPINGS)}"},
     )
+    mapping_options: str = field(
+        default="",
+        metadata={"help": "of a mapping added by @register_mapping: arguments of its class, such as k=8,p=0.5"},
+    )
     attention_mapping_sites: str = field(
         default=",".join(SITES),
         metadata={
             "help": "comma-separated attention modules that use --attention-mapping "
             f"({', '.join(SITES)}); the others use softmax"
+        },
+    )
+    attention_scale: str = field(
+        default="none",
+        metadata={
+            "help": "what scores are multiplied with at --attention-mapping-sites, whatever the mapping: none, "
+            "learned (one number a module), or log-length (a number a head, times log of the visible keys)"
         },
     )
     output_mapping: str = field(
@@ -117,11 +129,13 @@ class MappingChoice:
         attention: the mapping of the attention modules at ``sites``.
         sites: of ``SITES``; softmax everywhere else.
         output: the mapping of the output layer.
+        scale: the ``--attention-scale`` at ``sites``.
     """
 
     attention: Mapping
     sites: Tuple[str, ...]
     output: Mapping
+    scale: str = "none"
 
     @classmethod
     def from_options(cls, args: Any, available_sites: Sequence[str] = SITES) -> "MappingChoice":
@@ -137,6 +151,7 @@ class MappingChoice:
         """
         options = Namespace(**{o.name: getattr(args, o.name, o.default) for o in MAPPING_OPTIONS})
         _check_name("attention-mapping", options.attention_mapping, tuple(MAPPINGS))
+        _check_name("attention-scale", options.attention_scale, tuple(SCALES))
         _check_name("log-modulators", options.log_modulators, LOG_MODULATORS)
         sites = _names("attention-mapping-sites", options.attention_mapping_sites, SITES)
         arguments = {
@@ -147,21 +162,29 @@ class MappingChoice:
             },
             "entmax": {"alpha": options.entmax_alpha},
         }
+        own = parse_options(options.attention_mapping, options.mapping_options)
+        if options.attention_mapping not in BUILT_IN:
+            arguments[options.attention_mapping] = own
         for name, wanted in arguments.items():  # chosen or not, what is wrong is an error
             build_mapping(name, **wanted)
-        if options.attention_mapping != "softmax":
+        if (options.attention_mapping, options.attention_scale) != ("softmax", "none"):
             _check_attention(args, sites, available_sites)
         _check_output(args, options.output_mapping)
         set_backend(options.multimax_backend)
         return cls(
             attention=(options.attention_mapping, arguments.get(options.attention_mapping, {})),
             sites=sites,
+            scale=options.attention_scale,
             output=(options.output_mapping, arguments.get(options.output_mapping, {})),
         )
 
     def attention_at(self, site: str) -> Mapping:
         """The mapping of the attention modules at ``site``."""
         return self.attention if site in self.sites else SOFTMAX
+
+    def scale_at(self, site: str) -> str:
+        """The ``--attention-scale`` of the attention modules at ``site``."""
+        return self.scale if site in self.sites else "none"
 
 
 def _names(flag: str, names: Union[str, Sequence[str]], choices: Sequence[str]) -> Tuple[str, ...]:

@@ -1,15 +1,22 @@
 """Multi-head attention whose scores become probabilities by any mapping."""
 
-from typing import Dict, Optional, Tuple
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Dict, Iterator, Optional, Tuple, Union
 
 import torch
 from fairseq.modules import MultiheadAttention
 from torch import Tensor, nn
 
-from ..kernels.attention import MIN_KEYS, multimax_attention
+from ..kernels.attention import MIN_KEYS, is_traced, multimax_attention
 from ..kernels.masks import Masks
 from ..mappings import MultiMax, additive_mask
-from .masks import is_causal
+from .scale import visible_keys
+
+CAUSAL = "is_causal"  # the attribute of a mask that a decoder has made to hide what comes after a query
+
+# What the queries of the attention that is running are multiplied with, beside 1 / √head_dim.
+_query_factor: ContextVar[Union[float, Tensor]] = ContextVar("query_factor", default=1.0)
 
 
 class MappedMultiheadAttention(MultiheadAttention):
@@ -19,6 +26,7 @@ class MappedMultiheadAttention(MultiheadAttention):
     over the masked scores and the values (``before_softmax``). What is left is done here, in one path for
     training, teacher forcing and step-by-step decoding::
 
+        scores = scale · q · k / √head_dim, masked by fairseq
         probabilities = mapping(scores)        (bsz, num_heads, tgt_len, src_len)
         output = out_proj(concat over heads of dropout(probabilities) · values)
 
@@ -30,14 +38,16 @@ class MappedMultiheadAttention(MultiheadAttention):
     Attributes:
         mapping: module over the last dimension, from :func:`multimax_fairseq.mappings.build_mapping`.
         site: which attention of the model this is: ``"encoder"``, ``"decoder"`` or ``"cross"``.
+        scale: what the scores are multiplied with, from :func:`.scale.build_scale`, or None.
     """
 
     mapping: nn.Module
     site: str
+    scale: Optional[nn.Module]
 
     @classmethod
     def adopt(
-        cls, attention: MultiheadAttention, mapping: nn.Module, site: str
+        cls, attention: MultiheadAttention, mapping: nn.Module, site: str, scale: Optional[nn.Module] = None
     ) -> "MappedMultiheadAttention":
         """Turn fairseq's ``attention`` into one with a mapping: the same object, returned.
 
@@ -47,9 +57,15 @@ class MappedMultiheadAttention(MultiheadAttention):
         attention.__class__ = cls
         attention.mapping = mapping
         attention.site = site
+        attention.scale = scale
         # Keeps forward() from leaving through F.multi_head_attention_forward, where softmax is built in.
         attention._set_skip_embed_dim_check()
         return attention
+
+    @property
+    def scaling(self) -> Union[float, Tensor]:
+        """What fairseq, and :meth:`_attend_blockwise`, multiply projected queries with."""
+        return self.__dict__["scaling"] * _query_factor.get()
 
     def forward(
         self,
@@ -79,22 +95,21 @@ class MappedMultiheadAttention(MultiheadAttention):
             ``need_head_weights``; else None.
         """
         wants_weights = need_weights or need_head_weights or before_softmax
-        if not wants_weights and incremental_state is None and self._goes_blockwise(query, key, attn_mask):
-            return self._attend_blockwise(query, key, value, key_padding_mask, attn_mask), None
+        with self._scaled(query, key, key_padding_mask, incremental_state, static_kv, attn_mask):
+            if not wants_weights and incremental_state is None and self._goes_blockwise(query, key, attn_mask):
+                return self._attend_blockwise(query, key, value, key_padding_mask, attn_mask), None
 
-        if attn_mask is not None:
-            attn_mask = additive_mask(attn_mask, query.dtype)
-        scores, values = super().forward(
-            query,
-            key,
-            value,
-            key_padding_mask=key_padding_mask,
-            incremental_state=incremental_state,
-            need_weights=False,
-            static_kv=static_kv,
-            attn_mask=attn_mask,
-            before_softmax=True,
-        )
+            scores, values = super().forward(
+                query,
+                key,
+                value,
+                key_padding_mask=key_padding_mask,
+                incremental_state=incremental_state,
+                need_weights=False,
+                static_kv=static_kv,
+                attn_mask=None if attn_mask is None else additive_mask(attn_mask, query.dtype),
+                before_softmax=True,
+            )
         if before_softmax:
             return scores, values
 
@@ -109,17 +124,55 @@ class MappedMultiheadAttention(MultiheadAttention):
         weights = probabilities.float().transpose(0, 1)  # (num_heads, bsz, tgt_len, src_len)
         return output, weights if need_head_weights else weights.mean(dim=0)
 
+    @contextmanager
+    def _scaled(
+        self,
+        query: Tensor,
+        key: Optional[Tensor],
+        key_padding_mask: Optional[Tensor],
+        incremental_state: Optional[Dict[str, Dict[str, Optional[Tensor]]]],
+        static_kv: bool,
+        attn_mask: Optional[Tensor],
+    ) -> Iterator[None]:
+        """While open, :attr:`scaling` has the factor of ``scale`` for these arguments of :meth:`forward`."""
+        if self.scale is None:
+            yield
+            return
+
+        def count_keys() -> Tensor:
+            """(tgt_len or 1, bsz or 1)"""
+            cache = {} if incremental_state is None else self._get_input_buffer(incremental_state)
+            cached_keys = cache.get("prev_key")  # (kv_bsz, num_heads, length, head_dim)
+            src_len = 0 if cached_keys is None else cached_keys.size(2)
+            if not (static_kv and src_len):
+                src_len += (query if self.self_attention else key).size(0)
+            padding = self._append_prev_key_padding_mask(
+                key_padding_mask, cache.get("prev_key_padding_mask"), query.size(1), src_len, static_kv
+            )
+            if padding is not None:  # that of a sentence is cached once for all hypotheses of a beam
+                padding = padding.repeat_interleave(query.size(1) // len(padding), dim=0)
+            always = int(self.bias_k is not None) + int(self.add_zero_attn)
+            visible = visible_keys(src_len, padding, attn_mask, getattr(attn_mask, CAUSAL, False))
+            return visible.to(query.device) + always
+
+        factor = self.scale(count_keys)
+        if factor.dim() > 1:  # (…, num_heads)
+            factor = factor.repeat_interleave(self.head_dim, dim=-1)
+        previous = _query_factor.set(factor)
+        try:
+            yield
+        finally:
+            _query_factor.reset(previous)
+
     def _goes_blockwise(self, query: Tensor, key: Optional[Tensor], attn_mask: Optional[Tensor]) -> bool:
         """Whether the path without a matrix of probabilities serves, and pays."""
-        drops = self.dropout_module.p > 0 and (self.training or self.dropout_module.apply_during_inference)
         return (
             isinstance(self.mapping, MultiMax)
             and (query if self.self_attention else key).size(0) >= MIN_KEYS
-            and not drops
             and self.bias_k is None
             and not self.add_zero_attn
             and not (attn_mask is not None and attn_mask.requires_grad)
-            and not torch.jit.is_tracing()
+            and not is_traced()
         )
 
     def _attend_blockwise(
@@ -142,14 +195,16 @@ class MappedMultiheadAttention(MultiheadAttention):
             projection(tensor).view(by_head).transpose(0, 1)
             for projection, tensor in ((self.k_proj, key), (self.v_proj, value))
         )
-        causal = attn_mask is not None and attn_mask.shape == (tgt_len, len(key)) and is_causal(attn_mask)
+        causal = getattr(attn_mask, CAUSAL, False)
         masks = Masks(
             causal=causal,
             keys=None if key_padding_mask is None else self._hidden_keys(key_padding_mask, queries.dtype),
             scores=None if causal or attn_mask is None else additive_mask(attn_mask, queries.dtype),
         )
         thresholds, gains = self.mapping.thresholds, self.mapping.effective_gains
-        output = multimax_attention(queries, keys, values, thresholds, gains, masks)
+        drops = self.training or self.dropout_module.apply_during_inference
+        dropout = self.dropout_module.p if drops else 0.0
+        output = multimax_attention(queries, keys, values, thresholds, gains, masks, dropout)
         return self.out_proj(output.transpose(0, 1).reshape(tgt_len, bsz, self.embed_dim))
 
     def _hidden_keys(self, key_padding_mask: Tensor, dtype: torch.dtype) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..kernels.chunked_loss import default_chunk_tokens
 from ..mappings import build_mapping, compute_dtype
+from .attention import CAUSAL
 from .transformer_layer import MappedDecoderLayer, MappedEncoderLayer
 
 
@@ -74,6 +75,12 @@ class MappedDecoder(TransformerDecoderBase):
 
     def build_decoder_layer(self, cfg: TransformerConfig, no_encoder_attn: bool = False) -> nn.Module:
         return wrap_layer(MappedDecoderLayer(cfg, no_encoder_attn), cfg)
+
+    def buffered_future_mask(self, tensor: Tensor) -> Tensor:
+        """As the stock decoder's, with a note that it hides what comes after each query, and nothing else."""
+        mask = super().buffered_future_mask(tensor)
+        setattr(mask, CAUSAL, True)
+        return mask
 
     def forward(
         self,

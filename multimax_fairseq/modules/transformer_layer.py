@@ -4,18 +4,20 @@ from fairseq.models.transformer import TransformerConfig
 from fairseq.modules import MultiheadAttention
 from fairseq.modules.transformer_layer import TransformerDecoderLayerBase, TransformerEncoderLayerBase
 
-from ..mappings import build_mapping
+from ..mappings import MAPPINGS, arguments_of, build_mapping
 from .attention import MappedMultiheadAttention
+from .scale import build_scale
 
 
 def with_mapping(attention: MultiheadAttention, cfg: TransformerConfig, site: str) -> MultiheadAttention:
-    """fairseq's ``attention``, as it is where the mapping of ``site`` is softmax, else with that mapping."""
-    name, options = cfg.mapping_choice.attention_at(site)
-    if name == "softmax":
+    """fairseq's ``attention`` with the mapping and scale of ``site``; as it is where they are softmax and none."""
+    (name, options), scale_name = cfg.mapping_choice.attention_at(site), cfg.mapping_choice.scale_at(site)
+    scale = build_scale(scale_name, attention.num_heads)
+    if name == "softmax" and scale is None:
         return attention
-    if name == "entmax":
+    if "num_heads" in arguments_of(MAPPINGS[name]):
         options = {**options, "num_heads": attention.num_heads}
-    return MappedMultiheadAttention.adopt(attention, build_mapping(name, **options), site)
+    return MappedMultiheadAttention.adopt(attention, build_mapping(name, **options), site, scale)
 
 
 class MappedEncoderLayer(TransformerEncoderLayerBase):

@@ -1,0 +1,424 @@
+"""Retrieval: find all keys that match a query, and nothing else. The task that MultiMax is made for, in minutes.
+
+    python examples/retrieval/run.py --out runs/retrieval                     # the table of README.md, five seeds
+    python examples/retrieval/run.py --mappings softmax,multimax:order=1 --seeds 1 --out runs/retrieval
+
+One attention layer sees a query and L keys. k of them match it (1 to 8, and nobody says how many), the others are
+distractors; the layer is to return the mean of the k values::
+
+    q, u_j: random directions in d dimensions     key_j: direction of √(1 − noise²) q + noise u_j, or u_j: no match
+    score_j = (W_q q + b_q) · (W_k key_j + b_k) / √32             output = Σ_j mapping(scores)_j value_j
+
+The values are normal, N(0, I_d). A good row of attention is multi-modal (all k matches have a share) and sparse
+(nothing else has one). Softmax has to choose. Each layer is trained with one number of keys, and tested with others.
+
+--mappings takes names of mappings, each with options after colons: those of the mapping itself (order, init, terms of
+multimax; alpha of entmax), scale=learned or scale=log-length (--attention-scale), and lr_scale=10
+(--modulator-lr-scale). DIR/results.json has a record for each training and test length; a training that is there is
+not run again, so the command can be stopped and given again. DIR/table.md and the figures are made of all of it.
+"""
+
+import argparse
+import json
+import math
+import multiprocessing
+import os
+import statistics
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
+
+import matplotlib
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # in a checkout that is not installed
+from multimax_fairseq.analysis.figures import (  # noqa: E402
+    BLACK,
+    GREY,
+    MODEL_COLOURS,
+    MODEL_LINES,
+    MODEL_MARKERS,
+    STYLE,
+    TWO_COLUMNS,
+    VERMILLION,
+)
+from multimax_fairseq.mappings import build_mapping  # noqa: E402
+from multimax_fairseq.modules.scale import build_scale  # noqa: E402
+
+PROJECTED = 32  # numbers of a projected query or key
+UPDATES, BATCH, LEARNING_RATE = 1_500, 128, 3e-3
+TEST_BATCHES = 16
+DEFAULT_ROWS = (
+    "softmax,softmax:scale=learned,sparsemax,entmax15,entmax:alpha=learned,evsoftmax,multimax:order=1,multimax:order=2,"
+    "multimax:order=1:init=shaped:lr_scale=10,multimax:order=2:init=shaped:lr_scale=10"
+)
+
+
+class Row(NamedTuple):
+    """A row of the table: a mapping, and what is chosen about it."""
+
+    mapping: str
+    options: Tuple[Tuple[str, str], ...]
+
+    @classmethod
+    def parse(cls, text: str) -> "Row":
+        """``multimax:order=1:lr_scale=10``.
+
+        Raises:
+            ValueError: a mapping or option that does not exist.
+        """
+        mapping, *options = text.strip().split(":")
+        pairs = tuple(tuple(option.split("=", 1)) for option in options)
+        if any(len(pair) != 2 for pair in pairs):
+            raise ValueError(f"--mappings {text}: options are written name=value")
+        row = cls(mapping, pairs)
+        try:
+            Layer(row, dimensions=2)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"--mappings {text}: {error}") from None
+        return row
+
+    def __str__(self) -> str:
+        return ":".join([self.mapping, *(f"{name}={value}" for name, value in self.options)])
+
+    def mapping_options(self) -> Dict[str, Any]:
+        """What is the mapping's own, with numbers as numbers."""
+        own = {name: value for name, value in self.options if name not in ("scale", "lr_scale")}
+        return {name: int(value) if value.isdigit() else value for name, value in own.items()}
+
+    def option(self, name: str, default: str) -> str:
+        return dict(self.options).get(name, default)
+
+
+class Layer(nn.Module):
+    """One attention layer with one head: projections of query and key, a mapping, values as they are."""
+
+    def __init__(self, row: Row, dimensions: int):
+        super().__init__()
+        self.query, self.key = nn.Linear(dimensions, PROJECTED), nn.Linear(dimensions, PROJECTED)
+        self.mapping = build_mapping(row.mapping, **row.mapping_options())
+        self.scale = build_scale(row.option("scale", "none"), num_heads=1)
+        self.lr_scale = float(row.option("lr_scale", "1"))
+
+    def scores(self, query: Tensor, keys: Tensor) -> Tensor:
+        """(batch, d) and (batch, length, d) → (batch, length)."""
+        scores = torch.einsum("bd,bld->bl", self.query(query), self.key(keys)) / math.sqrt(PROJECTED)
+        if self.scale is None:
+            return scores
+        return scores * self.scale(lambda: torch.tensor(float(keys.size(1)))).view(-1)
+
+    def forward(self, query: Tensor, keys: Tensor, values: Tensor) -> Tuple[Tensor, Tensor]:
+        """The output, (batch, d), and the probabilities, (batch, length)."""
+        probabilities = self.mapping(self.scores(query, keys))
+        return torch.einsum("bl,bld->bd", probabilities, values), probabilities
+
+    def parameter_groups(self) -> List[Dict[str, Any]]:
+        modulators = [p for name, p in self.named_parameters() if name.startswith("mapping.")]
+        others = [p for name, p in self.named_parameters() if not name.startswith("mapping.")]
+        return [
+            {"params": others, "lr": LEARNING_RATE},
+            {"params": modulators, "lr": LEARNING_RATE * self.lr_scale},
+        ]
+
+
+class Batch(NamedTuple):
+    """Questions and answers; matches: bool (batch, length)."""
+
+    query: Tensor
+    keys: Tensor
+    values: Tensor
+    matches: Tensor
+    target: Tensor
+
+
+class Task(NamedTuple):
+    """The numbers of a task; see the options of the command."""
+
+    length: int
+    matches: int
+    dimensions: int
+    noise: float
+
+    def draw(self, generator: torch.Generator, length: int = 0) -> Batch:
+        """BATCH questions with ``length`` keys; 0: as many as in training."""
+        length = length or self.length
+        query = normalize(torch.randn(BATCH, self.dimensions, generator=generator), dim=-1)
+        keys, values = torch.randn(2, BATCH, length, self.dimensions, generator=generator)
+        keys = normalize(keys, dim=-1)
+        count = torch.randint(1, self.matches + 1, (BATCH, 1), generator=generator)
+        matches = torch.arange(length) < count  # attention does not know of places: the first ones will do
+        near = math.sqrt(1 - self.noise**2) * query[:, None] + self.noise * keys
+        keys = torch.where(matches[..., None], normalize(near, dim=-1), keys)
+        target = (values * matches[..., None]).sum(1) / count
+        return Batch(query, keys, values, matches, target)
+
+
+def train(task: Task, row: Row, seed: int, updates: int) -> Layer:
+    """A layer, trained on its own stream of questions, which is the same for all rows of a seed."""
+    torch.manual_seed(seed)
+    layer = Layer(row, task.dimensions)
+    optimizer = torch.optim.Adam(layer.parameter_groups(), betas=(0.9, 0.98))
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, updates)
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(updates):
+        batch = task.draw(generator)
+        output, _ = layer(batch.query, batch.keys, batch.values)
+        loss = (output - batch.target).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        scheduler.step()
+    return layer.eval()
+
+
+@torch.no_grad()
+def test(layer: Layer, task: Task, length: int) -> Dict[str, Any]:
+    """Mean squared error, the same by the number of matches, and the probability that matches have together."""
+    generator = torch.Generator().manual_seed(10_000 + length)  # of no training; the same questions for all
+    errors, masses, counts = [], [], []
+    for _ in range(TEST_BATCHES):
+        batch = task.draw(generator, length)
+        output, probabilities = layer(batch.query, batch.keys, batch.values)
+        errors.append((output - batch.target).square().mean(-1))
+        masses.append((probabilities * batch.matches).sum(-1))
+        counts.append(batch.matches.sum(-1))
+    error, count = torch.cat(errors), torch.cat(counts)
+    return {
+        "test_length": length,
+        "mse": error.mean().item(),
+        "mass_on_matches": torch.cat(masses).mean().item(),
+        "mse_by_matches": [error[count == k].mean().item() for k in range(1, task.matches + 1)],
+    }
+
+
+def run(job: Tuple[Task, Row, int, int, List[int], Path]) -> List[Dict[str, Any]]:
+    """Trains and tests a row with a seed, and keeps the layer for the figures."""
+    task, row, seed, updates, lengths, out = job
+    torch.set_num_threads(1)
+    layer = train(task, row, seed, updates)
+    write(model_file(out, row, seed), lambda path: torch.save(layer.state_dict(), path))
+    about = {"mapping": row.mapping, "options": dict(row.options), "seed": seed, "updates": updates}
+    return [{**about, **task._asdict(), **test(layer, task, length)} for length in lengths]
+
+
+def model_file(out: Path, row: Row, seed: int) -> Path:
+    return out / "models" / f"{row}-seed{seed}.pt".replace(":", "-").replace("=", "_")
+
+
+def text_saver(text: str) -> Callable[[Path], Any]:
+    return lambda path: path.write_text(text, encoding="utf-8")
+
+
+def key_of(record: Dict[str, Any]) -> Tuple:
+    """What tells a record from all others."""
+    return record["mapping"], tuple(record["options"].items()), record["seed"], record["test_length"]
+
+
+def write(path: Path, save: Callable[[Path], Any]) -> None:
+    """Whole or not at all: ``save`` writes beside ``path``."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f"{path.name}.part{os.getpid()}")
+    save(unfinished)
+    unfinished.replace(path)
+
+
+# ---------------------------------------------------------------- the table and the figures
+
+
+def table(results: List[Dict[str, Any]], rows: List[Row], lengths: List[int]) -> str:
+    """Markdown: mean ± standard deviation of the error at each length over the seeds, and its ratio to softmax's."""
+    by_row = {row: {length: errors_of(results, row, length) for length in lengths} for row in rows}
+    first = by_row.get(Row("softmax", ()))
+    lines = ["| mapping | " + " | ".join(f"{length} keys" for length in lengths) + " | mass on matches |"]
+    lines.append("|---" * (len(lengths) + 2) + "|")
+    for row, errors in by_row.items():
+        cells = []
+        for length in lengths:
+            values = errors[length]
+            cell = f"{statistics.mean(values):.4f}"
+            if len(values) > 1:
+                cell += f" ± {statistics.stdev(values):.4f}"
+            if first and row.mapping != "softmax":
+                worst = max(own / other for own, other in zip(values, first[length]))
+                cell += f" ({statistics.mean(values) / statistics.mean(first[length]):.2f}, {worst:.2f})"
+            cells.append(cell)
+        mass = statistics.mean(r["mass_on_matches"] for r in records(results, row, lengths[0]))
+        lines.append(f"| {row} | " + " | ".join(cells) + f" | {mass:.2f} |")
+    return "\n".join(lines) + "\n"
+
+
+def records(results: List[Dict[str, Any]], row: Row, length: int) -> List[Dict[str, Any]]:
+    """Those of a row at a test length, by seed."""
+    wanted = (row.mapping, dict(row.options), length)
+    found = [record for record in results if (record["mapping"], record["options"], record["test_length"]) == wanted]
+    return sorted(found, key=lambda record: record["seed"])
+
+
+def errors_of(results: List[Dict[str, Any]], row: Row, length: int) -> List[float]:
+    return [record["mse"] for record in records(results, row, length)]
+
+
+def label_of(row: Row) -> str:
+    return " ".join([row.mapping, *(f"{name} {value}" for name, value in row.options)]).replace("_", " ")
+
+
+def draw_errors(results: List[Dict[str, Any]], rows: List[Row], lengths: List[int], task: Task) -> Figure:
+    """The error over the number of keys, and over the number of matches among as many keys as in training."""
+    figure = Figure(figsize=(TWO_COLUMNS, 3.2), layout="constrained")
+    by_length, by_matches = figure.subplots(1, 2, sharey=True)
+    matches = range(1, task.matches + 1)
+    for number, row in enumerate(rows):
+        looks = {"color": MODEL_COLOURS, "marker": MODEL_MARKERS, "linestyle": MODEL_LINES}
+        style = {name: choices[number % len(choices)] for name, choices in looks.items()}
+        means = [statistics.mean(errors_of(results, row, length)) for length in lengths]
+        by_length.plot(lengths, means, label=label_of(row), markersize=3.5, **style)
+        found = records(results, row, task.length)
+        if found:
+            means = [statistics.mean(record["mse_by_matches"][k - 1] for record in found) for k in matches]
+            by_matches.plot(matches, means, markersize=3.5, **style)
+    by_length.set(xscale="log", yscale="log", xlabel="keys", ylabel="mean squared error")
+    by_length.set_xticks(lengths, [str(length) for length in lengths], minor=False)
+    by_length.minorticks_off()
+    by_matches.set(xlabel=f"matches among {task.length} keys")
+    figure.legend(loc="outside right center")
+    return figure
+
+
+def load(task: Task, row: Row, seed: int, out: Path) -> Layer:
+    layer = Layer(row, task.dimensions)
+    layer.load_state_dict(torch.load(model_file(out, row, seed), weights_only=True))
+    return layer.eval()
+
+
+@torch.no_grad()
+def draw_modulators(task: Task, rows: List[Row], seed: int, out: Path) -> Optional[Figure]:
+    """σ of each MultiMax over the histograms of the scores of matches and of distractors."""
+    rows = [row for row in rows if row.mapping == "multimax"]
+    if not rows:
+        return None
+    figure = Figure(figsize=(min(TWO_COLUMNS, 2.2 * len(rows) + 0.4), 2.5), layout="constrained")
+    batch = task.draw(torch.Generator().manual_seed(10_000))
+    for axes, row in zip(figure.subplots(1, len(rows), squeeze=False)[0], rows):
+        layer = load(task, row, seed, out)
+        scores = layer.scores(batch.query, batch.keys)
+        low, high = scores.min().item(), scores.max().item()
+        x = torch.linspace(low, high, 400)
+        sigma = layer.mapping.modulate(x)
+        axes.plot(x, sigma - sigma.max(), color=BLACK, label="σ(x) − max σ")
+        axes.set(title="\n".join(textwrap.wrap(label_of(row), 24)), xlabel="score x")
+        density = axes.twinx()
+        density.set_yticks([])
+        for matching, colour, name in ((False, GREY, "distractors"), (True, VERMILLION, "matches")):
+            chosen = scores[batch.matches == matching]
+            density.hist(chosen, bins=60, range=(low, high), density=True, alpha=0.5, color=colour, label=name)
+    handles, labels = (a + b for a, b in zip(axes.get_legend_handles_labels(), density.get_legend_handles_labels()))
+    figure.legend(handles, labels, loc="outside lower center", ncols=3)
+    return figure
+
+
+@torch.no_grad()
+def draw_rows(task: Task, rows: List[Row], seed: int, out: Path) -> Figure:
+    """The probabilities of one question by each mapping, matches first, the largest of each kind first."""
+    batch = task.draw(torch.Generator().manual_seed(10_001))
+    question = int((batch.matches.sum(-1) - min(5, task.matches)).abs().argmin())
+    count = int(batch.matches[question].sum())
+    columns = min(5, len(rows))
+    lines = -(-len(rows) // columns)
+    figure = Figure(figsize=(TWO_COLUMNS, 1.5 * lines + 0.3), layout="constrained")
+    for axes, row in zip(figure.subplots(lines, columns, squeeze=False, sharey=True).flat, rows):
+        probabilities = load(task, row, seed, out)(batch.query, batch.keys, batch.values)[1][question]
+        kinds = probabilities.split([count, task.length - count])
+        matches, others = (kind.sort(descending=True).values for kind in kinds)
+        axes.bar(range(count), matches, color=VERMILLION, width=1.0)
+        axes.bar(range(count, task.length), others, color=GREY, width=1.0)
+        axes.axhline(1 / count, color=BLACK, lw=0.6, ls=":")
+        axes.set_title("\n".join(textwrap.wrap(label_of(row), 22)), fontsize=6.5)
+        axes.set_xticks([])
+    for axes in figure.axes[len(rows) :]:
+        axes.set_axis_off()
+    figure.supxlabel(f"{task.length} keys: {count} matches, then distractors (dotted: 1 / {count})", fontsize=8)
+    figure.supylabel("probability", fontsize=8)
+    return figure
+
+
+# ---------------------------------------------------------------- the command
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--mappings", default=DEFAULT_ROWS, help="rows of the table (default: %(default)s)")
+    parser.add_argument("--seeds", default="1,2,3,4,5", help="default: %(default)s")
+    parser.add_argument("--length", type=int, default=64, help="keys in training (default: %(default)s)")
+    parser.add_argument("--test-lengths", default="64,256,1024", help="default: %(default)s")
+    parser.add_argument("--matches", type=int, default=8, help="at most so many keys match (default: %(default)s)")
+    parser.add_argument("--dimensions", type=int, default=16, help="of queries, keys, values (default: %(default)s)")
+    parser.add_argument("--noise", type=float, default=0.6, help="how far matches are off (default: %(default)s)")
+    parser.add_argument("--updates", type=int, default=UPDATES, help="default: %(default)s")
+    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="default: as many as cores")
+    parser.add_argument("--out", type=Path, required=True, help="folder for results.json, the table and the figures")
+    arguments = parser.parse_args()
+    try:
+        arguments.rows = [Row.parse(text) for text in arguments.mappings.split(",")]
+        arguments.seeds, arguments.test_lengths = (
+            [positive(name, number) for number in text.split(",")]
+            for name, text in (("--seeds", arguments.seeds), ("--test-lengths", arguments.test_lengths))
+        )
+        for name in ("length", "matches", "dimensions", "updates", "processes"):
+            positive(f"--{name}", getattr(arguments, name))
+        if not 0 <= arguments.noise < 1:
+            raise ValueError(f"--noise takes a number in [0, 1); got {arguments.noise}")
+        if arguments.matches > min(arguments.length, *arguments.test_lengths):
+            raise ValueError(f"--matches {arguments.matches}: more than there are keys")
+    except ValueError as error:
+        parser.error(str(error))
+    return arguments
+
+
+def positive(name: str, number: Any) -> int:
+    if not str(number).strip().isdecimal() or int(number) < 1:
+        raise ValueError(f"{name} takes whole numbers from 1; got {number!r}")
+    return int(number)
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    rows, lengths, out = arguments.rows, arguments.test_lengths, arguments.out
+    task = Task(arguments.length, arguments.matches, arguments.dimensions, arguments.noise)
+    file = out / "results.json"
+    results = json.loads(file.read_text()) if file.exists() else []
+    same = {**task._asdict(), "updates": arguments.updates}
+    if any(record[name] != value for record in results for name, value in same.items()):
+        sys.exit(f"ERROR: {file} has results of another task (there: {results[0]}): choose another --out")
+    jobs = []
+    for seed in arguments.seeds:
+        for row in rows:
+            there = {length for length in lengths for r in records(results, row, length) if r["seed"] == seed}
+            if there != set(lengths) or not model_file(out, row, seed).exists():
+                jobs.append((task, row, seed, arguments.updates, lengths, out))
+    with multiprocessing.get_context("spawn").Pool(min(arguments.processes, max(len(jobs), 1))) as pool:
+        for new in tqdm(pool.imap_unordered(run, jobs), total=len(jobs), desc="trainings", disable=None):
+            replaced = set(map(key_of, new))
+            results = sorted([record for record in results if key_of(record) not in replaced] + new, key=key_of)
+            write(file, text_saver(json.dumps(results, indent=1)))
+    text = table(results, rows, lengths)
+    write(out / "table.md", text_saver(text))
+    with matplotlib.rc_context(STYLE):
+        figures = {
+            "errors": draw_errors(results, rows, lengths, task),
+            "modulators": draw_modulators(task, rows, arguments.seeds[0], out),
+            "rows": draw_rows(task, rows, arguments.seeds[0], out),
+        }
+        for name, figure in figures.items():
+            if figure is not None:
+                write(out / f"{name}.png", lambda path, figure=figure: figure.savefig(path, format="png"))
+    print(f"{text}\nMean squared error ± standard deviation, {len(arguments.seeds)} seeds; in brackets the ratio to "
+          f"softmax's, and the largest ratio in a seed. {out} has results.json and the figures.")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

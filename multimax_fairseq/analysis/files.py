@@ -1,0 +1,237 @@
+"""Files and arguments of the tools: checked before work, written whole or not at all, errors in a line."""
+
+import argparse
+import codecs
+import collections
+import os
+import pickle
+import re
+import sys
+import warnings
+import zipfile
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import IO, Any, Dict, Iterator, NoReturn, Optional
+
+import numpy
+import torch
+
+
+class UserError(Exception):
+    """Something that the user can put right; its text, a line, says how."""
+
+
+# ---------------------------------------------------------------------- arguments
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse's, with the tools' own text as help and errors in one line."""
+
+    def __init__(self, text: str, **kwargs: Any):
+        description, _, rest = text.partition("\n\n")
+        formatter = argparse.RawDescriptionHelpFormatter
+        super().__init__(description=description, epilog=rest, formatter_class=formatter, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        hint = ". A file whose name begins with a dash is ./-NAME" if "expected" in message else ""
+        self.exit(2, f"ERROR: {message}; see --help{hint}\n")
+
+
+def positive(text: str) -> int:
+    """The type of an argument that is a whole number above 0."""
+    if text.isascii() and text.isdecimal() and 0 < int(text) < 2**31:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+
+
+@contextmanager
+def errors_in_a_line() -> Iterator[None]:
+    """End the program with ``ERROR: …`` and exit status 1 where the user can put it right."""
+    try:
+        yield
+    except UserError as error:
+        sys.exit(f"ERROR: {error}")
+    except OSError as error:
+        sys.exit(f"ERROR: {error.filename or 'a file'}: {error.strerror or error}")
+
+
+# ---------------------------------------------------------------------- checkpoints
+
+
+def read_checkpoint(path: Path) -> Dict[str, Any]:
+    """A checkpoint of fairseq, on the CPU, nothing in it run.
+
+    Returns:
+        what fairseq has saved; ``"model"`` are its parameters by name, all of them finite.
+
+    Raises:
+        UserError: there is no such file, it is damaged or something else, or training has diverged.
+    """
+    try:
+        with open(path, "rb") as file:
+            content_begins = file.read(1)
+    except FileNotFoundError:
+        raise UserError(f"there is no checkpoint {path}") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+    if not content_begins:
+        raise UserError(f"{path} is empty: it is no checkpoint")
+    try:
+        state = _load(path)
+    except Exception as error:  # whatever unpickling raises
+        what = "cannot be read as a checkpoint of fairseq (damaged, cut off, or something else)"
+        raise UserError(f"{path} {what}: {_reason(error)}") from error
+    parameters = entry(state, path, "model")
+    if not isinstance(parameters, dict) or not parameters:
+        raise UserError(f"{path} holds no parameters: it is not a checkpoint of a model")
+    for name, tensor in parameters.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise UserError(f"{path} is no checkpoint of fairseq: its {name!r} is not a tensor")
+        if not tensor.isfinite().all():
+            raise UserError(f"{path} has NaN or infinity in {name}: its training has diverged; take an earlier one")
+    return state
+
+
+def entry(state: Any, path: Path, *keys: Any) -> Any:
+    """``state[key][key]…`` of what ``path`` holds, in dictionaries, lists and namespaces.
+
+    Raises:
+        UserError: it has no such entry.
+    """
+    for depth, key in enumerate(keys, start=1):
+        try:
+            if torch.is_tensor(state):
+                raise TypeError
+            state = (vars(state) if isinstance(state, argparse.Namespace) else state)[key]
+        except (KeyError, IndexError, TypeError):
+            name = ".".join(map(str, keys[:depth]))
+            raise UserError(f"{path} has no entry {name!r}: it is not a checkpoint of fairseq-train") from None
+    return state
+
+
+def _load(path: Path) -> Any:
+    with open(path, "rb") as file:
+        if zipfile.is_zipfile(file):  # torch does not look at the checksums
+            with zipfile.ZipFile(file) as archive:
+                damaged = archive.testzip()
+            if damaged:
+                raise zipfile.BadZipFile(f"the checksum of {damaged} is wrong")
+        file.seek(0)
+        safely = hasattr(torch.serialization, "add_safe_globals")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what is no checkpoint at all
+            return torch.load(
+                file, map_location="cpu", **({"weights_only": True} if safely else {"pickle_module": _PLAIN_PICKLE})
+            )
+
+
+def _reason(error: Exception) -> str:
+    """The line of an error that says what it is about: not torch's advice to run what is in the file all the same."""
+    text = str(error)
+    foreign = re.search(r"GLOBAL (\S+)", text)
+    if foreign:
+        return f"it holds {foreign[1]}, and not only tensors and plain records"
+    told = re.search(r"WeightsUnpickler error: *(.*)", text)
+    line = told[1] if told else next(filter(None, map(str.strip, text.splitlines())), "").split(". ")[0]
+    return f"{type(error).__name__}: {line}" if line else type(error).__name__
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """For torch before 2.4, which loads only tensors or runs anything: tensors, and what fairseq saves beside."""
+
+    ALLOWED = {
+        f"{function.__module__}.{function.__qualname__}": function
+        for function in (
+            argparse.Namespace,
+            collections.OrderedDict,
+            codecs.encode,
+            torch._utils._rebuild_tensor_v2,
+            torch._utils._rebuild_parameter,
+            torch.Size,
+            numpy.ndarray,
+            numpy.dtype,
+            numpy.zeros(1).__reduce__()[0],
+        )
+    }
+
+    def find_class(self, module: str, name: str) -> Any:
+        wanted = f"{module}.{name}"
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return getattr(torch, name)
+        if wanted not in self.ALLOWED:
+            raise pickle.UnpicklingError(f"GLOBAL {wanted}")
+        return self.ALLOWED[wanted]
+
+
+_PLAIN_PICKLE = ModuleType("plain_pickle")  # in the form that torch.load takes
+_PLAIN_PICKLE.Unpickler = _PlainUnpickler
+_PLAIN_PICKLE.load = lambda file, **kwargs: _PlainUnpickler(file, **kwargs).load()
+
+
+# ---------------------------------------------------------------------- outputs
+
+
+def check_output(path: Path) -> None:
+    """Raise where a file cannot be written, before the work that it is to hold.
+
+    Raises:
+        UserError: it is a folder, or its folder is not there or not writable.
+    """
+    if path.is_dir():
+        raise UserError(f"{path} is a folder: name a file")
+    if not path.parent.is_dir():
+        raise UserError(f"there is no folder {path.parent} to write {path.name} to: make it first")
+    check_output_folder(path.parent)
+
+
+def check_output_folder(path: Path) -> None:
+    """The same for a folder, which need not be there yet.
+
+    Raises:
+        UserError: it cannot be made, or not be written to.
+    """
+    there = next(folder for folder in (path, *path.absolute().parents) if os.path.lexists(folder))
+    if not there.is_dir():
+        raise UserError(f"{there} is not a folder: choose another")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"the folder {there} cannot be written to: choose another, or change its permissions")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write to, which takes the place of ``path`` once it is whole and on the disk, and else is gone.
+
+    Raises:
+        UserError: it cannot be written: a full disk, say.
+    """
+    part = path.with_name(f".{path.name[:100]}.{os.getpid()}.part")
+    try:
+        with open(part, "xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+        sync_folder(path.parent)
+    except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError
+        raise UserError(f"could not write {path}: {_what_the_system_said(error)}") from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _what_the_system_said(error: Optional[BaseException]) -> str:
+    """Of an error, or of those that led to it."""
+    reasons, seen = [], error
+    while seen is not None:
+        reasons += [seen.strerror] if isinstance(seen, OSError) and seen.strerror else []
+        seen = seen.__context__
+    return (reasons or [str(error)])[-1]
+
+
+def sync_folder(folder: Path) -> None:
+    """Put the names in a folder on the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,347 @@
+"""Attention with MultiMax for a GPU, in Triton: what :mod:`.triton_attention` calls. Only imported where Triton is.
+
+A program has a block of queries of one head, or a block of keys, and goes through the keys, or queries, of that head
+block by block; no score ever reaches memory. The formulas are those of :mod:`.rows`. Of each query there is
+
+    peak      max_j σ_j, 0 in a row without scores
+    factor    1 / Σ_j exp(σ_j − peak), 0 in a row without scores
+    expected  Σ_j p_j ∂L/∂p_j, added up from both of them: taken as gradient · output, whose rounding does not cancel,
+              it would ruin the gradients of thresholds and gains in half precision
+
+Source of the idea: Dao et al., *FlashAttention*, NeurIPS 2022. Of the random numbers: Salmon et al., *Parallel Random
+Numbers: As Easy as 1, 2, 3*, SC 2011; 7 rounds are the fewest of Philox that pass all of their tests.
+"""
+
+import triton
+import triton.language as tl
+
+INF = tl.constexpr(float("inf"))
+LOWEST = tl.constexpr(-3.4028234663852886e38)  # of fp32
+# Stands for −inf where a gradient is computed: finite, so that times a gradient of 0 it is 0, also when squared.
+FAR_BELOW = tl.constexpr(-1e9)
+PHILOX_ROUNDS = tl.constexpr(7)
+
+# Lengths and seeds change from call to call: no kernel of its own for those that 16 divides, and for 1.
+INTERPRETED = triton.knobs.runtime.interpret
+
+VARIABLE = ["seed", "tgt_len", "src_len", "hidden_head", "hidden_key", "added_query", "added_key"]
+
+
+@triton.jit
+def write_one(to):
+    """The smallest kernel, to see whether any can be compiled and run."""
+    tl.store(to, 1.0)
+
+
+@triton.jit
+def _parameters(pointer, ORDER: tl.constexpr):
+    """The numbers below_1, above_1, below_2, above_2 of thresholds or gains, 0 beyond the order."""
+    below_1, above_1, below_2, above_2 = 0.0, 0.0, 0.0, 0.0
+    if ORDER >= 1:
+        below_1, above_1 = tl.load(pointer), tl.load(pointer + 1)
+    if ORDER >= 2:
+        below_2, above_2 = tl.load(pointer + 2), tl.load(pointer + 3)
+    return below_1, above_1, below_2, above_2
+
+
+@triton.jit
+def _sigma(x, thresholds, gains, ORDER: tl.constexpr):
+    """σ(x); −inf where, and only where, a score is."""
+    modulated = x
+    if ORDER >= 1:
+        modulated += gains[0] * tl.maximum(thresholds[0] - x, 0.0) + gains[1] * tl.maximum(x - thresholds[1], 0.0)
+    if ORDER >= 2:
+        below, above = tl.maximum(thresholds[2] - x, 0.0), tl.maximum(x - thresholds[3], 0.0)
+        modulated += gains[2] * (below * below) + gains[3] * (above * above)
+    return tl.where(x == -INF, -INF, tl.where(modulated < LOWEST, LOWEST, modulated))
+
+
+@triton.jit
+def _sigma_backward(x, upstream, thresholds, gains, ORDER: tl.constexpr):
+    """∂L/∂x from u = ∂L/∂σ; and, for each of the parameters, u times the slope and the power that belong to it."""
+    x = tl.maximum(x, FAR_BELOW)
+    grad, zero = upstream, tl.zeros_like(upstream)
+    slopes, powers = (zero, zero, zero, zero), (zero, zero, zero, zero)
+    if ORDER >= 1:
+        below, above = tl.maximum(thresholds[0] - x, 0.0), tl.maximum(x - thresholds[1], 0.0)
+        slope_below, slope_above = tl.where(below > 0, upstream, 0.0), tl.where(above > 0, upstream, 0.0)
+        grad += gains[1] * slope_above - gains[0] * slope_below
+        slopes, powers = (slope_below, slope_above, zero, zero), (upstream * below, upstream * above, zero, zero)
+    if ORDER >= 2:
+        below, above = tl.maximum(thresholds[2] - x, 0.0), tl.maximum(x - thresholds[3], 0.0)
+        half_below, half_above = upstream * below, upstream * above
+        grad += 2 * (gains[3] * half_above - gains[2] * half_below)
+        slopes = (slopes[0], slopes[1], 2 * half_below, 2 * half_above)
+        powers = (powers[0], powers[1], half_below * below, half_above * above)
+    return grad, slopes, powers
+
+
+@triton.jit
+def _masked(
+    scores, query, key, queries, keys, hidden, added, hidden_key, added_query, added_key, tgt_len, src_len,
+    CAUSAL: tl.constexpr,
+):  # fmt: skip
+    """Scores with masks added, −inf where there is no such query or key.
+
+    The queries from ``query`` on and the keys from ``key`` on are numbered in ``queries`` and ``keys``, which broadcast.
+    """
+    present = (queries < tgt_len) & (keys < src_len)
+    if added is not None:  # counted in 64 bits is only what all have in common, as below
+        added += tl.cast(query, tl.int64) * added_query + tl.cast(key, tl.int64) * added_key
+        at = added + ((queries - query) * added_query + (keys - key) * added_key)
+        scores += tl.load(at, mask=present, other=0.0).to(tl.float32)
+    if hidden is not None:
+        hidden += tl.cast(key, tl.int64) * hidden_key
+        scores += tl.load(hidden + (keys - key) * hidden_key, mask=keys < src_len, other=0.0).to(tl.float32)
+    if CAUSAL:
+        present = present & (keys <= queries)
+    return tl.where(present, scores, -INF)
+
+
+@triton.jit
+def _kept(seed, head, queries, keys, dropout, DROPOUT: tl.constexpr):
+    """What dropout multiplies a probability with: 0 or 1 / (1 − dropout), from a counter of head, query and key.
+
+    The counter has a word for each, which no length overflows; of a block of scores, most of the first two rounds is
+    computed for a row and a column only.
+    """
+    if DROPOUT:
+        word, _, _, _ = tl.philox(seed, keys, queries, head, 0, PHILOX_ROUNDS)
+        uniform = (word >> 8).to(tl.int32).to(tl.float32) * 5.9604644775390625e-08  # of 24 bits, as fp32 has
+        return tl.where(uniform >= dropout, 1 / (1 - dropout), 0.0)
+    else:
+        return 1.0
+
+
+@triton.jit
+def _at(pointer, first, to_next_row, length, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr):
+    """Where the rows of a matrix (length, HEAD_DIM) lie from ``first`` on, and which of their numbers there are.
+
+    Only what all have in common is counted in 64 bits: an address for each number would take two registers.
+    """
+    rows, columns = tl.arange(0, ROWS)[:, None], tl.arange(0, BLOCK_DIM)[None, :]
+    inside = rows < length - first
+    if HEAD_DIM != BLOCK_DIM:
+        inside = inside & (columns < HEAD_DIM)
+    return pointer + tl.cast(first, tl.int64) * to_next_row + (rows * to_next_row + columns), inside
+
+
+@triton.jit
+def _read(pointer, first, to_next_row, length, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr):
+    """Rows of a matrix, zeros beyond it."""
+    at, inside = _at(pointer, first, to_next_row, length, ROWS, HEAD_DIM, BLOCK_DIM)
+    return tl.load(at, mask=inside, other=0.0)
+
+
+@triton.jit
+def _write(
+    block, pointer, first, to_next_row, length, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr
+):
+    at, inside = _at(pointer, first, to_next_row, length, ROWS, HEAD_DIM, BLOCK_DIM)
+    tl.store(at, block.to(pointer.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _place(length, BLOCK: tl.constexpr, LAST_FIRST: tl.constexpr):
+    """The head and the rows of this program. The programs of a head lie side by side, those with most to do first."""
+    blocks = tl.cdiv(length, BLOCK)
+    head, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
+    if LAST_FIRST:
+        block = blocks - 1 - block
+    return head, block * BLOCK
+
+
+@triton.jit(do_not_specialize=VARIABLE)
+def forward(
+    query, key, value, thresholds, gains, hidden, added, output, peaks, factors,
+    query_head, query_row, key_head, key_row, value_head, value_row, output_head, output_row,
+    hidden_head, hidden_key, added_query, added_key, tgt_len, src_len, seed, dropout,
+    ORDER: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr, BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr,
+):  # fmt: skip
+    """Output, (heads, tgt_len, HEAD_DIM), and peaks and factors, (heads, tgt_len).
+
+    Args:
+        query, key, value: (heads, length, HEAD_DIM), at distances ``*_head`` and ``*_row`` from each other, no gaps
+            in a row.
+        thresholds, gains: (ORDER, 2), fp32, contiguous.
+        hidden: (heads, 1, src_len), to be added to scores, or None.
+        added: (tgt_len, src_len), likewise.
+    """
+    head, start = _place(tgt_len, BLOCK_QUERIES, CAUSAL)
+    at = head.to(tl.int64)
+    rows = start + tl.arange(0, BLOCK_QUERIES)
+    thresholds, gains = _parameters(thresholds, ORDER), _parameters(gains, ORDER)
+    if hidden is not None:
+        hidden += at * hidden_head
+    q = _read(query + at * query_head, start, query_row, tgt_len, BLOCK_QUERIES, HEAD_DIM, BLOCK_DIM)
+    peak = tl.full((BLOCK_QUERIES,), -INF, tl.float32)
+    total = tl.zeros((BLOCK_QUERIES,), tl.float32)
+    sums = tl.zeros((BLOCK_QUERIES, BLOCK_DIM), tl.float32)
+    for first in range(0, tl.minimum(src_len, start + BLOCK_QUERIES) if CAUSAL else src_len, BLOCK_KEYS):
+        keys = first + tl.arange(0, BLOCK_KEYS)
+        k = _read(key + at * key_head, first, key_row, src_len, BLOCK_KEYS, HEAD_DIM, BLOCK_DIM)
+        v = _read(value + at * value_head, first, value_row, src_len, BLOCK_KEYS, HEAD_DIM, BLOCK_DIM)
+        x = _masked(
+            tl.dot(q, tl.trans(k), input_precision="ieee"), start, first, rows[:, None], keys[None, :],
+            hidden, added, hidden_key, added_query, added_key, tgt_len, src_len, CAUSAL,
+        )  # fmt: skip
+        modulated = _sigma(x, thresholds, gains, ORDER)
+        peak_now = tl.maximum(peak, tl.max(modulated, 1))
+        shift = tl.where(peak_now == -INF, 0.0, peak_now)
+        exponentials = tl.exp(modulated - shift[:, None])
+        scale = tl.exp(peak - shift)
+        total = total * scale + tl.sum(exponentials, 1)
+        weights = exponentials * _kept(seed, head, rows[:, None], keys[None, :], dropout, DROPOUT)
+        sums = tl.dot(weights.to(v.dtype), v, sums * scale[:, None], input_precision="ieee")
+        peak = peak_now
+    # The exponential of the peak is 1: a sum of 0 is that of no score at all.
+    factor = tl.where(total == 0, 0.0, 1 / total)
+    _write(
+        sums * factor[:, None], output + at * output_head, start, output_row, tgt_len, BLOCK_QUERIES, HEAD_DIM, BLOCK_DIM
+    )
+    tl.store(peaks + at * tgt_len + rows, tl.where(total == 0, 0.0, peak), mask=rows < tgt_len)
+    tl.store(factors + at * tgt_len + rows, factor, mask=rows < tgt_len)
+
+
+@triton.jit
+def _probabilities(
+    q, k, query, key, queries, keys, peak, factor, thresholds, gains, hidden, added, hidden_key, added_query,
+    added_key, tgt_len, src_len, ORDER: tl.constexpr, CAUSAL: tl.constexpr, BY_KEY: tl.constexpr,
+):  # fmt: skip
+    """Scores and probabilities, (queries, keys), or (keys, queries) if ``BY_KEY``."""
+    scores = tl.dot(k, tl.trans(q), input_precision="ieee") if BY_KEY else tl.dot(
+        q, tl.trans(k), input_precision="ieee"
+    )
+    x = _masked(
+        scores, query, key, queries, keys, hidden, added, hidden_key, added_query, added_key, tgt_len, src_len, CAUSAL
+    )
+    return x, tl.exp(_sigma(x, thresholds, gains, ORDER) - peak) * factor
+
+
+@triton.jit(do_not_specialize=VARIABLE)
+def backward_queries(
+    query, key, value, grad, thresholds, gains, hidden, added, peaks, factors, expecteds, grad_query, table,
+    query_head, query_row, key_head, key_row, value_head, value_row, grad_head, grad_row,
+    grad_query_head, grad_query_row,
+    hidden_head, hidden_key, added_query, added_key, tgt_len, src_len, seed, dropout,
+    ORDER: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr, BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr,
+):  # fmt: skip
+    """Of a block of queries ∂L/∂query; Σ p · ∂L/∂p, (heads, tgt_len), and the sums for thresholds and gains.
+
+    Args:
+        grad: ∂L/∂output, (heads, tgt_len, HEAD_DIM).
+        table: (programs, 2, ORDER, 2), the sums of slopes and of powers.
+    """
+    head, start = _place(tgt_len, BLOCK_QUERIES, CAUSAL)
+    at = head.to(tl.int64)
+    rows = start + tl.arange(0, BLOCK_QUERIES)
+    thresholds, gains = _parameters(thresholds, ORDER), _parameters(gains, ORDER)
+    if hidden is not None:
+        hidden += at * hidden_head
+    q = _read(query + at * query_head, start, query_row, tgt_len, BLOCK_QUERIES, HEAD_DIM, BLOCK_DIM)
+    g = _read(grad + at * grad_head, start, grad_row, tgt_len, BLOCK_QUERIES, HEAD_DIM, BLOCK_DIM)
+    peak = tl.load(peaks + at * tgt_len + rows, mask=rows < tgt_len, other=0.0)[:, None]
+    factor = tl.load(factors + at * tgt_len + rows, mask=rows < tgt_len, other=0.0)[:, None]
+    end = tl.minimum(src_len, start + BLOCK_QUERIES) if CAUSAL else src_len
+
+    expected = tl.zeros((BLOCK_QUERIES,), tl.float32)
+    for first in range(0, end, BLOCK_KEYS):
+        keys = first + tl.arange(0, BLOCK_KEYS)
+        k = _read(key + at * key_head, first, key_row, src_len, BLOCK_KEYS, HEAD_DIM, BLOCK_DIM)
+        v = _read(value + at * value_head, first, value_row, src_len, BLOCK_KEYS, HEAD_DIM, BLOCK_DIM)
+        _, p = _probabilities(
+            q, k, start, first, rows[:, None], keys[None, :], peak, factor, thresholds, gains, hidden, added,
+            hidden_key, added_query, added_key, tgt_len, src_len, ORDER, CAUSAL, False,
+        )  # fmt: skip
+        grad_p = tl.dot(g, tl.trans(v), input_precision="ieee")
+        grad_p *= _kept(seed, head, rows[:, None], keys[None, :], dropout, DROPOUT)
+        expected += tl.sum(p * grad_p, 1)
+    tl.store(expecteds + at * tgt_len + rows, expected, mask=rows < tgt_len)
+
+    grad_q = tl.zeros((BLOCK_QUERIES, BLOCK_DIM), tl.float32)
+    zero = tl.zeros((BLOCK_QUERIES,), tl.float32)
+    slope_0, slope_1, slope_2, slope_3, power_0, power_1, power_2, power_3 = (
+        zero, zero, zero, zero, zero, zero, zero, zero
+    )  # fmt: skip
+    for first in range(0, end, BLOCK_KEYS):
+        keys = first + tl.arange(0, BLOCK_KEYS)
+        k = _read(key + at * key_head, first, key_row, src_len, BLOCK_KEYS, HEAD_DIM, BLOCK_DIM)
+        v = _read(value + at * value_head, first, value_row, src_len, BLOCK_KEYS, HEAD_DIM, BLOCK_DIM)
+        x, p = _probabilities(
+            q, k, start, first, rows[:, None], keys[None, :], peak, factor, thresholds, gains, hidden, added,
+            hidden_key, added_query, added_key, tgt_len, src_len, ORDER, CAUSAL, False,
+        )  # fmt: skip
+        grad_p = tl.dot(g, tl.trans(v), input_precision="ieee")
+        grad_p *= _kept(seed, head, rows[:, None], keys[None, :], dropout, DROPOUT)
+        grad_x, slopes, powers = _sigma_backward(x, p * (grad_p - expected[:, None]), thresholds, gains, ORDER)
+        grad_q = tl.dot(grad_x.to(k.dtype), k, grad_q, input_precision="ieee")
+        if ORDER >= 1:
+            slope_0 += tl.sum(slopes[0], 1)
+            slope_1 += tl.sum(slopes[1], 1)
+            power_0 += tl.sum(powers[0], 1)
+            power_1 += tl.sum(powers[1], 1)
+        if ORDER >= 2:
+            slope_2 += tl.sum(slopes[2], 1)
+            slope_3 += tl.sum(slopes[3], 1)
+            power_2 += tl.sum(powers[2], 1)
+            power_3 += tl.sum(powers[3], 1)
+    _write(
+        grad_q, grad_query + at * grad_query_head, start, grad_query_row, tgt_len, BLOCK_QUERIES, HEAD_DIM, BLOCK_DIM
+    )
+    table += tl.program_id(0).to(tl.int64) * (4 * ORDER)
+    if ORDER >= 1:
+        tl.store(table, tl.sum(slope_0, 0))
+        tl.store(table + 1, tl.sum(slope_1, 0))
+        tl.store(table + 2 * ORDER, tl.sum(power_0, 0))
+        tl.store(table + 2 * ORDER + 1, tl.sum(power_1, 0))
+    if ORDER >= 2:
+        tl.store(table + 2, tl.sum(slope_2, 0))
+        tl.store(table + 3, tl.sum(slope_3, 0))
+        tl.store(table + 6, tl.sum(power_2, 0))
+        tl.store(table + 7, tl.sum(power_3, 0))
+
+
+@triton.jit(do_not_specialize=VARIABLE)
+def backward_keys(
+    query, key, value, grad, thresholds, gains, hidden, added, peaks, factors, expecteds, grad_key, grad_value,
+    query_head, query_row, key_head, key_row, value_head, value_row, grad_head, grad_row,
+    grad_key_head, grad_key_row, grad_value_head, grad_value_row,
+    hidden_head, hidden_key, added_query, added_key, tgt_len, src_len, seed, dropout,
+    ORDER: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr, BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr,
+):  # fmt: skip
+    """Of a block of keys ∂L/∂key and ∂L/∂value; arguments as above."""
+    head, start = _place(src_len, BLOCK_KEYS, False)
+    at = head.to(tl.int64)
+    keys = start + tl.arange(0, BLOCK_KEYS)
+    thresholds, gains = _parameters(thresholds, ORDER), _parameters(gains, ORDER)
+    if hidden is not None:
+        hidden += at * hidden_head
+    k = _read(key + at * key_head, start, key_row, src_len, BLOCK_KEYS, HEAD_DIM, BLOCK_DIM)
+    v = _read(value + at * value_head, start, value_row, src_len, BLOCK_KEYS, HEAD_DIM, BLOCK_DIM)
+    grad_k = tl.zeros((BLOCK_KEYS, BLOCK_DIM), tl.float32)
+    grad_v = tl.zeros((BLOCK_KEYS, BLOCK_DIM), tl.float32)
+    for first in range(start // BLOCK_QUERIES * BLOCK_QUERIES if CAUSAL else 0, tgt_len, BLOCK_QUERIES):
+        rows = first + tl.arange(0, BLOCK_QUERIES)
+        q = _read(query + at * query_head, first, query_row, tgt_len, BLOCK_QUERIES, HEAD_DIM, BLOCK_DIM)
+        g = _read(grad + at * grad_head, first, grad_row, tgt_len, BLOCK_QUERIES, HEAD_DIM, BLOCK_DIM)
+        peak = tl.load(peaks + at * tgt_len + rows, mask=rows < tgt_len, other=0.0)
+        factor = tl.load(factors + at * tgt_len + rows, mask=rows < tgt_len, other=0.0)
+        expected = tl.load(expecteds + at * tgt_len + rows, mask=rows < tgt_len, other=0.0)
+        x, p = _probabilities(
+            q, k, first, start, rows[None, :], keys[:, None], peak[None, :], factor[None, :], thresholds, gains,
+            hidden, added, hidden_key, added_query, added_key, tgt_len, src_len, ORDER, CAUSAL, True,
+        )  # fmt: skip
+        kept = _kept(seed, head, rows[None, :], keys[:, None], dropout, DROPOUT)
+        grad_v = tl.dot((p * kept).to(g.dtype), g, grad_v, input_precision="ieee")
+        grad_p = tl.dot(v, tl.trans(g), input_precision="ieee") * kept
+        grad_x, _, _ = _sigma_backward(x, p * (grad_p - expected[None, :]), thresholds, gains, ORDER)
+        grad_k = tl.dot(grad_x.to(q.dtype), q, grad_k, input_precision="ieee")
+    _write(
+        grad_k, grad_key + at * grad_key_head, start, grad_key_row, src_len, BLOCK_KEYS, HEAD_DIM, BLOCK_DIM
+    )
+    _write(
+        grad_v, grad_value + at * grad_value_head, start, grad_value_row, src_len, BLOCK_KEYS, HEAD_DIM, BLOCK_DIM
+    )

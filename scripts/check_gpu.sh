@@ -1,0 +1,39 @@
+#!/usr/bin/env bash
+# Does everything work on this machine's GPU, and how fast? To be run once where there is one; under 8 minutes.
+#
+#     bash scripts/check_gpu.sh [--out FILE] [--without-gpu] [--short]
+#
+#   --out FILE       all figures, as JSON (default: check_gpu.json)
+#   --without-gpu    what of it goes without one: kernels interpreted on the CPU, a short training in fp32
+#   --short          fewer cases and updates
+#   --help           show this text
+#
+# Kernels against float64 in fp32, fp16 and bf16; the benchmark beside PyTorch's attention and stock fairseq; training
+# in fp32, fp16, bf16 and with --amp, whose losses are compared; and, where there are two GPUs, training on both beside
+# training on one. Each line ends in its verdict, and the last one says how many are wrong; then the exit status is 1.
+
+set -euo pipefail
+
+scripts=$(cd "$(dirname "$0")" >/dev/null && pwd)
+# shellcheck source=scripts/common.sh
+source "$scripts/common.sh"
+
+options='
+    --out          out      text
+    --without-gpu  without  =yes
+    --short        short    =yes
+'
+out=check_gpu.json
+without=
+short=
+parse_options "$options" "$@"
+need_python
+need_fairseq
+need_module multimax_fairseq
+[[ -d $(dirname "$out") ]] || die "--out: there is no folder $(dirname "$out")"
+if [[ -z $without ]]; then
+    "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' ||
+        die "torch sees no GPU here: run this on a machine with one, or --without-gpu for what goes without"
+    need_module triton
+fi
+exec "$PYTHON" "$scripts/check_gpu.py" --out "$out" ${without:+--without-gpu} ${short:+--short}

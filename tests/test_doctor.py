@@ -1,0 +1,52 @@
+"""multimax-doctor: what it finds here, and that it finds what is not well."""
+
+import importlib.metadata
+import sys
+
+import pytest
+import torch
+from conftest import run
+
+from multimax_fairseq import doctor, mappings
+
+
+@pytest.mark.slow
+def test_the_command_finds_all_well_here():
+    result = run(sys.executable, "-m", "multimax_fairseq.doctor")
+    lines = result.stdout.splitlines()
+    assert lines[-1] == "All is well." and all(line.startswith("ok ") for line in lines[:-1])
+    for name in mappings.MAPPINGS:
+        assert any(line.startswith(f"ok      {name}: error cpu float32") for line in lines)
+
+
+def test_a_mapping_that_is_wrong_in_single_precision(monkeypatch, capsys):
+    class Wrong(mappings.Softmax):
+        def forward(self, scores):
+            return super().forward(scores) * (1 if scores.dtype == torch.float64 else 1.1)
+
+    monkeypatch.setattr(mappings, "MAPPINGS", {"wrong": Wrong})
+    monkeypatch.setattr(doctor, "check_backends", lambda: [])
+    monkeypatch.setattr(sys, "argv", ["multimax-doctor"])
+    assert doctor.main() == 1
+    assert "PROBLEM wrong: error cpu float32" in capsys.readouterr().out
+
+
+def test_packages_that_are_missing_or_do_not_fit(monkeypatch):
+    requirements = ["torch>=99", "no-such-package>=1.0", "numpy; extra == 'test'", "tqdm"]
+    monkeypatch.setattr(importlib.metadata, "requires", lambda name: requirements)
+    too_old, missing, present = doctor.check_packages()
+    assert not too_old[0] and too_old[1].endswith("does not fit; pip install 'torch>=99'")
+    assert missing == (False, "no-such-package is missing: pip install 'no-such-package>=1.0'")
+    assert present[0] and present[1].startswith("tqdm ")
+
+
+def test_a_python_that_fairseq_does_not_know(monkeypatch):
+    monkeypatch.setattr(doctor, "PYTHONS", ((2, 7), (3, 0)))
+    ((fits, line),) = doctor.check_python()
+    assert not fits and "needs 2.7 to 3.0" in line
+
+
+def test_what_it_does_not_know_is_answered_with_help(monkeypatch, capsys):
+    for arguments, status in ((["--help"], 0), (["--what"], 2)):
+        monkeypatch.setattr(sys, "argv", ["multimax-doctor", *arguments])
+        assert doctor.main() == status and "Exit status 0" in capsys.readouterr().out

@@ -1,0 +1,85 @@
+"""examples/retrieval/run.py: the task, the table and the figures, through the command."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+
+SCRIPT = ROOT / "examples" / "retrieval" / "run.py"
+QUICK = ["--updates", 20, "--length", 12, "--test-lengths", "12,24", "--matches", 3, "--processes", 1]
+
+
+@pytest.fixture(scope="module")
+def retrieval():
+    spec = importlib.util.spec_from_file_location("retrieval", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def call(*arguments):
+    command = [sys.executable, str(SCRIPT), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+def test_a_perfect_layer_has_no_error(retrieval):
+    """The target is the mean of the values of the keys that match, which are as many as are said to."""
+    task = retrieval.Task(length=20, matches=4, dimensions=8, noise=0.6)
+    batch = task.draw(torch.Generator().manual_seed(0))
+    count = batch.matches.sum(-1)
+    assert count.min() == 1 and count.max() == 4
+    uniform = batch.matches / count[:, None]
+    torch.testing.assert_close(torch.einsum("bl,bld->bd", uniform, batch.values), batch.target)
+    similarity = torch.einsum("bd,bld->bl", batch.query, batch.keys)
+    torch.testing.assert_close(batch.keys.norm(dim=-1), torch.ones(retrieval.BATCH, 20))
+    # √(1 − 0.6²) = 0.8 of a match is the query, and of a distractor nothing
+    assert similarity[batch.matches].mean() == pytest.approx(0.8, abs=0.03)
+    assert similarity[~batch.matches].mean() == pytest.approx(0.0, abs=0.03)
+
+
+def test_modulators_have_a_learning_rate_of_their_own(retrieval):
+    layer = retrieval.Layer(retrieval.Row.parse("multimax:order=1:lr_scale=10"), 4)
+    others, modulators = layer.parameter_groups()
+    assert {id(p) for p in modulators["params"]} == {id(layer.mapping.thresholds), id(layer.mapping.gains)}
+    assert modulators["lr"] == 10 * others["lr"] and len(others["params"]) == 4
+
+
+@pytest.mark.slow
+def test_a_run_is_resumed_and_has_a_table_and_figures(tmp_path):
+    rows = "softmax,multimax:order=1:lr_scale=10,entmax:alpha=learned,softmax:scale=log-length"
+    first = call(*QUICK, "--mappings", "softmax", "--seeds", 1, "--out", tmp_path)
+    assert first.returncode == 0, first.stderr
+    kept = json.loads((tmp_path / "results.json").read_text())
+    second = call(*QUICK, "--mappings", rows, "--seeds", "1,2", "--out", tmp_path)
+    assert second.returncode == 0, second.stderr
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert len(results) == 4 * 2 * 2 and all(record in results for record in kept)
+    assert {"mapping", "options", "seed", "test_length", "mse", "mass_on_matches"} <= set(results[0])
+    of_softmax = [r["mse"] for r in results if (r["mapping"], r["options"], r["test_length"]) == ("softmax", {}, 12)]
+    row = f"| softmax | {sum(of_softmax) / 2:.4f} ±"
+    assert row in second.stdout and row in (tmp_path / "table.md").read_text()
+    for name in ("errors", "modulators", "rows"):
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    other = call(*QUICK, "--noise", 0.3, "--out", tmp_path)
+    assert other.returncode == 1 and "has results of another task" in other.stderr
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    (["--mappings", "softmin"], "there is no mapping 'softmin'"),
+    (["--mappings", "multimax:heads=2"], "multimax has no option heads"),
+    (["--mappings", "multimax:order"], "options are written name=value"),
+    (["--mappings", "softmax:scale=sqrt"], "there is no 'sqrt'; choose from"),
+    (["--seeds", "0"], "--seeds takes whole numbers from 1; got '0'"),
+    (["--noise", "2"], "--noise takes a number in"),
+    (["--matches", "100"], "--matches 100: more than there are keys"),
+])  # fmt: skip
+def test_bad_input_is_refused_before_any_training(options, message, retrieval, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["run.py", *options, "--out", str(tmp_path / "new")])
+    with pytest.raises(SystemExit) as stop:
+        retrieval.main()
+    assert stop.value.code == 2 and message in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
