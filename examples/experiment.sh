@@ -4,7 +4,8 @@
 #   --mapping NAME         of attention: multimax, softmax, sparsemax, entmax15, entmax, evsoftmax (default: multimax),
 #                          or stock: fairseq's own architecture
 #   --sites LIST           of encoder, decoder, cross: where it applies, softmax elsewhere (default: everywhere)
-#   --output-mapping NAME  of the vocabulary: softmax or multimax (default: softmax)
+#   --output-mapping NAME  of the vocabulary: softmax, multimax, or, trained with --criterion entmax_loss, sparsemax,
+#                          entmax15, entmax (default: softmax)
 #   --order N              of MultiMax's modulator: 1 or 2 (default: 2)
 #   --terms LIST           its sides that are learned: below,above or one of them (default: both)
 #   --entmax-alpha A       α of entmax: a number in (1, 2], or learned (default: 1.5)
@@ -98,7 +99,7 @@ parse_run_options() {
     parse_options "
 --mapping         mapping         one of softmax multimax sparsemax entmax15 entmax evsoftmax stock
 --sites           sites           some of encoder decoder cross
---output-mapping  output_mapping  one of softmax multimax
+--output-mapping  output_mapping  one of softmax multimax sparsemax entmax15 entmax
 --order           order           one of 1 2
 --terms           terms           some of below above
 --entmax-alpha    entmax_alpha    text
@@ -188,6 +189,7 @@ compose_command() {
     else
         train_command+=(--no-epoch-checkpoints)
     fi
+    [[ $output_mapping == softmax || $output_mapping == multimax ]] || train_command+=(--criterion entmax_loss)
     [[ $precision == fp32 ]] || train_command+=("--$precision")
     train_command+=(${extra[@]+"${extra[@]}"})
 }

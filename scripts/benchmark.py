@@ -11,7 +11,7 @@ faster, or less, than the first side. So it stands on a machine that is not quit
     attention  the module of fairseq, and what lies between its projections; the peak of memory
     step       a training step of the IWSLT'14 and WikiText-103 models, against fairseq's own
     output     output layer and loss at 267,744 types, against fairseq's cross-entropy: time, and the peak of memory
-               above weights and their gradients
+               above weights and their gradients; sparsemax, entmax15 and entmax (α learned) with entmax_loss
     generate   sentences a second of beam search. --path: a softmax checkpoint of this plugin, on --data; the other
                side has its weights, and MultiMax with modulators at the identity: both find the same hypotheses
     epoch      words a second of training on --data (translation), in a first and a second pass
@@ -46,13 +46,16 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import multimax_fairseq.models  # noqa: F401  registers the models
+from multimax_fairseq.criterions.entmax_loss import alpha_of
 from multimax_fairseq.kernels.attention import multimax_attention
 from multimax_fairseq.kernels.backend import compiled_graphs
 from multimax_fairseq.kernels.chunked_cross_entropy import chunked_cross_entropy
+from multimax_fairseq.kernels.chunked_entmax_loss import chunked_entmax_loss
 from multimax_fairseq.kernels.masks import Masks
 from multimax_fairseq.mappings import MultiMax, build_mapping, modulate
 from multimax_fairseq.mappings.multimax import multimax_formula
 from multimax_fairseq.modules import MappedMultiheadAttention
+from multimax_fairseq.modules.transformer import SPARSE
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 Rows = List[Dict[str, Any]]
@@ -355,14 +358,15 @@ def benchmark_output(rounds: int) -> Iterator[Rows]:
     for tokens in (512, 2_048):
         for mapping in ("softmax", "multimax"):
             case = f"{tokens:,} tokens × {TYPES:,} types, {mapping}"
-            sides = {name: output_side(name, mapping, tokens)[0] for name in ("stock", "chunked")}
+            names = ["stock", "chunked", *(SPARSE if mapping == "softmax" else ())]
+            sides = {name: output_side(name, mapping, tokens)[0] for name in names}
             yield compare(f"{case}, forward+backward", sides, max(rounds // 4, 3))
             del sides
-            yield compare_memory(f"{case}, peak", output_peak, ["stock", "chunked"], mapping, tokens)
+            yield compare_memory(f"{case}, peak", output_peak, names, mapping, tokens)
 
 
 def output_side(name: str, mapping: str, tokens: int) -> Tuple[Callable[[], None], Tuple[Tensor, ...]]:
-    """A projection and its loss, forward and backward; and what gets gradients."""
+    """A projection and its loss, forward and backward; and what gets gradients. Of ``SPARSE``, with entmax_loss."""
     torch.manual_seed(0)
     features = torch.randn(tokens, WIDTH, device=DEVICE, requires_grad=True)
     weight = nn.Parameter(torch.randn(TYPES, WIDTH, device=DEVICE) * WIDTH**-0.5)
@@ -379,7 +383,14 @@ def output_side(name: str, mapping: str, tokens: int) -> Tuple[Callable[[], None
     def chunked() -> None:
         chunked_cross_entropy(features, weight, targets, None, *(parameters or (None, None))).loss.backward()
 
-    return {"stock": stock, "chunked": chunked}[name], learned
+    if name not in SPARSE:
+        return {"stock": stock, "chunked": chunked}[name], learned
+    sparse = build_mapping(name, **({"alpha": "learned"} if name == "entmax" else {})).to(DEVICE)
+
+    def sparse_loss() -> None:
+        chunked_entmax_loss(features, weight, targets, sparse, alpha_of(sparse)).loss.backward()
+
+    return sparse_loss, learned
 
 
 def output_peak(name: str, mapping: str, tokens: int) -> int:

@@ -81,9 +81,9 @@ def row_name(mapping: dict[str, Any]) -> str:
     name = NAMES[attention]
     if attention == "stock":
         return name
-    if attention == "entmax":
-        alpha = mapping["entmax_alpha"]
-        name += ", α learned" if alpha == "learned" else f", α = {alpha}"
+    alpha = mapping["entmax_alpha"]
+    alpha = ", α learned" if alpha == "learned" else f", α = {alpha}"
+    name += alpha if attention == "entmax" else ""
     if attention != "softmax":
         sites = mapping["attention_mapping_sites"].split(",")
         if not ALL_SITES <= set(sites):
@@ -94,7 +94,8 @@ def row_name(mapping: dict[str, Any]) -> str:
         name += "" if set(terms) == BOTH_TERMS else f", only {terms[0]}"
         name += "" if mapping["multimax_init"] == "normal" else f", {mapping['multimax_init']} at the start"
     if mapping["output_mapping"] != "softmax":
-        name += f"; {NAMES[mapping['output_mapping']]} of the vocabulary"
+        name += f"; {NAMES[mapping['output_mapping']]}{alpha if mapping['output_mapping'] == 'entmax' else ''}"
+        name += " of the vocabulary"
     return name
 
 

@@ -5,7 +5,7 @@ import torch
 from fairseq.modules import MultiheadAttention
 
 from multimax_fairseq.analysis import attention_modules, collect, recording
-from multimax_fairseq.analysis.collect import output_modulator, token_masks
+from multimax_fairseq.analysis.collect import output_mapping, token_masks
 
 MODELS = [
     ("transformer", []),
@@ -99,13 +99,14 @@ def test_the_model_computes_the_same_and_is_left_as_it_was(arch, options, build,
     )
 
 
-def test_the_outputs_scores_are_those_before_its_modulator(build, batch):
-    built = build("multimax_transformer_lm", "--output-mapping", "multimax")
+@pytest.mark.parametrize("mapping", ["multimax", "entmax15"])
+def test_the_outputs_scores_are_those_before_its_mapping(mapping, build, batch):
+    built = build("multimax_transformer_lm", "--output-mapping", mapping)
     collected = collect(built.model, batch(built))
     with torch.no_grad():
-        expected = output_modulator(built.model)(collected.output.scores)
+        expected = output_mapping(built.model)(collected.output.scores)
     torch.testing.assert_close(collected.output.probabilities, expected, atol=1e-6, rtol=0)
-    assert output_modulator(build("multimax_transformer_lm").model) is None
+    assert output_mapping(build("multimax_transformer_lm").model) is None
 
 
 @pytest.mark.parametrize("arch", ["transformer", "multimax_transformer"])

@@ -226,6 +226,36 @@ def test_every_way_of_breaking_a_text_into_samples(mode, corpus, tmp_path):
     assert log["train"]
 
 
+def test_a_sparse_vocabulary_from_training_to_translations(corpus, tmp_path):
+    log = train(corpus / "data-bin", "multimax_transformer", tmp_path, "--max-epoch", 2, "--output-mapping", "entmax",
+                "--entmax-alpha", "learned", "--criterion", "entmax_loss", "--label-smoothing", 0.01)  # fmt: skip
+    train_losses, _ = losses(log)
+    assert float(train_losses[1][1]) < float(train_losses[0][1])
+    assert float(log["valid"][-1]["valid_support"]) > 1 and 0 <= float(log["valid"][-1]["valid_impossible"]) <= 100
+    result = run("fairseq-generate", corpus / "data-bin", "--user-dir", PLUGIN, "--path",
+                 tmp_path / "checkpoint_last.pt", "--gen-subset", "test", "--beam", 5, "--max-len-b", 5, "--cpu",
+                 "--required-batch-size-multiple", 1)  # fmt: skip
+    scores = re.findall(r"^H-\d+\t(\S+)\t", result.stdout, re.M)
+    assert len(scores) == 40 and all(math.isfinite(float(score)) for score in scores)
+    assert re.search(r"provably exact for \d+ of 40 sentences", result.stdout + result.stderr)
+
+
+def test_a_sparse_vocabulary_from_training_to_perplexity(corpus, tmp_path):
+    (tmp_path / "tiny.yaml").write_text(
+        HYDRA.format(plugin=PLUGIN, task="language_modeling", data=corpus / "data-bin-lm", folder=tmp_path,
+                     task_options=", tokens_per_sample: 64", arch="multimax_transformer_lm",
+                     model="output_mapping: sparsemax").replace("cross_entropy}", "entmax_loss, label_smoothing: 0.01}")
+    )  # fmt: skip
+    run("fairseq-hydra-train", "--config-dir", tmp_path, "--config-name", "tiny", cwd=tmp_path)
+    result = run("fairseq-eval-lm", corpus / "data-bin-lm", "--user-dir", PLUGIN, "--path",
+                 tmp_path / "checkpoint_last.pt", "--gen-subset", "valid", "--cpu", "--tokens-per-sample", 64,
+                 "--context-window", 32)  # fmt: skip
+    output = result.stdout + result.stderr
+    own, perplexity = re.findall(r"epsilon-perplexity: ([\d.]+),", output), re.findall(r"Perplexity: ([\d.]+)", output)
+    assert float(own[0]) == pytest.approx(float(perplexity[0]), rel=1e-3) and "Logging error" not in output
+    assert re.search(r"probability 0: [\d.]+ % of the words; sparsemax score: [\d.]+; Jensen-Shannon", output)
+
+
 HYDRA = """
 common: {{user_dir: {plugin}, cpu: true, log_format: json, seed: 1}}
 task: {{_name: {task}, data: {data}{task_options}}}
@@ -263,7 +293,8 @@ def test_a_config_file_trains_what_the_flags_train(arch, task, task_options, siz
 
 @pytest.mark.parametrize("flags, message", [
     (["--attention-mapping", "softmin"], "there is no 'softmin'; choose from: softmax, multimax, sparsemax"),
-    (["--output-mapping", "sparsemax"], "--output-mapping sparsemax"),
+    (["--output-mapping", "sparsemax"], "which cross-entropy cannot train: use --criterion entmax_loss"),
+    (["--output-mapping", "multimax", "--criterion", "entmax_loss"], "use --criterion chunked_cross_entropy"),
 ])  # fmt: skip
 def test_a_wrong_choice_ends_before_data_is_loaded(flags, message, corpus, tmp_path):
     result = run("fairseq-train", corpus / "data-bin", "--user-dir", PLUGIN, "--arch", "multimax_transformer",

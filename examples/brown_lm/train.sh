@@ -6,7 +6,7 @@
 #   --data DIR               made by scripts/prepare_text_lm.sh (default: data/brown)
 #   --mapping NAME           of attention: multimax, softmax, sparsemax, entmax15, entmax, evsoftmax
 #                            (default: multimax)
-#   --output-mapping NAME    of the vocabulary: softmax or multimax (default: softmax)
+#   --output-mapping NAME    of the vocabulary: softmax, multimax, sparsemax, entmax15, entmax (default: softmax)
 #   --seed N                 (default: 1)
 #   --updates N              (default: 1500; 518 of them are an epoch of the Brown corpus)
 #   --out DIR                checkpoints and logs (default: runs/brown-MAPPING-OUTPUT_MAPPING-SEED);
@@ -41,6 +41,8 @@ parse_options "
 run_dir=${run_dir:-runs/brown-$mapping-$output_mapping-$seed}
 [[ -d $data/data-bin ]] || die "$data has no data-bin: make it with scripts/prepare_text_lm.sh --out $data --from DIR"
 need_tool fairseq-train "activate the environment that holds fairseq"
+criterion=cross_entropy
+case $output_mapping in sparsemax | entmax15 | entmax) criterion=entmax_loss ;; esac
 
 mkdir -p "$run_dir"
 # 2 layers of width 128 with tied embeddings, 256 tokens of context.
@@ -48,7 +50,7 @@ keep_memory fairseq-train "$data/data-bin" --user-dir "$root/multimax_fairseq" -
     --arch multimax_transformer_lm --attention-mapping "$mapping" --output-mapping "$output_mapping" \
     --decoder-layers 2 --decoder-embed-dim 128 --decoder-input-dim 128 --decoder-output-dim 128 \
     --decoder-ffn-embed-dim 512 --decoder-attention-heads 4 --decoder-normalize-before \
-    --share-decoder-input-output-embed --dropout 0.1 \
+    --share-decoder-input-output-embed --dropout 0.1 --criterion "$criterion" \
     --optimizer adam --adam-betas '(0.9, 0.98)' --weight-decay 0.01 \
     --lr 5e-3 --lr-scheduler inverse_sqrt --warmup-updates 400 \
     --tokens-per-sample 256 --sample-break-mode none --max-tokens 2048 --max-update "$updates" \

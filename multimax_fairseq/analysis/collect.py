@@ -13,7 +13,7 @@ import torch
 from fairseq.modules import MultiheadAttention
 from torch import Tensor, nn
 
-from ..mappings import MultiMax, additive_mask
+from ..mappings import additive_mask
 
 
 class AttentionModule(NamedTuple):
@@ -281,7 +281,6 @@ def collect(model: nn.Module, sample: Dict[str, Any]) -> Collected:
     return collected
 
 
-def output_modulator(model: nn.Module) -> Optional[MultiMax]:
-    """The modulator of a model's output layer, if it has one."""
-    mapping = getattr(getattr(model, "decoder", None), "output_mapping", None)
-    return mapping if isinstance(mapping, MultiMax) else None
+def output_mapping(model: nn.Module) -> Optional[nn.Module]:
+    """The mapping of a model's output layer, None where that is softmax."""
+    return getattr(getattr(model, "decoder", None), "output_mapping", None)

@@ -9,7 +9,7 @@ from torch import Tensor
 from ..mappings import MAPPINGS, MultiMax
 from .alignment import AlignmentError, GoldAlignment, hard_alignment, word_attention, words_of_tokens
 from .checkpoint import LoadedModel, UserError
-from .collect import Attention, LayerOutput, attention_modules, output_modulator, run, token_masks
+from .collect import Attention, LayerOutput, attention_modules, output_mapping, run, token_masks
 from .metrics import MeanMetrics, ScoreHistogram, top_share
 from .modulator import ModulatorParameters, falling_share, is_monotone, parameters_of
 from .rollout import attention_rollout, translation_rollout
@@ -119,11 +119,11 @@ class Measurement:
         self._errors: Dict[Tuple[str, int, str], AlignmentError] = {}
         self.output: Optional[MeanMetrics] = None
         self._output_top = 0.0
-        modulator = output_modulator(loaded.model)
+        mapping = output_mapping(loaded.model)
         # decoder layers that attend to source and target together
         self._cross_self = bool(getattr(getattr(loaded.model, "decoder", None), "cross_self_attention", False))
-        self.with_output = not loaded.is_translation or modulator is not None
-        self.output_module = ModuleReport("output", 0, **_describe(modulator), histogram=ScoreHistogram())
+        self.with_output = not loaded.is_translation or mapping is not None
+        self.output_module = ModuleReport("output", 0, **_describe(mapping), histogram=ScoreHistogram())
 
     # ------------------------------------------------------------------------------ gathering
 

@@ -116,7 +116,7 @@ class SparseGenerator(SequenceGenerator):
 
 
 class SparseGeneratorWithAlignment(SequenceGeneratorWithAlignment, SparseGenerator):
-    """The same with ``--print-alignment``, for which fairseq counts on as many hypotheses as the beam has room for."""
+    """The same with ``--print-alignment``, which counts on as many hypotheses as the beam has room for."""
 
     fills_beams = True
 
@@ -293,6 +293,6 @@ class SparseScores:
             logger.info(
                 "probability 0: %(impossible).3f %% of the words; sparsemax score: %(sparsemax_score).4f; "
                 "Jensen-Shannon divergence: %(jensen_shannon_divergence).4f nat; epsilon-perplexity: "
-                "%(epsilon_perplexity).2f, epsilon = %(epsilon).3g. Loss and perplexity, below, are those with epsilon",
+                "%(epsilon_perplexity).2f, epsilon = %(epsilon).3g: loss and perplexity, below, are those with it",
                 self.results(),
             )  # fmt: skip
