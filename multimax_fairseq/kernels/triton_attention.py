@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MOST_DIMENSIONS = 128
 MOST_ORDER = 2
-FIRST_TRITON = (3, 9)  # that the kernels have been compiled with
+FIRST_TRITON = (3, 7)  # that the kernels have been tried with
 FIRST_CAPABILITY = (8, 0)
 
 
