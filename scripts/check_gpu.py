@@ -37,7 +37,7 @@ def check_attention(short: bool) -> Rows:
         yield {"check": "attention in Triton", "figure": "Triton is not installed, or too old", "right": None}
         return
     dtypes = list(DTYPES) if DEVICE.type == "cuda" else ["fp32", "fp16"]
-    count = (2 if short else 6) if DEVICE.type == "cpu" else 40
+    count = (1 if short else 6) if DEVICE.type == "cpu" else 40
     for dtype in dtypes:
         rows = list(check_kernels.check_cases(count, seed=1, dtypes=[dtype]))
         largest = max(error for row in rows for error in row["errors"].values())
@@ -47,7 +47,9 @@ def check_attention(short: bool) -> Rows:
             "right": all(row["right"] for row in rows),
             "wrong": [row for row in rows if not row["right"]],
         }
-    lengths = [(512, True, 4.0), (512, False, 1.0), (1_100, True, 4.0)] if DEVICE.type == "cuda" else [(64, True, 4.0)]
+    lengths = [(512, True, 4.0), (512, False, 1.0), (1_100, True, 4.0)]
+    if DEVICE.type == "cpu":
+        lengths = [] if short else [(128, True, 4.0)]
     for dtype in dtypes:
         for length, causal, mean in lengths:
             row = check_kernels.check_halves(length, causal, mean, DTYPES[dtype])
@@ -95,7 +97,7 @@ def compared(name: str, function: Callable, formula: Callable, inputs: List[Tens
     for compute, tensors in ((function, inputs), (formula, [tensor.double() for tensor in inputs])):
         wanted = [tensor.detach().requires_grad_() for tensor in tensors]
         result = compute(*wanted)
-        weights = torch.linspace(-1, 1, result.numel(), dtype=torch.float64, device=DEVICE).view(result.shape)
+        weights = torch.arange(1.0, 1 + result.numel(), dtype=torch.float64, device=DEVICE).sin().view(result.shape)
         grads = torch.autograd.grad((result.double() * (weights if result.dim() else 1)).sum(), wanted)
         results.append([result, *grads])
     errors = [((a.double() - b).abs().max() / b.abs().max()).item() for a, b in zip(*results)]
@@ -154,7 +156,7 @@ TRAINING = [
 ]  # fmt: skip
 # Losses of all updates beside those in fp32: relative, at most. Half precision takes other roundings, of which the
 # updates make more; a loss that does not fall, or is not a number, is far beyond.
-MOST_DIFFERENCE = 0.03
+MOST_DIFFERENCE = 0.04
 
 
 def check_training(short: bool) -> Rows:
@@ -195,15 +197,16 @@ def training_losses(command: List[Any]) -> List[float]:
 
 def beside(name: str, losses: List[float], expected: List[float]) -> Dict[str, Any]:
     difference = max((abs(a - b) / b for a, b in zip(losses, expected)), default=float("inf"))
+    close = all(abs(a - b) <= MOST_DIFFERENCE * b for a, b in zip(losses, expected))  # not if one is NaN
     return {
         "check": name, "figure": f"losses differ by {difference:.2%} at most", "losses": losses, "beside": expected,
-        "right": len(losses) == len(expected) and difference <= MOST_DIFFERENCE,
+        "right": len(losses) == len(expected) > 0 and close,
     }  # fmt: skip
 
 
 def run(*command: Any) -> subprocess.CompletedProcess:
-    """A command of this Python's environment, in a backend of its own choice; its last lines where it fails."""
-    environment = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "MULTIMAX_BACKEND")}
+    """A command of this Python's environment, which interprets no kernel; its last lines where it fails."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
     environment["PYTHON"] = sys.executable
     result = subprocess.run([str(part) for part in command], env=environment, capture_output=True, text=True)

@@ -7,6 +7,8 @@
 #
 # MULTIMAX_DATA=DIR   a folder with multi30k/ (gzipped, raw) and brown/ (train, valid, test .tokens.gz):
 #                     tests on real data run too; without it they are skipped
+# MULTIMAX_TEST_EXTRAS=test,gpu-tests
+#                     installs Triton too (1 GB), and tests the kernels for a GPU without one; else they are skipped
 
 set -euo pipefail
 
@@ -21,6 +23,6 @@ if [[ ${1:-} == --help || ${1:-} == -h ]]; then
     show_help "$0"
     exit
 fi
-use_environment "$root" test
+use_environment "$root" "${MULTIMAX_TEST_EXTRAS:-test}"
 cd "$root"
 exec python -m pytest -n auto --dist loadfile "$@"

@@ -41,8 +41,7 @@ def multimax_rows_backward(
     """
     grad = grad.to(compute_dtype(scores.dtype))
     if grad.dtype != scores.dtype:
-        exponentials, _, total = _exponentials(scores, thresholds, gains)
-        probabilities = exponentials * _reciprocal(total)
+        probabilities = normalised(scores, thresholds, gains)[0]
     upstream = probabilities * (grad - (grad * probabilities).sum(-1, keepdim=True))
     return sigma_backward(scores, upstream, thresholds, gains)
 
