@@ -431,7 +431,7 @@ def test_digits_from_training_to_figures(tmp_path, monkeypatch, capsys):
     result = subprocess.run(command, capture_output=True, text=True, env=with_root())
     assert result.returncode == 0, result.stderr
     table = (tmp_path / "table.md").read_text()
-    assert table == result.stdout and "| multimax | " in table
+    assert table == result.stdout and "| multimax | 1 | " in table
     runs = json.loads((tmp_path / "results.json").read_text())
     assert [(run["attention_mapping"], run["seed"]) for run in runs] == [("softmax", 1), ("multimax", 1)]
     assert all(len(run["sparsity"]) == 3 and 0 < min(run["sparsity"]) for run in runs)

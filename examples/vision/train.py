@@ -177,14 +177,15 @@ def table(results: List[Dict[str, Any]]) -> str:
     """A row a mapping, means over seeds (accuracy with the standard deviation), in Markdown."""
     depth = len(results[0]["sparsity"])
     metrics = [f"{letter}, block {block + 1}" for letter in "MS" for block in range(depth)]
-    head = ["attention", "accuracy, %", *metrics, "CPU minutes a run"]
+    head = ["attention", "seeds", "accuracy, %", *metrics, "CPU minutes a run"]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for name, runs in by_mapping(results).items():
         accuracies = torch.tensor([100 * run["accuracy"] for run in runs], dtype=torch.float64)
         spread = f" ± {accuracies.std():.2f}" if len(runs) > 1 else ""
         means = torch.tensor([[*run["multimodality"], *run["sparsity"]] for run in runs]).mean(0)
         minutes = sum(run["cpu_seconds"] for run in runs) / len(runs) / 60
-        cells = [name, f"{accuracies.mean():.2f}{spread}", *(f"{mean:.3f}" for mean in means), f"{minutes:.1f}"]
+        cells = [name, str(len(runs)), f"{accuracies.mean():.2f}{spread}"]
+        cells += [*(f"{mean:.3f}" for mean in means), f"{minutes:.1f}"]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
