@@ -75,6 +75,7 @@ def trained_run():
 
     _, cfg = parse([workplace() / "data-bin", "--arch", "multimax_transformer", *TINY])
     folder = workplace() / "run"
+    torch.manual_seed(1)  # or an attack could not be repeated
     model = tasks.setup_task(cfg.task).build_model(cfg.model)
     path = save_checkpoint(Namespace(model=model, cfg=cfg), folder / "checkpoint_best.pt")
     state = torch.load(path)
