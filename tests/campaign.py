@@ -75,6 +75,7 @@ def trained_run():
 
     _, cfg = parse([workplace() / "data-bin", "--arch", "multimax_transformer", *TINY])
     folder = workplace() / "run"
+    torch.manual_seed(1)  # or an attack could not be repeated
     model = tasks.setup_task(cfg.task).build_model(cfg.model)
     path = save_checkpoint(Namespace(model=model, cfg=cfg), folder / "checkpoint_best.pt")
     state = torch.load(path)
@@ -174,11 +175,19 @@ def damaged_run(rng, folder):
         ("resume_checkpoint", [place], "none"),
         ("results_table", [place, "--samples", 1], "none"),
     ])  # fmt: skip
-    changed = not victim.exists() or victim.read_bytes() != (trained_run() / victim.name).read_bytes()
     before = set(place.iterdir())
     message = in_process(tool, arguments)
-    expect(not (changed and victim.name.startswith(reads)) or message, tool, "succeeds after", how)
+    if message is None and victim.name.startswith(reads):
+        expect(is_intact(victim, trained_run() / victim.name), tool, "succeeds after", how)
     expect(message is None or set(place.iterdir()) == before, tool, "leaves something after", how)
+
+
+def is_intact(path, original):
+    """Whether a checkpoint still says the same: a bit of the padding between its parts may be another."""
+    found, expected = (torch.load(file) for file in (path, original))
+    parameters = expected.pop("model")
+    same = all(torch.equal(tensor, parameters[name]) for name, tensor in found.pop("model").items())
+    return same and repr(found) == repr(expected)
 
 
 def damaged_data(rng, folder):
