@@ -7,9 +7,11 @@
 Every comparison has its sides take turns in one process, and its figure is the median of their ratios: below 1 is
 faster, or less, than the first side. So it stands on a machine that is not quite idle, where times do not.
 
-    mapping    scores → probabilities, against torch's softmax: MultiMax, its formula in eager PyTorch, the others
+    mapping    scores → probabilities, against torch's softmax: MultiMax, its formula in eager PyTorch, the others, and
+               those of the package entmax
     attention  the module of fairseq, and what lies between its projections; the peak of memory
-    step       a training step of the IWSLT'14 and WikiText-103 models, against fairseq's own
+    step       a training step of the IWSLT'14 and WikiText-103 models, against fairseq's own; of the former with every
+               mapping in attention
     output     output layer and loss at 267,744 types, against fairseq's cross-entropy: time, and the peak of memory
                above weights and their gradients; sparsemax, entmax15 and entmax (α learned) with entmax_loss
     generate   sentences a second of beam search. --path: a softmax checkpoint of this plugin, on --data; the other
@@ -35,6 +37,7 @@ import warnings
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 
+import entmax as entmax_package
 import torch
 import torch.nn.functional as F
 from fairseq import checkpoint_utils, options, tasks, utils
@@ -52,7 +55,7 @@ from multimax_fairseq.kernels.backend import compiled_graphs
 from multimax_fairseq.kernels.chunked_cross_entropy import chunked_cross_entropy
 from multimax_fairseq.kernels.chunked_entmax_loss import chunked_entmax_loss
 from multimax_fairseq.kernels.masks import Masks
-from multimax_fairseq.mappings import MultiMax, build_mapping, modulate
+from multimax_fairseq.mappings import MAPPINGS, MultiMax, build_mapping, modulate
 from multimax_fairseq.mappings.multimax import multimax_formula
 from multimax_fairseq.modules import MappedMultiheadAttention
 from multimax_fairseq.modules.transformer import SPARSE
@@ -195,8 +198,13 @@ def mappings() -> Dict[str, Callable[[Tensor], Tensor]]:
         "multimax, formula": Formula(),
         "sparsemax": build_mapping("sparsemax"),
         "entmax15": build_mapping("entmax15"),
-        "entmax": build_mapping("entmax", alpha=1.3),
+        "entmax, α = 1.5": build_mapping("entmax", alpha=1.5),
+        "entmax, α = 1.3": build_mapping("entmax", alpha=1.3),
+        "entmax, learned": build_mapping("entmax", alpha="learned"),
         "evsoftmax": build_mapping("evsoftmax"),
+        "sparsemax, package": entmax_package.Sparsemax(),
+        "entmax15, package": entmax_package.Entmax15(),
+        "entmax, α = 1.5, package": entmax_package.EntmaxBisect(1.5),
     }
     softmax = {"torch softmax": lambda scores: scores.softmax(-1)}
     return softmax | {name: module.to(DEVICE) for name, module in modules.items()}
@@ -284,7 +292,13 @@ def module_peak(name: str, bsz: int, length: int) -> int:
 
 
 def benchmark_step(rounds: int) -> Iterator[Rows]:
-    yield compare("IWSLT'14, 64 × 24 tokens", step_sides(translation_step), rounds)
+    sides = {"stock": translation_step(""), **{
+        name: translation_step("multimax_", "--attention-mapping", name) for name in MAPPINGS if name != "softmax"
+    }}  # fmt: skip
+    sides["entmax, learned"] = translation_step(
+        "multimax_", "--attention-mapping", "entmax", "--entmax-alpha", "learned"
+    )
+    yield compare("IWSLT'14, 64 × 24 tokens", sides, rounds)
     for bsz, length in ((4, 512), (2, 2_048)):
         sides = step_sides(language_model_step, bsz, length)
         yield compare(f"WikiText-103 with 6,000 types, {bsz} × {length} tokens", sides, rounds)
@@ -306,10 +320,11 @@ def arguments_of(*arguments: Any) -> Any:
     return options.parse_args_and_arch(parser, [str(argument) for argument in arguments])
 
 
-def translation_step(prefix: str) -> Callable[[], None]:
+def translation_step(prefix: str, *chosen: str) -> Callable[[], None]:
     args = arguments_of(
         "none", "--arch", f"{prefix}transformer_iwslt_de_en", "--share-decoder-input-output-embed",
         "--dropout", 0.3, "--criterion", "label_smoothed_cross_entropy", "--label-smoothing", 0.1,
+        *chosen,
     )  # fmt: skip
     task = tasks.TASK_REGISTRY["translation"](convert_namespace_to_omegaconf(args).task, words(8_848), words(6_632))
     source, target = (torch.randint(4, 6_000, (64, 24), device=DEVICE) for _ in range(2))

@@ -21,6 +21,7 @@ namespace multimax {
 constexpr float SMALLEST = std::numeric_limits<float>::min();
 constexpr float NOT_A_NUMBER = std::numeric_limits<float>::quiet_NaN();
 constexpr int MOST_STEPS = 50;  // twice what a row of 2^20 scores can need
+constexpr int64_t SHORT_SUM = 1 << 10;  // scores that are added up before they are added to others
 constexpr int64_t FEW_SCORES = 64;  // in rows as short as this, a step takes less time for as many rows as lanes
 
 inline Vec sqrt(Vec v) {
@@ -156,11 +157,14 @@ struct Root {
   const Mapping mapping;
   Vec t = all(1.f), bound = all(1.f);  // t is not above `bound`
   Vec ratio = mapping.c, change = {};  // c / t, and how much that was in the last step
-  Vec sum, slopes, curves;
+  Vec sum, slopes, curves, earlier;
 
   explicit Root(Vec c) : mapping(c) { clear(); }
 
-  void clear() { sum = slopes = curves = Vec{}; }
+  void clear() { sum = slopes = curves = earlier = Vec{}; }
+
+  // To be called now and then, as short sums lose less; slopes and curves may lose it.
+  void carry() { earlier += sum, sum = Vec{}; }
 
   // q of a score less the maximum of its row; adds to the sums.
   Vec add(Vec d, Vec& inverse) {
@@ -238,9 +242,9 @@ struct Row {
     return count;
   }
 
-  // The other way round: `left` with the probabilities, times `factor`.
-  void expand_above(float limit, const float* left, float factor, float* probabilities) const {
-    if (is_wrong) factor = NOT_A_NUMBER;
+  // The other way round: `left`, whose sum is `total`, as probabilities.
+  void expand_above(float limit, const float* left, float total, float* probabilities) const {
+    const float factor = is_wrong ? NOT_A_NUMBER : total == 0 ? 0 : 1 / total;
     each_above(limit, [&](int64_t j, int lanes, Vec, uint32_t above) {
       store(probabilities + j, lanes, factor * expand(left, above));
       left += __builtin_popcount(above);
@@ -263,8 +267,9 @@ void project_row(const float* scores, float* probabilities, int64_t width, float
       Vec inverses;
       store(q + j, LANES, root.add(load(left + j, LANES, 0), inverses));
       if (Mapping::COSTLY) store(inverse + j, LANES, inverses);
+      if (j % SHORT_SUM == 0) root.carry();
     }
-    root.sum = all(sum(root.sum)), root.slopes = all(sum(root.slopes)), root.curves = all(sum(root.curves));
+    root.sum = all(sum(root.sum + root.earlier)), root.slopes = all(sum(root.slopes)), root.curves = all(sum(root.curves));
     if (!root.step()[0] || steps == MOST_STEPS) break;
     limit = -root.bound[0] / root.mapping.c[0];
     const int64_t before = count;
@@ -276,11 +281,12 @@ void project_row(const float* scores, float* probabilities, int64_t width, float
       count += __builtin_popcount(above);
     }
   }
-  root.sum = Vec{};
+  root.clear();
   for (int64_t j = 0; j < count; j += LANES) {
     store(q + j, LANES, root.settle(load(q + j, LANES, 0), load(left + j, LANES, 0), load(inverse + j, LANES, 0)));
+    if (j % SHORT_SUM == 0) root.carry();
   }
-  row.expand_above(limit, q, 1 / sum(root.sum), probabilities);
+  row.expand_above(limit, q, sum(root.sum + root.earlier), probabilities);
 }
 
 // As many rows as lanes, or fewer: `count`.
@@ -307,7 +313,7 @@ void project_rows_abreast(const float* scores, float* probabilities, int64_t wid
   for (int64_t j = 0; j < most; ++j) q[j] = root.settle(q[j], d[j], inverse[j]);
   for (int i = 0; i < height; ++i) {
     for (int64_t j = 0; j < counts[i]; ++j) left[j] = q[j][i];
-    rows[i].expand_above(-1 / root.mapping.c[i], left, 1 / root.sum[i], probabilities + i * width);
+    rows[i].expand_above(-1 / root.mapping.c[i], left, root.sum[i], probabilities + i * width);
   }
 }
 
