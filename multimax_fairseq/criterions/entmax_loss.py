@@ -3,9 +3,9 @@
 import functools
 from typing import Union
 
+import fairseq.criterions
 from fairseq.criterions import FairseqCriterion, register_criterion
 from fairseq.logging import metrics
-from fairseq.tasks import FairseqTask
 from torch import Tensor, nn
 
 from ..kernels.chunked_entmax_loss import EntmaxLosses, chunked_entmax_loss
@@ -79,17 +79,17 @@ def refuse_entmax_loss() -> None:
 
 
 def install() -> None:
-    """Let a task whose model is there refuse a criterion that does not go with it; does nothing the second time.
+    """Let a criterion refuse a task whose model it is no loss for; does nothing the second time.
 
-    Criterions of fairseq's own are built like ours, before the data are loaded, and know no model until they are.
+    Criterions of fairseq's own know no model until the data are loaded; all are built here before.
     """
-    build = FairseqTask.build_criterion
+    build = fairseq.criterions.build_criterion
     if hasattr(build, "__wrapped__"):
         return
 
     @functools.wraps(build)
-    def build_criterion(task, *args, **kwargs) -> FairseqCriterion:
-        criterion = build(task, *args, **kwargs)
+    def build_criterion(cfg, task, *args, **kwargs) -> FairseqCriterion:
+        criterion = build(cfg, task, *args, **kwargs)
         output = getattr(task, "output_mapping", None)  # None: of a model that is not built yet, or not ours
         if output in SPARSE and not isinstance(criterion, EntmaxLossCriterion):
             refuse_cross_entropy(output)
@@ -97,4 +97,4 @@ def install() -> None:
             refuse_entmax_loss()
         return criterion
 
-    FairseqTask.build_criterion = build_criterion
+    fairseq.criterions.build_criterion = build_criterion
