@@ -82,8 +82,7 @@ def check_rows(short: bool) -> Rows:
 
         def whole(features: Tensor, weight: Tensor, *parameters: Tensor, targets: Tensor = targets) -> Tensor:
             logits = modulate_formula(features @ weight.t(), *parameters)
-            return torch.nn.functional.cross_entropy(logits.float() if dtype != "fp32" else logits, targets,
-                                                     reduction="sum").to(logits.dtype)  # fmt: skip
+            return torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
 
         yield compared(f"chunked cross-entropy, {dtype}", chunked, whole, inputs)
 

@@ -83,7 +83,8 @@ def _masked(
 ):  # fmt: skip
     """Scores with masks added, −inf where there is no such query or key.
 
-    The queries from ``query`` on and the keys from ``key`` on are numbered in ``queries`` and ``keys``, which broadcast.
+    The queries from ``query`` on and the keys from ``key`` on have their numbers in ``queries`` and ``keys``, which
+    broadcast.
     """
     present = (queries < tgt_len) & (keys < src_len)
     if added is not None:  # counted in 64 bits is only what all have in common, as below
