@@ -222,7 +222,8 @@ def checked(check: Callable[[bool], Rows], short: bool) -> Rows:
     try:
         yield from check(short)
     except Exception as error:
-        yield {"check": check.__name__.replace("_", " "), "figure": f"{type(error).__name__}: {error}", "right": False}
+        name, message = check.__name__.replace("_", " "), f"{type(error).__name__}: {error}"
+        yield {"check": name, "figure": message, "right": False}
 
 
 def main() -> int:

@@ -199,8 +199,9 @@ def forward(
     # The exponential of the peak is 1: a sum of 0 is that of no score at all.
     factor = tl.where(total == 0, 0.0, 1 / total)
     _write(
-        sums * factor[:, None], output + at * output_head, start, output_row, tgt_len, BLOCK_QUERIES, HEAD_DIM, BLOCK_DIM
-    )
+        sums * factor[:, None], output + at * output_head, start, output_row, tgt_len,
+        BLOCK_QUERIES, HEAD_DIM, BLOCK_DIM,
+    )  # fmt: skip
     tl.store(peaks + at * tgt_len + rows, tl.where(total == 0, 0.0, peak), mask=rows < tgt_len)
     tl.store(factors + at * tgt_len + rows, factor, mask=rows < tgt_len)
 
