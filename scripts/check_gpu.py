@@ -82,8 +82,7 @@ def check_rows(short: bool) -> Rows:
 
         def whole(features: Tensor, weight: Tensor, *parameters: Tensor, targets: Tensor = targets) -> Tensor:
             logits = modulate_formula(features @ weight.t(), *parameters)
-            return torch.nn.functional.cross_entropy(logits.float() if dtype != "fp32" else logits, targets,
-                                                     reduction="sum").to(logits.dtype)  # fmt: skip
+            return torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
 
         yield compared(f"chunked cross-entropy, {dtype}", chunked, whole, inputs)
 
@@ -223,7 +222,8 @@ def checked(check: Callable[[bool], Rows], short: bool) -> Rows:
     try:
         yield from check(short)
     except Exception as error:
-        yield {"check": check.__name__.replace("_", " "), "figure": f"{type(error).__name__}: {error}", "right": False}
+        name, message = check.__name__.replace("_", " "), f"{type(error).__name__}: {error}"
+        yield {"check": name, "figure": message, "right": False}
 
 
 def main() -> int:

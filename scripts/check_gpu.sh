@@ -18,7 +18,7 @@ scripts=$(cd "$(dirname "$0")" >/dev/null && pwd)
 # shellcheck source=scripts/common.sh
 source "$scripts/common.sh"
 
-options='
+table='
     --out          out      text
     --without-gpu  without  =yes
     --short        short    =yes
@@ -26,7 +26,7 @@ options='
 out=check_gpu.json
 without=
 short=
-parse_options "$options" "$@"
+parse_options "$table" "$@"
 need_python
 need_fairseq
 need_module multimax_fairseq

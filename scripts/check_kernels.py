@@ -107,7 +107,8 @@ class Case:
 
     def __str__(self) -> str:
         heads, tgt_len, head_dim = self.inputs[0].shape
-        masks = [name for name, mask in zip(("causal", "keys", "scores"), self.masks) if mask is not None and mask is not False]
+        masks = ["causal"] if self.masks.causal else []
+        masks += [name for name in ("keys", "scores") if getattr(self.masks, name) is not None]
         return (
             f"{str(self.inputs[0].dtype)[6:]}, {heads} × {tgt_len} × {self.lengths[1]}, head_dim {head_dim}, "
             f"order {len(self.inputs[4])}, dropout {self.dropout}, masks: {' '.join(masks) or 'none'}"
@@ -175,7 +176,8 @@ def exact_results(case: Case) -> Tuple[List[Tensor], List[Tuple[Tensor, Tensor]]
     p = multimax_formula(scores, thresholds, gains)
     x = scores.masked_fill(scores == -INF, 0)
     score_sizes = 1 + query.abs() @ key.abs().mT + mask.masked_fill(mask == -INF, 0).abs()
-    slope, jump, parts = torch.ones_like(x), torch.zeros_like(x), []  # of |σ'|, at most; of each parameter's part in σ
+    # of |σ'|, at most; and of each parameter's part in σ
+    slope, jump, parts = torch.ones_like(x), torch.zeros_like(x), []
     for n, ((b, d), (gain_b, gain_d)) in enumerate(zip(thresholds, gains), start=1):
         for distance, gain in ((b - x, gain_b.abs()), (x - d, gain_d.abs())):
             slopes = gain * n * distance.clamp(min=0) ** (n - 1) * (distance > 0)
@@ -342,7 +344,8 @@ def show(row: Dict[str, Any]) -> None:
         return
     figures = []
     for name, error in row["errors"].items():
-        figures.append(f"{name} " + (f"{error:.2f}" if isinstance(error, float) else "{:.1e} / {:.1e}".format(*error)))
+        figure = f"{error:.2f}" if isinstance(error, float) else "{:.1e} / {:.1e}".format(*error)
+        figures.append(f"{name} {figure}")
     print(f"{row['case']}\n    {'  '.join(figures)}: {verdict}", flush=True)
 
 

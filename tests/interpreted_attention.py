@@ -13,6 +13,7 @@ from multimax_fairseq.kernels.masks import Masks
 
 check_kernels = load_script("check_kernels")
 INF = math.inf
+WHY = ["float64", "mixed dtypes", "head_dim 129", "order 3", "too few keys", "eager", "none"]
 CASES = int(os.environ.get("MULTIMAX_TRITON_CASES", 3))
 
 
@@ -62,7 +63,7 @@ def test_dropout_follows_from_the_seed():
 
 
 def test_a_query_that_sees_no_key_gets_zeros_and_gives_none():
-    """A row is empty by its scores: σ of those in the second row is below all that fp32 has, and yet they are there."""
+    """A row is empty by its scores: σ of those in the second is below all that fp32 has, and they are there."""
     inputs = case()
     with torch.no_grad():
         inputs[0][:, 1] = 1e18
@@ -111,7 +112,7 @@ def test_attention_goes_to_triton_where_that_serves(monkeypatch):
         assert (type(output.grad_fn).__name__ == "_TritonMultiMaxBackward") == served
 
 
-@pytest.mark.parametrize("why", ["float64", "mixed dtypes", "head_dim 129", "order 3", "too few keys", "eager", "none"])
+@pytest.mark.parametrize("why", WHY)
 def test_what_is_not_served(why, monkeypatch):
     inputs, masks = case(), Masks()
     if why == "float64":

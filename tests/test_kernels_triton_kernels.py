@@ -47,6 +47,7 @@ def test_what_spills_is_seen(check_kernels, monkeypatch):
 @pytest.mark.skipif(importlib.util.find_spec("torch._inductor.graph") is None, reason="needs PyTorch's compiler")
 def test_rows_by_the_compiler_become_binaries():
     names = ["multimax_rows", "multimax_rows_backward", "cross_entropy_rows_"]
-    lines = [line.split() for line in run(sys.executable, ROOT / "tests" / "inductor_binaries.py", *names).stdout.splitlines()]
+    output = run(sys.executable, ROOT / "tests" / "inductor_binaries.py", *names).stdout
+    lines = [line.split() for line in output.splitlines()]
     assert {line[0] for line in lines} == set(names)
     assert all(int(size) > 1_000 and is_elf == "True" for _, _, size, is_elf in lines)

@@ -274,7 +274,7 @@ def compiles(kernels: ModuleType, device: torch.device) -> bool:
     """Whether a first, small kernel can be compiled and run: that takes a C compiler, too."""
     written = torch.zeros(1, device=device)
     try:
-        with torch.cuda.device(device):
+        with torch.cuda.device_of(written):
             kernels.write_one[(1,)](written)
         return True
     except Exception as error:

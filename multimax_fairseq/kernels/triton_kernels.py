@@ -83,7 +83,8 @@ def _masked(
 ):  # fmt: skip
     """Scores with masks added, −inf where there is no such query or key.
 
-    The queries from ``query`` on and the keys from ``key`` on are numbered in ``queries`` and ``keys``, which broadcast.
+    The queries from ``query`` on and the keys from ``key`` on have their numbers in ``queries`` and ``keys``, which
+    broadcast.
     """
     present = (queries < tgt_len) & (keys < src_len)
     if added is not None:  # counted in 64 bits is only what all have in common, as below
@@ -198,8 +199,9 @@ def forward(
     # The exponential of the peak is 1: a sum of 0 is that of no score at all.
     factor = tl.where(total == 0, 0.0, 1 / total)
     _write(
-        sums * factor[:, None], output + at * output_head, start, output_row, tgt_len, BLOCK_QUERIES, HEAD_DIM, BLOCK_DIM
-    )
+        sums * factor[:, None], output + at * output_head, start, output_row, tgt_len,
+        BLOCK_QUERIES, HEAD_DIM, BLOCK_DIM,
+    )  # fmt: skip
     tl.store(peaks + at * tgt_len + rows, tl.where(total == 0, 0.0, peak), mask=rows < tgt_len)
     tl.store(factors + at * tgt_len + rows, factor, mask=rows < tgt_len)
 
