@@ -7,11 +7,11 @@
 Every comparison has its sides take turns in one process, and its figure is the median of their ratios: below 1 is
 faster, or less, than the first side. So it stands on a machine that is not quite idle, where times do not.
 
-    mapping    scores → probabilities, against torch's softmax: MultiMax, its formula in eager PyTorch, the others, and
-               those of the package entmax
+    mapping    scores → probabilities, against torch's softmax: MultiMax, its formula in eager PyTorch, the others,
+               and those of the package entmax
     attention  the module of fairseq, and what lies between its projections; the peak of memory
-    step       a training step of the IWSLT'14 and WikiText-103 models, against fairseq's own; of the former with every
-               mapping in attention
+    step       a training step of the IWSLT'14 and WikiText-103 models, against fairseq's own; of the first with
+               every mapping in attention
     output     output layer and loss at 267,744 types, against fairseq's cross-entropy: time, and the peak of memory
                above weights and their gradients; sparsemax, entmax15 and entmax (α learned) with entmax_loss
     generate   sentences a second of beam search. --path: a softmax checkpoint of this plugin, on --data; the other
