@@ -7,7 +7,7 @@ has been imported already.
 
 import sys
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 
 class _Path(list):

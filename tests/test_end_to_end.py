@@ -242,16 +242,18 @@ def test_a_sparse_vocabulary_from_training_to_translations(corpus, tmp_path):
 
 def test_a_sparse_vocabulary_from_training_to_perplexity(corpus, tmp_path):
     (tmp_path / "tiny.yaml").write_text(
-        HYDRA.format(plugin=PLUGIN, task="language_modeling", data=corpus / "data-bin-lm", folder=tmp_path,
-                     task_options=", tokens_per_sample: 64", arch="multimax_transformer_lm",
-                     model="output_mapping: sparsemax").replace("cross_entropy}", "entmax_loss, label_smoothing: 0.01}")
+        HYDRA.format(
+            plugin=PLUGIN, task="language_modeling", data=corpus / "data-bin-lm", folder=tmp_path,
+            task_options=", tokens_per_sample: 64", arch="multimax_transformer_lm", model="output_mapping: sparsemax",
+        ).replace("cross_entropy}", "entmax_loss, label_smoothing: 0.01}")
     )  # fmt: skip
     run("fairseq-hydra-train", "--config-dir", tmp_path, "--config-name", "tiny", cwd=tmp_path)
     result = run("fairseq-eval-lm", corpus / "data-bin-lm", "--user-dir", PLUGIN, "--path",
                  tmp_path / "checkpoint_last.pt", "--gen-subset", "valid", "--cpu", "--tokens-per-sample", 64,
                  "--context-window", 32)  # fmt: skip
     output = result.stdout + result.stderr
-    own, perplexity = re.findall(r"epsilon-perplexity: ([\d.]+),", output), re.findall(r"Perplexity: ([\d.]+)", output)
+    own = re.findall(r"epsilon-perplexity: ([\d.]+),", output)
+    perplexity = re.findall(r"Perplexity: ([\d.]+)", output)
     assert float(own[0]) == pytest.approx(float(perplexity[0]), rel=1e-3) and "Logging error" not in output
     assert re.search(r"probability 0: [\d.]+ % of the words; sparsemax score: [\d.]+; Jensen-Shannon", output)
 
