@@ -210,3 +210,19 @@ def test_the_compilers_kernels_are_the_formulas():
     kernel = sparse.KERNELS["entmax"].forward
     assert kernel.compiles(scores)
     torch.testing.assert_close(entmax(scores, alpha), entmax_formula(scores, alpha), atol=1e-12, rtol=0)
+
+
+def test_a_score_at_the_very_threshold():
+    """A score of probability 0 whose part of the sum is 0 at the root itself, and not only below it."""
+    alpha, rows = 1.5372, torch.randn(200, 20) * torch.logspace(-2, 1, 200)[:, None]
+    rows -= rows.amax(-1, keepdim=True)
+    c, low, high = alpha - 1, torch.zeros(200, 1).double(), torch.ones(200, 1).double()
+    for _ in range(60):
+        t = (low + high) / 2
+        total = (t + c * rows.double()).clamp(min=0).pow(1 / c).sum(-1, keepdim=True)
+        low, high = torch.where(total < 1, t, low), torch.where(total < 1, high, t)
+    nearby = 1 + torch.arange(-20, 21) * 2.0**-24
+    at_threshold = ((-t / c).float() * nearby).reshape(-1, 1)  # (200 · 41, 1)
+    scores = torch.cat([rows.repeat_interleave(41, 0), at_threshold], 1)[torch.randperm(200 * 41)]
+    probabilities = entmax(scores, torch.tensor(alpha))
+    torch.testing.assert_close(probabilities.sum(-1), torch.ones(len(scores)))

@@ -252,7 +252,7 @@ def table(results: List[Dict[str, Any]], rows: List[Row], lengths: List[int]) ->
             values = errors[length]
             cell = f"{statistics.mean(values):.4f}"
             if len(values) > 1:
-                cell += f" ± {statistics.stdev(values):.4f}"
+                cell += f" ± {torch.tensor(values).std():.4f}"  # NaN where a training has diverged
             if first and row.mapping != "softmax":
                 worst = max(own / other for own, other in zip(values, first[length]))
                 cell += f" ({statistics.mean(values) / statistics.mean(first[length]):.2f}, {worst:.2f})"

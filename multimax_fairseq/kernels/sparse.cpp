@@ -169,7 +169,7 @@ struct Root {
   // q of a score less the maximum of its row; adds to the sums.
   Vec add(Vec d, Vec& inverse) {
     const Vec base_less_1 = ratio * d, base = 1.f + base_less_1;
-    inverse = 1.f / base;
+    inverse = base > 0.f ? 1.f / base : Vec{};  // where the base is 0, its infinity would come into the sums as NaN
     Vec slope, q = mapping.power(base, base_less_1, inverse, slope);
     q = base > 0.f ? q : Vec{};
     slope = base > 0.f ? slope : Vec{};
