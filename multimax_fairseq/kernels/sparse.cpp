@@ -1,8 +1,8 @@
 // Sparsemax, 1.5-entmax, alpha-entmax and EvSoftMax over rows of fp32 scores, and their gradients.
 //
 // With c = alpha - 1 and d = x - max x the first three are p = max(t + c d, 0)^(1/c), for the t in (0, 1] that makes
-// sum p = 1. It is the root of N(t) - 1 with the norm N(t) = (sum max(t + c d, 0)^(1/c))^c, convex and nearly straight,
-// so that Newton's method from t = 1 comes down to it in few steps and never below: what is 0 at one step stays so,
+// sum p = 1. It is the root of N(t) - 1 with the norm N(t) = (sum max(t + c d, 0)^(1/c))^c, convex and nearly
+// straight, so that Newton's method from t = 1 comes down to it in few steps and never below: what is 0 at one step stays so,
 // and is left out of the next. A step makes (N - 1) N' at most a quarter of what it was.
 //
 // All is computed from q = max(1 + (c / t) d, 0)^(1/c), which is 1 for the largest score, and p = q / sum q. The
@@ -32,7 +32,8 @@ inline Vec sqrt(Vec v) {
 // log2(1 + x) of a number above -1, to 3 units in the last place; `whole` is 1 + x.
 //
 // 1 + x = 2^n (1 + f), 1 + f in [sqrt(1/2), sqrt(2)), with the polynomial of Moshier's Cephes library (logf) times
-// log2(e). Where n is 0, f is x itself, which has more digits.
+// log2(e). Where n is 0, f is x itself, which has more digits. Here and below the terms of a polynomial are added
+// up in pairs: a processor looks ahead less far than the chain of Horner's scheme is long.
 inline Vec log2_1p(Vec x, Vec whole) {
   IntVec bits;
   std::memcpy(&bits, &whole, sizeof bits);
@@ -41,16 +42,11 @@ inline Vec log2_1p(Vec x, Vec whole) {
   Vec f;
   std::memcpy(&f, &bits, sizeof f);
   f = n == 0 ? x : f - 1.f;
-  Vec y = f * 1.0153231271e-01f - 1.6612071192e-01f;
-  y = y * f + 1.6846348175e-01f;
-  y = y * f - 1.7918475606e-01f;
-  y = y * f + 2.0557427321e-01f;
-  y = y * f - 2.4046924135e-01f;
-  y = y * f + 2.8854932006e-01f;
-  y = y * f - 3.6067367356e-01f;
-  y = y * f + 4.8089831581e-01f;
-  y = y * f - 7.2134752044e-01f;
-  y = y * f + 1.4426950409e+00f;
+  const Vec f2 = f * f, f4 = f2 * f2;
+  const Vec low = (f * -7.2134752044e-01f + 1.4426950409e+00f) + f2 * (f * -3.6067367356e-01f + 4.8089831581e-01f);
+  const Vec middle = (f * -2.4046924135e-01f + 2.8854932006e-01f) + f2 * (f * -1.7918475606e-01f + 2.0557427321e-01f);
+  const Vec high = (f * -1.6612071192e-01f + 1.6846348175e-01f) + f2 * 1.0153231271e-01f;
+  const Vec y = (high * f4 + middle) * f4 + low;
   return y * f + __builtin_convertvector(n, Vec);
 }
 
@@ -62,12 +58,10 @@ inline Vec exp2(Vec x) {
   x = max(x, all(-127.f));
   const IntVec n = __builtin_convertvector(x - 0.5f, IntVec);  // towards 0
   const Vec r = x - __builtin_convertvector(n, Vec);
-  Vec y = r * 1.535336188e-4f + 1.339887440e-3f;
-  y = y * r + 9.618437357e-3f;
-  y = y * r + 5.550332471e-2f;
-  y = y * r + 2.402264791e-1f;
-  y = y * r + 6.931472028e-1f;
-  y = y * r + 1.f;
+  const Vec r2 = r * r;
+  const Vec low = (r * 6.931472028e-1f + 1.f) + r2 * (r * 5.550332471e-2f + 2.402264791e-1f);
+  const Vec high = (r * 1.339887440e-3f + 9.618437357e-3f) + r2 * 1.535336188e-4f;
+  const Vec y = high * (r2 * r2) + low;
   const IntVec bits = (n + 127) << 23;  // of 2^n; of 0 for n = -127
   Vec power;
   std::memcpy(&power, &bits, sizeof power);
@@ -269,7 +263,8 @@ void project_row(const float* scores, float* probabilities, int64_t width, float
       if (Mapping::COSTLY) store(inverse + j, LANES, inverses);
       if (j % SHORT_SUM == 0) root.carry();
     }
-    root.sum = all(sum(root.sum + root.earlier)), root.slopes = all(sum(root.slopes)), root.curves = all(sum(root.curves));
+    root.sum = all(sum(root.sum + root.earlier));
+    root.slopes = all(sum(root.slopes)), root.curves = all(sum(root.curves));
     if (!root.step()[0] || steps == MOST_STEPS) break;
     limit = -root.bound[0] / root.mapping.c[0];
     const int64_t before = count;
