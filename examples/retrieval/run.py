@@ -253,7 +253,7 @@ def table(results: List[Dict[str, Any]], rows: List[Row], lengths: List[int]) ->
             cell = f"{statistics.mean(values):.4f}"
             if len(values) > 1:
                 cell += f" ± {torch.tensor(values).std():.4f}"  # NaN where a training has diverged
-            if first and row.mapping != "softmax":
+            if first and row != Row("softmax", ()):
                 worst = max(own / other for own, other in zip(values, first[length]))
                 cell += f" ({statistics.mean(values) / statistics.mean(first[length]):.2f}, {worst:.2f})"
             cells.append(cell)
@@ -285,6 +285,8 @@ def draw_errors(results: List[Dict[str, Any]], rows: List[Row], lengths: List[in
     for number, row in enumerate(rows):
         looks = {"color": MODEL_COLOURS, "marker": MODEL_MARKERS, "linestyle": MODEL_LINES}
         style = {name: choices[number % len(choices)] for name, choices in looks.items()}
+        if number >= len(MODEL_COLOURS):
+            style["markerfacecolor"] = "white"
         means = [statistics.mean(errors_of(results, row, length)) for length in lengths]
         by_length.plot(lengths, means, label=label_of(row), markersize=3.5, **style)
         found = records(results, row, task.length)
