@@ -14,15 +14,19 @@ import warnings
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List
 
-import check_kernels  # first: it chooses between a GPU and Triton's interpreter
 import torch
-from check_kernels import DEVICE, DTYPES
-from torch import Tensor
 
-from multimax_fairseq.kernels import triton_attention
-from multimax_fairseq.kernels.chunked_cross_entropy import chunked_cross_entropy
-from multimax_fairseq.mappings import modulate, multimax
-from multimax_fairseq.mappings.multimax import modulate_formula, multimax_formula
+if __name__ == "__main__" and not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
+
+import check_kernels  # noqa: E402
+from check_kernels import DEVICE, DTYPES  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+from multimax_fairseq.kernels import triton_attention  # noqa: E402
+from multimax_fairseq.kernels.chunked_cross_entropy import chunked_cross_entropy  # noqa: E402
+from multimax_fairseq.mappings import modulate, multimax  # noqa: E402
+from multimax_fairseq.mappings.multimax import modulate_formula, multimax_formula  # noqa: E402
 
 SCRIPTS = Path(__file__).resolve().parent
 PLUGIN = SCRIPTS.parent / "multimax_fairseq"

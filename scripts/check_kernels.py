@@ -27,8 +27,8 @@ import torch
 from torch import Tensor
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-if DEVICE.type == "cpu" and sys.argv[1:2] != ["binaries"]:
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported
+if __name__ == "__main__" and DEVICE.type == "cpu" and sys.argv[1:2] != ["binaries"]:
+    os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
 
 from multimax_fairseq.kernels import triton_attention  # noqa: E402
 from multimax_fairseq.kernels.masks import Masks  # noqa: E402
