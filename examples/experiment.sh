@@ -8,6 +8,9 @@
 #                          entmax15, entmax (default: softmax)
 #   --order N              of MultiMax's modulator: 1 or 2 (default: 2)
 #   --terms LIST           its sides that are learned: below,above or one of them (default: both)
+#   --init NAME            how it starts: normal, identity or shaped (default: normal)
+#   --lr-scale X           the learning rate of its numbers, times that of the others (default: 1)
+#   --scale NAME           what scores are multiplied with before the mapping: none, learned, log-length (default: none)
 #   --entmax-alpha A       α of entmax: a number in (1, 2], or learned (default: 1.5)
 #   --seed N               (default: 1)
 #   --epochs N             how long, instead of what the recipe says
@@ -78,6 +81,9 @@ sites=
 output_mapping=softmax
 order=2
 terms=
+init=normal
+lr_scale=1
+scale=none
 entmax_alpha=1.5
 seed=1
 epochs=  # instead of length, or
@@ -102,6 +108,9 @@ parse_run_options() {
 --output-mapping  output_mapping  one of softmax multimax sparsemax entmax15 entmax
 --order           order           one of 1 2
 --terms           terms           some of below above
+--init            init            one of normal identity shaped
+--lr-scale        lr_scale        text
+--scale           scale           one of none learned log-length
 --entmax-alpha    entmax_alpha    text
 --seed            seed            1
 --epochs          epochs          1
@@ -120,6 +129,8 @@ parse_run_options() {
 --dry-run         dry_run         =yes
 --
 " "$@"
+    [[ $lr_scale =~ ^[0-9]*\.?[0-9]+$ && ! $lr_scale =~ ^[0.]*$ ]] ||
+        die "--lr-scale takes a number above 0, such as 10: got '$lr_scale'"
     [[ $entmax_alpha =~ ^(learned|1\.[0-9]*[1-9][0-9]*|2(\.0+)?)$ ]] ||
         die "--entmax-alpha takes a number in (1, 2] or 'learned': got '$entmax_alpha'"
     [[ -z $epochs || -z $updates ]] || die "--epochs and --updates exclude each other; see --help"
@@ -139,19 +150,23 @@ run_name() {
     [[ $output_mapping == softmax ]] || name+=-output_$output_mapping
     [[ $order == 2 ]] || name+=-order$order
     [[ -z $terms ]] || name+=-${terms//,/+}
+    [[ $init == normal ]] || name+=-$init
+    [[ $lr_scale == 1 ]] || name+=-lr$lr_scale
+    [[ $scale == none ]] || name+=-scale_$scale
     [[ $entmax_alpha == 1.5 ]] || name+=-alpha_$entmax_alpha
     echo "$name-seed$seed"
 }
 
 mapping_options() {
     if [[ $mapping == stock ]]; then
-        [[ -z $sites$terms && $output_mapping == softmax ]] ||
-            die "--mapping stock is fairseq's own model: it has no --sites, --terms or --output-mapping"
+        [[ -z $sites$terms && "$output_mapping $init $lr_scale $scale" == "softmax normal 1 none" ]] ||
+            die "--mapping stock is fairseq's own model: it has no --sites, --scale, --output-mapping, and no modulator"
         options=(--arch "$arch")
         return
     fi
     options=(--arch "multimax_$arch" --attention-mapping "$mapping" --output-mapping "$output_mapping"
-        --multimax-order "$order" --entmax-alpha "$entmax_alpha")
+        --multimax-order "$order" --multimax-init "$init" --entmax-alpha "$entmax_alpha" --attention-scale "$scale")
+    [[ $lr_scale == 1 ]] || options+=(--modulator-lr-scale "$lr_scale")
     [[ -z $sites ]] || options+=(--attention-mapping-sites "$sites")
     [[ -z $terms ]] || options+=(--multimax-terms "$terms")
 }
@@ -217,8 +232,8 @@ prepare_data() {
 # What has to stay the same for a run to go on: all but its length, its machines and where things are.
 settings_of_run() {
     printf '%s\n' "experiment=$experiment${smoke:+ (smoke)}" "mapping=$mapping" "sites=${sites:-all}" \
-        "output-mapping=$output_mapping" "order=$order" "terms=${terms:-both}" "entmax-alpha=$entmax_alpha" \
-        "seed=$seed" "precision=$precision" "options=$(quoted ${extra[@]+"${extra[@]}"})" | LC_ALL=C sort
+        "output-mapping=$output_mapping" "order=$order" "terms=${terms:-both}" "init=$init" \
+        "lr-scale=$lr_scale" "scale=$scale" "entmax-alpha=$entmax_alpha" "seed=$seed" "precision=$precision" "options=$(quoted ${extra[@]+"${extra[@]}"})" | LC_ALL=C sort
 }
 
 # Without a checkpoint there is nothing to be mixed: fairseq-train may not have known an option.

@@ -37,7 +37,7 @@ FORMAT = 1  # of run.json; a reader that knows another one can say so
 DISTRIBUTIONS = ("torch", "fairseq", "ve-fairseq", "numpy", "entmax", "sacrebleu", "sentencepiece", "sacremoses",
                  "subword-nmt")  # fmt: skip
 OPTIONS = ("attention_mapping", "attention_mapping_sites", "output_mapping", "multimax_order", "multimax_terms",
-           "multimax_init", "entmax_alpha")  # fmt: skip
+           "multimax_init", "entmax_alpha", "attention_scale", "modulator_lr_scale", "mapping_options")  # fmt: skip
 
 
 def option(model: Any, name: str) -> Any:

@@ -88,11 +88,15 @@ def row_name(mapping: dict[str, Any]) -> str:
         sites = mapping["attention_mapping_sites"].split(",")
         if not ALL_SITES <= set(sites):
             name += f", {' and '.join(sites)} only"
+    scale = mapping.get("attention_scale") or "none"  # version 0.1 did not know it
+    name += {"none": "", "learned": ", learned temperature", "log-length": ", times log n"}[scale]
     if "multimax" in (attention, mapping["output_mapping"]):
         terms = mapping["multimax_terms"].split(",")
         name += "" if mapping["multimax_order"] == 2 else f", order {mapping['multimax_order']}"
         name += "" if set(terms) == BOTH_TERMS else f", only {terms[0]}"
         name += "" if mapping["multimax_init"] == "normal" else f", {mapping['multimax_init']} at the start"
+        lr_scale = mapping.get("modulator_lr_scale") or 1
+        name += "" if lr_scale == 1 else f", {lr_scale:g} × the learning rate"
     if mapping["output_mapping"] != "softmax":
         name += f"; {NAMES[mapping['output_mapping']]}{alpha if mapping['output_mapping'] == 'entmax' else ''}"
         name += " of the vocabulary"
@@ -133,11 +137,13 @@ ENTRIES = {
 MAPPING_ENTRIES = {
     "attention_mapping": is_one_of(NAMES),
     "attention_mapping_sites": is_list_of(ALL_SITES),
-    "output_mapping": is_one_of(("softmax", "multimax")),
+    "output_mapping": is_one_of(NAMES),
     "multimax_order": is_one_of((1, 2)),
     "multimax_terms": is_list_of(BOTH_TERMS),
     "multimax_init": is_text,
     "entmax_alpha": is_text,
+    "attention_scale": is_one_of((None, "none", "learned", "log-length")),
+    "modulator_lr_scale": lambda value: value is None or is_finite(value, 0),
 }
 BLEU_ENTRIES = {
     "bleu": lambda value: is_finite(value, 0) and value <= 100,

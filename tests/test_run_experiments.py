@@ -17,8 +17,9 @@ from fairseq.models.transformer import TransformerConfig
 from omegaconf import OmegaConf
 
 from multimax_fairseq.mappings import MAPPINGS
-from multimax_fairseq.mappings.multimax import TERMS
+from multimax_fairseq.mappings.multimax import INITS, TERMS
 from multimax_fairseq.models.options import MAPPING_OPTIONS, OUTPUT_MAPPINGS, SITES
+from multimax_fairseq.modules.scale import SCALES
 
 EXAMPLES = ROOT / "examples"
 EXPERIMENTS = ("iwslt14_de_en", "wikitext103", "multi30k_de_en")
@@ -101,6 +102,8 @@ def test_several_processes_can_be_started_by_torchrun():
     ("--sites", SITES),
     ("--output-mapping", OUTPUT_MAPPINGS),
     ("--terms", TERMS),
+    ("--init", INITS),
+    ("--scale", SCALES),
 ])  # fmt: skip
 def test_run_knows_the_choices_that_the_models_know(option, names):
     result = recipe("multi30k_de_en", option, "?", check=False)
