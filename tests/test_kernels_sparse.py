@@ -80,8 +80,8 @@ def test_random_cases(name):
         assert sparse.LIBRARY.serves(scores)
         actual = gradients(mapping, inputs, upstream)
         expected = gradients(formula, [tensor.double() for tensor in inputs], upstream.double())
-        # The gradient of α is a sum over rows. With α between 1.5 and 2 gradients are steep where a score comes to the
-        # edge of the support: there the package has, in fp32, errors of up to 3e-5, and for α itself 2e-3.
+        # The gradient of α is a sum over rows. With α between 1.5 and 2 gradients are steep where a score comes to
+        # the edge of the support: there the package has, in fp32, errors of up to 3e-5, and for α itself 2e-3.
         edge = 3 if learned else 1
         sizes = 1, edge * upstream.abs().max().clamp(min=1), edge * expected[-1].abs().max().clamp(min=1)
         for result, oracle, size in zip(actual, expected, sizes):
@@ -165,6 +165,16 @@ def test_open_reports_of_the_package():
             assert gradient.isfinite().all()
     with pytest.raises(ValueError, match=r"\(1, 2\]"):
         entmax(torch.zeros(2, 3), 1.0)
+
+
+@pytest.mark.parametrize("width", [4, 80])
+def test_scores_at_the_very_edge_of_the_support(width):
+    """Whole numbers, as ties and masks make them: what is exactly at the threshold has a probability of exactly 0."""
+    scores = torch.full((20, width), -5.0)
+    scores[:, :3] = torch.tensor([0.0, -1.0, -2.0])
+    for mapping, edge in ((sparsemax, 1), (entmax15, 2), (partial(entmax, alpha=1.5), 2)):
+        scores[:, 1:3] = -float(edge)
+        assert torch.equal(mapping(scores), torch.eye(width)[:1].expand(20, -1))
 
 
 @twins
