@@ -29,16 +29,6 @@ inline Vec sqrt(Vec v) {
   return v;
 }
 
-// 1 / x of a number above 0, to 1 unit in the last place.
-inline Vec inverse_of(Vec x) {
-#if defined(__AVX512F__)  // a division takes as long as ten other operations
-  const Vec y = (Vec)_mm512_rcp14_ps((__m512)x);
-  return y * (2.f - x * y);
-#else
-  return 1.f / x;
-#endif
-}
-
 // log2(1 + x) of a number above -1, to 3 units in the last place; `whole` is 1 + x.
 //
 // 1 + x = 2^n (1 + f), 1 + f in [sqrt(1/2), sqrt(2)), with the polynomial of Moshier's Cephes library (logf) times
@@ -173,7 +163,7 @@ struct Root {
   // q of a score less the maximum of its row; adds to the sums.
   Vec add(Vec d, Vec& inverse) {
     const Vec base_less_1 = ratio * d, base = 1.f + base_less_1;
-    inverse = inverse_of(base > 0.f ? base : all(1.f));
+    inverse = 1.f / (base > 0.f ? base : all(1.f));
     Vec slope, q = mapping.power(base, base_less_1, inverse, slope);
     q = base > 0.f ? q : Vec{};
     slope = base > 0.f ? slope : Vec{};
