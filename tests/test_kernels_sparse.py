@@ -167,6 +167,16 @@ def test_open_reports_of_the_package():
         entmax(torch.zeros(2, 3), 1.0)
 
 
+@pytest.mark.parametrize("width", [4, 80])
+def test_scores_at_the_very_edge_of_the_support(width):
+    """Whole numbers, as ties and masks make them: what is exactly at the threshold has a probability of exactly 0."""
+    scores = torch.full((20, width), -5.0)
+    scores[:, :3] = torch.tensor([0.0, -1.0, -2.0])
+    for mapping, edge in ((sparsemax, 1), (entmax15, 2), (partial(entmax, alpha=1.5), 2)):
+        scores[:, 1:3] = -float(edge)
+        assert torch.equal(mapping(scores), torch.eye(width)[:1].expand(20, -1))
+
+
 @twins
 def test_rows_that_are_not_contiguous_and_other_dimensions(name):
     mapping, _, learned, _ = TWINS[name]

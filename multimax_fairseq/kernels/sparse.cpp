@@ -2,8 +2,8 @@
 //
 // With c = alpha - 1 and d = x - max x the first three are p = max(t + c d, 0)^(1/c), for the t in (0, 1] that makes
 // sum p = 1. It is the root of N(t) - 1 with the norm N(t) = (sum max(t + c d, 0)^(1/c))^c, convex and nearly
-// straight, so that Newton's method from t = 1 comes down to it in few steps and never below: what is 0 at one step stays so,
-// and is left out of the next. A step makes (N - 1) N' at most a quarter of what it was.
+// straight, so that Newton's method from t = 1 comes down to it in few steps and never below: what is 0 at one step
+// stays so, and is left out of the next. A step makes (N - 1) N' at most a quarter of what it was.
 //
 // All is computed from q = max(1 + (c / t) d, 0)^(1/c), which is 1 for the largest score, and p = q / sum q. The
 // logarithm of 1 + (c / t) d keeps its digits where c is small, so this holds down to softmax, c = 0.
@@ -163,7 +163,7 @@ struct Root {
   // q of a score less the maximum of its row; adds to the sums.
   Vec add(Vec d, Vec& inverse) {
     const Vec base_less_1 = ratio * d, base = 1.f + base_less_1;
-    inverse = base > 0.f ? 1.f / base : Vec{};  // where the base is 0, its infinity would come into the sums as NaN
+    inverse = 1.f / (base > 0.f ? base : all(1.f));  // 1 / 0 would come into the sums as NaN
     Vec slope, q = mapping.power(base, base_less_1, inverse, slope);
     q = base > 0.f ? q : Vec{};
     slope = base > 0.f ? slope : Vec{};
