@@ -15,15 +15,23 @@ OUTDATED = ("fairseq.data.token_block_dataset", "fairseq.data.language_pair_data
 def apply() -> None:
     """Give fairseq back what torch and numpy have taken away; does nothing where nothing is missing.
 
-    - torch ≥ 2.6 loads only what it knows to be safe, and fairseq's checkpoints hold an ``argparse.Namespace`` and,
-      after ``--eval-bleu``, arrays of numpy: plain records, so they are put on torch's list, and loading stays safe.
+    - torch loads fairseq's checkpoints: :func:`trust_plain_records`.
     - Three modules of fairseq see numpy through :class:`OldNumpy`; nobody else does.
     """
-    if hasattr(torch.serialization, "add_safe_globals"):
-        torch.serialization.add_safe_globals([argparse.Namespace, *_globals_of_arrays()])
+    trust_plain_records()
     if not hasattr(numpy, "compat") or "interpolation" not in inspect.signature(numpy.percentile).parameters:
         for name in OUTDATED:
             importlib.import_module(name).np = OldNumpy("numpy")
+
+
+def trust_plain_records() -> None:
+    """Let torch ≥ 2.6, which loads only what it knows to be safe, load fairseq's checkpoints.
+
+    They hold an ``argparse.Namespace`` and, after ``--eval-bleu``, arrays of numpy: plain records, so they are put on
+    torch's list, and loading stays safe.
+    """
+    if hasattr(torch.serialization, "add_safe_globals"):
+        torch.serialization.add_safe_globals([argparse.Namespace, *_globals_of_arrays()])
 
 
 class OldNumpy(types.ModuleType):

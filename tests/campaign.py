@@ -34,6 +34,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch  # noqa: E402
 from conftest import ROOT, TINY, environment, load_script, run, save_checkpoint  # noqa: E402
 
+import multimax_fairseq.models  # noqa: E402, F401  torch.load then takes checkpoints of fairseq
 from multimax_fairseq import mappings  # noqa: E402
 from multimax_fairseq.analysis.cli import main as analyze  # noqa: E402
 

@@ -329,7 +329,7 @@ def test_check_decoding_of_a_trained_model(precision, tolerance, translation, co
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["--data", "wmt"], "choose grammar or multi30k"),
+    (["--data", "wmt"], "choose from: grammar multi30k"),
     (["--from", "data"], "--from goes with --data multi30k"),
     (["--epochs", "0"], "--epochs takes a whole number"),
     (["--corpus"], "unknown option '--corpus'"),

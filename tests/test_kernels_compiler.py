@@ -172,7 +172,7 @@ def test_what_the_compiler_takes_for_granted_holds_for_every_shape(name, dtype, 
     count = {"multimax_rows": 1, "multimax_rows_backward": 3}[name]
     arguments = [torch.zeros(50, width, dtype=dtype)] * count + [torch.zeros(2, 2)] * 2
     with pytest.raises(Exception, match="all the code is there"), torch._inductor.config.patch(fx_graph_cache=False):
-        compiler.compile_function(kernel.eager, compiler._examples(arguments))
+        compiler.compile_function(kernel.eager, compiler._examples(arguments, 2))
     ((_, inputs),) = traced
     environment, symbols = inputs[0].fake_mode.shape_env, [size.node.expr for size in inputs[0].shape]
     for height in (2, 10**6):

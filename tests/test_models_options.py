@@ -149,6 +149,12 @@ def test_a_choice_in_words():
         attention_mapping="softmax", attention_mapping_sites="decoder", multimax_init="identity"
     ).describe()
     words = choose(attention_mapping="entmax", attention_mapping_sites="cross,decoder").describe()
-    assert words == {"--attention-mapping": "entmax alpha=1.5 in cross, decoder", "--output-mapping": "softmax"}
+    assert words == {
+        "--attention-mapping": "entmax alpha=1.5 in cross, decoder",
+        "--attention-scale": "none",
+        "--output-mapping": "softmax",
+    }
+    scaled = choose(attention_mapping="softmax", attention_scale="learned").describe()
+    assert scaled["--attention-scale"] == "learned" and scaled["--attention-mapping"].startswith("softmax in cross")
     of_lm = [choose(("decoder",), attention_mapping_sites=s).describe() for s in ("decoder", "encoder,decoder,cross")]
     assert of_lm[0] == of_lm[1]

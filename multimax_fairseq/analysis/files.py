@@ -17,6 +17,8 @@ from typing import IO, Any, Dict, Iterator, NoReturn, Optional
 import numpy
 import torch
 
+from ..compat import trust_plain_records
+
 
 class UserError(Exception):
     """Something that the user can put right; its text, a line, says how."""
@@ -136,6 +138,7 @@ def _load(path: Path) -> Any:
             if damaged:
                 raise zipfile.BadZipFile(f"the checksum of {damaged} is wrong")
         file.seek(0)
+        trust_plain_records()
         safely = hasattr(torch.serialization, "add_safe_globals")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of what is no checkpoint at all

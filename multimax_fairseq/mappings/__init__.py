@@ -79,9 +79,10 @@ def parse_options(name: str, text: str) -> Dict[str, Any]:
     """The arguments of a registered mapping, as one writes them on a command line: ``k=8,temperature=0.5``.
 
     Raises:
-        ValueError: the mapping has no such argument, or a value is not of its type.
+        ValueError: there is no such mapping, it has no such argument, or a value is not of its type.
     """
     pairs = [pair.partition("=") for pair in text.split(",") if pair.strip()]
+    check_name(name)
     if name in BUILT_IN and pairs:
         raise ValueError(f"{name} has options of its own (see --help), and no --mapping-options; got {text!r}")
     known = {} if name in BUILT_IN else arguments_of(MAPPINGS[name])
@@ -100,6 +101,12 @@ def parse_options(name: str, text: str) -> Dict[str, Any]:
     return options
 
 
+def check_name(name: str) -> None:
+    """Raises ValueError where no mapping has this name."""
+    if name not in MAPPINGS:
+        raise ValueError(f"there is no mapping {name!r}; choose from: {', '.join(MAPPINGS)}")
+
+
 def build_mapping(name: str, **options: Any) -> nn.Module:
     """The module of a mapping, to be applied over the last dimension of scores.
 
@@ -112,8 +119,7 @@ def build_mapping(name: str, **options: Any) -> nn.Module:
         ValueError: no mapping has this name, or an option's value is wrong.
         TypeError: the mapping has no such option.
     """
-    if name not in MAPPINGS:
-        raise ValueError(f"there is no mapping {name!r}; choose from: {', '.join(MAPPINGS)}")
+    check_name(name)
     known = arguments_of(MAPPINGS[name])
     unknown = sorted(set(options) - set(known))
     if unknown:

@@ -73,7 +73,8 @@ class MappedMultiheadAttention(MultiheadAttention):
     @property
     def scaling(self) -> Union[float, Tensor]:
         """What fairseq, and :meth:`_attend_blockwise`, multiply projected queries with."""
-        return self.__dict__["scaling"] * _query_factor.get()
+        scaling = self.__dict__["scaling"]
+        return scaling if self.scale is None else scaling * _query_factor.get()
 
     def forward(
         self,
