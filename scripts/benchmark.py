@@ -58,6 +58,7 @@ from multimax_fairseq.kernels.masks import Masks
 from multimax_fairseq.mappings import MAPPINGS, MultiMax, build_mapping, modulate
 from multimax_fairseq.mappings.multimax import multimax_formula
 from multimax_fairseq.modules import MappedMultiheadAttention
+from multimax_fairseq.modules.attention import CAUSAL
 from multimax_fairseq.modules.transformer import SPARSE
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -272,7 +273,9 @@ def attention(name: str, dropout: float = 0.0) -> nn.Module:
 
 
 def future_mask(length: int) -> Tensor:
-    return torch.full((length, length), float("-inf"), device=DEVICE).triu_(1)
+    mask = torch.full((length, length), float("-inf"), device=DEVICE).triu_(1)
+    setattr(mask, CAUSAL, True)  # as the decoder that makes it says
+    return mask
 
 
 def module_peak(name: str, bsz: int, length: int) -> int:
