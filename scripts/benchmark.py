@@ -49,13 +49,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import multimax_fairseq.models  # noqa: F401  registers the models
+from multimax_fairseq.analysis.files import UserError, import_user_dir
 from multimax_fairseq.criterions.entmax_loss import alpha_of
 from multimax_fairseq.kernels.attention import multimax_attention
 from multimax_fairseq.kernels.backend import compiled_graphs
 from multimax_fairseq.kernels.chunked_cross_entropy import chunked_cross_entropy
 from multimax_fairseq.kernels.chunked_entmax_loss import chunked_entmax_loss
 from multimax_fairseq.kernels.masks import Masks
-from multimax_fairseq.mappings import MAPPINGS, MultiMax, build_mapping, modulate
+from multimax_fairseq.mappings import BUILT_IN, MAPPINGS, MultiMax, build_mapping, modulate
 from multimax_fairseq.mappings.multimax import multimax_formula
 from multimax_fairseq.modules import MappedMultiheadAttention
 from multimax_fairseq.modules.attention import CAUSAL
@@ -203,6 +204,7 @@ def mappings() -> Dict[str, Callable[[Tensor], Tensor]]:
         "entmax, α = 1.3": build_mapping("entmax", alpha=1.3),
         "entmax, learned": build_mapping("entmax", alpha="learned"),
         "evsoftmax": build_mapping("evsoftmax"),
+        **{name: build_mapping(name) for name in MAPPINGS if name not in BUILT_IN},  # of --user-dir
         "sparsemax, package": entmax_package.Sparsemax(),
         "entmax15, package": entmax_package.Entmax15(),
         "entmax, α = 1.5, package": entmax_package.EntmaxBisect(1.5),
@@ -549,6 +551,7 @@ def main() -> None:
     parser.add_argument("--path", type=Path, help="a softmax checkpoint on that data, for generate")
     parser.add_argument("--updates", type=int, help="updates of an epoch (all)")
     parser.add_argument("--json", type=Path, help="write all figures here too")
+    parser.add_argument("--user-dir", type=Path, help="a folder with mappings of your own, for mapping")
     args = parser.parse_args()
     chosen = args.sections or ["mapping", "attention", "step", "output"]
     check(parser, args, chosen, list(sections))
@@ -556,7 +559,6 @@ def main() -> None:
     warnings.simplefilter("ignore")  # of fairseq, torch and hydra about each other
     if args.threads:
         torch.set_num_threads(args.threads)
-
 
     results = {"machine": machine(), "rows": []}
     print(results["machine"])
@@ -573,6 +575,10 @@ def main() -> None:
 
 def check(parser: argparse.ArgumentParser, args: argparse.Namespace, chosen: List[str], sections: List[str]) -> None:
     """End with a message, before any long work, where an argument is wrong or missing."""
+    try:
+        import_user_dir(args.user_dir)
+    except UserError as error:
+        parser.error(str(error))
     for section in chosen:
         if section not in sections:
             parser.error(f"there is no section {section!r}; choose from: {', '.join(sections)}")
