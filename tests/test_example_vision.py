@@ -14,6 +14,8 @@ import torch
 from conftest import ROOT, environment
 from torch.nn import functional as F
 
+from multimax_fairseq.compat import trust_plain_records
+
 # not importorskip: timm is imported by the example, which knows what its torchvision may lack
 if any(importlib.util.find_spec(name) is None for name in ("timm", "sklearn")):
     pytest.skip("needs timm and scikit-learn: pip install -c requirements.txt -e .[vision]", allow_module_level=True)
@@ -39,6 +41,7 @@ def on_path():
     others = {name: sys.modules.pop(name) for name in names if name in sys.modules}
     sys.path.insert(0, str(EXAMPLE))
     yield
+    trust_plain_records()  # timm, and torch's safe_globals, take from torch's list what others have put there
     sys.path.remove(str(EXAMPLE))
     for name in names:
         sys.modules.pop(name, None)

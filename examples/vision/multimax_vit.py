@@ -16,7 +16,6 @@ Sources: Zhou, Fritz, Keuper, *MultiMax: Sparse and Multi-Modal Attention Learni
 *Training data-efficient image transformers & distillation through attention*, ICML 2021 (DeiT).
 """
 
-import argparse
 import contextlib
 import functools
 import math
@@ -57,6 +56,7 @@ from timm.layers import Attention, maybe_add_mask, resolve_self_attn_mask  # noq
 from timm.models import build_model_with_cfg, generate_default_cfgs, get_pretrained_cfg, register_model  # noqa: E402
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn  # noqa: E402
 
+from multimax_fairseq.compat import trust_plain_records  # noqa: E402
 from multimax_fairseq.mappings import MultiMax, build_mapping  # noqa: E402
 
 OUTPUT_MAPPINGS = ("softmax", "multimax")
@@ -284,11 +284,11 @@ def load_authors_checkpoint(path: Union[str, Path], **options: Any) -> MultiMaxV
 
 def read_weights(path: Union[str, Path]) -> Dict[str, Tensor]:
     """Names and tensors of a checkpoint, without running code that it may hold."""
-    # DeiT's script saves its options, too; they are numbers and strings
-    allowed = getattr(torch.serialization, "safe_globals", None)  # torch >= 2.5
+    # DeiT's script saves its options, too: numbers and strings. (Not with torch's safe_globals, which when it
+    # ends takes from the list what others have put there, too.)
+    trust_plain_records()
     try:
-        with allowed([argparse.Namespace]) if allowed else contextlib.nullcontext():
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{path} holds more than weights, and reading that could run code; save its weights alone, "
