@@ -5,7 +5,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import cpp_attention, triton_attention
-from .backend import _is_compiling
 from .blockwise_attention import BlockwiseMultiMax
 from .fused import fused_multimax
 from .masks import Masks
@@ -17,11 +16,6 @@ MIN_KEYS = 192  # from which on it pays not to have the whole matrix
 # Scores of which a GPU has the whole matrix: a block is some seven launches, and pays when it fills the GPU for long.
 # Of 64 MiB in half precision, which the backward keeps two or three times, twelve layers keep about 2 GiB.
 WHOLE_ON_GPU = 2**25
-
-
-def is_traced() -> bool:
-    """Whether somebody writes down the operations of a whole model, who is to see the formula and nothing of this."""
-    return torch.jit.is_tracing() or _is_compiling()
 
 
 def multimax_attention(

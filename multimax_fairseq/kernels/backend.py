@@ -56,10 +56,14 @@ def wants_compiled(tensor: Tensor) -> bool:
     return (
         tensor.device.type in COMPILED_DEVICES
         and backend() != "eager"
-        and not torch.jit.is_tracing()
-        and not _is_compiling()  # whoever compiles a whole model has the formula
+        and not is_traced()
         and not is_transformed()
     )
+
+
+def is_traced() -> bool:
+    """Whether somebody writes down the operations of a whole model, who is to see the formula and nothing of this."""
+    return torch.jit.is_tracing() or _is_compiling()
 
 
 def is_transformed() -> bool:

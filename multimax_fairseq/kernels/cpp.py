@@ -183,5 +183,9 @@ def parameters(thresholds: Tensor, gains: Tensor) -> Tuple[Tensor, Tensor]:
 def _sizes(scores: Tensor, gains: Tensor) -> Tuple[int, int, int, int]:
     """rows, width, order, threads"""
     width = scores.size(-1)
-    threads = min(torch.get_num_threads(), max(scores.numel() // SCORES_PER_THREAD, 1))
-    return scores.numel() // width, width, len(gains), threads
+    return scores.numel() // width, width, len(gains), threads_for(scores)
+
+
+def threads_for(scores: Tensor) -> int:
+    """The number of threads that share the rows of ``scores``."""
+    return min(torch.get_num_threads(), max(scores.numel() // SCORES_PER_THREAD, 1))

@@ -51,8 +51,6 @@ def fused_sparse(
     """
     if scores.numel() == 0:
         return scores.clone()
-    if torch._C._functorch.peek_interpreter_stack() is not None:  # vmap and the like
-        return formula(scores)
     x = scores.to(compute_dtype(scores.dtype))
     if not (LIBRARY.serves(x) or KERNELS[name].forward.compiles(_flat(x))):
         return formula(scores)
@@ -138,12 +136,8 @@ def _of_rows(takes: bool, parameter: Tensor, flat: Tensor) -> List[Tensor]:
 def _sizes(name: str, scores: Tensor) -> Tuple[int, int, int, int]:
     """place of the mapping, rows, width, threads"""
     width = scores.size(-1)
-    return list(KERNELS).index(name), scores.numel() // width, width, _threads(scores)
+    return list(KERNELS).index(name), scores.numel() // width, width, cpp.threads_for(scores)
 
 
 def _addresses(*tensors: Tensor) -> List[int]:
     return [tensor.data_ptr() for tensor in tensors]
-
-
-def _threads(scores: Tensor) -> int:
-    return min(torch.get_num_threads(), max(scores.numel() // cpp.SCORES_PER_THREAD, 1))

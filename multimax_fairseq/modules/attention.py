@@ -8,7 +8,8 @@ import torch
 from fairseq.modules import MultiheadAttention
 from torch import Tensor, nn
 
-from ..kernels.attention import MIN_KEYS, is_traced, multimax_attention
+from ..kernels.attention import MIN_KEYS, multimax_attention
+from ..kernels.backend import is_traced
 from ..kernels.masks import Masks
 from ..mappings import MultiMax, additive_mask
 from .scale import visible_keys
