@@ -76,3 +76,12 @@ import multimax_fairseq
 assert logging.getLogger().handlers == before
 """
     assert python(code, tmp_path) == ""
+
+
+def test_whoever_loads_checkpoints_has_the_models_registered():
+    """In a process of its own, as multimax-analyze is."""
+    code = (
+        "import multimax_fairseq.analysis.checkpoint; from fairseq.models import MODEL_REGISTRY; "
+        "assert {'multimax_transformer', 'multimax_transformer_lm'} <= set(MODEL_REGISTRY)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -11,6 +11,7 @@ from fairseq.data import Dictionary, FairseqDataset
 from fairseq.tasks import FairseqTask
 from torch import nn
 
+from .. import models  # noqa: F401  registers them: fairseq has to know what it is to load
 from .collect import attention_modules
 from .files import UserError, read_checkpoint
 
