@@ -30,7 +30,7 @@ training=(
     --num-workers 0 --log-interval 50
 )
 max_tokens=1024 # small batches: many updates
-length=(--max-update 3500)
+length=(--max-update 4500)
 
 smoke_model=("${tiny_transformer[@]}" --share-all-embeddings --dropout 0.3)
 smoke_length=(--max-epoch 2)
