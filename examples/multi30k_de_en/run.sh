@@ -14,7 +14,6 @@ source "$here/../experiment.sh"
 
 experiment=multi30k_de_en
 prepare_script=prepare_multi30k.sh
-prepare_options=(--vocab-size 6000)
 arch=transformer
 # 4 + 4 layers of width 128: 0.8M of the 2.1M parameters are the embeddings of the pieces.
 model=(
