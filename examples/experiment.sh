@@ -1,5 +1,5 @@
-# Shared by examples/*/run.sh: sourced, never run.
-# The options of every examples/*/run.sh:
+# Shared by examples/*/run.sh and brown_lm/train.sh: sourced, never run.
+# The options of all of them:
 #
 #   --mapping NAME         of attention: multimax, softmax, sparsemax, entmax15, entmax, evsoftmax (default: multimax),
 #                          or stock: fairseq's own architecture
@@ -20,7 +20,7 @@
 #                          recipe's)
 #   --data DIR             made by the prepare script, which is run if DIR has no data-bin (default: data/EXPERIMENT)
 #   --archive FILE         of the data: the prepare script takes it instead of a download
-#   --from DIR             the same with a folder, for Multi30k
+#   --from DIR             the same with a folder, for Multi30k and text of your own
 #   --runs DIR             for checkpoints, logs and scores, a folder a run (default: runs/EXPERIMENT), or
 #   --out DIR              the folder of this run (default: MAPPING-seedN, and what else was chosen, in --runs)
 #   --only STAGE           prepare, train or evaluate, and nothing else (default: what is not done yet of the three)
@@ -50,7 +50,8 @@ help_files+=("$examples/experiment.sh")
 # ---------------------------------------------------------------- what a recipe sets
 
 experiment=       # the name of its folder
-prepare_script=   # of scripts/: makes $data
+prepare_script=   # of scripts/: makes $data, with
+prepare_options=()
 arch=             # fairseq's architecture; with "multimax_" before it unless --mapping stock
 model=()          # its dimensions, where they are not the architecture's own
 training=()       # task, loss, optimiser, batches: what does not depend on the command line
@@ -225,7 +226,8 @@ prepare_data() {
         trap 'rm -rf "$made_up"' EXIT
         prepare_smoke "$made_up/source"
     else
-        bash "$scripts/$prepare_script" --out "$data" ${archive:+--archive "$archive"} ${from:+--from "$from"}
+        bash "$scripts/$prepare_script" --out "$data" ${prepare_options[@]+"${prepare_options[@]}"} \
+            ${archive:+--archive "$archive"} ${from:+--from "$from"}
     fi
 }
 
