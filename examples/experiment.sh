@@ -50,7 +50,7 @@ help_files+=("$examples/experiment.sh")
 # ---------------------------------------------------------------- what a recipe sets
 
 experiment=       # the name of its folder
-prepare_script=   # of scripts/: makes $data
+prepare_script=   # of scripts/: makes $data, with
 prepare_options=()
 arch=             # fairseq's architecture; with "multimax_" before it unless --mapping stock
 model=()          # its dimensions, where they are not the architecture's own

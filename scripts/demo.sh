@@ -76,6 +76,7 @@ grammar_demo() {
     bash "$scripts/prepare_demo.sh" --out "$data"
 
     step "Training" "2+2 layers of width 128, $mapping in attention, $epochs epochs"
+    "$PYTHON" "$scripts/resume_checkpoint.py" "$run"
     keep_memory fairseq-train "$data/data-bin" --user-dir "$root/multimax_fairseq" \
         --arch multimax_transformer --attention-mapping "$mapping" \
         --encoder-layers 2 --encoder-embed-dim 128 --encoder-ffn-embed-dim 256 --encoder-attention-heads 4 \
@@ -83,7 +84,8 @@ grammar_demo() {
         --share-decoder-input-output-embed --dropout 0.1 \
         --criterion label_smoothed_cross_entropy --label-smoothing 0.1 \
         --optimizer adam --adam-betas '(0.9, 0.98)' --lr 5e-3 --lr-scheduler inverse_sqrt --warmup-updates 200 \
-        --max-tokens 4096 --required-batch-size-multiple 1 --max-epoch "$epochs" --seed "$seed" --num-workers 0 \
+        --max-tokens 4096 --required-batch-size-multiple 1 --update-epoch-batch-itr True \
+        --max-epoch "$epochs" --seed "$seed" --num-workers 0 \
         --save-dir "$run" --no-epoch-checkpoints --log-format tqdm --log-file "$run.log" | epochs_of_log
 
     step "Translation" "beam search on 500 sentences that training has not seen"

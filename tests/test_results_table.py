@@ -1,17 +1,18 @@
 """scripts/results_table.py: tables from the records of runs. That scripts/record_run.py writes such records is tested
 with the runs themselves."""
 
+import io
 import json
 import random
 import re
 import statistics
-import sys
+from argparse import Namespace
+from contextlib import redirect_stderr, redirect_stdout
 
 import pytest
-from conftest import ROOT, run
+from conftest import load_script, run
 from sacrebleu.metrics import BLEU
 
-SCRIPT = ROOT / "scripts" / "results_table.py"
 SIGNATURE = "BLEU|nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:2.6.0"
 DEFAULT = {"attention_mapping": "multimax", "attention_mapping_sites": "encoder,decoder,cross",
            "output_mapping": "softmax", "multimax_order": 2, "multimax_terms": "below,above",
@@ -54,8 +55,18 @@ def write_run(folder, seed=1, hypotheses=None, references=REFERENCES, perplexiti
     return scores["best"]["bleu"] if hypotheses else None
 
 
-def results_table(*arguments, **kwargs):
-    return run(sys.executable, SCRIPT, *arguments, **kwargs)
+def results_table(*arguments, check=True):
+    """The script, in this process: what it prints, and what it ends with."""
+    main, output, errors, status = load_script("results_table").main, io.StringIO(), io.StringIO(), None
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(output), redirect_stderr(errors):
+        patch.setattr("sys.argv", ["results_table", *map(str, arguments)])
+        try:
+            main()
+        except SystemExit as stopped:
+            status = stopped.code
+    assert not check or status is None, status
+    text = f"{status}\n" if isinstance(status, str) else errors.getvalue()
+    return Namespace(stdout=output.getvalue(), stderr=text, returncode=1 if isinstance(status, str) else status or 0)
 
 
 def rows_of(markdown):
@@ -169,11 +180,8 @@ def test_perplexities_of_language_models(tmp_path):
     ({"attention_mapping": "sparsemax", "multimax_order": 1}, "sparsemax"),
     ({"attention_mapping": "stock"}, "softmax (stock fairseq)"),
 ])  # fmt: skip
-def test_a_row_is_named_after_what_is_not_the_default(mapping, name, monkeypatch):
-    monkeypatch.syspath_prepend(str(SCRIPT.parent))
-    from results_table import row_name
-
-    assert row_name({**DEFAULT, **mapping}) == name
+def test_a_row_is_named_after_what_is_not_the_default(mapping, name):
+    assert load_script("results_table").row_name({**DEFAULT, **mapping}) == name
 
 
 def test_published_numbers_stand_beside_with_their_source(translation, tmp_path):
@@ -292,3 +300,9 @@ def test_a_score_that_others_have_is_missed(tmp_path):
 def test_an_empty_folder_is_an_error(tmp_path):
     result = results_table(tmp_path, check=False)
     assert result.returncode == 1 and f"there is no run.json below {tmp_path}" in result.stderr
+
+
+@pytest.mark.parametrize("options", [["--samples", "0"], ["--samples", "many"], ["--samples", "1000001"], ["--paper"]])
+def test_a_wrong_option_is_an_error_in_a_line(options, tmp_path):
+    result = results_table(tmp_path, *options, check=False)
+    assert result.returncode == 2 and re.fullmatch(r"ERROR: .*see --help.*\n", result.stderr)
