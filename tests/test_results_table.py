@@ -120,11 +120,8 @@ def test_mean_and_standard_deviation_over_seeds(translation):
     ({1: 35.0}, "+5.00"),
     ({4: 35.0}, "–"),
 ])  # fmt: skip
-def test_a_difference_larger_than_that_between_seeds_is_bold(values, expected, monkeypatch):
-    monkeypatch.syspath_prepend(str(SCRIPT.parent))
-    from results_table import difference
-
-    assert difference(values, {1: 30.0, 2: 30.2, 3: 30.1}) == expected
+def test_a_difference_larger_than_that_between_seeds_is_bold(values, expected):
+    assert load_script("results_table").difference(values, {1: 30.0, 2: 30.2, 3: 30.1}) == expected
 
 
 def test_the_bootstrap_is_sacrebleus(translation, tmp_path):
