@@ -15,6 +15,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Compiling takes seconds a kernel and a dtype; the tests that are about it say so.
 os.environ.setdefault("MULTIMAX_BACKEND", "eager")
 
+import fork_server  # noqa: E402
 import pytest  # noqa: E402
 import recipes  # noqa: E402
 import torch  # noqa: E402
@@ -46,9 +47,14 @@ def environment():
 
 
 def run(*command, check=True, env=None, **kwargs):
-    """Run a command of this Python's environment; its output goes into the error when it fails."""
+    """Run a command of this Python's environment; its output goes into the error when it fails.
+
+    fairseq's commands are called in a process that has imported it; by their full path they are started anew.
+    """
+    variables = environment()
+    variables["PATH"] = os.pathsep.join([fork_server.path(), variables["PATH"]])
     result = subprocess.run(
-        [str(part) for part in command], capture_output=True, text=True, env=environment() | (env or {}), **kwargs
+        ["env", *map(str, command)], capture_output=True, text=True, env=variables | (env or {}), **kwargs
     )
     assert not check or result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
     return result
