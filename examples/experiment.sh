@@ -20,7 +20,7 @@
 #                          recipe's)
 #   --data DIR             made by the prepare script, which is run if DIR has no data-bin (default: data/EXPERIMENT)
 #   --archive FILE         of the data: the prepare script takes it instead of a download
-#   --from DIR             the same with a folder, for Multi30k
+#   --from DIR             the same with a folder, for Multi30k and Brown
 #   --runs DIR             for checkpoints, logs and scores, a folder a run (default: runs/EXPERIMENT), or
 #   --out DIR              the folder of this run (default: MAPPING-seedN, and what else was chosen, in --runs)
 #   --only STAGE           prepare, train or evaluate, and nothing else (default: what is not done yet of the three)
@@ -50,7 +50,8 @@ help_files+=("$examples/experiment.sh")
 # ---------------------------------------------------------------- what a recipe sets
 
 experiment=       # the name of its folder
-prepare_script=   # of scripts/: makes $data
+prepare_script=   # of scripts/: makes $data, with
+prepare_options=()
 arch=             # fairseq's architecture; with "multimax_" before it unless --mapping stock
 model=()          # its dimensions, where they are not the architecture's own
 training=()       # task, loss, optimiser, batches: what does not depend on the command line
@@ -68,6 +69,13 @@ smoke_training=() # and after training
 tiny_transformer=(
     --encoder-layers 1 --encoder-embed-dim 32 --encoder-ffn-embed-dim 32 --encoder-attention-heads 2
     --decoder-layers 1 --decoder-embed-dim 32 --decoder-ffn-embed-dim 32 --decoder-attention-heads 2
+)
+
+# Of a language model.
+# shellcheck disable=SC2034
+tiny_lm=(
+    --decoder-layers 1 --decoder-embed-dim 32 --decoder-input-dim 32 --decoder-output-dim 32
+    --decoder-ffn-embed-dim 32 --decoder-attention-heads 2 --share-decoder-input-output-embed --dropout 0.1
 )
 
 # And two functions:
@@ -138,6 +146,8 @@ parse_run_options() {
     if [[ -n $epochs$updates ]]; then
         length=(${epochs:+--max-epoch "$epochs"} ${updates:+--max-update "$updates"})
         smoke_length=("${length[@]}")
+        [[ -z $epochs || -n $smoke || " ${training[*]} " != *" --lr-scheduler cosine "* ]] ||
+            die "--epochs: here the learning rate falls to 0 over the updates; say how many with --updates"
     fi
 }
 
@@ -225,7 +235,8 @@ prepare_data() {
         trap 'rm -rf "$made_up"' EXIT
         prepare_smoke "$made_up/source"
     else
-        bash "$scripts/$prepare_script" --out "$data" ${archive:+--archive "$archive"} ${from:+--from "$from"}
+        bash "$scripts/$prepare_script" --out "$data" ${prepare_options[@]+"${prepare_options[@]}"} \
+            ${archive:+--archive "$archive"} ${from:+--from "$from"}
     fi
 }
 

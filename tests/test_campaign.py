@@ -4,6 +4,8 @@ import itertools
 
 import campaign
 import pytest
+import torch
+from conftest import needs_compiler
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -22,8 +24,17 @@ def rounds(number):
     return lambda: next(counter) < number
 
 
-@pytest.mark.parametrize("name, number", [("run", 8), ("data", 4), ("table", 6), ("mappings", 30), ("options", 3)])
-def test_a_short_campaign_finds_nothing(name, number, place):
+@pytest.mark.parametrize("name, number", [
+    ("run", 8), ("data", 4), ("table", 6), ("options", 3), ("arguments", 6), ("flags", 8), ("mappings", 30),
+    ("NaN", 30),
+    pytest.param("backends", 30, marks=needs_compiler), pytest.param("attention", 6, marks=needs_compiler),
+])  # fmt: skip
+def test_a_short_campaign_finds_nothing(name, number, place, monkeypatch):
+    monkeypatch.setenv("MULTIMAX_BACKEND", "eager")  # to be put back: attacks draw another
+    if name != "attention":  # compiling takes seconds a mapping, a dtype and a direction
+        monkeypatch.setattr(campaign, "BACKENDS", ("eager",))
+    else:
+        monkeypatch.setattr(campaign, "ERRORS", {torch.float32: 1e-4})
     counts, failures = campaign.campaign(1, rounds(number), [name])
     assert counts == {name: number} and not failures
     assert not list(place.glob("attack-*"))

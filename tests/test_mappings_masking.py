@@ -151,3 +151,15 @@ def test_additive_mask_knows_minus_1e4_in_half_precision(kind):
 
 def test_additive_mask_keeps_a_steep_bias():
     assert additive_mask(torch.tensor([-4096.0, -0.5]), torch.float32).tolist() == [-4096.0, -0.5]
+
+
+@case_params()
+@dtype_params
+@pytest.mark.parametrize("wrong", [float("nan"), INF])
+def test_a_row_with_a_number_that_is_none_is_nan_and_others_are_as_without_it(case, dtype, wrong):
+    scores = masked_scores(3, 7, dtype=dtype)
+    bad = scores.clone()
+    bad[1, 3] = wrong
+    probabilities = case.function(bad)
+    assert probabilities[1].isnan().all()
+    assert torch.equal(probabilities[[0, 2]], case.function(scores)[[0, 2]])

@@ -1,17 +1,18 @@
 """scripts/results_table.py: tables from the records of runs. That scripts/record_run.py writes such records is tested
 with the runs themselves."""
 
+import io
 import json
 import random
 import re
 import statistics
-import sys
+from argparse import Namespace
+from contextlib import redirect_stderr, redirect_stdout
 
 import pytest
-from conftest import ROOT, run
+from conftest import load_script, run
 from sacrebleu.metrics import BLEU
 
-SCRIPT = ROOT / "scripts" / "results_table.py"
 SIGNATURE = "BLEU|nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:2.6.0"
 DEFAULT = {"attention_mapping": "multimax", "attention_mapping_sites": "encoder,decoder,cross",
            "output_mapping": "softmax", "multimax_order": 2, "multimax_terms": "below,above",
@@ -54,8 +55,18 @@ def write_run(folder, seed=1, hypotheses=None, references=REFERENCES, perplexiti
     return scores["best"]["bleu"] if hypotheses else None
 
 
-def results_table(*arguments, **kwargs):
-    return run(sys.executable, SCRIPT, *arguments, **kwargs)
+def results_table(*arguments, check=True):
+    """The script, in this process: what it prints, and what it ends with."""
+    main, output, errors, status = load_script("results_table").main, io.StringIO(), io.StringIO(), None
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(output), redirect_stderr(errors):
+        patch.setattr("sys.argv", ["results_table", *map(str, arguments)])
+        try:
+            main()
+        except SystemExit as stopped:
+            status = stopped.code
+    assert not check or status is None, status
+    text = f"{status}\n" if isinstance(status, str) else errors.getvalue()
+    return Namespace(stdout=output.getvalue(), stderr=text, returncode=1 if isinstance(status, str) else status or 0)
 
 
 def rows_of(markdown):
@@ -94,6 +105,26 @@ def test_mean_and_standard_deviation_over_seeds(translation):
         assert rows[name][column] == f"{mean:.2f} ± {deviation:.2f}"
         assert rows[name][0] == "1 2 3" and rows[name][1] == "7.00 ± 1.00"  # perplexities 6, 7, 8
     assert rows["EvSoftMax"][column] == f"{bleu['evsoftmax'][0]:.2f}"  # one seed has no deviation
+    differences = [multimax - softmax for multimax, softmax in zip(bleu["multimax"], bleu["softmax"])]
+    assert float(rows["MultiMax"][column + 1].strip("*+")) == pytest.approx(sum(differences) / 3, abs=0.0051)
+    assert rows["softmax"][column + 1] == "–"
+    assert float(rows["EvSoftMax"][column + 1].replace("−", "-")) == pytest.approx(
+        bleu["evsoftmax"][0] - bleu["softmax"][1], abs=0.0051)  # fmt: skip
+
+
+@pytest.mark.parametrize("values, expected", [
+    ({1: 31.0, 2: 31.2, 3: 31.1}, "**+1.00**"),  # 1 with a deviation of 0.1 and 0.1
+    ({1: 30.4, 2: 30.2, 3: 30.3}, "**+0.20**"),
+    ({1: 29.9, 2: 30.3, 3: 30.1}, "+0.00"),
+    ({1: 29.0, 2: 31.0, 3: 29.7}, "−0.20"),  # 0.2 with a deviation of 1
+    ({1: 35.0}, "+5.00"),
+    ({4: 35.0}, "–"),
+])  # fmt: skip
+def test_a_difference_larger_than_that_between_seeds_is_bold(values, expected, monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    from results_table import difference
+
+    assert difference(values, {1: 30.0, 2: 30.2, 3: 30.1}) == expected
 
 
 def test_the_bootstrap_is_sacrebleus(translation, tmp_path):
@@ -128,9 +159,9 @@ def test_perplexities_of_language_models(tmp_path):
     write_run(tmp_path / "b", 1, experiment="wikitext103", output_mapping="multimax",
               perplexities={"test, context 400": 28.5, "test, context 0": 33.25})  # fmt: skip
     rows = rows_of(results_table(tmp_path).stdout)
-    assert rows["mapping"][2:] == ["test, context 400", "test, context 0"]
-    assert rows["softmax"][2:] == [f"29.50 ± {statistics.stdev((29, 30)):.2f}", "34.50 ± 0.71"]
-    assert rows["MultiMax; MultiMax of the vocabulary"][2:] == ["28.50", "33.25"]
+    assert rows["mapping"][2:] == ["test, context 400", "test, context 0", "test, context 400 − softmax's"]
+    assert rows["softmax"][2:] == [f"29.50 ± {statistics.stdev((29, 30)):.2f}", "34.50 ± 0.71", "–"]
+    assert rows["MultiMax; MultiMax of the vocabulary"][2:] == ["28.50", "33.25", "−0.50"]  # of seed 1
 
 
 @pytest.mark.parametrize("mapping, name", [
@@ -149,11 +180,8 @@ def test_perplexities_of_language_models(tmp_path):
     ({"attention_mapping": "sparsemax", "multimax_order": 1}, "sparsemax"),
     ({"attention_mapping": "stock"}, "softmax (stock fairseq)"),
 ])  # fmt: skip
-def test_a_row_is_named_after_what_is_not_the_default(mapping, name, monkeypatch):
-    monkeypatch.syspath_prepend(str(SCRIPT.parent))
-    from results_table import row_name
-
-    assert row_name({**DEFAULT, **mapping}) == name
+def test_a_row_is_named_after_what_is_not_the_default(mapping, name):
+    assert load_script("results_table").row_name({**DEFAULT, **mapping}) == name
 
 
 def test_published_numbers_stand_beside_with_their_source(translation, tmp_path):
@@ -272,3 +300,9 @@ def test_a_score_that_others_have_is_missed(tmp_path):
 def test_an_empty_folder_is_an_error(tmp_path):
     result = results_table(tmp_path, check=False)
     assert result.returncode == 1 and f"there is no run.json below {tmp_path}" in result.stderr
+
+
+@pytest.mark.parametrize("options", [["--samples", "0"], ["--samples", "many"], ["--samples", "1000001"], ["--paper"]])
+def test_a_wrong_option_is_an_error_in_a_line(options, tmp_path):
+    result = results_table(tmp_path, *options, check=False)
+    assert result.returncode == 2 and re.fullmatch(r"ERROR: .*see --help.*\n", result.stderr)

@@ -147,6 +147,7 @@ def test_a_checkpoint_that_is_none(what, tool, folder, corpus, monkeypatch):
     ("check_decoding", ["--sentences", "0"], None),
     ("check_decoding", ["--sentences", "-5"], None),
     ("check_model", ["--checkpoint", "a::b"], "has an empty name"),
+    ("check_model", ["--data", "a\nb"], r"there is no folder a\\nb"),
     ("check_model", ["--data", "{run}"], "has no dictionary|cannot be built"),
     ("check_model", ["--data", "{corpus}/data-bin-lm"], "cannot be built with the data in"),
     ("multimax-analyze", ["--out", "{run}/best.bleu"], "is a file; --out takes a folder"),

@@ -37,7 +37,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         hint = ". A file whose name begins with a dash is ./-NAME" if "expected" in message else ""
-        self.exit(2, f"ERROR: {message}; see --help{hint}\n")
+        self.exit(2, f"ERROR: {_printable(message)}; see --help{hint}\n")
 
 
 def import_user_dir(folder: Optional[Path]) -> None:
@@ -71,9 +71,14 @@ def errors_in_a_line() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        sys.exit(f"ERROR: {error}")
+        sys.exit(f"ERROR: {_printable(error)}")
     except OSError as error:
-        sys.exit(f"ERROR: {error.filename or 'a file'}: {error.strerror or error}")
+        sys.exit(f"ERROR: {_printable(error.filename or 'a file')}: {error.strerror or error}")
+
+
+def _printable(text: object) -> str:
+    """Without new lines, say, in the name of a file."""
+    return re.sub(r"[\x00-\x1f\x7f]", lambda control: repr(control[0])[1:-1], str(text))
 
 
 # ---------------------------------------------------------------------- checkpoints

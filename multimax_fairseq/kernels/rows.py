@@ -90,7 +90,8 @@ def normalised(scores: Tensor, thresholds: Tensor, gains: Tensor) -> Tuple[Tenso
     empty = is_absent(scores.amax(-1, keepdim=True))  # by the scores: a row whose σ all overflow to −inf is NaN
     peak = modulated.amax(-1, keepdim=True).masked_fill(empty, 0.0)
     exponentials = (modulated - peak).exp()
-    factor = 1 / exponentials.sum(-1, keepdim=True).masked_fill(empty, float("inf"))
+    total = exponentials.sum(-1, keepdim=True)  # has the NaN of a row, which torch 2.2's amax can lose on a CPU
+    factor = 1 / total.masked_fill(total == 0, float("inf"))
     return exponentials * factor, peak, factor
 
 

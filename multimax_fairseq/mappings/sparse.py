@@ -7,6 +7,7 @@ Sources: sparsemax, Martins & Astudillo 2016; entmax, Peters, Niculae & Martins 
 Correia, Niculae & Martins 2019.
 """
 
+import math
 from functools import partial
 from typing import Callable, Optional, Union
 
@@ -109,13 +110,12 @@ def _project(scores: Tensor, projection: Callable[[Tensor], Tensor]) -> Tensor:
     if scores.numel() == 0:
         return scores.clone()
     x = scores.to(compute_dtype(scores.dtype))
-    absent = is_absent(x)
-    # The package takes single −inf scores for what they are, but a row of them for 0 / 0: give such a row
-    # scores, and take away what it makes of them.
-    x = x.masked_fill(absent.all(-1, keepdim=True), 0.0)
-    # No projection depends on where 0 is; the bisection loses digits where scores are large.
-    x = x - x.detach().amax(-1, keepdim=True)
-    return projection(x).masked_fill(absent, 0.0).to(scores.dtype)
+    peak = x.detach().amax(-1, keepdim=True)
+    # No projection depends on where 0 is; the bisection loses digits where scores are large. The package takes single
+    # −inf scores for what they are, but a row of them for 0 / 0, and fails at NaN: give such a row scores, and take
+    # away what it makes of them.
+    probabilities = projection((x - peak).masked_fill(~peak.isfinite(), 0.0))
+    return probabilities.masked_fill(is_absent(x), 0.0).masked_fill(~(peak < math.inf), math.nan).to(scores.dtype)
 
 
 class Sparsemax(nn.Module):
