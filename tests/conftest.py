@@ -1,6 +1,7 @@
 """What several test files need: small real data, models built by fairseq's own parser, real commands."""
 
 import importlib.util
+import io
 import os
 import re
 import shutil
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import threading
 from argparse import Namespace
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 # Models and tensors are tiny here: more threads cost more than they bring. Before torch, and for the commands too.
@@ -73,6 +75,30 @@ def load_script(name):
     sys.modules[name] = module  # where dataclasses, and functions in a new process, are looked for
     spec.loader.exec_module(module)
     return module
+
+
+def call(script, *arguments, check=True):
+    """A command of scripts/ or of examples/ in this process, which has imported all that it needs.
+
+    Args:
+        script: its name, without .py, or its module.
+
+    Returns:
+        stdout, stderr and returncode, as :func:`run`.
+    """
+    module = load_script(script) if isinstance(script, str) else script
+    output, errors, status = io.StringIO(), io.StringIO(), None
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(output), redirect_stderr(errors):
+        patch.setattr("sys.argv", [module.__name__, *map(str, arguments)])
+        try:
+            module.main()
+        except SystemExit as stopped:
+            status = stopped.code
+    if isinstance(status, str):
+        print(status, file=errors)
+    status = 1 if isinstance(status, str) else status or 0
+    assert not check or status == 0, errors.getvalue()
+    return Namespace(stdout=output.getvalue(), stderr=errors.getvalue(), returncode=status)
 
 
 def save_checkpoint(built, path):
