@@ -10,8 +10,11 @@ or OpenMP read when they start, and on systems other than Linux.
 import atexit
 import functools
 import importlib.metadata
+import importlib.util
 import json
+import logging
 import os
+import re
 import select
 import shutil
 import signal
@@ -68,10 +71,11 @@ def settings(environment):
 
 def serve(listener):
     """Fork for each client until standard input ends, as it does with the process that has started this one."""
-    import fairseq_cli.eval_lm
-    import fairseq_cli.generate
-    import fairseq_cli.preprocess
-    import fairseq_cli.train  # noqa: F401
+    import fairseq.checkpoint_utils
+    import fairseq.options
+    import fairseq.sequence_generator
+    import fairseq.trainer  # noqa: F401
+    import sacrebleu  # noqa: F401
 
     at_start = settings(os.environ)
     mains = {entry.name: entry for entry in importlib.metadata.entry_points(group="console_scripts")}
@@ -93,17 +97,22 @@ def serve(listener):
             os.environ.clear()
             os.environ.update(environment)
             sys.argv = [name, *arguments]
-            client.sendall(str(status_of(mains[name].load())).encode())
+            client.sendall(str(status_of(mains[name])).encode())
             os._exit(0)
         client.close()
         for file in files:
             os.close(file)
 
 
-def status_of(main):
+def status_of(entry):
     """The exit status that Python would give."""
+    text = Path(importlib.util.find_spec(entry.module).origin).read_text()
+    configures, imports = (re.search(line, text, re.M) for line in ("^logging.basicConfig", "^(from|import) fairseq"))
+    if configures and configures.start() < imports.start():  # what importing fairseq did to logging would come later
+        logging.root.handlers.clear()
+        logging.root.setLevel(logging.WARNING)
     try:
-        status = main()
+        status = entry.load()()
     except SystemExit as end:
         status = end.code
     except BaseException:
