@@ -8,6 +8,7 @@ or OpenMP read when they start, and on systems other than Linux.
 """
 
 import atexit
+import contextlib
 import functools
 import importlib.metadata
 import importlib.util
@@ -17,7 +18,6 @@ import os
 import re
 import select
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -52,11 +52,12 @@ def path():
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(str(address))
     listener.listen()
-    subprocess.Popen(
+    process = subprocess.Popen(
         [sys.executable, __file__, str(listener.fileno())], pass_fds=[listener.fileno()], stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     listener.close()
+    atexit.register(process.communicate)  # which ends what it reads
     for name in COMMANDS:
         command = folder / f"fairseq-{name}"
         real = str(Path(sys.executable).parent)
@@ -79,8 +80,10 @@ def serve(listener):
 
     at_start = settings(os.environ)
     mains = {entry.name: entry for entry in importlib.metadata.entry_points(group="console_scripts")}
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # children that have ended are not waited for
     while sys.stdin not in select.select([listener, sys.stdin], [], [])[0]:
+        with contextlib.suppress(ChildProcessError):  # there is none
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
         client, _ = listener.accept()
         request, files, _, _ = socket.recv_fds(client, 1 << 20, 3)
         while not request.endswith(b"\n"):
@@ -89,7 +92,6 @@ def serve(listener):
         if settings(environment) != at_start:
             client.sendall(b"real")
         elif not os.fork():
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             listener.close()
             for number, file in enumerate(files):
                 os.dup2(file, number)
