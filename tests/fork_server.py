@@ -4,7 +4,7 @@
 folder, environment and open files to the server, which forks; the fork calls the entry point of the real command, and
 its exit status comes back. The server has not imported this package, and has computed nothing: a fork is as far as a
 new process is once it has imported fairseq. The real command runs where that is not enough: with settings that Python
-or OpenMP read when they start, and on systems other than Linux.
+or OpenMP read when they start, under other limits or in other namespaces, and on systems other than Linux.
 """
 
 import atexit
@@ -26,14 +26,23 @@ import traceback
 from pathlib import Path
 
 COMMANDS = ("preprocess", "train", "generate", "interactive", "validate", "eval-lm", "hydra-train")
+CONFINES = """
+confines = [os.readlink("/proc/self/ns/" + name) for name in ("mnt", "user", "net")]
+with open("/proc/self/limits") as file:
+    confines.append(file.read())
+"""
 CLIENT = """#!{python} -IS
 import json, os, socket, sys
+{confines}
+umask = os.umask(0)
+os.umask(umask)
 name = os.path.basename(sys.argv[0])
 server = socket.socket(socket.AF_UNIX)
 server.connect({address!r})
-request = json.dumps([name, sys.argv[1:], os.getcwd(), dict(os.environ)]).encode() + b"\\n"
+request = json.dumps([name, sys.argv[1:], os.getcwd(), dict(os.environ), umask, confines]).encode() + b"\\n"
 sent = socket.send_fds(server, [request], [0, 1, 2])
-server.sendall(request[sent:])
+if request[sent:]:  # else the answer may have come already
+    server.sendall(request[sent:])
 status = server.recv(16).decode()
 if status == "real":
     os.execv(os.path.join({folder!r}, name), [name, *sys.argv[1:]])
@@ -61,7 +70,7 @@ def path():
     for name in COMMANDS:
         command = folder / f"fairseq-{name}"
         real = str(Path(sys.executable).parent)
-        command.write_text(CLIENT.format(python=sys.executable, address=str(address), folder=real))
+        command.write_text(CLIENT.format(python=sys.executable, confines=CONFINES, address=str(address), folder=real))
         command.chmod(0o755)
     return str(folder)
 
@@ -78,7 +87,9 @@ def serve(listener):
     import fairseq.trainer  # noqa: F401
     import sacrebleu  # noqa: F401
 
-    at_start = settings(os.environ)
+    found = {"os": os}
+    exec(CONFINES, found)
+    at_start = settings(os.environ), found["confines"]
     mains = {entry.name: entry for entry in importlib.metadata.entry_points(group="console_scripts")}
     while sys.stdin not in select.select([listener, sys.stdin], [], [])[0]:
         with contextlib.suppress(ChildProcessError):  # there is none
@@ -88,14 +99,15 @@ def serve(listener):
         request, files, _, _ = socket.recv_fds(client, 1 << 20, 3)
         while not request.endswith(b"\n"):
             request += client.recv(1 << 20)
-        name, arguments, folder, environment = json.loads(request)
-        if settings(environment) != at_start:
+        name, arguments, folder, environment, umask, confines = json.loads(request)
+        if (settings(environment), confines) != at_start:
             client.sendall(b"real")
         elif not os.fork():
             listener.close()
             for number, file in enumerate(files):
                 os.dup2(file, number)
             os.chdir(folder)
+            os.umask(umask)
             os.environ.clear()
             os.environ.update(environment)
             sys.argv = [name, *arguments]
