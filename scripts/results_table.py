@@ -279,7 +279,7 @@ def difference(values: dict[int, float], baseline: dict[int, float]) -> str:
         baseline: the same of softmax.
 
     Returns:
-        "–" without a common seed; bold if it is larger than the standard deviation between seeds of either of the two.
+        "–" without a common seed; bold if larger than the standard deviation between seeds of either of the two.
     """
     seeds = sorted(values.keys() & baseline.keys())
     if not seeds:
@@ -408,7 +408,7 @@ def notes(runs: list[Run], p: dict, published: dict[str, Any], samples: int) -> 
         if missing:
             found.append(f"WARNING: {run.row}, seed {run.seed}, has no score {' or '.join(missing)}.")
     if len({run.seed for run in runs}) > 1:
-        found.append("Differences are means over seeds; bold: larger than the standard deviation between seeds of either.")
+        found.append("Differences are means over seeds; bold: above the standard deviation between seeds of either.")
     if p:
         found.append(f"p: sacrebleu's paired bootstrap of the best checkpoints, {samples:,} samples, a value a seed.")
     if published:

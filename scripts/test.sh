@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Installs what the tests need, as scripts/demo.sh does, and runs them.
+# Installs what the tests need, as scripts/demo.sh does, and runs them; before them ruff and shellcheck, where they are
+# installed.
 #
 #     scripts/test.sh [OPTION OF PYTEST ...]        for example: scripts/test.sh -m "not slow"
 #
@@ -8,7 +9,8 @@
 # MULTIMAX_DATA=DIR   a folder with multi30k/ (gzipped, raw) and brown/ (train, valid, test .tokens.gz):
 #                     tests on real data run too; without it they are skipped
 # MULTIMAX_TEST_EXTRAS=test,gpu-tests
-#                     installs Triton too (1 GB), and tests the kernels for a GPU without one; else they are skipped
+#                     installs Triton too (1 GB), and tests the kernels for a GPU without one; else they are skipped;
+#                     with `checks`, too: ruff, shellcheck, and build, with which the wheel is tested
 
 set -euo pipefail
 
@@ -25,4 +27,7 @@ if [[ ${1:-} == --help || ${1:-} == -h ]]; then
 fi
 use_environment "$root" "${MULTIMAX_TEST_EXTRAS:-test}"
 cd "$root"
+! command -v ruff >/dev/null || ruff check .
+! command -v shellcheck >/dev/null ||
+    printf '%s\n' .ci/run scripts/*.sh examples/*.sh examples/*/*.sh | xargs -P 2 -n 5 shellcheck -x
 exec python -m pytest -n auto --dist loadfile "$@"

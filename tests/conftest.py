@@ -1,6 +1,7 @@
 """What several test files need: small real data, models built by fairseq's own parser, real commands."""
 
 import importlib.util
+import io
 import os
 import re
 import shutil
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import threading
 from argparse import Namespace
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 # Models and tensors are tiny here: more threads cost more than they bring. Before torch, and for the commands too.
@@ -15,6 +17,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Compiling takes seconds a kernel and a dtype; the tests that are about it say so.
 os.environ.setdefault("MULTIMAX_BACKEND", "eager")
 
+import fork_server  # noqa: E402
 import pytest  # noqa: E402
 import recipes  # noqa: E402
 import torch  # noqa: E402
@@ -46,9 +49,14 @@ def environment():
 
 
 def run(*command, check=True, env=None, **kwargs):
-    """Run a command of this Python's environment; its output goes into the error when it fails."""
+    """Run a command of this Python's environment; its output goes into the error when it fails.
+
+    fairseq's commands are called in a process that has imported it; by their full path they are started anew.
+    """
+    variables = environment()
+    variables["PATH"] = os.pathsep.join([fork_server.path(), variables["PATH"]])
     result = subprocess.run(
-        [str(part) for part in command], capture_output=True, text=True, env=environment() | (env or {}), **kwargs
+        ["env", *map(str, command)], capture_output=True, text=True, env=variables | (env or {}), **kwargs
     )
     assert not check or result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
     return result
@@ -67,6 +75,30 @@ def load_script(name):
     sys.modules[name] = module  # where dataclasses, and functions in a new process, are looked for
     spec.loader.exec_module(module)
     return module
+
+
+def call(script, *arguments, check=True):
+    """A command of scripts/ or of examples/ in this process, which has imported all that it needs.
+
+    Args:
+        script: its name, without .py, or its module.
+
+    Returns:
+        stdout, stderr and returncode, as :func:`run`.
+    """
+    module = load_script(script) if isinstance(script, str) else script
+    output, errors, status = io.StringIO(), io.StringIO(), None
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(output), redirect_stderr(errors):
+        patch.setattr("sys.argv", [module.__name__, *map(str, arguments)])
+        try:
+            module.main()
+        except SystemExit as stopped:
+            status = stopped.code
+    if isinstance(status, str):
+        print(status, file=errors)
+    status = 1 if isinstance(status, str) else status or 0
+    assert not check or status == 0, errors.getvalue()
+    return Namespace(stdout=output.getvalue(), stderr=errors.getvalue(), returncode=status)
 
 
 def save_checkpoint(built, path):

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import fork_server
 import pytest
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
@@ -40,6 +41,7 @@ def environment(**changes: str) -> dict[str, str]:
 
 
 def prepare(script: Path, *arguments: object, **changes: str) -> subprocess.CompletedProcess:
+    changes.setdefault("PATH", os.pathsep.join([fork_server.path(), environment()["PATH"]]))
     return subprocess.run(
         [str(script), *map(str, arguments)],
         env=environment(**changes),

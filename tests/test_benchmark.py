@@ -7,7 +7,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, load_script, run
+from conftest import ROOT, call, load_script, run
 
 SCRIPT = ROOT / "scripts" / "benchmark.py"
 
@@ -51,8 +51,8 @@ def test_the_peak_of_an_allocation_that_is_known(benchmark):
     (["mapping", "--rounds", "0"], "--rounds takes 1 or more"),
     (["mapping", "--json", "no/such/folder/figures.json"], "--json: there is no folder"),
 ])  # fmt: skip
-def test_wrong_arguments_end_it_before_any_work(arguments, message):
-    result = run(sys.executable, SCRIPT, *arguments, check=False)
+def test_wrong_arguments_end_it_before_any_work(benchmark, arguments, message):
+    result = call(benchmark, *arguments, check=False)
     assert result.returncode == 2 and message in result.stderr and not result.stdout
 
 

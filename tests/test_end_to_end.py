@@ -3,11 +3,10 @@
 import json
 import math
 import re
-import sys
 
 import pytest
 import torch
-from conftest import PLUGIN, ROOT, TINY, TINY_LM, run
+from conftest import PLUGIN, ROOT, TINY, TINY_LM, call, run
 from fairseq import checkpoint_utils
 
 import multimax_fairseq.models  # noqa: F401  torch.load then takes checkpoints of fairseq
@@ -151,7 +150,7 @@ def test_a_prefix_scored_by_force_has_the_probability_that_beam_search_gave_it(t
 def test_averaged_checkpoints_generate(translation, corpus, tmp_path):
     folder, _ = translation
     average = tmp_path / "average.pt"
-    run(sys.executable, ROOT / "scripts" / "average_checkpoints.py", "--last", 2, folder, "--output", average)
+    call("average_checkpoints", "--last", 2, folder, "--output", average)
     states = [torch.load(folder / f"checkpoint{epoch}.pt")["model"] for epoch in (2, 3)]
     averaged = torch.load(average)["model"]
     for name, tensor in averaged.items():
@@ -169,8 +168,7 @@ def test_averaged_checkpoints_generate(translation, corpus, tmp_path):
 ])  # fmt: skip
 def test_averaging_the_wrong_files_says_what_is_wrong(arguments, message, translation, stock, tmp_path):
     arguments = [argument.format(folder=translation[0], stock=stock[0]) for argument in arguments]
-    result = run(sys.executable, ROOT / "scripts" / "average_checkpoints.py", *arguments,
-                 "--output", tmp_path / "average.pt", check=False)  # fmt: skip
+    result = call("average_checkpoints", *arguments, "--output", tmp_path / "average.pt", check=False)
     assert result.returncode != 0 and message in result.stderr and not list(tmp_path.iterdir())
 
 
@@ -323,8 +321,8 @@ def test_score_translation_scores_what_fairseq_generates(translation, corpus, tm
 
 @pytest.mark.parametrize("precision, tolerance", [([], 1e-5), (["--fp64"], 1e-13)])
 def test_check_decoding_of_a_trained_model(precision, tolerance, translation, corpus):
-    result = run(sys.executable, ROOT / "scripts" / "check_decoding.py", corpus / "data-bin", "--sentences", 10,
-                 "--path", translation[0] / "checkpoint_last.pt", *precision)  # fmt: skip
+    result = call("check_decoding", corpus / "data-bin", "--sentences", 10,
+                  "--path", translation[0] / "checkpoint_last.pt", *precision)  # fmt: skip
     assert float(re.search(r"largest difference (\S+) nat", result.stdout)[1]) < tolerance
 
 

@@ -2,12 +2,13 @@
 
 import importlib.util
 import json
-import subprocess
+import logging
+import multiprocessing.dummy
 import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, call
 
 SCRIPT = ROOT / "examples" / "retrieval" / "run.py"
 QUICK = ["--updates", 20, "--length", 12, "--test-lengths", "12,24", "--matches", 3, "--processes", 1]
@@ -19,11 +20,6 @@ def retrieval():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-def call(*arguments):
-    command = [sys.executable, str(SCRIPT), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
 def test_a_perfect_layer_has_no_error(retrieval):
@@ -49,14 +45,17 @@ def test_modulators_have_a_learning_rate_of_their_own(retrieval):
 
 
 @pytest.mark.slow
-def test_a_run_is_resumed_and_has_a_table_and_figures(tmp_path):
+def test_a_run_is_resumed_and_has_a_table_and_figures(retrieval, tmp_path, monkeypatch):
+    """With a pool, here of threads, where there is more than one run to do."""
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
+    monkeypatch.setattr(retrieval.multiprocessing, "get_context", lambda kind: multiprocessing.dummy)
+    monkeypatch.setattr(logging.getLogger(), "level", logging.DEBUG)  # as importing fairseq leaves it
     rows = "softmax,multimax:order=1:lr_scale=10,entmax:alpha=learned,softmax:scale=log-length"
-    first = call(*QUICK, "--mappings", "softmax", "--seeds", 1, "--out", tmp_path)
-    assert first.returncode == 0, first.stderr
+    call(retrieval, *QUICK, "--mappings", "softmax", "--seeds", 1, "--out", tmp_path)
     kept = json.loads((tmp_path / "results.json").read_text())
-    second = call(*QUICK, "--mappings", rows, "--seeds", "1,2", "--out", tmp_path)
-    assert second.returncode == 0, second.stderr
+    second = call(retrieval, *QUICK[:-1], 2, "--mappings", rows, "--seeds", "1,2", "--out", tmp_path)
     results = json.loads((tmp_path / "results.json").read_text())
+    assert logging.getLogger().level == logging.WARNING  # or matplotlib would tell of every font
     assert len(results) == 4 * 2 * 2 and all(record in results for record in kept)
     assert {"mapping", "options", "seed", "test_length", "mse", "mass_on_matches"} <= set(results[0])
     of_softmax = [r["mse"] for r in results if (r["mapping"], r["options"], r["test_length"]) == ("softmax", {}, 12)]
@@ -64,8 +63,8 @@ def test_a_run_is_resumed_and_has_a_table_and_figures(tmp_path):
     assert row in second.stdout and row in (tmp_path / "table.md").read_text()
     for name in ("errors", "modulators", "rows"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-    other = call(*QUICK, "--noise", 0.3, "--out", tmp_path)
-    assert other.returncode == 1 and "has results of another task or length" in other.stderr
+    with pytest.raises(retrieval.UserError, match="has results of another task or length"):
+        call(retrieval, *QUICK, "--noise", 0.3, "--out", tmp_path)
 
 
 @pytest.mark.parametrize(("options", "message"), [

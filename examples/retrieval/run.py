@@ -20,12 +20,14 @@ not run again, so the command can be stopped and given again. DIR/table.md and t
 
 import argparse
 import json
+import logging
 import math
 import multiprocessing
 import os
 import statistics
 import sys
 import textwrap
+from contextlib import nullcontext
 from pathlib import Path
 from typing import IO, Any, Callable, Dict, List, NamedTuple, Optional, Tuple
 
@@ -394,6 +396,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
+    logging.getLogger().setLevel(logging.WARNING)  # importing fairseq sets it to DEBUG
     rows, lengths, out = arguments.rows, arguments.test_lengths, arguments.out
     task = Task(arguments.length, arguments.matches, arguments.dimensions, arguments.noise)
     file = out / "results.json"
@@ -407,8 +410,10 @@ def main() -> None:
             there = {length for length in lengths for r in records(results, row, length) if r["seed"] == seed}
             if there != set(lengths) or not model_file(out, row, seed).exists():
                 jobs.append((task, row, seed, arguments.updates, lengths, out, arguments.user_dir))
-    with multiprocessing.get_context("spawn").Pool(min(arguments.processes, max(len(jobs), 1))) as pool:
-        for new in tqdm(pool.imap_unordered(run, jobs), total=len(jobs), desc="trainings", disable=None):
+    processes = min(arguments.processes, len(jobs))
+    with multiprocessing.get_context("spawn").Pool(processes) if processes > 1 else nullcontext() as pool:
+        runs = pool.imap_unordered(run, jobs) if pool else map(run, jobs)
+        for new in tqdm(runs, total=len(jobs), desc="trainings", disable=None):
             replaced = set(map(key_of, new))
             results = sorted([record for record in results if key_of(record) not in replaced] + new, key=key_of)
             write_text(file, json.dumps(results, indent=1))

@@ -1,0 +1,144 @@
+"""fairseq's commands without the four seconds of its imports: forks of one process that has imported it.
+
+:func:`path` is a folder of commands with the names of fairseq's. Put first in PATH, each of them sends its arguments,
+folder, environment and open files to the server, which forks; the fork calls the entry point of the real command, and
+its exit status comes back. The server has not imported this package, and has computed nothing: a fork is as far as a
+new process is once it has imported fairseq. The real command runs where that is not enough: with settings that Python
+or OpenMP read when they start, under other limits or in other namespaces, and on systems other than Linux.
+"""
+
+import atexit
+import contextlib
+import functools
+import importlib.metadata
+import importlib.util
+import json
+import logging
+import os
+import re
+import select
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import traceback
+from pathlib import Path
+
+COMMANDS = ("preprocess", "train", "generate", "interactive", "validate", "eval-lm", "hydra-train")
+CONFINES = """
+confines = [os.readlink("/proc/self/ns/" + name) for name in ("mnt", "user", "net")]
+with open("/proc/self/limits") as file:
+    confines.append(file.read())
+"""
+CLIENT = """#!{python} -IS
+import json, os, socket, sys
+{confines}
+umask = os.umask(0)
+os.umask(umask)
+name = os.path.basename(sys.argv[0])
+server = socket.socket(socket.AF_UNIX)
+server.connect({address!r})
+request = json.dumps([name, sys.argv[1:], os.getcwd(), dict(os.environ), umask, confines]).encode() + b"\\n"
+sent = socket.send_fds(server, [request], [0, 1, 2])
+if request[sent:]:  # else the answer may have come already
+    server.sendall(request[sent:])
+status = server.recv(16).decode()
+if status == "real":
+    os.execv(os.path.join({folder!r}, name), [name, *sys.argv[1:]])
+sys.exit(int(status or 1))
+"""
+
+
+@functools.lru_cache(maxsize=None)
+def path():
+    """The folder of commands, whose server this starts; the end of this process stops it."""
+    if sys.platform != "linux":
+        return ""
+    folder = Path(tempfile.mkdtemp(prefix="fairseq-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    address = folder / "socket"
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(address))
+    listener.listen()
+    process = subprocess.Popen(
+        [sys.executable, __file__, str(listener.fileno())], pass_fds=[listener.fileno()], stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    listener.close()
+    atexit.register(process.communicate)  # which ends what it reads
+    for name in COMMANDS:
+        command = folder / f"fairseq-{name}"
+        real = str(Path(sys.executable).parent)
+        command.write_text(CLIENT.format(python=sys.executable, confines=CONFINES, address=str(address), folder=real))
+        command.chmod(0o755)
+    return str(folder)
+
+
+def settings(environment):
+    return {name: value for name, value in environment.items() if name.startswith(("PYTHON", "OMP_", "MKL_"))}
+
+
+def serve(listener):
+    """Fork for each client until standard input ends, as it does with the process that has started this one."""
+    import fairseq.checkpoint_utils
+    import fairseq.options
+    import fairseq.sequence_generator
+    import fairseq.trainer  # noqa: F401
+    import sacrebleu  # noqa: F401
+
+    found = {"os": os}
+    exec(CONFINES, found)
+    at_start = settings(os.environ), found["confines"]
+    mains = {entry.name: entry for entry in importlib.metadata.entry_points(group="console_scripts")}
+    while sys.stdin not in select.select([listener, sys.stdin], [], [])[0]:
+        with contextlib.suppress(ChildProcessError):  # there is none
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+        client, _ = listener.accept()
+        request, files, _, _ = socket.recv_fds(client, 1 << 20, 3)
+        while not request.endswith(b"\n"):
+            request += client.recv(1 << 20)
+        name, arguments, folder, environment, umask, confines = json.loads(request)
+        if (settings(environment), confines) != at_start:
+            client.sendall(b"real")
+        elif not os.fork():
+            listener.close()
+            for number, file in enumerate(files):
+                os.dup2(file, number)
+            os.chdir(folder)
+            os.umask(umask)
+            os.environ.clear()
+            os.environ.update(environment)
+            sys.argv = [name, *arguments]
+            client.sendall(str(status_of(mains[name])).encode())
+            os._exit(0)
+        client.close()
+        for file in files:
+            os.close(file)
+
+
+def status_of(entry):
+    """The exit status that Python would give."""
+    text = Path(importlib.util.find_spec(entry.module).origin).read_text()
+    configures, imports = (re.search(line, text, re.M) for line in ("^logging.basicConfig", "^(from|import) fairseq"))
+    if configures and configures.start() < imports.start():  # what importing fairseq did to logging would come later
+        logging.root.handlers.clear()
+        logging.root.setLevel(logging.WARNING)
+    try:
+        status = entry.load()()
+    except SystemExit as end:
+        status = end.code
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    if isinstance(status, str):
+        print(status, file=sys.stderr)
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    return status if isinstance(status, int) else 0 if status is None else 1
+
+
+if __name__ == "__main__":
+    serve(socket.socket(fileno=int(sys.argv[1])))

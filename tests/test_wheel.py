@@ -1,0 +1,85 @@
+"""What ``python -m build`` makes: an sdist with everything, and of that a wheel that is enough without a checkout."""
+
+import importlib.metadata
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+
+import pytest
+from conftest import PLUGIN, ROOT, TINY, needs_compiler, run
+
+import multimax_fairseq
+
+pytest.importorskip("build", reason="needs build: pip install build")
+pytest.importorskip("setuptools", reason="needs setuptools: without isolation build takes the one that is there")
+pytestmark = pytest.mark.slow
+
+NOT_THERE = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist", "data", "runs", "demo")
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """A folder with the sdist and the wheel, made of a copy: a build leaves folders behind."""
+    folder = tmp_path_factory.mktemp("wheel")
+    shutil.copytree(ROOT, folder / "tree", ignore=NOT_THERE)
+    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", folder / "dist", folder / "tree")
+    return folder / "dist"
+
+
+@pytest.fixture(scope="module")
+def installed(built, tmp_path_factory):
+    """The wheel unpacked, and an environment in which it is what Python finds, from a folder without anything."""
+    folder = tmp_path_factory.mktemp("site-packages")
+    (wheel,) = built.glob("*.whl")
+    zipfile.ZipFile(wheel).extractall(folder)
+    variables = {"PYTHONPATH": str(folder), "TORCH_EXTENSIONS_DIR": str(folder.parent / "extensions")}
+    return folder, {"env": variables | {"MULTIMAX_BACKEND": "auto"}, "cwd": tmp_path_factory.mktemp("empty")}
+
+
+def files_below(folder, *suffixes):
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and path.suffix in suffixes}
+
+
+def test_the_wheel_has_every_source_file_and_nothing_else(built, installed):
+    folder, _ = installed
+    sources = {f"multimax_fairseq/{name}" for name in files_below(PLUGIN, ".py", ".cpp", ".hpp")}
+    metadata = f"multimax_fairseq-{multimax_fairseq.__version__}.dist-info"
+    found = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    assert {name for name in found if not name.startswith(metadata)} == sources
+    assert any(name.endswith(".cpp") for name in sources)
+    assert (folder / metadata / "licenses" / "LICENSE").read_text() == (ROOT / "LICENSE").read_text()
+    (distribution,) = importlib.metadata.distributions(name="multimax_fairseq", path=[str(folder)])
+    commands = {entry.name for entry in distribution.entry_points}
+    assert commands == {"multimax-analyze", "multimax-doctor"} and distribution.metadata["License"] == "MIT"
+
+
+def test_the_sdist_has_what_a_checkout_has(built):
+    (sdist,) = built.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split()
+    expected = {name for name in tracked if not name.startswith(".") and (ROOT / name).is_file()}
+    assert {"scripts/demo.sh", "tests/conftest.py", "docs/flags.md"} <= names and expected - names == set()
+
+
+def test_python_m_prints_the_folder_of_the_wheel(installed):
+    folder, where = installed
+    assert run(sys.executable, "-m", "multimax_fairseq", **where).stdout == f"{folder / 'multimax_fairseq'}\n"
+
+
+@needs_compiler
+def test_it_trains_with_its_own_kernels_and_the_doctor_finds_all_well(corpus, installed):
+    folder, where = installed
+    result = run(sys.executable, "-m", "multimax_fairseq.doctor", **where)
+    assert result.stdout.endswith("All is well.\n") and "fp32 in C++" in result.stdout
+    compiled = {path.name for path in (folder.parent / "extensions").rglob("*.so")}
+    assert {re.sub("-.*", "", name) for name in compiled} >= {"multimax", "sparse"}
+    trained = run("fairseq-train", corpus / "data-bin", "--user-dir", folder / "multimax_fairseq", "--arch",
+                  "multimax_transformer", *TINY, "--optimizer", "adam", "--max-tokens", 1000, "--max-update", 2,
+                  "--cpu", "--num-workers", 0, **where)  # fmt: skip
+    assert "num_updates 2 " in trained.stderr + trained.stdout
+    assert os.listdir(where["cwd"]) == ["checkpoints"]
