@@ -282,7 +282,7 @@ def test_an_empty_folder_is_an_error(tmp_path):
     assert result.returncode == 1 and f"there is no run.json below {tmp_path}" in result.stderr
 
 
-@pytest.mark.parametrize("options", [["--samples", "0"], ["--samples", "many"], ["--samples", "1000001"], ["--paper"]])
+@pytest.mark.parametrize("options", [["--samples", "0"], ["--samples", "x"], ["--samples", "1000001"], ["--paper"]])
 def test_a_wrong_option_is_an_error_in_a_line(options, tmp_path):
     result = results_table(tmp_path, *options, check=False)
     assert result.returncode == 2 and re.fullmatch(r"ERROR: .*see --help.*\n", result.stderr)
