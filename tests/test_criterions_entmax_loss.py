@@ -1,13 +1,16 @@
 """The criterion in fairseq: its loss is the entmax package's, and it goes with sparse output mappings alone."""
 
+import functools
+
 import entmax as entmax_package
+import fairseq.criterions
 import pytest
 import torch
 from conftest import trained_parameters
 from fairseq.logging import metrics
 from test_criterions_chunked_cross_entropy import TIED, assert_same_gradients, criterion, losses_and_gradients
 
-from multimax_fairseq.criterions.entmax_loss import EntmaxLossCriterion
+from multimax_fairseq.criterions.entmax_loss import EntmaxLossCriterion, install
 
 PACKAGE = {
     "sparsemax": entmax_package.sparsemax_loss,
@@ -116,3 +119,12 @@ def test_a_stock_model_is_refused(build, batch):
     built = build("transformer")
     with pytest.raises(ValueError, match="this model has another one"):
         losses_and_gradients(built, batch(built), "--criterion", "entmax_loss")
+
+
+def test_another_wrapper_around_fairseqs_function_is_not_taken_for_ours(monkeypatch):
+    stock = fairseq.criterions.build_criterion.__wrapped__
+    monkeypatch.setattr(fairseq.criterions, "build_criterion", functools.wraps(stock)(lambda *args: stock(*args)))
+    theirs = fairseq.criterions.build_criterion
+    for _ in range(2):
+        install()
+    assert fairseq.criterions.build_criterion.__wrapped__ is theirs

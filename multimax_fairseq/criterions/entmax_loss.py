@@ -84,7 +84,7 @@ def install() -> None:
     Criterions of fairseq's own know no model until the data are loaded; all are built here before.
     """
     build = fairseq.criterions.build_criterion
-    if hasattr(build, "__wrapped__"):
+    if hasattr(build, "refuses_models"):  # not __wrapped__: another plugin's wrapper has that too
         return
 
     @functools.wraps(build)
@@ -97,4 +97,5 @@ def install() -> None:
             refuse_entmax_loss()
         return criterion
 
+    build_criterion.refuses_models = True
     fairseq.criterions.build_criterion = build_criterion
