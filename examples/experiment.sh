@@ -1,5 +1,5 @@
-# Shared by examples/*/run.sh and brown_lm/train.sh: sourced, never run.
-# The options of all of them:
+# Shared by examples/*/run.sh: sourced, never run.
+# The options of every examples/*/run.sh:
 #
 #   --mapping NAME         of attention: multimax, softmax, sparsemax, entmax15, entmax, evsoftmax (default: multimax),
 #                          or stock: fairseq's own architecture
@@ -20,7 +20,7 @@
 #                          recipe's)
 #   --data DIR             made by the prepare script, which is run if DIR has no data-bin (default: data/EXPERIMENT)
 #   --archive FILE         of the data: the prepare script takes it instead of a download
-#   --from DIR             the same with a folder, for Multi30k and text of your own
+#   --from DIR             the same with a folder, for Multi30k and Brown
 #   --runs DIR             for checkpoints, logs and scores, a folder a run (default: runs/EXPERIMENT), or
 #   --out DIR              the folder of this run (default: MAPPING-seedN, and what else was chosen, in --runs)
 #   --only STAGE           prepare, train or evaluate, and nothing else (default: what is not done yet of the three)
@@ -69,6 +69,13 @@ smoke_training=() # and after training
 tiny_transformer=(
     --encoder-layers 1 --encoder-embed-dim 32 --encoder-ffn-embed-dim 32 --encoder-attention-heads 2
     --decoder-layers 1 --decoder-embed-dim 32 --decoder-ffn-embed-dim 32 --decoder-attention-heads 2
+)
+
+# Of a language model.
+# shellcheck disable=SC2034
+tiny_lm=(
+    --decoder-layers 1 --decoder-embed-dim 32 --decoder-input-dim 32 --decoder-output-dim 32
+    --decoder-ffn-embed-dim 32 --decoder-attention-heads 2 --share-decoder-input-output-embed --dropout 0.1
 )
 
 # And two functions:
@@ -139,6 +146,8 @@ parse_run_options() {
     if [[ -n $epochs$updates ]]; then
         length=(${epochs:+--max-epoch "$epochs"} ${updates:+--max-update "$updates"})
         smoke_length=("${length[@]}")
+        [[ -z $epochs || -n $smoke || " ${training[*]} " != *" --lr-scheduler cosine "* ]] ||
+            die "--epochs: here the learning rate falls to 0 over the updates; say how many with --updates"
     fi
 }
 

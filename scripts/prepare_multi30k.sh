@@ -12,7 +12,7 @@
 #   --url URL          download the .gz files from URL (default: $MULTI30K_URL, else the
 #                      authors' repository, multi30k/dataset on GitHub)
 #   --no-checksum      accept downloads whose text is not the one this script knows
-#   --vocab-size N     SentencePiece pieces, joint for both languages (default: 8000)
+#   --vocab-size N     SentencePiece pieces, joint for both languages (default: 6000)
 #   --workers N        processes for fairseq-preprocess; the result is the same (default: 2)
 #   --force            rebuild a folder that an earlier run made
 #   --help             show this text
@@ -41,7 +41,7 @@ readonly CHECKSUMS="
 4be6b5b3236b79c25475c6bb829800a7ce559e9ba7a1f6c2394fe4d40be46d16  test_2016_flickr.de
 399a4382932c1aadd3ceb9bef1008d388a64c76d4ae4e9d4728c6f4301cac182  test_2016_flickr.en"
 
-vocab_size=8000
+vocab_size=6000
 workers=2
 checksum=yes
 force=

@@ -271,6 +271,27 @@ def mean_and_deviation(values: Iterable[float]) -> str:
     return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.2f}"
 
 
+def difference(values: dict[int, float], baseline: dict[int, float]) -> str:
+    """``−0.42``: the mean difference over the seeds that both have; in bold if it is larger than seeds make it.
+
+    Args:
+        values: seed → score.
+        baseline: the same of softmax.
+
+    Returns:
+        "–" without a common seed; bold if it is larger than the standard deviation between seeds of either of the two.
+    """
+    seeds = sorted(values.keys() & baseline.keys())
+    if not seeds:
+        return "–"
+    mean = statistics.fmean(values[seed] - baseline[seed] for seed in seeds)
+    text = f"{mean:+.2f}".replace("-", "−")
+    if len(seeds) < 2:
+        return text
+    spread = max(statistics.stdev(scores[seed] for seed in seeds) for scores in (values, baseline))
+    return f"**{text}**" if abs(mean) > spread else text
+
+
 def p_values(runs: list[Run], which: str, samples: int) -> dict[tuple[str, int], float]:
     """sacrebleu's paired bootstrap of each run against softmax with the same seed.
 
@@ -338,6 +359,11 @@ def table(runs: list[Run], paper: dict[str, Any], samples: int) -> str:
     key = "bleu" if is_translation else "perplexity"
     header = ["mapping", "seeds", "valid ppl", *(f"BLEU, {name}" if is_translation else name for name in scores)]
     p = p_values(runs, "best", samples) if is_translation else {}
+    first = scores[0]
+    by_seed = {row: {run.seed: run.content["scores"][first][key] for run in group if first in run.content["scores"]}
+               for row, group in by_row.items()}  # fmt: skip
+    baseline = by_seed.get(BASELINE, {}) if len(by_row) > 1 else {}
+    header += [f"{first} − softmax's"] if baseline else []
     header += ["p against softmax"] if p else []
     published = paper.get(runs[0].content["experiment"], {})
     header += ["published"] if published else []
@@ -351,6 +377,8 @@ def table(runs: list[Run], paper: dict[str, Any], samples: int) -> str:
             values = [run.content["scores"][name][key] for run in group if name in run.content["scores"]]
             # a mean over fewer runs than the row says would not be comparable with the one beside it
             cells.append(mean_and_deviation(values) if len(values) == len(group) else "–")
+        if baseline:
+            cells.append("–" if row == BASELINE else difference(by_seed[row], baseline))
         if p:
             cells.append(" ".join(f"{p[row, run.seed]:.3f}" for run in group if (row, run.seed) in p) or "–")
         if published:
@@ -379,6 +407,8 @@ def notes(runs: list[Run], p: dict, published: dict[str, Any], samples: int) -> 
         missing = sorted(names - set(run.content["scores"]))
         if missing:
             found.append(f"WARNING: {run.row}, seed {run.seed}, has no score {' or '.join(missing)}.")
+    if len({run.seed for run in runs}) > 1:
+        found.append("Differences are means over seeds; bold: larger than the standard deviation between seeds of either.")
     if p:
         found.append(f"p: sacrebleu's paired bootstrap of the best checkpoints, {samples:,} samples, a value a seed.")
     if published:

@@ -1,16 +1,18 @@
 #!/usr/bin/env bash
-# Translates the test set with beam search and prints detokenised SacreBLEU with its signature.
+# Translates the test set, or another, with beam search and prints detokenised SacreBLEU with its signature.
 #
 #     scripts/score_translation.sh --data-bin DIR --checkpoint FILE --reference FILE --out PREFIX
 #
-#   --data-bin DIR         binarised data whose test split is translated
+#   --data-bin DIR         binarised data
+#   --split NAME           of the data: what is translated (default: test)
 #   --checkpoint FILE      a checkpoint; several, joined by ':', make an ensemble
-#   --reference FILE       the test set in the target language, as published: one sentence a line
+#   --reference FILE       the same text in the target language, as published: one sentence a line
 #   --sentencepiece FILE   the model that the data was cut into pieces with, or
 #   --moses LANGUAGE       the data are BPE units of lower-case Moses tokens, as scripts/prepare_iwslt14.sh makes them:
 #                          joined, detokenised, and scored without regard to case. Without either of the two the
 #                          tokens are words and punctuation, which is moved back to the word before it
 #   --beam N               (default: 5)
+#   --lenpen X             a score is divided by the length to the power X: above 1 for longer translations (default: 1)
 #   --out PREFIX           writes PREFIX.generate and PREFIX.log (what fairseq-generate prints), PREFIX.hypotheses (one
 #                          sentence a line, in the order of the reference) and PREFIX.bleu
 #   --help                 show this text
@@ -27,6 +29,8 @@ reference=
 sentencepiece=
 moses= # the target language
 beam=5
+lenpen=1
+split=test
 prefix= # --out
 
 parse_options "
@@ -36,11 +40,14 @@ parse_options "
 --sentencepiece  sentencepiece  path
 --moses          moses          one of de en
 --beam           beam           1
+--lenpen         lenpen         text
+--split          split          text
 --out            prefix         text
 " "$@"
 [[ -n $data_bin && -n $checkpoint && -n $reference && -n $prefix ]] ||
     die "--data-bin, --checkpoint, --reference and --out are required; see --help"
 [[ -z $sentencepiece || -z $moses ]] || die "--sentencepiece and --moses exclude each other; see --help"
+[[ $lenpen =~ ^[0-9]*\.?[0-9]+$ ]] || die "--lenpen takes a number, such as 1.2: got '$lenpen'"
 need_checkpoints "$checkpoint"
 [[ -d $data_bin ]] || die "--data-bin $data_bin: there is no such folder"
 for file in "$reference" ${sentencepiece:+"$sentencepiece"}; do need_file "$file"; done
@@ -50,9 +57,9 @@ need_python
 need_tool fairseq-generate "activate the environment that holds fairseq"
 need_tool sacrebleu "$PYTHON -m pip install sacrebleu"
 references=$(count_lines "$reference")
-sentences=$(count_sentences "$data_bin" test)
+sentences=$(count_sentences "$data_bin" "$split")
 ((sentences == references)) ||
-    die "$references lines in $reference for the $sentences sentences of the test set of $data_bin: they have to be" \
+    die "$references lines in $reference for the $sentences sentences of '$split' in $data_bin: they have to be" \
         "translations line by line"
 
 pieces=()
@@ -69,10 +76,10 @@ trap 'exit 130' INT
 trap 'exit 143' TERM
 
 # Without --required-batch-size-multiple 1, fairseq's main branch leaves out up to 7 sentences that do not fill a batch.
-fairseq-generate "$data_bin" --user-dir "$scripts/../multimax_fairseq" --path "$checkpoint" --gen-subset test \
-    --beam "$beam" --max-tokens 8192 --required-batch-size-multiple 1 --num-workers 0 ${pieces[@]+"${pieces[@]}"} \
+fairseq-generate "$data_bin" --user-dir "$scripts/../multimax_fairseq" --path "$checkpoint" --gen-subset "$split" \
+    --beam "$beam" --lenpen "$lenpen" --max-tokens 8192 --required-batch-size-multiple 1 --num-workers 0 ${pieces[@]+"${pieces[@]}"} \
     >"$build/generate" 2>"$build/log" ||
-    die "fairseq-generate failed: $(why_it_failed "$build/log" "$data_bin" "$checkpoint" test)"
+    die "fairseq-generate failed: $(why_it_failed "$build/log" "$data_bin" "$checkpoint" "$split")"
 
 # D-<index> <score> <sentence>, in order of length: back to the order of the reference.
 sed -n 's/^D-//p' "$build/generate" | sort -n -k 1,1 | cut -f 3 >"$build/tokens" ||

@@ -336,7 +336,7 @@ FLAG_VALUES = (*mappings.MAPPINGS, *SITES, *SCALES, *INITS, *TERMS, "1", "2", "0
 
 SHELL_SCRIPTS = (
     "multi30k_de_en/run.sh", "wikitext103/run.sh", "iwslt14_de_en/run.sh", "score_translation.sh", "translate.sh",
-    "prepare_multi30k.sh", "prepare_text_lm.sh", "prepare_iwslt14.sh", "prepare_wikitext103.sh", "brown_lm/train.sh",
+    "prepare_multi30k.sh", "prepare_text_lm.sh", "prepare_iwslt14.sh", "prepare_wikitext103.sh", "brown_lm/run.sh",
 )  # fmt: skip
 VALUES = (
     "", "-", "--", "0", "-1", "1e9", "99999999999", "NaN", "a:b", "a\nb", "-x", "ä", "x" * 300, "$(touch x)", "*",
@@ -447,7 +447,7 @@ KILLED = {
     "multi30k_de_en/run.sh": recipe("multi30k_de_en/run.sh", *SMOKE),
     "iwslt14_de_en/run.sh": recipe("iwslt14_de_en/run.sh", *SMOKE),
     "wikitext103/run.sh": recipe("wikitext103/run.sh", "--cpu-smoke"),
-    "brown_lm/train.sh": recipe("brown_lm/train.sh", "--cpu-smoke"),
+    "brown_lm/run.sh": recipe("brown_lm/run.sh", "--cpu-smoke"),
     "average_checkpoints": of_python(
         SCRIPTS / "average_checkpoints.py",
         lambda folder: [*sorted(copied_run(folder).glob("checkpoint_*.pt")), "--output", folder / "average.pt"],

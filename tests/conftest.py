@@ -45,10 +45,10 @@ def environment():
     return {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
 
 
-def run(*command, check=True, **kwargs):
+def run(*command, check=True, env=None, **kwargs):
     """Run a command of this Python's environment; its output goes into the error when it fails."""
     result = subprocess.run(
-        [str(part) for part in command], capture_output=True, text=True, env=environment(), **kwargs
+        [str(part) for part in command], capture_output=True, text=True, env=environment() | (env or {}), **kwargs
     )
     assert not check or result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
     return result

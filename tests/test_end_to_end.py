@@ -318,7 +318,7 @@ def test_score_translation_scores_what_fairseq_generates(translation, corpus, tm
     assert hypotheses == [re.sub(r" ([.,?!])", r"\1", generated[str(index)]) for index in range(40)]
     assert not list(tmp_path.glob("*.part"))
     wrong = run(*script, "--reference", corpus / "text" / "valid.en", "--out", tmp_path / "wrong", check=False)
-    assert wrong.returncode != 0 and "for the 40 sentences of the test set" in wrong.stderr
+    assert wrong.returncode != 0 and "for the 40 sentences of 'test' in" in wrong.stderr
 
 
 @pytest.mark.parametrize("precision, tolerance", [([], 1e-5), (["--fp64"], 1e-13)])
@@ -332,6 +332,7 @@ def test_check_decoding_of_a_trained_model(precision, tolerance, translation, co
     (["--data", "wmt"], "choose from: grammar multi30k"),
     (["--from", "data"], "--from goes with --data multi30k"),
     (["--epochs", "0"], "--epochs takes a whole number"),
+    (["--epochs", "3", "--data", "multi30k"], "--epochs goes with --data grammar"),
     (["--corpus"], "unknown option '--corpus'"),
 ])  # fmt: skip
 def test_the_demo_refuses_what_it_does_not_know_before_it_installs(arguments, message, tmp_path):

@@ -447,7 +447,7 @@ def test_a_last_line_without_newline_counts(tmp_path, stand_in):
 def test_impossible_vocabulary_size_says_what_is_possible(tmp_path, stand_in):
     source = make_multi30k(tmp_path / "source")
     message = fail(MULTI30K, "--from", source, "--out", tmp_path / "out", **stand_in)
-    assert "Vocabulary size too high (8000). Please set it to a value <=" in message
+    assert "Vocabulary size too high (6000). Please set it to a value <=" in message
     assert siblings(tmp_path / "out") == []
 
 

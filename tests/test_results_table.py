@@ -105,6 +105,26 @@ def test_mean_and_standard_deviation_over_seeds(translation):
         assert rows[name][column] == f"{mean:.2f} ± {deviation:.2f}"
         assert rows[name][0] == "1 2 3" and rows[name][1] == "7.00 ± 1.00"  # perplexities 6, 7, 8
     assert rows["EvSoftMax"][column] == f"{bleu['evsoftmax'][0]:.2f}"  # one seed has no deviation
+    differences = [multimax - softmax for multimax, softmax in zip(bleu["multimax"], bleu["softmax"])]
+    assert float(rows["MultiMax"][column + 1].strip("*+")) == pytest.approx(sum(differences) / 3, abs=0.0051)
+    assert rows["softmax"][column + 1] == "–"
+    assert float(rows["EvSoftMax"][column + 1].replace("−", "-")) == pytest.approx(
+        bleu["evsoftmax"][0] - bleu["softmax"][1], abs=0.0051)  # fmt: skip
+
+
+@pytest.mark.parametrize("values, expected", [
+    ({1: 31.0, 2: 31.2, 3: 31.1}, "**+1.00**"),  # 1 with a deviation of 0.1 and 0.1
+    ({1: 30.4, 2: 30.2, 3: 30.3}, "**+0.20**"),
+    ({1: 29.9, 2: 30.3, 3: 30.1}, "+0.00"),
+    ({1: 29.0, 2: 31.0, 3: 29.7}, "−0.20"),  # 0.2 with a deviation of 1
+    ({1: 35.0}, "+5.00"),
+    ({4: 35.0}, "–"),
+])  # fmt: skip
+def test_a_difference_larger_than_that_between_seeds_is_bold(values, expected, monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    from results_table import difference
+
+    assert difference(values, {1: 30.0, 2: 30.2, 3: 30.1}) == expected
 
 
 def test_the_bootstrap_is_sacrebleus(translation, tmp_path):
@@ -139,9 +159,9 @@ def test_perplexities_of_language_models(tmp_path):
     write_run(tmp_path / "b", 1, experiment="wikitext103", output_mapping="multimax",
               perplexities={"test, context 400": 28.5, "test, context 0": 33.25})  # fmt: skip
     rows = rows_of(results_table(tmp_path).stdout)
-    assert rows["mapping"][2:] == ["test, context 400", "test, context 0"]
-    assert rows["softmax"][2:] == [f"29.50 ± {statistics.stdev((29, 30)):.2f}", "34.50 ± 0.71"]
-    assert rows["MultiMax; MultiMax of the vocabulary"][2:] == ["28.50", "33.25"]
+    assert rows["mapping"][2:] == ["test, context 400", "test, context 0", "test, context 400 − softmax's"]
+    assert rows["softmax"][2:] == [f"29.50 ± {statistics.stdev((29, 30)):.2f}", "34.50 ± 0.71", "–"]
+    assert rows["MultiMax; MultiMax of the vocabulary"][2:] == ["28.50", "33.25", "−0.50"]  # of seed 1
 
 
 @pytest.mark.parametrize("mapping, name", [

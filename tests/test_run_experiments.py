@@ -23,7 +23,7 @@ from multimax_fairseq.models.options import MAPPING_OPTIONS, OUTPUT_MAPPINGS, SI
 from multimax_fairseq.modules.scale import SCALES
 
 EXAMPLES = ROOT / "examples"
-EXPERIMENTS = ("iwslt14_de_en", "wikitext103", "multi30k_de_en")
+EXPERIMENTS = ("iwslt14_de_en", "wikitext103", "multi30k_de_en", "brown_lm")
 
 
 def recipe(experiment, *options, **kwargs):
@@ -77,7 +77,7 @@ def test_the_hydra_config_is_the_recipe(experiment, tmp_path):
 
 
 @pytest.mark.parametrize("experiment, tokens", [
-    ("iwslt14_de_en", 4096), ("wikitext103", 32768), ("multi30k_de_en", 4096),
+    ("iwslt14_de_en", 4096), ("wikitext103", 32768), ("multi30k_de_en", 1024), ("brown_lm", 2048),
 ])  # fmt: skip
 @pytest.mark.parametrize("processes", [1, 2, 4, 8, 32])
 def test_an_update_sees_as_many_tokens_whatever_the_number_of_processes(experiment, tokens, processes):
@@ -118,7 +118,8 @@ def test_run_knows_the_choices_that_the_models_know(option, names):
     (["--order", "3"], "--order: there is no '3'"),
     (["--entmax-alpha", "2.5"], "--entmax-alpha takes a number in (1, 2] or 'learned'"),
     (["--mapping", "stock", "--sites", "cross"], "--mapping stock is fairseq's own model"),
-    (["--processes", "3"], "4096 tokens cannot be shared among 3"),
+    (["--epochs", "3"], "say how many with --updates"),
+    (["--processes", "3"], "1024 tokens cannot be shared among 3"),
     (["--seed"], "--seed takes a whole number"),
     (["--epoch", "3"], "unknown option '--epoch'"),
 ])  # fmt: skip
@@ -162,9 +163,9 @@ def test_a_list_is_run_with_each_seed():
     for experiment, file in (("multi30k_de_en", "mappings.txt"), ("iwslt14_de_en", "ablation.txt"),
                              ("wikitext103", "wikitext103/rows.txt")):  # fmt: skip
         lines = run("bash", EXAMPLES / "run_list.sh", experiment, EXAMPLES / file, "--seeds", "1,2", "--runs", "r",
-                    "--epochs", 12, "--dry-run").stdout.splitlines()  # fmt: skip
+                    "--updates", 12, "--dry-run").stdout.splitlines()  # fmt: skip
         commands = list(map(shlex.split, lines))
-        assert all(value(command, "--max-epoch") == "12" for command in commands)
+        assert all(value(command, "--max-update") == "12" for command in commands)
         names[file] = [value(command, "--save-dir").removeprefix("r/") for command in commands]
         assert len(set(names[file])) == len(names[file])  # no run overwrites another
     assert names["mappings.txt"] == [

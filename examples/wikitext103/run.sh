@@ -30,10 +30,7 @@ update_freq=16
 length=(--max-update 50000)
 precision=fp16
 
-smoke_model=(
-    --decoder-layers 1 --decoder-embed-dim 32 --decoder-input-dim 32 --decoder-output-dim 32
-    --decoder-ffn-embed-dim 32 --decoder-attention-heads 2 --share-decoder-input-output-embed --dropout 0.1
-)
+smoke_model=("${tiny_lm[@]}")
 smoke_length=(--max-update 40)
 smoke_training=(--lr 5e-3 --warmup-updates 20)
 

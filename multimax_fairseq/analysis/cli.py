@@ -122,7 +122,9 @@ def analyze(args: argparse.Namespace, command: str) -> None:
         for path, label in zip(args.checkpoints, labels)
     ]
     measurements = [_prepare(loaded, args, gold) for loaded in models]
+    with_output = any(measurement.with_output for measurement in measurements)
     for measurement in measurements:
+        measurement.compared, measurement.with_output = measurements, with_output
         _measure(measurement, args, device)
     write_report(args.out, measurements, command, replace=args.force, progress=not args.no_progress_bar)
     print(f"{args.out / 'report.html'}")

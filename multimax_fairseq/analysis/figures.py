@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..mappings import entmax15, evsoftmax, modulate, multimax, softmax, sparsemax
 from .measure import Example, Measurement, ModuleReport
+from .metrics import TOP_K
 from .modulator import ModulatorParameters
 
 BLUE, ORANGE, GREEN, VERMILLION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
@@ -223,28 +224,37 @@ def _mad(measurement: Measurement, side: str) -> Dict[int, float]:
 
 
 def draw_sparsity_and_multimodality(measurements: Sequence[Measurement]) -> Figure:
-    """Sparsity S against multi-modality M, a point a head, larger where a model's mean is; a panel a site."""
-    sites = site_order(row["site"] for m in measurements for row in m.head_rows())
-    figure = Figure(figsize=(max(TWO_COLUMNS / 3 * len(sites), ONE_COLUMN), 2.75), layout="constrained")
-    grid = figure.subplots(1, len(sites), squeeze=False, sharex=True, sharey=True)[0]
-    for axes, site in zip(grid, sites):
-        for number, measurement in enumerate(measurements):
-            points = [
-                (row["sparsity"], row["multimodality"])
-                for row in measurement.head_rows()
-                if row["site"] == site and None not in (row["sparsity"], row["multimodality"])
-            ]
-            if not points:
-                continue
-            style = dict(color=MODEL_COLOURS[number % 8], marker=MODEL_MARKERS[number % 8], linewidths=0.6)
-            axes.scatter(*zip(*points), s=14, alpha=0.45, **style)
-            mean = [sum(values) / len(points) for values in zip(*points)]
-            axes.scatter(*mean, s=75, edgecolors="black", label=_plain(measurement.loaded.label), zorder=3, **style)
-        axes.set(title=SITE_NAMES[site], xlabel="sparsity $S$ (1: none to the irrelevant)")
-        axes.grid(color="#DDDDDD", lw=0.5)
-        axes.set_axisbelow(True)
-    grid[0].set_ylabel("multi-modality $M$ (1: modes share)")
-    figure.legend(*grid[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
+    """Sparsity S against multi-modality M, a point a head, larger where a model's mean is; a panel a site.
+
+    Above as the paper defines them, below with one s for all models and M over the largest scores.
+    """
+    heads = [m.head_rows() for m in measurements]
+    sites = site_order({row["site"] for rows in heads for row in rows} - {"output"})
+    size = (max(TWO_COLUMNS / 3 * len(sites), ONE_COLUMN), 4.8)
+    figure = Figure(figsize=size, layout="constrained")
+    grid = figure.subplots(2, len(sites), squeeze=False, sharex="row", sharey="row")
+    for names, panels in zip((("sparsity", "multimodality"), ("common_sparsity", "top_multimodality")), grid):
+        for axes, site in zip(panels, sites):
+            for number, (measurement, rows) in enumerate(zip(measurements, heads)):
+                at_site = [row for row in rows if row["site"] == site]
+                points = [point for row in at_site if None not in (point := [row[name] for name in names])]
+                if not points:
+                    continue
+                style = dict(color=MODEL_COLOURS[number % 8], marker=MODEL_MARKERS[number % 8], linewidths=0.6)
+                axes.scatter(*zip(*points), s=14, alpha=0.45, **style)
+                middle = [sum(values) / len(points) for values in zip(*points)]
+                label = _plain(measurement.loaded.label)
+                axes.scatter(*middle, s=75, edgecolors="black", label=label, zorder=3, **style)
+            s = at_site[0]["common_reference"]
+            of_all = "sparsity $S$, one $s$" + ("" if s is None else f" = {s:.2g}")
+            axes.set_xlabel("sparsity $S$, $s = 1/K$" if panels is grid[0] else of_all)
+            axes.grid(color="#DDDDDD", lw=0.5)
+            axes.set_axisbelow(True)
+    for axes, site in zip(grid[0], sites):
+        axes.set_title(SITE_NAMES[site])
+    grid[0][0].set_ylabel("multi-modality $M$")
+    grid[1][0].set_ylabel(f"$M$ over the {TOP_K} largest scores")
+    figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
     return figure
 
 
@@ -391,7 +401,8 @@ def drawings_of(measurements: Sequence[Measurement]) -> List[Drawing]:
         (
             "sparsity-multimodality",
             "Sparsity against multi-modality, a point a head; the large points are means over a model's heads. "
-            "The upper right is where MultiMax is meant to lead.",
+            "Above as the paper defines them, below with the same s for all models and M over the largest scores. "
+            f"The upper right is where MultiMax is meant to lead. {_left_out(measurements)}",
             lambda: draw_sparsity_and_multimodality(measurements),
         ),
         (
@@ -431,10 +442,22 @@ def drawings_of(measurements: Sequence[Measurement]) -> List[Drawing]:
     return drawings
 
 
+def _left_out(measurements: Sequence[Measurement]) -> str:
+    """A sentence with the share of rows that have no M, for each site and model."""
+    shares: Dict[str, List[str]] = {}
+    for m in measurements:
+        for row in m.site_rows():
+            if row["site"] != "output":
+                share = f"{m.loaded.label} {row['multimodality_undefined'] / row['rows']:.0%}"
+                shares.setdefault(SITE_NAMES[row["site"]], []).append(share)
+    sites = "; ".join(f"{site}: {', '.join(of_models)}" for site, of_models in shares.items())
+    return f"Rows without a second relevant score have no M; above they are left out ({sites})."
+
+
 def _last_modulators(measurements: Sequence[Measurement]) -> Dict[str, ModuleReport]:
     """The learned modulators to draw on the simplex: of the first model that has any, the last layer of each site."""
     for measurement in measurements:
-        learned = [m for m in measurement.module_reports() if m.parameters is not None and m.site != "output"]
+        learned = [m for m in measurement.modules.values() if m.parameters is not None and m.site != "output"]
         if learned:
             last = {module.site: module for module in learned}
             return {f"{site} {last[site].layer + 1}": last[site] for site in site_order(last)}

@@ -10,12 +10,10 @@ from ..mappings import MAPPINGS, MultiMax
 from .alignment import AlignmentError, GoldAlignment, hard_alignment, word_attention, words_of_tokens
 from .checkpoint import LoadedModel, UserError
 from .collect import Attention, LayerOutput, attention_modules, output_mapping, run, token_masks
-from .metrics import MeanMetrics, ScoreHistogram, top_share
+from .metrics import MeanMetrics, ScoreHistogram, common_reference
 from .modulator import ModulatorParameters, falling_share, is_monotone, parameters_of
 from .rollout import attention_rollout, translation_rollout
 from .smoothing import mean_cosine_similarity
-
-TOP_K = 10  # words of the vocabulary whose probability together is reported
 
 # No score of a model that has been trained is as large: attention over it is one key, and means lose their digits.
 LARGEST_SCORE = 1e6
@@ -95,6 +93,10 @@ class Measurement:
         examples: indices of the sentences to keep for heat maps.
         gold: gold alignments, one for each sentence of the split.
         subwords: how dictionaries mark pieces of words, for the gold alignments.
+
+    Attributes:
+        compared: the measurements of a report, this one among them: they share one s for each site.
+        with_output: measure the output layer too.
     """
 
     def __init__(
@@ -105,25 +107,24 @@ class Measurement:
         subwords: str = "none",
     ):
         self.loaded = loaded
+        self.compared: Sequence[Measurement] = [self]
         self.sentences = self.tokens = 0
         self.gold, self.subwords = gold, subwords
         self.examples = {index: Example(index) for index in examples}
         self.heads: Dict[Site, MeanMetrics] = {}
         self.modules: Dict[Site, ModuleReport] = {}
         for attention in attention_modules(loaded.model):
-            site = attention.site, attention.layer
-            self.heads[site] = MeanMetrics(attention.module.num_heads)
-            self.modules[site] = ModuleReport(*site, **_describe(attention.mapping), histogram=ScoreHistogram())
+            self._expect((attention.site, attention.layer), attention.module.num_heads, attention.mapping)
         # (side, layer) → sum of similarities, sentences that have one, sentences
         self._similarity: Dict[Site, List[float]] = {}
         self._errors: Dict[Tuple[str, int, str], AlignmentError] = {}
-        self.output: Optional[MeanMetrics] = None
-        self._output_top = 0.0
-        mapping = output_mapping(loaded.model)
         # decoder layers that attend to source and target together
         self._cross_self = bool(getattr(getattr(loaded.model, "decoder", None), "cross_self_attention", False))
-        self.with_output = not loaded.is_translation or mapping is not None
-        self.output_module = ModuleReport("output", 0, **_describe(mapping), histogram=ScoreHistogram())
+        self.with_output = not loaded.is_translation or output_mapping(loaded.model) is not None
+
+    def _expect(self, site: Site, num_heads: int, mapping: Optional[torch.nn.Module]) -> None:
+        self.heads[site] = MeanMetrics(num_heads)
+        self.modules[site] = ModuleReport(*site, **_describe(mapping), histogram=ScoreHistogram())
 
     # ------------------------------------------------------------------------------ gathering
 
@@ -139,7 +140,10 @@ class Measurement:
             example.tokens, example.is_cut = self._tokens_of(row)
         output = run(self.loaded.model, sample, self._on_attention, self._on_layer, self.with_output)
         if output is not None:
-            self._on_output(output.scores[self._masks["decoder"]], output.probabilities[self._masks["decoder"]])
+            if ("output", 0) not in self.heads:
+                self._expect(("output", 0), 1, output_mapping(self.loaded.model))
+            scores, probabilities = (tensor[self._masks["decoder"]].unsqueeze(0) for tensor in output)
+            self._add(("output", 0), "the output layer", scores, probabilities)
         self._on_rollout()
         self.sentences += len(sample["id"])
         self.tokens += sample["ntokens"]
@@ -147,12 +151,10 @@ class Measurement:
     def _on_attention(self, attention: Attention) -> None:
         site = attention.site, attention.layer
         mask = self._masks[attention.site]
-        self._check_finite(attention.probabilities, attention.scores, f"{attention.site} layer {attention.layer + 1}")
         scores, probabilities = (  # (num_heads, rows, src_len), without padding's rows
             tensor.transpose(1, 2)[mask].transpose(0, 1) for tensor in (attention.scores, attention.probabilities)
         )
-        self.heads[site].update(scores, probabilities)
-        self.modules[site].histogram.update(scores)
+        self._add(site, f"{attention.site} layer {attention.layer + 1}", scores, probabilities)
         if self._shown or self.gold is not None:
             self._means.setdefault(attention.site, []).append(attention.probabilities.mean(1))
         for row, example in self._shown.items():
@@ -164,13 +166,16 @@ class Measurement:
                 heads = {f"head {head}": attention.probabilities[row, head] for head in range(scores.size(0))}
                 self._align(row, attention.layer, {**heads, "mean": attention.probabilities[row].mean(0)})
 
-    def _check_finite(self, probabilities: Tensor, scores: Tensor, where: str) -> None:
+    def _add(self, site: Site, name: str, scores: Tensor, probabilities: Tensor) -> None:
+        """Rows of a site, (num_heads, rows, K) each."""
         are_there = (scores.abs() < LARGEST_SCORE) | (scores == float("-inf"))
         if not (are_there.all() and probabilities.isfinite().all()):
             raise UserError(
-                f"{self.loaded.path}: scores of {where} are NaN, infinite or beyond {LARGEST_SCORE:g} on these data: "
+                f"{self.loaded.path}: scores of {name} are NaN, infinite or beyond {LARGEST_SCORE:g} on these data: "
                 "its parameters are too large, so its training has diverged; take an earlier checkpoint"
             )
+        self.heads[site].update(scores, probabilities)
+        self.modules[site].histogram.update(scores)
 
     def _on_layer(self, output: LayerOutput) -> None:
         similarity = mean_cosine_similarity(output.hidden, self._masks[output.side]).double()
@@ -179,13 +184,6 @@ class Measurement:
         total[0] += similarity[is_defined].sum().item()
         total[1] += int(is_defined.sum())
         total[2] += len(similarity)
-
-    def _on_output(self, scores: Tensor, probabilities: Tensor) -> None:
-        self._check_finite(probabilities, scores, "the output layer")
-        self.output = self.output or MeanMetrics(1)
-        self.output.update(scores.unsqueeze(0), probabilities.unsqueeze(0))
-        self.output_module.histogram.update(scores)
-        self._output_top += top_share(probabilities, TOP_K).double().sum().item()
 
     def _on_rollout(self) -> None:
         """Rollouts of the sentences to be drawn, and their alignment error."""
@@ -290,13 +288,36 @@ class Measurement:
 
     # ------------------------------------------------------------------------------ results
 
+    def tail(self, site: str) -> float:
+        """The mean probability of an irrelevant entry at a site; NaN where there is none."""
+        tails = [means.sums["tail"] / means.defined["tail"] for at, means in self.heads.items() if at[0] == site]
+        return torch.cat(tails).nanmean().item() if tails else float("nan")
+
     def head_rows(self) -> List[Dict[str, Any]]:
-        """A row of numbers for each head."""
+        """A row of numbers for each head; that of the output layer, where it was measured, is the last."""
+        references = {site: common_reference(m.tail(site) for m in self.compared) for site, _ in self.heads}
         return [
-            {"site": site, "layer": layer, "head": head, **numbers}
-            for (site, layer), mean in self.heads.items()
-            for head, numbers in enumerate(mean.result())
+            {
+                **{"site": site, "layer": layer, "head": head, **numbers},
+                **{"common_sparsity": sparsity, "common_reference": references[site]},
+            }
+            for (site, layer), means in self.heads.items()
+            for head, (numbers, sparsity) in enumerate(
+                zip(means.result(), means.sparsity_at(references[site] or 1.0))
+            )
         ]
+
+    def site_rows(self) -> List[Dict[str, Any]]:
+        """A row of numbers for each site: means over its heads, and how many rows these leave out."""
+        heads, rows = self.head_rows(), []
+        for site in dict.fromkeys(row["site"] for row in heads):
+            at_site = [row for row in heads if row["site"] == site]
+            row = {"site": site, "heads": len(at_site)}
+            for name in list(at_site[0])[3:]:  # behind site, layer and head
+                values = [head[name] for head in at_site]
+                row[name] = sum(values) if name == "rows" or name.endswith("_undefined") else mean(values)
+            rows.append(row)
+        return rows
 
     def layer_rows(self) -> List[Dict[str, Any]]:
         """MAD and mean cosine similarity of each layer's output; layer 0 is what goes into the first."""
@@ -320,38 +341,28 @@ class Measurement:
             for (head, layer, rows), error in self._errors.items()
         ]
 
-    def output_row(self) -> Optional[Dict[str, Any]]:
-        """The metrics of the vocabulary's distribution."""
-        if self.output is None:
-            return None
-        (numbers,) = self.output.result()
-        return {**numbers, f"top{TOP_K}_share": self._output_top / numbers["rows"]}
-
-    def module_reports(self) -> List[ModuleReport]:
-        """Each attention module, and the output layer where it was measured."""
-        return [*self.modules.values(), *([self.output_module] if self.output is not None else [])]
-
     def results(self) -> Dict[str, Any]:
         """All numbers, ready for JSON."""
-        model = self.loaded.model
+        sites = self.site_rows()
         return {
             "label": self.loaded.label,
             "checkpoint": str(self.loaded.path),
             "architecture": self.loaded.architecture,
-            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+            "parameters": sum(parameter.numel() for parameter in self.loaded.model.parameters()),
             "sentences": self.sentences,
             "target_tokens": self.tokens,
-            "heads": self.head_rows(),
+            "heads": [row for row in self.head_rows() if row["site"] != "output"],
+            "sites": sites,
             "modules": [
                 {
                     **module.numbers(),
                     "histogram": {"edges": module.histogram.edges, "counts": module.histogram.counts},
                 }
-                for module in self.module_reports()
+                for module in self.modules.values()
             ],
             "layers": self.layer_rows(),
             "alignment": self.alignment_rows(),
-            "output": self.output_row(),
+            "output": next((row for row in sites if row["site"] == "output"), None),
         }
 
 
@@ -365,3 +376,9 @@ def _describe(mapping: Optional[torch.nn.Module]) -> Dict[str, Any]:
         alpha = mapping.alpha
         description["alpha"] = alpha.detach().tolist() if isinstance(alpha, Tensor) else [float(alpha)]
     return description
+
+
+def mean(values: Sequence[Optional[float]]) -> Optional[float]:
+    """Of those that are there; None where none is."""
+    there = [value for value in values if value is not None]
+    return sum(there) / len(there) if there else None

@@ -5,7 +5,7 @@ A row is a vector of scores x, −inf where there is none, and the probabilities
 """
 
 import math
-from typing import Dict, List, NamedTuple, Optional
+from typing import Dict, Iterable, List, NamedTuple, Optional
 
 import torch
 from torch import Tensor
@@ -19,25 +19,37 @@ RESOLUTION = 1e-5
 # Entries looked at together where a distribution is wide (a vocabulary): 64 MiB in fp32.
 CHUNK_SIZE = 2**24
 
+# k, where the k largest entries of a row are looked at.
+TOP_K = 5
+
+# Irrelevant probabilities are counted in bins of their logarithm, from 1 down to e^−32; smaller ones are in the last.
+BINS_PER_NAT, NUM_BINS = 64, 2048
+
 
 class RowMetrics(NamedTuple):
     """A tensor a metric, of the shape of the rows; NaN where a metric is not defined.
 
     Attributes:
         multimodality: M, see :func:`multimodality`.
+        top_multimodality: M over the ``TOP_K`` largest scores.
         sparsity: S, see :func:`sparsity`.
+        tail: mean probability of the irrelevant entries, those below ε.
         entropy: nats.
         support: number of entries above 0.
         effective_support: exp(entropy), a number of entries.
         top_share: probability of the most probable entry.
+        top_k_share: probability of the ``TOP_K`` most probable entries together.
     """
 
     multimodality: Tensor
+    top_multimodality: Tensor
     sparsity: Tensor
+    tail: Tensor
     entropy: Tensor
     support: Tensor
     effective_support: Tensor
     top_share: Tensor
+    top_k_share: Tensor
 
 
 def row_metrics(scores: Tensor, probabilities: Tensor) -> RowMetrics:
@@ -50,20 +62,27 @@ def row_metrics(scores: Tensor, probabilities: Tensor) -> RowMetrics:
     Returns:
         metrics of shape (…), fp32 (fp64 for fp64 scores).
     """
-    x, p, present = _prepare(scores, probabilities)
-    relevant, irrelevant = _sides(x, present, None)
+    return _row_metrics(*_prepare(scores, probabilities, None))
+
+
+def _row_metrics(x: Tensor, p: Tensor, present: Tensor, relevant: Tensor, irrelevant: Tensor) -> RowMetrics:
     nats = entropy(p)
     return RowMetrics(
         multimodality=_multimodality(x, p, relevant),
+        top_multimodality=_multimodality(x, p, _largest(x, present, TOP_K)),
         sparsity=_sparsity(p, present, irrelevant, None),
+        tail=_mean(p, irrelevant),
         entropy=nats,
         support=support(p),
         effective_support=nats.exp(),
         top_share=top_share(p),
+        top_k_share=top_share(p, TOP_K),
     )
 
 
-def multimodality(scores: Tensor, probabilities: Tensor, threshold: Optional[float] = None) -> Tensor:
+def multimodality(
+    scores: Tensor, probabilities: Tensor, threshold: Optional[float] = None, k: Optional[int] = None
+) -> Tensor:
     """M(x) = 1 − (1/N) Σ_{ε < x_n < max x} (max φ − φ_n): 1 where relevant scores share the top, 0 with one mode.
 
     Args:
@@ -71,14 +90,15 @@ def multimodality(scores: Tensor, probabilities: Tensor, threshold: Optional[flo
         probabilities: (…, K).
         threshold: ε; by default log(1/K) + logsumexp(x), with K the number of scores that are there: what softmax
             would give more than 1/K is relevant.
+        k: with it, the k largest scores are relevant (and all that equal the k-th), wherever ε lies.
 
     Returns:
-        (…), in [0, 1]; NaN where no score lies between ε and the largest (N = 0).
+        (…), in [0, 1]; NaN where no relevant score is below the largest (N = 0).
 
     Source: Zhou et al. 2024, Definition 3.2.
     """
-    x, p, present = _prepare(scores, probabilities)
-    return _multimodality(x, p, _sides(x, present, threshold)[0])
+    x, p, present, relevant, _ = _prepare(scores, probabilities, threshold)
+    return _multimodality(x, p, relevant if k is None else _largest(x, present, k))
 
 
 def sparsity(
@@ -98,8 +118,21 @@ def sparsity(
 
     Source: Zhou et al. 2024, Definition 3.3.
     """
-    x, p, present = _prepare(scores, probabilities)
-    return _sparsity(p, present, _sides(x, present, threshold)[1], reference)
+    _, p, present, _, irrelevant = _prepare(scores, probabilities, threshold)
+    return _sparsity(p, present, irrelevant, reference)
+
+
+def common_reference(tails: Iterable[float]) -> Optional[float]:
+    """s for the sparsity of all models that are compared: the geometric mean of their tails.
+
+    Args:
+        tails: each model's mean probability of irrelevant entries. Those of 0 or NaN do not count.
+
+    Returns:
+        None where no tail counts: S is then 1, whatever s is.
+    """
+    logarithms = [math.log(tail) for tail in tails if tail > 0]
+    return math.exp(sum(logarithms) / len(logarithms)) if logarithms else None
 
 
 def entropy(probabilities: Tensor) -> Tensor:
@@ -130,51 +163,57 @@ def _is_empty(p: Tensor) -> Tensor:
     return p.amax(-1) == 0
 
 
-def _prepare(scores: Tensor, probabilities: Tensor):
-    """Scores and probabilities in the dtype to compute in, and which scores are there."""
+def _prepare(scores: Tensor, probabilities: Tensor, threshold: Optional[float]):
+    """Scores and probabilities in the dtype to compute in, which scores are there, above ε, and below it."""
     if scores.shape != probabilities.shape:
         raise ValueError(
             f"scores and probabilities differ in shape: {tuple(scores.shape)}, {tuple(probabilities.shape)}"
         )
     x = scores.to(compute_dtype(scores.dtype))
-    return x, probabilities.to(x.dtype), ~is_absent(x)
-
-
-def _sides(x: Tensor, present: Tensor, threshold: Optional[float]):
-    """Which scores lie above ε, and which below it."""
+    p, present = probabilities.to(x.dtype), ~is_absent(x)
     if threshold is not None:
-        return present & (x > threshold), present & (x < threshold)
+        return x, p, present, present & (x > threshold), present & (x < threshold)
     largest = x.amax(-1, keepdim=True).masked_fill(~present.any(-1, keepdim=True), 0.0)
     below_largest = x - largest  # equal scores stay equal, and the sum keeps its digits
     count = present.sum(-1, keepdim=True).to(x.dtype)
     distance = below_largest - (below_largest.logsumexp(-1, keepdim=True) - count.log())
-    return present & (distance > RESOLUTION), present & (distance < -RESOLUTION)
+    return x, p, present, present & (distance > RESOLUTION), present & (distance < -RESOLUTION)
+
+
+def _largest(x: Tensor, present: Tensor, k: int) -> Tensor:
+    return present & (x >= x.topk(min(k, x.size(-1)), dim=-1).values[..., -1:])
+
+
+def _mean(values: Tensor, where: Tensor) -> Tensor:
+    """Over those entries of each row; 0 / 0 is the NaN of an undefined row."""
+    return values.masked_fill(~where, 0.0).sum(-1) / where.sum(-1)
 
 
 def _multimodality(x: Tensor, p: Tensor, relevant: Tensor) -> Tensor:
-    between = relevant & (x < x.amax(-1, keepdim=True))
-    gaps = (p.amax(-1, keepdim=True) - p).masked_fill(~between, 0.0)
-    return 1 - gaps.sum(-1) / between.sum(-1)  # 0 / 0 is the NaN of an undefined row
+    return 1 - _mean(p.amax(-1, keepdim=True) - p, relevant & (x < x.amax(-1, keepdim=True)))
 
 
 def _sparsity(p: Tensor, present: Tensor, irrelevant: Tensor, reference: Optional[float]) -> Tensor:
     inverse = 1 / reference if reference is not None else present.sum(-1, keepdim=True).to(p.dtype)
-    return (-p * inverse).exp().masked_fill(~irrelevant, 0.0).sum(-1) / irrelevant.sum(-1)
+    return _mean((-p * inverse).exp(), irrelevant)
 
 
 class MeanMetrics:
     """Means of :class:`RowMetrics` over all rows seen, one for each head (or whatever the groups are).
 
-    Keeps two numbers a metric and group, however many rows there are.
+    Keeps two numbers a metric and group, however many rows there are, and a histogram of irrelevant probabilities,
+    from which S follows for an s that is known only when all models have been seen, with an error below 2e-5.
 
     Args:
         num_groups: number of heads.
     """
 
     def __init__(self, num_groups: int):
-        self.rows = torch.zeros(num_groups, dtype=torch.int64)
+        self.rows = 0
         self.sums = {name: torch.zeros(num_groups, dtype=torch.float64) for name in RowMetrics._fields}
         self.defined = {name: torch.zeros(num_groups, dtype=torch.int64) for name in RowMetrics._fields}
+        # of each group and bin: the sum of weights (1/L, so that rows count alike), and that of weights times φ
+        self._tails = torch.zeros(num_groups, 2, NUM_BINS, dtype=torch.float64)
 
     def update(self, scores: Tensor, probabilities: Tensor) -> None:
         """Add rows.
@@ -183,25 +222,38 @@ class MeanMetrics:
             scores, probabilities: (num_groups, rows, K).
         """
         height = max(CHUNK_SIZE // max(scores.size(0) * scores.size(-1), 1), 1)
-        for scores_part, probabilities_part in zip(scores.split(height, 1), probabilities.split(height, 1)):
-            self.rows += scores_part.size(1)
-            for name, values in row_metrics(scores_part, probabilities_part)._asdict().items():
+        for parts in zip(scores.split(height, 1), probabilities.split(height, 1)):
+            _, p, *_, irrelevant = prepared = _prepare(*parts, None)
+            self.rows += p.size(1)
+            for name, values in _row_metrics(*prepared)._asdict().items():
                 is_defined = ~values.isnan()
                 self.sums[name] += values.double().masked_fill(~is_defined, 0.0).sum(1).cpu()
                 self.defined[name] += is_defined.sum(1).cpu()
+            weights = (1 / irrelevant.sum(-1, keepdim=True).double()).expand(p.shape)
+            for tails, of_group, weight, where in zip(self._tails, p, weights, irrelevant):
+                tail, weight = of_group[where], weight[where]
+                bins = (-BINS_PER_NAT * tail.log()).clamp(0, NUM_BINS - 1).long()
+                for row, values in zip(tails, (weight, weight * tail)):
+                    row += bins.bincount(values, NUM_BINS).cpu()
 
     def result(self) -> List[Dict[str, Optional[float]]]:
         """For each group the number of rows, each mean (None where no row defines it) and what M and S left out."""
         results = []
-        for group in range(len(self.rows)):
-            result: Dict[str, Optional[float]] = {"rows": int(self.rows[group])}
+        for group in range(len(self._tails)):
+            result: Dict[str, Optional[float]] = {"rows": self.rows}
             for name in RowMetrics._fields:
                 count = int(self.defined[name][group])
                 result[name] = float(self.sums[name][group]) / count if count else None
-            for name in ("multimodality", "sparsity"):
-                result[f"{name}_undefined"] = int(self.rows[group] - self.defined[name][group])
+            for name in ("multimodality", "top_multimodality", "sparsity"):
+                result[f"{name}_undefined"] = self.rows - int(self.defined[name][group])
             results.append(result)
         return results
+
+    def sparsity_at(self, reference: float) -> List[Optional[float]]:
+        """The mean of S with s = ``reference`` for each group, None where no row defines it."""
+        weights, moments = self._tails.unbind(1)
+        means = (weights * (-moments / weights / reference).exp()).nansum(1) / weights.sum(1)
+        return [None if mean.isnan() else mean.item() for mean in means]
 
 
 class ScoreHistogram:

@@ -8,7 +8,7 @@ import json
 import os
 import tempfile
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Set, Tuple
+from typing import Any, Dict, List, NamedTuple, Sequence, Set, Tuple
 
 import matplotlib
 import tqdm
@@ -18,7 +18,8 @@ from PIL import Image
 
 from . import figures
 from .files import UserError, sync_folder
-from .measure import TOP_K, Measurement
+from .measure import Measurement, mean
+from .metrics import TOP_K
 
 PAGE = "report.html"
 
@@ -44,17 +45,28 @@ summary { cursor: pointer; font-weight: 600; margin: .6rem 0 }
 dt { font-weight: 600 } dd { margin: 0 0 .5rem 1.2rem } code { font-size: .9em }
 """
 
+OUTPUT_NOTE = f"""
+<p>Means over target tokens. Here M and S as the paper defines them tell models hardly apart: where one word has most,
+M is 1 − top share, and s = 1/K is so large that S is near 1. M of {TOP_K} and S with a common s measure
+more. <b>Support</b> is the mean number of words with a probability above 0: all of them with softmax, few with a
+sparse mapping.</p>
+"""
+
 DEFINITIONS = f"""
 <dl>
 <dt>multi-modality M</dt><dd>1 − mean of (largest probability − φ<sub>n</sub>) over the relevant scores: those above ε
 and below the largest. ε = log(1/K) + logsumexp(x), K the number of keys that can be attended to. Rows without such a
 score are undefined: left out of the mean, and counted.</dd>
-<dt>sparsity S</dt><dd>mean of exp(−K φ<sub>l</sub>) over the irrelevant scores, those below ε. Rows without one are
-undefined likewise. Scores are those before the mapping: with a σ that falls, what is relevant by its score need not
-be what is attended to.</dd>
+<dt>M of {TOP_K}</dt><dd>the same over the {TOP_K} largest scores, wherever ε lies: defined in every row with two
+different scores.</dd>
+<dt>sparsity S</dt><dd>mean of exp(−φ<sub>l</sub> / s) over the irrelevant scores, those below ε, with s = 1/K. Rows
+without one are undefined likewise. Scores are those before the mapping: with a σ that falls, what is relevant by its
+score need not be what is attended to.</dd>
+<dt>S, common s</dt><dd>the same with one s for all models of this report, at each site: the geometric mean of their
+tails. A model's tail is the mean probability of its irrelevant scores; a tail of 0 does not count.</dd>
 <dt>entropy</dt><dd>in nats. <b>Support</b>: entries above 0. <b>Effective support</b>: exp(entropy).
-<b>Top share</b>: probability of the most attended key.
-<b>Top-{TOP_K} share</b>: of the {TOP_K} likeliest words together.</dd>
+<b>Top share</b>: probability of the most attended key. <b>Top-{TOP_K} share</b>: of the {TOP_K} most attended keys
+together. In the output layer, words take the place of keys.</dd>
 <dt>MAD</dt><dd>mean cosine distance over pairs of tokens of a sentence, of a layer's output; layer 0 is what goes
 into the first.</dd>
 <dt>rollout</dt><dd>product over layers of ½A + ½I, heads averaged; for translation each cross-attention takes half of
@@ -108,7 +120,7 @@ def is_report(folder: Path) -> bool:
 
 # ---------------------------------------------------------------------- numbers
 
-TABLES = ("heads", "modules", "layers", "alignment", "output")
+TABLES = ("heads", "sites", "modules", "layers", "alignment", "output")
 
 
 def write_numbers(folder: Path, measurements: Sequence[Measurement], command: str) -> None:
@@ -148,7 +160,7 @@ def _draw_all(folder: Path, measurements: Sequence[Measurement], progress: bool)
             f"{file_name}-modulators",
             f"{label}: the scores that each module saw, and what its modulator, if any, makes of them. The outermost "
             "0.05 % of the scores on either side are not shown.",
-            lambda m=measurement: figures.draw_modulators(m.module_reports(), m.loaded.label),
+            lambda m=measurement: figures.draw_modulators(m.modules.values(), m.loaded.label),
         )))  # fmt: skip
         for example in measurement.examples.values():
             section = f"{label}, sentence {example.index}"
@@ -211,14 +223,15 @@ def render_page(measurements: Sequence[Measurement], sections: Dict[str, List[Se
         _table(_models_table(measurements)),
         "<h2>Sparse, multi-modal?</h2>",
         show("sparsity-multimodality"),
-        _table(_sites_table(measurements)),
+        _table(_metrics_table(measurements, is_output=False)),
         "<h2>Over-smoothing</h2>",
         show("over-smoothing"),
     ]
     if "alignment" in by_name:
         parts += ["<h2>Word alignment</h2>", show("alignment"), _table(_alignment_table(measurements))]
-    if any(m.output_row() for m in measurements):
-        parts += ["<h2>The output layer</h2>", _table(_output_table(measurements))]
+    output = _metrics_table(measurements, is_output=True)
+    if output:
+        parts += ["<h2>The output layer</h2>", _table(output), OUTPUT_NOTE]
     parts.append("<h2>Modulators and scores</h2>")
     for (_, pictures), measurement in zip(sections.get("modulators", []), measurements):
         parts += [_figure(picture) for picture in pictures]
@@ -270,7 +283,7 @@ def _cell(value: Any) -> str:
     if isinstance(value, bool):
         return f"<td>{'yes' if value else 'no'}</td>"
     if isinstance(value, float):
-        return f"<td>{value:.3f}</td>".replace("-", "−")
+        return f"<td>{value:,.{3 if abs(value) < 100 else 1}f}</td>".replace("-", "−")
     if isinstance(value, int):
         return f"<td>{value:,}</td>"
     return f"<td{_kind(value)}>{html.escape(str(value))}</td>"
@@ -284,7 +297,7 @@ def _kind(value: Any) -> str:
 def _models_table(measurements: Sequence[Measurement]) -> List[Dict[str, Any]]:
     rows = []
     for m in measurements:
-        mappings = {module.site: module.mapping for module in m.module_reports()}
+        mappings = {module.site: module.mapping for module in m.modules.values()}
         same = f"{next(iter(mappings.values()))} everywhere" if len(set(mappings.values())) == 1 else None
         rows.append({
             "model": m.loaded.label,
@@ -299,34 +312,35 @@ def _models_table(measurements: Sequence[Measurement]) -> List[Dict[str, Any]]:
 
 METRIC_NAMES = {
     "multimodality": "M",
+    "top_multimodality": f"M of {TOP_K}",
     "sparsity": "S",
+    "common_sparsity": "S, common s",
     "entropy": "entropy (nat)",
     "support": "support",
     "effective_support": "effective support",
     "top_share": "top share",
+    "top_k_share": f"top-{TOP_K} share",
 }
 
 
-def _sites_table(measurements: Sequence[Measurement]) -> List[Dict[str, Any]]:
-    """Means over the heads of each site, and how many rows M and S leave out."""
+def _metrics_table(measurements: Sequence[Measurement], is_output: bool) -> List[Dict[str, Any]]:
+    """Means over the heads of each site (or of the output layer), and the share of rows that M and S leave out."""
     rows = []
     for m in measurements:
-        heads = m.head_rows()
-        for site in figures.site_order(row["site"] for row in heads):
-            at_site = [row for row in heads if row["site"] == site]
-            row = {"model": m.loaded.label, "site": site, "heads": len(at_site)}
-            row.update({name: _mean([head[key] for head in at_site]) for key, name in METRIC_NAMES.items()})
-            total = sum(head["rows"] for head in at_site)
-            for key, name in (("multimodality", "M"), ("sparsity", "S")):
-                undefined = sum(head[f"{key}_undefined"] for head in at_site)
-                row[f"{name} undefined"] = f"{undefined / total:.1%}"
-            rows.append(row)
+        for numbers in m.site_rows():
+            if (numbers["site"] == "output") == is_output:
+                where = {"mapping": m.modules["output", 0].mapping} if is_output else {"site": numbers["site"]}
+                row = {"model": m.loaded.label, **where}
+                for key, name in METRIC_NAMES.items():
+                    row[name] = numbers[key]
+                    if key in ("multimodality", "sparsity"):
+                        row[f"{name} undefined"] = f"{numbers[f'{key}_undefined'] / numbers['rows']:.1%}"
+                    if key == "common_sparsity":
+                        row["s"] = (
+                            "–" if numbers["common_reference"] is None else f"{numbers['common_reference']:.2g}"
+                        )
+                rows.append(row)
     return rows
-
-
-def _mean(values: Sequence[Optional[float]]) -> Optional[float]:
-    defined = [value for value in values if value is not None]
-    return sum(defined) / len(defined) if defined else None
 
 
 def _heads_table(measurements: Sequence[Measurement]) -> List[Dict[str, Any]]:
@@ -343,12 +357,13 @@ def _heads_table(measurements: Sequence[Measurement]) -> List[Dict[str, Any]]:
         }
         for m in measurements
         for row in m.head_rows()
+        if row["site"] != "output"
     ]
 
 
 def _modules_table(measurement: Measurement) -> List[Dict[str, Any]]:
     rows = []
-    for module in measurement.module_reports():
+    for module in measurement.modules.values():
         numbers = module.numbers()
         if "is_monotone" in numbers:
             numbers["layer"] += 1
@@ -378,19 +393,7 @@ def _alignment_table(measurements: Sequence[Measurement]) -> List[Dict[str, Any]
                 "which": f"layer {best_head['layer'] + 1}, head {int(best_head['head']) + 1}",
                 "best layer (mean of heads)": best_layer["aer"],
                 "layer": best_layer["layer"] + 1,
-                "mean of all heads' AER": _mean([row["aer"] for row in heads]),
+                "mean of all heads' AER": mean([row["aer"] for row in heads]),
                 "rollout": next(row["aer"] for row in rows if row["rows"] == name and row["head"] == "rollout"),
             })  # fmt: skip
     return table
-
-
-def _output_table(measurements: Sequence[Measurement]) -> List[Dict[str, Any]]:
-    rows = []
-    for m in measurements:
-        numbers = m.output_row()
-        if numbers is not None:
-            row = {"model": m.loaded.label, "mapping": m.output_module.mapping}
-            row.update({name: numbers[key] for key, name in METRIC_NAMES.items()})
-            row[f"top-{TOP_K} share"] = numbers[f"top{TOP_K}_share"]
-            rows.append(row)
-    return rows

@@ -109,7 +109,7 @@ class Attention : Problem {
           rows[i] = exponentials(row, row, seen, sigma);
           if (dropout) {
             dropout->draw(head, at.start + i, seen, kept);
-            each(seen, [&](int64_t j, int n) { store(row + j, n, load(row + j, n, 0) * load(kept + j, n, 0)); });
+            each(seen, [&](int64_t j, auto n) { store(row + j, n, load(row + j, n, 0) * load(kept + j, n, 0)); });
           }
           std::fill(row + seen, row + at.keys, 0.f);
         }
@@ -241,18 +241,18 @@ class Attention : Problem {
       const Normaliser normaliser = normalisers[at.head * tgt_len + at.start + i];
       if (dropout) {
         dropout->draw(at.head, at.start + i, seen, kept);
-        each(seen, [&](int64_t j, int n) { store(grad_row + j, n, load(grad_row + j, n, 0) * load(kept + j, n, 0)); });
+        each(seen, [&](int64_t j, auto n) { store(grad_row + j, n, load(grad_row + j, n, 0) * load(kept + j, n, 0)); });
       }
       // Of these very probabilities and gradients, so that what is left of them adds up to 0. By output and its
       // gradient, whose product it is too, rounding would be left over, in all the scores of the row.
       Vec expected_grads = {};
-      each(seen, [&](int64_t j, int lanes) {
+      each(seen, [&](int64_t j, auto lanes) {
         const Vec p = exp(sigma(load(row + j, lanes, -INFINITE)) - normaliser.peak) * normaliser.factor;
         expected_grads += p * load(grad_row + j, lanes, 0);
         store(probabilities + j, lanes, p);
       });
       const float expected_grad = sum(expected_grads);
-      each(seen, [&](int64_t j, int lanes) {
+      each(seen, [&](int64_t j, auto lanes) {
         const Vec x = load(row + j, lanes, -INFINITE), p = load(probabilities + j, lanes, 0);
         const Vec upstream = p * (load(grad_row + j, lanes, 0) - expected_grad);
         store(grad_row + j, lanes, sums.backward(x, upstream, sigma));
@@ -293,7 +293,7 @@ class Attention : Problem {
     const int64_t query = at.start + i, seen = is_causal ? query + 1 : at.keys;
     for (const float* mask : {added_scores ? added_scores + query * src_len : nullptr,
                               hidden_keys ? hidden_keys + at.head * src_len : nullptr}) {
-      if (mask) each(seen, [&](int64_t j, int n) { store(row + j, n, load(row + j, n, 0) + load(mask + j, n, 0)); });
+      if (mask) each(seen, [&](int64_t j, auto n) { store(row + j, n, load(row + j, n, 0) + load(mask + j, n, 0)); });
     }
     return seen;
   }

@@ -64,7 +64,7 @@ class Library:
         return (
             type(tensor) in (Tensor, torch.nn.Parameter)  # of others, FakeTensor for one, the memory is not theirs
             and tensor.dtype == torch.float32
-            and tensor.device.type == "cpu"
+            and tensor.is_cpu
             and backend.wants_compiled(tensor)
             and self.functions is not None
         )
@@ -145,7 +145,7 @@ ROWS = Library(
     Path(__file__).with_name("multimax.cpp"),
     {
         "multimax_rows": [INTEGER] * 4 + [ADDRESS] * 4,
-        "multimax_rows_backward": [INTEGER] * 4 + [ADDRESS] * 7,
+        "multimax_rows_backward": [INTEGER] * 4 + [ADDRESS] * 8,
     },
 )
 
@@ -161,20 +161,20 @@ def multimax_rows(scores: Tensor, thresholds: Tensor, gains: Tensor) -> Tensor:
 
 def multimax_rows_backward(
     scores: Tensor, probabilities: Tensor, grad: Tensor, thresholds: Tensor, gains: Tensor
-) -> Tuple[Tensor, Tensor]:
-    """:func:`.rows.multimax_rows_backward` likewise."""
+) -> Tuple[Tensor, Tensor, Tensor]:
+    """Likewise ∂L/∂x, ∂L/∂thresholds and ∂L/∂gains from ∂L/∂p."""
     scores, grad, (thresholds, gains) = scores.contiguous(), grad.contiguous(), parameters(thresholds, gains)
-    grad_scores, grads_of_parameters = torch.empty_like(scores), gains.new_empty(2, *gains.shape)
-    tensors = scores, probabilities, grad, grad_scores, grads_of_parameters, thresholds, gains
+    grads = tuple(map(torch.empty_like, (scores, thresholds, gains)))
+    tensors = scores, probabilities, grad, *grads, thresholds, gains
     ROWS.functions.multimax_rows_backward(*_sizes(scores, gains), *map(Tensor.data_ptr, tensors))
-    return grad_scores, grads_of_parameters
+    return grads
 
 
 def parameters(thresholds: Tensor, gains: Tensor) -> Tuple[Tensor, Tensor]:
     """As the C++ reads them: fp32, (N, 2), without gaps, on the CPU."""
     return tuple(
         tensor
-        if tensor.dtype == torch.float32 and tensor.device.type == "cpu" and tensor.is_contiguous()
+        if tensor.dtype == torch.float32 and tensor.is_cpu and tensor.is_contiguous()
         else tensor.detach().to("cpu", torch.float32).contiguous()
         for tensor in (thresholds, gains)
     )

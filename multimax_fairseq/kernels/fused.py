@@ -41,9 +41,8 @@ class FusedMultiMax(Function):
         if scores.numel() == 0:
             return grad, torch.zeros_like(thresholds), torch.zeros_like(gains), None, None
 
-        grad_scores, grads_of_parameters = _backward(saved, ctx.normalise, grad)
-        grad_thresholds, grad_gains = grads_of_parameters.to(gains.dtype).unbind()
-        return grad_scores, grad_thresholds, grad_gains, None, None
+        grad_scores, grad_thresholds, grad_gains = _backward(saved, ctx.normalise, grad)
+        return grad_scores, grad_thresholds.to(thresholds.dtype), grad_gains.to(gains.dtype), None, None
 
 
 def fused_multimax(
@@ -69,8 +68,8 @@ def _forward(scores: Tensor, thresholds: Tensor, gains: Tensor, normalise: bool)
     return _joined(kernel.over_rows([scores], (thresholds, gains))).view(scores.shape)
 
 
-def _backward(saved: Sequence[Optional[Tensor]], normalise: bool, grad: Tensor) -> Tuple[Tensor, Tensor]:
-    """∂L/∂x, and ∂L/∂(thresholds, gains)."""
+def _backward(saved: Sequence[Optional[Tensor]], normalise: bool, grad: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
+    """∂L/∂x, ∂L/∂thresholds and ∂L/∂gains."""
     scores, thresholds, gains, probabilities = saved
     if normalise and cpp.ROWS.serves(scores):
         return cpp.multimax_rows_backward(scores, probabilities, grad, thresholds, gains)
@@ -79,7 +78,7 @@ def _backward(saved: Sequence[Optional[Tensor]], normalise: bool, grad: Tensor) 
     else:
         kernel, rows = modulate_rows_backward, (scores, grad)
     grads, grads_of_parameters = zip(*kernel.over_rows(rows, (thresholds, gains)))
-    return _joined(grads).view(scores.shape), _summed(grads_of_parameters)
+    return (_joined(grads).view(scores.shape), *_summed(grads_of_parameters))
 
 
 def _joined(blocks: Sequence[Tensor]) -> Tensor:

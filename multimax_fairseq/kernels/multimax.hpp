@@ -8,8 +8,13 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 
 #include <omp.h>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
 
 namespace multimax {
 
@@ -30,11 +35,29 @@ constexpr float LOWEST = std::numeric_limits<float>::lowest();
 constexpr float FAR = float(1LL << 50);
 
 inline Vec all(float x) { return x - Vec{}; }
+
+// a > b ? a : b and a < b ? a : b: of NaN and a number, b. GCC makes two instructions of that.
+#if defined(__AVX512F__)
+inline Vec max(Vec a, Vec b) { return (Vec)_mm512_max_ps((__m512)a, (__m512)b); }
+inline Vec min(Vec a, Vec b) { return (Vec)_mm512_min_ps((__m512)a, (__m512)b); }
+#elif defined(__AVX2__)
+inline Vec max(Vec a, Vec b) { return (Vec)_mm256_max_ps((__m256)a, (__m256)b); }
+inline Vec min(Vec a, Vec b) { return (Vec)_mm256_min_ps((__m256)a, (__m256)b); }
+#else
 inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
 inline Vec min(Vec a, Vec b) { return a < b ? a : b; }
+#endif
 
-// The first `lanes` numbers at `from`, and `fill` in the other lanes.
-inline Vec load(const float* from, int lanes, float fill) {
+using AllLanes = std::integral_constant<int, LANES>;
+
+// The first `lanes` numbers at `from`, and `fill` in the other lanes. `lanes` is an int, or AllLanes.
+template <class Count>
+inline Vec load(const float* from, Count lanes, float fill) {
+#if defined(__AVX512F__)
+  if constexpr (!std::is_same_v<Count, AllLanes>) {
+    return (Vec)_mm512_mask_loadu_ps((__m512)all(fill), (1u << lanes) - 1, from);
+  }
+#endif
   Vec v;
   if (lanes == LANES) {
     std::memcpy(&v, from, sizeof v);
@@ -45,7 +68,11 @@ inline Vec load(const float* from, int lanes, float fill) {
   return v;
 }
 
-inline void store(float* to, int lanes, Vec v) {
+template <class Count>
+inline void store(float* to, Count lanes, Vec v) {
+#if defined(__AVX512F__)
+  if constexpr (!std::is_same_v<Count, AllLanes>) return _mm512_mask_storeu_ps(to, (1u << lanes) - 1, (__m512)v);
+#endif
   std::memcpy(to, &v, lanes == LANES ? sizeof v : lanes * sizeof(float));
 }
 
@@ -76,47 +103,44 @@ inline float max(Vec v) {
 
 // exp(x) for x <= 0, to 2 units in the last place; 0 below -87.7, NaN of NaN.
 //
-// exp(x) = 2^n exp(r), r = x - n log 2 in [-log(2)/2, log(2)/2], with the polynomial and the two parts of log 2 of
-// Moshier's Cephes library (expf).
+// exp(x) = 2^n exp(r), r = x - n log 2 in [-log(2)/2, log(2)/2]. The polynomial is a minimax fit, to 2^-28; the two
+// parts of log 2 are those of Moshier's Cephes library (expf). Of a sum with SHIFT the last bits are n + 127.
 inline Vec exp(Vec x) {
-  x = x < -88.f ? all(-88.f) : x;
-  const IntVec n = __builtin_convertvector(x * 1.44269504f - 0.5f, IntVec);  // towards 0
-  const Vec whole = __builtin_convertvector(n, Vec);
-  const Vec r = x - whole * 0.693359375f + whole * 2.12194440e-4f;
-  Vec y = r * 1.9875691500e-4f + 1.3981999507e-3f;
-  y = y * r + 8.3334519073e-3f;
-  y = y * r + 4.1665795894e-2f;
-  y = y * r + 1.6666665459e-1f;
-  y = y * r + 5.0000001201e-1f;
-  y = y * (r * r) + r + 1.f;
-  const IntVec bits = (n + 127) << 23;  // of 2^n; of 0 for n = -127
+  constexpr float SHIFT = 3 * (1 << 22) + 127;
+  x = max(all(-88.f), x);
+  const Vec shifted = x * 1.44269504f + SHIFT, n = shifted - SHIFT;
+  const Vec r = x - n * 0.693359375f + n * 2.12194440e-4f;
+  Vec y = r * 1.381459879e-3f + 8.368716575e-3f;
+  y = y * r + 4.166838899e-2f;
+  y = y * r + 1.666652113e-1f;
+  y = y * r + 4.999999404e-1f;
+  y = y * r + 1.f;
+  y = y * r + 1.f;
+  IntVec bits;
+  std::memcpy(&bits, &shifted, sizeof bits);
+  bits <<= 23;  // of 2^n; of 0 for n = -127
   Vec power;
   std::memcpy(&power, &bits, sizeof power);
   return y * power;
 }
 
-// Calls body(index, lanes) for all of `count` numbers, LANES at a time and then the rest.
+// Calls body(index, lanes) for all of `count` numbers, AllLanes at a time and then the rest.
 template <class Body>
 inline void each(int64_t count, Body body) {
   int64_t j = 0;
-  for (; j + LANES <= count; j += LANES) body(j, LANES);
+  for (; j + LANES <= count; j += LANES) body(j, AllLanes{});
   if (j < count) body(j, int(count - j));
 }
 
 inline float dot(const float* a, const float* b, int64_t count) {
-  constexpr int PARTS = 4;  // a sum has to wait for the one before it
-  Vec products[PARTS] = {};
-  int64_t start = 0;
-  for (; start + PARTS * LANES <= count; start += PARTS * LANES) {
-    for (int k = 0; k < PARTS; ++k) {
-      const int64_t j = start + k * LANES;
-      products[k] += load(a + j, LANES, 0) * load(b + j, LANES, 0);
-    }
+  Vec even = {}, odd = {};  // a sum has to wait for the one before it
+  int64_t j = 0;
+  for (; j + 2 * LANES <= count; j += 2 * LANES) {
+    even += load(a + j, AllLanes{}, 0) * load(b + j, AllLanes{}, 0);
+    odd += load(a + j + LANES, AllLanes{}, 0) * load(b + j + LANES, AllLanes{}, 0);
   }
-  each(count - start, [&](int64_t j, int lanes) {
-    products[0] += load(a + start + j, lanes, 0) * load(b + start + j, lanes, 0);
-  });
-  return sum((products[0] + products[1]) + (products[2] + products[3]));
+  each(count - j, [&](int64_t k, auto lanes) { even += load(a + j + k, lanes, 0) * load(b + j + k, lanes, 0); });
+  return sum(even + odd);
 }
 
 // Calls body(first, last, thread) for a part of `count` things in each thread.
@@ -177,26 +201,30 @@ struct Sums {
 
   // dL/dx from x and `upstream` = dL/dsigma; adds to the sums.
   inline Vec backward(Vec x, Vec upstream, const Modulator<ORDER>& sigma) {
-    Vec grad = upstream;
+    Vec slope = all(1.f);
     x = min(max(x, all(-FAR)), all(FAR));
     for (int n = 0; n < ORDER; ++n) {
       const Vec under = max(sigma.below[n] - x, Vec{}), over = max(x - sigma.above[n], Vec{});
-      // u n max(b_n - x, 0)^(n-1) and u max(b_n - x, 0)^n, and so for d_n
-      const Vec slope_under = n ? 2 * upstream * under : under > 0.f ? upstream : Vec{};
-      const Vec slope_over = n ? 2 * upstream * over : over > 0.f ? upstream : Vec{};
-      grad += sigma.gain_above[n] * slope_over - sigma.gain_below[n] * slope_under;
-      slope_below[n] += slope_under, slope_above[n] += slope_over;
-      power_below[n] += upstream * (n ? under * under : under);
-      power_above[n] += upstream * (n ? over * over : over);
+      const Vec product_under = upstream * under, product_over = upstream * over;
+      if (n == 0) {
+        slope_below[n] += under > 0.f ? upstream : Vec{}, slope_above[n] += over > 0.f ? upstream : Vec{};
+        power_below[n] += product_under, power_above[n] += product_over;
+        slope -= under > 0.f ? all(sigma.gain_below[n]) : Vec{};
+        slope += over > 0.f ? all(sigma.gain_above[n]) : Vec{};
+      } else {
+        slope_below[n] += product_under, slope_above[n] += product_over;
+        power_below[n] += product_under * under, power_above[n] += product_over * over;
+        slope += 2 * sigma.gain_above[n] * over - 2 * sigma.gain_below[n] * under;
+      }
     }
-    return grad;
+    return upstream * slope;
   }
 
   // Adds the gradients of thresholds and gains to `grads`, (2, ORDER, 2).
   void add_to(double* grads, const Modulator<ORDER>& sigma) const {
     for (int n = 0; n < ORDER; ++n) {
-      grads[2 * n] += double(sigma.gain_below[n]) * sum(slope_below[n]);
-      grads[2 * n + 1] -= double(sigma.gain_above[n]) * sum(slope_above[n]);
+      grads[2 * n] += double(n + 1) * sigma.gain_below[n] * sum(slope_below[n]);
+      grads[2 * n + 1] -= double(n + 1) * sigma.gain_above[n] * sum(slope_above[n]);
       grads[2 * (ORDER + n)] += sum(power_below[n]);
       grads[2 * (ORDER + n) + 1] += sum(power_above[n]);
     }
@@ -212,18 +240,18 @@ struct Normaliser {
 
 // exp(sigma(x) - max sigma) of a row of `count` scores, which may be written over.
 template <int ORDER>
-inline Normaliser exponentials(const float* scores, float* result, int64_t count, const Modulator<ORDER>& sigma) {
+inline Normaliser exponentials(const float* scores, float* result, int64_t count, Modulator<ORDER> sigma) {
   Vec peaks = all(-INFINITE), largest = peaks, totals = {};
-  each(count, [&](int64_t j, int lanes) {
+  each(count, [&](int64_t j, auto lanes) {
     const Vec x = load(scores + j, lanes, -INFINITE), modulated = sigma(x);
-    largest = x > largest ? x : largest;  // loses NaN, which peaks may lose too, but not exp(NaN)
+    largest = max(x, largest);  // loses NaN, as peaks may; exp(NaN) below does not
     peaks = max(peaks, modulated);
     store(result + j, lanes, modulated);
   });
   float peak = max(peaks);
-  // no score is there, or all sigma are -inf, or not a number: softmax of these is not a number
+  // if a score is there, and all sigma are -inf or NaN, softmax of them is NaN
   if (!(peak > -INFINITE) && max(largest) == -INFINITE) peak = 0;
-  each(count, [&](int64_t j, int lanes) {
+  each(count, [&](int64_t j, auto lanes) {
     const Vec exponential = exp(load(result + j, lanes, -INFINITE) - peak);
     totals += exponential;
     store(result + j, lanes, exponential);

@@ -12,10 +12,6 @@
 
 #include <vector>
 
-#if defined(__AVX2__)
-#include <immintrin.h>
-#endif
-
 namespace multimax {
 
 constexpr float SMALLEST = std::numeric_limits<float>::min();
@@ -210,7 +206,7 @@ struct Row {
   Row(const float* scores, int64_t width) : scores(scores), width(width) {
     Vec peaks = all(LOWEST);
     uint32_t wrong = 0;
-    each(width, [&](int64_t j, int lanes) {
+    each(width, [&](int64_t j, auto lanes) {
       const Vec x = load(scores + j, lanes, -INFINITE);
       wrong |= lanes_above(x, all(-LOWEST));
       peaks = max(x, peaks);
@@ -221,7 +217,7 @@ struct Row {
 
   template <class Body>
   void each_above(float limit, Body body) const {
-    each(width, [&](int64_t j, int lanes) {
+    each(width, [&](int64_t j, auto lanes) {
       const Vec d = load(scores + j, lanes, -INFINITE) - largest;
       body(j, lanes, d, lanes_above(d, all(limit)));
     });
@@ -229,7 +225,7 @@ struct Row {
 
   int64_t compress_above(float limit, float* left) const {
     int64_t count = 0;
-    each_above(limit, [&](int64_t, int, Vec d, uint32_t above) {
+    each_above(limit, [&](int64_t, auto, Vec d, uint32_t above) {
       compress(left + count, d, above);
       count += __builtin_popcount(above);
     });
@@ -239,7 +235,7 @@ struct Row {
   // The other way round: `left`, whose sum is `total`, as probabilities.
   void expand_above(float limit, const float* left, float total, float* probabilities) const {
     const float factor = is_wrong ? NOT_A_NUMBER : total == 0 ? 0 : 1 / total;
-    each_above(limit, [&](int64_t j, int lanes, Vec, uint32_t above) {
+    each_above(limit, [&](int64_t j, auto lanes, Vec, uint32_t above) {
       store(probabilities + j, lanes, factor * expand(left, above));
       left += __builtin_popcount(above);
     });
@@ -255,12 +251,12 @@ void project_row(const float* scores, float* probabilities, int64_t width, float
   float limit = -1 / root.mapping.c[0];
   int64_t count = row.compress_above(limit, left);
   for (int steps = 0;; ++steps) {
-    store(left + count, LANES, all(-INFINITE));
+    store(left + count, AllLanes{}, all(-INFINITE));
     root.clear();
     for (int64_t j = 0; j < count; j += LANES) {
       Vec inverses;
-      store(q + j, LANES, root.add(load(left + j, LANES, 0), inverses));
-      if (Mapping::COSTLY) store(inverse + j, LANES, inverses);
+      store(q + j, AllLanes{}, root.add(load(left + j, AllLanes{}, 0), inverses));
+      if (Mapping::COSTLY) store(inverse + j, AllLanes{}, inverses);
       if (j % SHORT_SUM == 0) root.carry();
     }
     root.sum = all(sum(root.sum + root.earlier));
@@ -270,7 +266,7 @@ void project_row(const float* scores, float* probabilities, int64_t width, float
     const int64_t before = count;
     count = 0;
     for (int64_t j = 0; j < before; j += LANES) {
-      const Vec d = load(left + j, LANES, 0);
+      const Vec d = load(left + j, AllLanes{}, 0);
       const uint32_t above = lanes_above(d, all(limit));
       compress(left + count, d, above);
       count += __builtin_popcount(above);
@@ -278,7 +274,7 @@ void project_row(const float* scores, float* probabilities, int64_t width, float
   }
   root.clear();
   for (int64_t j = 0; j < count; j += LANES) {
-    store(q + j, LANES, root.settle(load(q + j, LANES, 0), load(left + j, LANES, 0), load(inverse + j, LANES, 0)));
+    store(q + j, AllLanes{}, root.settle(load(q + j, AllLanes{}, 0), load(left + j, AllLanes{}, 0), load(inverse + j, AllLanes{}, 0)));
     if (j % SHORT_SUM == 0) root.carry();
   }
   row.expand_above(limit, q, sum(root.sum + root.earlier), probabilities);
@@ -314,7 +310,7 @@ void project_rows_abreast(const float* scores, float* probabilities, int64_t wid
 
 void evsoftmax_row(const float* scores, float* probabilities, int64_t width, float epsilon) {
   Vec peaks = all(LOWEST), sums = {}, counts = {}, totals = {};
-  each(width, [&](int64_t j, int lanes) {
+  each(width, [&](int64_t j, auto lanes) {
     const Vec x = load(scores + j, lanes, -INFINITE);
     peaks = max(x, peaks);
     sums += x > -INFINITE ? x : Vec{};
@@ -322,14 +318,14 @@ void evsoftmax_row(const float* scores, float* probabilities, int64_t width, flo
   });
   // the largest is kept even if rounding puts the mean above it
   const float largest = max(peaks), mean = sum(sums) / sum(counts), from = mean > largest ? largest : mean;
-  each(width, [&](int64_t j, int lanes) {
+  each(width, [&](int64_t j, auto lanes) {
     const Vec x = load(scores + j, lanes, -INFINITE);
     const Vec weighted = exp(x - largest) * (x < from ? all(epsilon) : all(1.f));
     totals += weighted;
     store(probabilities + j, lanes, weighted);
   });
   const float total = sum(totals), factor = total == 0 ? 0 : 1 / total;
-  each(width, [&](int64_t j, int lanes) {
+  each(width, [&](int64_t j, auto lanes) {
     store(probabilities + j, lanes, factor * load(probabilities + j, lanes, 0));
   });
 }
@@ -382,7 +378,7 @@ template <class Mapping>
 inline void backward_row(const float* p, const float* g, float* result, int64_t count, float c, float* grad_of_c) {
   const Mapping mapping(all(c));
   Vec slopes = {}, products = {}, logs = {}, linear_products = {}, bends = {}, bend_products = {};
-  each(count, [&](int64_t j, int lanes) {
+  each(count, [&](int64_t j, auto lanes) {
     const Vec y = load(p + j, lanes, 0), grad = load(g + j, lanes, 0), slope = mapping.slope_of(y);
     slopes += slope, products += slope * grad;
     if (grad_of_c) {
@@ -393,7 +389,7 @@ inline void backward_row(const float* p, const float* g, float* result, int64_t 
     store(result + j, lanes, slope);
   });
   const float total = sum(slopes), inverse = total == 0 ? 0 : 1 / total, mean = sum(products) * inverse;
-  each(count, [&](int64_t j, int lanes) {
+  each(count, [&](int64_t j, auto lanes) {
     store(result + j, lanes, load(result + j, lanes, 0) * (load(g + j, lanes, 0) - mean));
   });
   if (grad_of_c) {
@@ -415,7 +411,7 @@ void backward_rows(int64_t rows, int64_t width, int threads, const float* probab
         continue;
       }
       int64_t count = 0;
-      each(width, [&](int64_t j, int lanes) {
+      each(width, [&](int64_t j, auto lanes) {
         const Vec y = load(p + j, lanes, 0);
         const uint32_t above = lanes_above(y, Vec{});
         compress(left + count, y, above);
@@ -424,7 +420,7 @@ void backward_rows(int64_t rows, int64_t width, int threads, const float* probab
       });
       backward_row<Mapping>(left, grad_left, left, count, c, grad_of_c);
       const float* from = left;
-      each(width, [&](int64_t j, int lanes) {
+      each(width, [&](int64_t j, auto lanes) {
         const uint32_t above = lanes_above(load(p + j, lanes, 0), Vec{});
         store(result + j, lanes, expand(from, above));
         from += __builtin_popcount(above);

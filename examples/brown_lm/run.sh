@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# A small language model on a text of a million words: 2 layers of width 128.
+# The Brown corpus, a million words: a language model of 2.2M parameters on a CPU.
 #
-#     examples/brown_lm/train.sh --data data/brown --mapping multimax --output-mapping multimax --out runs/brown
+#     examples/brown_lm/run.sh --mapping multimax --output-mapping multimax --seed 1 --from FOLDER
 #
-# --data is made by scripts/prepare_text_lm.sh. Perplexity of the checkpoint that is best on validation, in blocks of 256
-# tokens, each token predicted from at least 128 before it (except at the very start).
+# FOLDER has train.tokens, valid.tokens and test.tokens, plain or .gz: see scripts/prepare_text_lm.sh. Perplexity of the
+# checkpoint that is best on validation, each token predicted from at least 128 before it.
 
 set -euo pipefail
 
@@ -14,27 +14,32 @@ source "$here/../experiment.sh"
 
 experiment=brown_lm
 prepare_script=prepare_text_lm.sh
-prepare_options=(--min-count 5)
+prepare_options=(--min-count 5) # 14,112 types
 arch=transformer_lm
 model=(
     --decoder-layers 2 --decoder-embed-dim 128 --decoder-input-dim 128 --decoder-output-dim 128
     --decoder-ffn-embed-dim 512 --decoder-attention-heads 4 --decoder-normalize-before
     --share-decoder-input-output-embed --dropout 0.1
 )
+
 training=(
     --task language_modeling --tokens-per-sample 256 --sample-break-mode none
     --optimizer adam --adam-betas '(0.9, 0.98)' --weight-decay 0.01
-    --lr 5e-3 --lr-scheduler inverse_sqrt --warmup-updates 400 --num-workers 0 --log-interval 50
+    --lr 5e-3 --lr-scheduler inverse_sqrt --warmup-updates 400
+    --num-workers 0 --log-interval 50
 )
 max_tokens=2048
-length=(--max-update 1500) # 518 of them are an epoch of the Brown corpus
+length=(--max-update 1500)
 
-smoke_model=("${model[@]}")
+smoke_model=("${tiny_lm[@]}")
 smoke_length=(--max-update 40)
+smoke_training=(--warmup-updates 20)
 
 prepare_smoke() {
     "$PYTHON" "$scripts/make_smoke_data.py" wikitext103 "$1.zip"
-    bash "$scripts/prepare_wikitext103.sh" --out "$data" --archive "$1.zip"
+    mkdir "$1"
+    "$PYTHON" "$scripts/unpack.py" "$1.zip" "$1" wiki.{train,valid,test}.tokens
+    bash "$scripts/$prepare_script" --out "$data" --from "$1"
 }
 
 evaluate() {
