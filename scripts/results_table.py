@@ -15,17 +15,17 @@ n", "rows": {"MultiMax": "34.5 ± 0.1"}}}, with the names of experiments and row
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
 import math
 import statistics
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from multimax_fairseq.analysis.files import ArgumentParser, UserError, errors_in_a_line, positive
 
 FORMAT = 1  # of run.json, as record_run.py writes it
 
@@ -60,15 +60,15 @@ class Run:
         """The ``hypotheses`` or ``references`` of the score ``which``.
 
         Raises:
-            UserError: the file is not there any more, or not text.
+            ValueError: the file is not there any more, or not text.
         """
         path = self.folder / self.content["scores"][which][kind]
         try:
             return path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
         except OSError as error:
-            raise UserError(f"{self.folder / 'run.json'} needs {path.name} beside it: {error.strerror}") from error
+            raise ValueError(f"{self.folder / 'run.json'} needs {path.name} beside it: {error.strerror}") from error
         except UnicodeDecodeError as error:
-            raise UserError(f"{path} is damaged: it is not UTF-8") from error
+            raise ValueError(f"{path} is damaged: it is not UTF-8") from error
 
 
 def row_name(mapping: dict[str, Any]) -> str:
@@ -170,7 +170,7 @@ def load_run(path: Path) -> Run:
     """A run.json, if a table can vouch for what it says: the scores are there, and are those of the files beside it.
 
     Raises:
-        UserError: something is missing, damaged, or no number; translations are not those that were scored.
+        ValueError: something is missing, damaged, or no number; translations are not those that were scored.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -182,9 +182,9 @@ def load_run(path: Path) -> Run:
             is_bleu = isinstance(score, dict) and "bleu" in score
             check_entries(score, BLEU_ENTRIES if is_bleu else PERPLEXITY_ENTRIES, f"{name}: ")
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
-        raise UserError(
+        raise ValueError(
             f"{path} is not, or no longer, a file of record_run.py ({error}): evaluate again"
         ) from error
     run = Run(path.parent, content)
@@ -196,15 +196,15 @@ def load_run(path: Path) -> Run:
 
 def check_bleu(run: Run, which: str) -> None:
     """Raises:
-    UserError: the translations beside a run.json do not have the BLEU that it says.
+    ValueError: the translations beside a run.json do not have the BLEU that it says.
     """
     hypotheses, references = run.lines(which, "hypotheses"), run.lines(which, "references")
     score, where = run.content["scores"][which], run.folder / run.content["scores"][which]["hypotheses"]
     if len(hypotheses) != len(references):
-        raise UserError(f"{where} has {len(hypotheses)} lines for {len(references)} references: evaluate again")
+        raise ValueError(f"{where} has {len(hypotheses)} lines for {len(references)} references: evaluate again")
     found = metric(score["signature"]).corpus_score(hypotheses, [references]).score
     if abs(found - score["bleu"]) > 0.0051:  # it was printed with two digits
-        raise UserError(
+        raise ValueError(
             f"{where} has BLEU {found:.2f}, and run.json says {score['bleu']}: the translations or the references "
             "are not those that were scored; evaluate again"
         )
@@ -214,7 +214,7 @@ def metric(signature: str, **options: Any):
     """sacrebleu's BLEU as in a signature such as ``BLEU|nrefs:1|case:lc|eff:no|tok:13a|smooth:exp|version:2.6.0``.
 
     Raises:
-        UserError: sacrebleu has no such BLEU.
+        ValueError: sacrebleu has no such BLEU.
     """
     from sacrebleu.metrics import BLEU
 
@@ -223,27 +223,27 @@ def metric(signature: str, **options: Any):
         return BLEU(lowercase=parts["case"] == "lc", tokenize=parts["tok"], smooth_method=parts["smooth"],
                     effective_order=parts["eff"] == "yes", **options)  # fmt: skip
     except (KeyError, AssertionError, ValueError) as error:
-        raise UserError(f"{signature} is no signature that sacrebleu knows: evaluate again") from error
+        raise ValueError(f"{signature} is no signature that sacrebleu knows: evaluate again") from error
 
 
 def load_runs(folder: Path) -> list[Run]:
     """Every run.json below ``folder``.
 
     Raises:
-        UserError: there is none, one cannot be vouched for, or two are the same run.
+        ValueError: there is none, one cannot be vouched for, or two are the same run.
     """
     runs: dict[tuple[str, str, int], Run] = {}
     for path in sorted(folder.rglob("run.json")):
         run = load_run(path)
         key = (run.experiment, run.row, run.seed)
         if key in runs:
-            raise UserError(
+            raise ValueError(
                 f"{path} and {runs[key].folder / 'run.json'} are both {run.experiment}, {run.row}, seed {run.seed}: "
                 "name the folder of one of them"
             )
         runs[key] = run
     if not runs:
-        raise UserError(f"there is no run.json below {folder}")
+        raise ValueError(f"there is no run.json below {folder}")
     return list(runs.values())
 
 
@@ -251,7 +251,7 @@ def load_paper(path: Path) -> dict[str, Any]:
     """The file of ``--paper``.
 
     Raises:
-        UserError: it is not of its form.
+        ValueError: it is not of its form.
     """
     try:
         paper = json.loads(path.read_text(encoding="utf-8"))
@@ -260,7 +260,7 @@ def load_paper(path: Path) -> dict[str, Any]:
             check_entries(published, {"source": is_text, "rows": lambda rows: isinstance(rows, dict)}, f"{name}: ")
             check_entries(published["rows"], {row: is_text for row in published["rows"]}, f"{name}: ")
     except (ValueError, RecursionError) as error:
-        raise UserError(f"--paper {path} is not of the form that --help shows: {error}") from error
+        raise ValueError(f"--paper {path} is not of the form that --help shows: {error}") from error
     return paper
 
 
@@ -279,7 +279,7 @@ def difference(values: dict[int, float], baseline: dict[int, float]) -> str:
         baseline: the same of softmax.
 
     Returns:
-        "–" without a common seed; bold if it is larger than the standard deviation between seeds of either of the two.
+        "–" without a common seed; bold if it is larger than the standard deviation between seeds of either.
     """
     seeds = sorted(values.keys() & baseline.keys())
     if not seeds:
@@ -304,7 +304,7 @@ def p_values(runs: list[Run], which: str, samples: int) -> dict[tuple[str, int],
         (row, seed) → p, for all runs that have a softmax run to be compared with.
 
     Raises:
-        UserError: translations are missing, or were scored against other references or in another way.
+        ValueError: translations are missing, or were scored against other references or in another way.
     """
     from sacrebleu.significance import PairedTest
 
@@ -323,9 +323,9 @@ def p_values(runs: list[Run], which: str, samples: int) -> dict[tuple[str, int],
         signature = ordered[0].content["scores"][which]["signature"]
         for run in others:
             if run.lines(which, "references") != references:
-                raise UserError(f"{run.folder} and {ordered[0].folder} have different references")
+                raise ValueError(f"{run.folder} and {ordered[0].folder} have different references")
             if run.content["scores"][which]["signature"] != signature:
-                raise UserError(f"{run.folder} and {ordered[0].folder} are scored in different ways")
+                raise ValueError(f"{run.folder} and {ordered[0].folder} are scored in different ways")
         systems = [(f"{number}", run.lines(which, "hypotheses")) for number, run in enumerate(ordered)]
         # references=None: the test takes those of the metric, tokenised once
         metrics = {"BLEU": metric(signature, references=[references])}
@@ -408,7 +408,7 @@ def notes(runs: list[Run], p: dict, published: dict[str, Any], samples: int) -> 
         if missing:
             found.append(f"WARNING: {run.row}, seed {run.seed}, has no score {' or '.join(missing)}.")
     if len({run.seed for run in runs}) > 1:
-        found.append("Differences are means over seeds; bold: larger than the standard deviation between seeds of either.")
+        found.append("Differences are means over seeds; bold: larger than the deviation between seeds of either.")
     if p:
         found.append(f"p: sacrebleu's paired bootstrap of the best checkpoints, {samples:,} samples, a value a seed.")
     if published:
@@ -417,21 +417,23 @@ def notes(runs: list[Run], p: dict, published: dict[str, Any], samples: int) -> 
 
 
 def main() -> None:
-    parser = ArgumentParser(__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="with run.json files in it or below")
-    parser.add_argument("--samples", type=positive, default=1000, metavar="N",
+    parser.add_argument("--samples", type=int, default=1000, metavar="N",
                         help="of the bootstrap (default: %(default)s)")  # fmt: skip
     parser.add_argument("--paper", type=Path, metavar="FILE", help="published numbers, as above")
     args = parser.parse_args()
-    if args.samples > 1_000_000:
-        parser.error("--samples takes no more than a million")
+    if not 1 <= args.samples <= 1_000_000:
+        parser.error("--samples takes a number of at least 1, and no more than a million")
     logging.getLogger("sacrebleu").setLevel(logging.WARNING)  # it tells of each system that it resamples
-    with errors_in_a_line():
+    try:
         paper = load_paper(args.paper) if args.paper else {}
         by_experiment: dict[str, list[Run]] = defaultdict(list)
         for run in load_runs(args.folder):
             by_experiment[run.experiment].append(run)
         print("\n\n".join(table(by_experiment[name], paper, args.samples) for name in sorted(by_experiment)))
+    except (OSError, ValueError) as error:
+        sys.exit(f"ERROR: {error}".replace("\n", " "))
 
 
 if __name__ == "__main__":

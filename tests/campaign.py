@@ -113,7 +113,8 @@ def in_process(tool, arguments):
         if stopped.code in (None, 0):  # --help
             return None
         message = stopped.code if isinstance(stopped.code, str) else output.getvalue().strip().splitlines()[-1]
-        expect(message.startswith("ERROR: ") and "\n" not in message, tool, "ends with", repr(message))
+        is_a_line = re.fullmatch(r"(ERROR: |\w+: error: ).*", message)  # the second is argparse's
+        expect(is_a_line, tool, "ends with", repr(message))
         return message
     except Exception as error:
         raise Failure(f"{tool}: traceback: {type(error).__name__}: {error}") from error

@@ -120,10 +120,8 @@ def test_mean_and_standard_deviation_over_seeds(translation):
     ({1: 35.0}, "+5.00"),
     ({4: 35.0}, "–"),
 ])  # fmt: skip
-def test_a_difference_larger_than_that_between_seeds_is_bold(values, expected, monkeypatch):
-    monkeypatch.syspath_prepend(str(SCRIPT.parent))
-    from results_table import difference
-
+def test_a_difference_larger_than_that_between_seeds_is_bold(values, expected):
+    difference = load_script("results_table").difference
     assert difference(values, {1: 30.0, 2: 30.2, 3: 30.1}) == expected
 
 
@@ -303,6 +301,6 @@ def test_an_empty_folder_is_an_error(tmp_path):
 
 
 @pytest.mark.parametrize("options", [["--samples", "0"], ["--samples", "x"], ["--samples", "1000001"], ["--paper"]])
-def test_a_wrong_option_is_an_error_in_a_line(options, tmp_path):
+def test_a_wrong_option_is_an_error(options, tmp_path):
     result = results_table(tmp_path, *options, check=False)
-    assert result.returncode == 2 and re.fullmatch(r"ERROR: .*see --help.*\n", result.stderr)
+    assert result.returncode == 2 and re.search(rf"error: (argument )?{options[0]}", result.stderr)
