@@ -407,6 +407,12 @@ def test_a_number_out_of_its_range_is_an_error(flag, value, message, build):
         build("multimax_transformer_lm", flag, value)
 
 
+@pytest.mark.parametrize("flag", ["--modulator-weight-decay", "--modulator-clip-norm", "--modulator-lr-scale"])
+def test_training_modulators_where_there_are_none_is_an_error(flag, build):
+    with pytest.raises(ValueError, match=f"^{flag}: this model has no modulators to train apart"):
+        build("multimax_transformer_lm", flag, "2", "--attention-mapping", "softmax")
+
+
 def test_a_config_files_null_or_text_is_an_error():
     for value in (None, "ten"):
         with pytest.raises(ValueError, match=f"--modulator-lr-scale takes a finite number above 0; got {value}"):
