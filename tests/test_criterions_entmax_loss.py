@@ -77,7 +77,12 @@ def test_a_learned_alpha_gets_the_gradient_of_differences(build, batch):
     assert gradient == pytest.approx((losses[1] - losses[0]) / 2e-2, rel=1e-3)
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float16, 5e-3), (torch.bfloat16, 5e-2)])
+@pytest.mark.parametrize("dtype, tolerance", [
+    pytest.param(torch.float16, 5e-3, marks=pytest.mark.skipif(
+        torch.__version__.startswith("2.2."), reason="torch 2.2 has no layer norm in fp16 on a CPU"
+    )),
+    (torch.bfloat16, 5e-2),
+])  # fmt: skip
 def test_half_precision(dtype, tolerance, build, batch):
     results = []
     for kind in (torch.float32, dtype):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..kernels.chunked_entmax_loss import EntmaxLosses, chunked_entmax_loss
 from ..mappings import Entmax, Entmax15, Sparsemax
+from ..models.options import option_errors
 from ..modules.transformer import SPARSE, refuse_cross_entropy
 from .chunked_cross_entropy import (
     ChunkedCrossEntropyCriterion,
@@ -88,6 +89,7 @@ def install() -> None:
         return
 
     @functools.wraps(build)
+    @option_errors()
     def build_criterion(cfg, task, *args, **kwargs) -> FairseqCriterion:
         criterion = build(cfg, task, *args, **kwargs)
         output = getattr(task, "output_mapping", None)  # None: of a model that is not built yet, or not ours
