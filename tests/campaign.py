@@ -557,7 +557,8 @@ def not_a_number(rng, _):
     with torch.no_grad():
         before, after = module(scores), module(bad)
     expect(after[1].isnan().all(), what, "makes numbers of a NaN among its scores")
-    expect((after[[0, 2]] == before[[0, 2]]).all(), what, "carries a NaN to other rows")
+    others = (after - before)[[0, 2]].abs().max()  # not 0: short rows share their number of Newton's steps
+    expect(others <= ERRORS[dtype], what, "carries a NaN to other rows")
 
 
 def attention(rng, _):
