@@ -30,7 +30,7 @@ sentencepiece=
 moses= # the target language
 beam=5
 lenpen=1
-split=test
+split="test"
 prefix= # --out
 
 parse_options "

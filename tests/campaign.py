@@ -113,7 +113,8 @@ def in_process(tool, arguments):
         if stopped.code in (None, 0):  # --help
             return None
         message = stopped.code if isinstance(stopped.code, str) else output.getvalue().strip().splitlines()[-1]
-        expect(message.startswith("ERROR: ") and "\n" not in message, tool, "ends with", repr(message))
+        is_a_line = re.fullmatch(r"(ERROR: |\w+: error: ).*", message)  # the second is argparse's
+        expect(is_a_line, tool, "ends with", repr(message))
         return message
     except Exception as error:
         raise Failure(f"{tool}: traceback: {type(error).__name__}: {error}") from error
@@ -556,7 +557,8 @@ def not_a_number(rng, _):
     with torch.no_grad():
         before, after = module(scores), module(bad)
     expect(after[1].isnan().all(), what, "makes numbers of a NaN among its scores")
-    expect((after[[0, 2]] == before[[0, 2]]).all(), what, "carries a NaN to other rows")
+    others = (after - before)[[0, 2]].abs().max()  # not 0: short rows share their number of Newton's steps
+    expect(others <= ERRORS[dtype], what, "carries a NaN to other rows")
 
 
 def attention(rng, _):

@@ -373,11 +373,11 @@ def test_composite(build):
     group = {"optimizer": {"_name": "adam", "lr": [0.1], "adam_betas": "(0.9, 0.999)", "adam_eps": 1e-8,
                            "weight_decay": 0.0, "use_old_adam": False, "fp16_adam_stats": False, "tpu": False},
              "lr_scheduler": {"_name": "fixed", "force_anneal": None, "lr_shrink": 0.1, "warmup_updates": 0,
-                              "lr": [0.1]}}  # fmt: skip
+                              "lr": [0.1]},
+             "lr": [0.1], "lr_float": None}  # fmt: skip
     for name, parameter in built.model.named_parameters():
         parameter.param_group = "layer0" if "layers.0" in name else "default"
-    cfg = OmegaConf.create({"_name": "composite", "groups": {"layer0": group, "default": group},
-                            "dynamic_groups": False})  # fmt: skip
+    cfg = OmegaConf.create({"_name": "composite", "groups": {"layer0": group, "default": group}})
     optimizer = fairseq.optim.build_optimizer(cfg, list(built.model.parameters()))
     assert isinstance(optimizer, FairseqCompositeOptimizer)
     before = {name: parameter.detach().clone() for name, parameter in built.model.named_parameters()}
@@ -405,6 +405,12 @@ def test_composite(build):
 def test_a_number_out_of_its_range_is_an_error(flag, value, message, build):
     with pytest.raises(ValueError, match=f"^{flag} takes a {message}"):
         build("multimax_transformer_lm", flag, value)
+
+
+@pytest.mark.parametrize("flag", ["--modulator-weight-decay", "--modulator-clip-norm", "--modulator-lr-scale"])
+def test_training_modulators_where_there_are_none_is_an_error(flag, build):
+    with pytest.raises(ValueError, match=f"^{flag}: this model has no modulators to train apart"):
+        build("multimax_transformer_lm", flag, "2", "--attention-mapping", "softmax")
 
 
 def test_a_config_files_null_or_text_is_an_error():

@@ -118,3 +118,9 @@ def test_the_saved_configuration_is_plain(build):
 
 def test_hub_models_of_the_stock_class_are_not_offered():
     assert multimax_fairseq.models.MultimaxTransformerModel.hub_models() == {}
+
+
+def test_a_mapping_in_cross_attention_that_is_not_there_is_an_error(build):
+    options = ["--no-cross-attention", "--cross-self-attention", "--attention-mapping-sites", "cross"]
+    with pytest.raises(ValueError, match="this model has none of these; choose from: encoder, decoder"):
+        build("multimax_transformer", *options)

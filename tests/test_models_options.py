@@ -3,11 +3,14 @@
 from argparse import Namespace
 
 import pytest
+from hydra._internal.utils import run_and_report
 from omegaconf import OmegaConf
 
 from multimax_fairseq.kernels import backend
 from multimax_fairseq.mappings import MAPPINGS
 from multimax_fairseq.models import MappingChoice, MappingOptions
+from multimax_fairseq.models.multimax_transformer import MultimaxTransformerModel
+from multimax_fairseq.models.multimax_transformer_lm import MultimaxTransformerLanguageModel
 from multimax_fairseq.models.options import MAPPING_OPTIONS, SITES, SOFTMAX, with_defaults
 
 
@@ -133,6 +136,15 @@ def test_a_field_of_a_config_that_nobody_knows(fields, message):
     known = {option.name for option in MAPPING_OPTIONS}
     with pytest.raises(ValueError, match=message):
         with_defaults(lays_seven, lambda: known)(OmegaConf.create(fields))
+
+
+@pytest.mark.parametrize("model", [MultimaxTransformerModel, MultimaxTransformerLanguageModel])
+def test_hydra_shows_a_wrong_choice_without_a_trace(model, capsys):
+    with pytest.raises(SystemExit):
+        run_and_report(lambda: model.build_model(Namespace(attention_mapping="softmin"), None))
+    message, *rest = capsys.readouterr().err.splitlines()
+    assert message.startswith("--attention-mapping: there is no 'softmin'")
+    assert rest == ["", "Set the environment variable HYDRA_FULL_ERROR=1 for a complete stack trace."]
 
 
 def test_a_config_that_is_known_and_one_from_a_checkpoint():

@@ -359,6 +359,18 @@ def test_bad_text_is_refused(tmp_path, stand_in, changes, expected):
     assert not reached(tmp_path).exists()
 
 
+@pytest.mark.parametrize("split", ["valid", "test"])
+def test_a_split_without_a_pair_is_an_error(split, tmp_path, stand_in):
+    """Of the training text every 23rd pair is for validation."""
+    changes = {f"IWSLT14.{name}.de-en.{language}.xml": "<mteval>\n" for name in TEST_SETS for language in LANGUAGES}
+    if split == "valid":
+        changes = {f"train.tags.de-en.{language}": "Ja .\n" * 9 for language in LANGUAGES}
+    archive = make_archive(tmp_path / "de-en.tgz", changes)
+    message = fail(IWSLT14, "--archive", archive, "--out", tmp_path / "out", "--merges", 5, **stand_in)
+    assert f"ERROR: no sentence pair is left for {split}: de-en.tgz has too little text" in message
+    assert siblings(tmp_path / "out") == [] and not reached(tmp_path).exists()
+
+
 # ---------------------------------------------------------------------- downloads
 
 

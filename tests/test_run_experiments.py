@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 import shlex
+import shutil
 from argparse import Namespace
 
 import pytest
@@ -279,37 +280,105 @@ def test_what_is_done_is_not_done_again_and_nothing_is_mixed(smoke):
     assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
 
 
+def translate(smoke, lines, *options, **kwargs):
+    arguments = ["--run", smoke[0] / RUN, "--data", smoke[0] / DATA, *options]
+    command = ["bash", ROOT / "scripts" / "translate.sh", *arguments]
+    return run(*command, check=False, input="".join(f"{line}\n" for line in lines), **kwargs)
+
+
 @pytest.mark.slow
-def test_raw_german_is_translated_from_one_command(smoke):
+def test_raw_german_is_translated_from_one_command_up_to_a_sentence_that_is_too_long(smoke):
     """Line by line, the translations of the test set, which fairseq-generate made in batches."""
-    folder, _ = smoke
-    data = folder / DATA
-    german = (data / "raw" / "test.de").read_text().splitlines()[:3]
-    translated = run("bash", ROOT / "scripts" / "translate.sh", "--run", folder / RUN, "--data", data,
-                     input="\n".join(german) + "\n").stdout.splitlines()  # fmt: skip
-    assert translated == (folder / RUN / "best.hypotheses").read_text().splitlines()[:3]
+    german = (smoke[0] / DATA / "raw" / "test.de").read_text().splitlines()[:3]
+    result = translate(smoke, [*german, "ja " * 1100, "nein"])
+    assert result.stdout.splitlines() == (smoke[0] / RUN / "best.hypotheses").read_text().splitlines()[:3]
+    message = r"ERROR: line 4 is longer than the model or --max-tokens takes \(.*\): shorten it, or let .*\n"
+    assert result.returncode == 1 and re.fullmatch(message, result.stderr)
 
 
 @pytest.mark.slow
-def test_a_language_model_is_scored_with_and_without_context(tmp_path):
-    recipe("wikitext103", "--cpu-smoke", "--output-mapping", "multimax", cwd=tmp_path)
-    folder = tmp_path / "runs/smoke/wikitext103/multimax-output_multimax-seed1"
-    record = json.loads((folder / "run.json").read_text())
-    assert list(record["scores"]) == ["test, context 400", "test, context 0"]
-    text = (tmp_path / "data/smoke/wikitext103/text/test.tokens").read_text()
-    for score in record["scores"].values():
-        # every word of the test set, and an end of each line
-        assert score["tokens"] == len(text.split()) + text.count("\n")
-        assert score["perplexity"] == pytest.approx(2 ** score["bits_per_token"], rel=1e-4)
-    assert len({score["perplexity"] for score in record["scores"].values()}) == 2
-    assert set(record["learned"]) == {"decoder.output_mapping", "decoder.layers.0.self_attn.mapping"}
-    assert record["updates"] == 40 and record["validation"]["metric"] == "loss"
+def test_a_sentence_that_is_too_long_can_be_cut(smoke):
+    result = translate(smoke, ["ja " * 1100, "nein"], "--truncate")
+    assert result.returncode == 0 and result.stdout.count("\n") == 2
+    assert re.fullmatch(r"WARNING: line 1 is cut: it has \d{4} units, and the model takes 1023\n", result.stderr)
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (["--data", "data"], "--data, and --run or --checkpoint, are required"),
-    (["--data", "data", "--run", "run"], "data has no data-bin"),
+SAYS = "cat >/dev/null; echo 'Traceback' >&2; echo '{}' >&2; exit 1"
+
+
+# a stand-in for fairseq-interactive, damage to a file, and what is said; "": nothing
+@pytest.mark.slow
+@pytest.mark.parametrize("stand_in, damaged, damage, status, message", [
+    (SAYS.format("x"), f"{RUN}/checkpoint_best.pt", b"PK", 1, "checkpoint_best.pt cannot be read as a checkpoint"),
+    (SAYS.format("x"), f"{RUN}/checkpoint_best.pt", b"", 1, "checkpoint_best.pt is empty: it is no checkpoint"),
+    (SAYS.format("x"), f"{DATA}/data-bin/dict.de.txt", None, 1, "data-bin has no dictionary dict.de.txt"),
+    (SAYS.format("x"), f"{DATA}/data-bin/dict.de.txt", b"ja 1\n", 1, "is another one than that of"),
+    (SAYS.format("ValueError: max_tokens"), None, None, 1, "line 1 is longer than the model or --max-tokens takes"),
+    (SAYS.format("disk"), None, None, 1, "ERROR: fairseq-interactive failed: disk"),
+    ("sleep 1", f"{RUN}/checkpoint_best.pt", None, 1, "checkpoint_best.pt: there is no such file"),
+    ("sleep 1", f"{DATA}/bpe.codes", None, 1, "has neither bpe.codes nor sentencepiece.bpe.model"),
+    ("seq -f 'H-%g\t0\tja' 99999", None, None, 0, ""),
 ])  # fmt: skip
-def test_translate_says_what_is_missing(arguments, message, tmp_path):
-    result = run("bash", ROOT / "scripts" / "translate.sh", *arguments, check=False, cwd=tmp_path)
-    assert result.returncode == 1 and message in result.stderr
+def test_what_translate_says(stand_in, damaged, damage, status, message, smoke, tmp_path):
+    (tmp_path / "fairseq-interactive").write_text(f"#!/bin/sh\n{stand_in}\n")
+    (tmp_path / "fairseq-interactive").chmod(0o755)
+    command = f'PATH={tmp_path}:$PATH; bash {ROOT}/scripts/translate.sh "$@" | head -n 1; exit ${{PIPESTATUS[0]}}'
+    if damaged:
+        shutil.copytree(smoke[0] / "data", tmp_path / "data")
+        shutil.copytree(smoke[0] / "runs", tmp_path / "runs")
+        (tmp_path / damaged).unlink()
+        if damage is not None:
+            (tmp_path / damaged).write_bytes(damage)
+    folder = tmp_path if damaged else smoke[0]
+    arguments = ["--run", folder / RUN, "--data", folder / DATA]
+    result = run("bash", "-c", command, "-", *arguments, check=False, input="ja\n")
+    assert result.returncode == status and message in result.stderr
+    assert result.stderr.count("ERROR: ") == result.stderr.count("\n") == status
+
+
+@pytest.mark.slow
+def test_translate_needs_a_place_for_temporary_files(smoke):
+    result = run("env", "TMPDIR=/nowhere", "bash", ROOT / "scripts" / "translate.sh", "--run", smoke[0] / RUN,
+                 "--data", smoke[0] / DATA, check=False)  # fmt: skip
+    assert result.returncode == 1 and result.stderr == (
+        "ERROR: no temporary file can be made in /nowhere: set TMPDIR to a folder that is there\n"
+    )
+
+
+# ---------------------------------------------------------------------- a training that fails
+
+
+def train_with(stand_in, folder, *options, shell=("bash", "-c"), before=":"):
+    """multi30k_de_en/run.sh --only train, with a stand-in for fairseq-train, whose save-dir is $run."""
+    for split in ("train", "valid", "test"):
+        path = folder / "data" / "data-bin" / f"{split}.bin"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("x")
+    (folder / "disk").mkdir(exist_ok=True)
+    (folder / "fairseq-train").write_text(f"#!/bin/sh\nrun={folder}/disk/run\n{stand_in}\n")
+    (folder / "fairseq-train").chmod(0o755)
+    command = [EXAMPLES / "multi30k_de_en" / "run.sh", "--only", "train", "--data", folder / "data",
+               "--out", folder / "disk" / "run", *options]  # fmt: skip
+    return run(*shell, f'{before}; PATH={folder}:$PATH; bash "$@"', "-", *command, check=False)
+
+
+def test_an_option_that_fairseq_does_not_know_binds_nothing(tmp_path):
+    says = 'case "$*" in *--nonsense*) echo "fairseq-train: error: unrecognized arguments" >&2; exit 2;; esac'
+    result = train_with(says, tmp_path, "--", "--nonsense")
+    assert result.returncode == 1
+    assert result.stderr.endswith("\nERROR: fairseq-train failed (exit status 2), as its last lines say\n")
+    assert train_with(says, tmp_path).returncode == 0 and (tmp_path / "disk/run/trained").is_file()
+    # once there is a checkpoint, another option is another run
+    (tmp_path / "disk/run/checkpoint_last.pt").write_bytes(b"x")
+    result = train_with(says, tmp_path, "--", "--nonsense")
+    assert result.returncode == 1 and "holds a run with other settings" in result.stderr
+
+
+def test_a_full_disk_is_named(tmp_path):
+    shell = ["unshare", "--user", "--map-root-user", "--mount", "bash", "-c"]
+    mount = f"mount -t tmpfs -o size=1200k tmpfs {tmp_path}/disk"
+    (tmp_path / "disk").mkdir()
+    if run(*shell, mount, check=False).returncode:
+        pytest.skip("no file system can be mounted here")
+    result = train_with("head -c 9000000 /dev/zero >$run/checkpoint1.pt", tmp_path, shell=shell, before=mount)
+    assert "ERROR: fairseq-train failed (exit status 1), as its last lines say. The disk is full (" in result.stderr

@@ -200,6 +200,17 @@ def test_what_computes_nan_is_no_success(folder, corpus, monkeypatch):
     assert "computes NaN or infinity on sentences of 'test'" in error
 
 
+@pytest.mark.parametrize("tool", ["check_decoding", "check_model", "multimax-analyze"])
+def test_a_split_without_its_target_language(tool, folder, corpus, tmp_path, monkeypatch):
+    shutil.copytree(corpus / "data-bin", tmp_path / "data-bin")
+    for path in (tmp_path / "data-bin").glob("*.de-en.en.*"):
+        path.unlink()
+    arguments = TOOLS[tool](folder, tmp_path)
+    options = ["--split", "test"] if tool == "check_model" else []
+    error = start(tool, [*arguments, *options], monkeypatch)
+    assert re.search("of .* has no text in the target language: files of it are missing$", error or "")
+
+
 def test_a_language_model_has_no_beam_search(build, corpus, tmp_path, monkeypatch):
     path = save_checkpoint(build("multimax_transformer_lm"), tmp_path / "lm.pt")
     error = start("check_decoding", [corpus / "data-bin-lm", "--path", path], monkeypatch)

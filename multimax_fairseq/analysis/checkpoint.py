@@ -136,8 +136,10 @@ def check_sentences(task: FairseqTask, dataset: FairseqDataset, indices: Sequenc
     """Raise unless each of these sentences is there, of words that the dictionaries have.
 
     Raises:
-        UserError: a file is cut short, or was made with other dictionaries.
+        UserError: a file is missing or cut short, or was made with other dictionaries.
     """
+    if getattr(dataset, "tgt", dataset) is None:
+        raise UserError(f"{where} has no text in the target language: files of it are missing")
     words = {"source": len(task.source_dictionary), "target": len(task.target_dictionary)}
     for index in indices:
         try:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..kernels.chunked_entmax_loss import EntmaxLosses, chunked_entmax_loss
 from ..mappings import Entmax, Entmax15, Sparsemax
+from ..models.options import option_errors
 from ..modules.transformer import SPARSE, refuse_cross_entropy
 from .chunked_cross_entropy import (
     ChunkedCrossEntropyCriterion,
@@ -84,10 +85,11 @@ def install() -> None:
     Criterions of fairseq's own know no model until the data are loaded; all are built here before.
     """
     build = fairseq.criterions.build_criterion
-    if hasattr(build, "__wrapped__"):
+    if hasattr(build, "refuses_models"):  # not __wrapped__: another plugin's wrapper has that too
         return
 
     @functools.wraps(build)
+    @option_errors()
     def build_criterion(cfg, task, *args, **kwargs) -> FairseqCriterion:
         criterion = build(cfg, task, *args, **kwargs)
         output = getattr(task, "output_mapping", None)  # None: of a model that is not built yet, or not ours
@@ -97,4 +99,5 @@ def install() -> None:
             refuse_entmax_loss()
         return criterion
 
+    build_criterion.refuses_models = True
     fairseq.criterions.build_criterion = build_criterion

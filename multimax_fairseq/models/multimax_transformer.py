@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 
 from ..modules import MappedDecoder, MappedEncoder
 from .mapped_model import MappedModelMixin
-from .options import SITES, MappingChoice, MappingOptions, with_defaults
+from .options import SITES, MappingChoice, MappingOptions, option_errors, with_defaults
 
 
 @register_model("multimax_transformer")
@@ -24,6 +24,7 @@ class MultimaxTransformerModel(MappedModelMixin, TransformerModel):
         gen_parser_from_dataclass(parser, MappingOptions(), delete_default=True)
 
     @classmethod
+    @option_errors()
     def build_model(cls, args, task):
         # A copy, as a namespace: fairseq saves the original in the checkpoint, and fairseq-hydra-train gives a
         # config to which the stock model could not add.

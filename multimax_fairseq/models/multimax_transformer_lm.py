@@ -10,7 +10,7 @@ from fairseq.models.transformer_lm import TransformerLanguageModel, TransformerL
 from ..kernels.chunked_loss import default_chunk_tokens
 from ..modules import MappedDecoder
 from .mapped_model import MappedModelMixin
-from .options import MappingChoice, MappingOptions, with_defaults
+from .options import MappingChoice, MappingOptions, option_errors, with_defaults
 
 
 @dataclass
@@ -23,6 +23,7 @@ class MultimaxTransformerLanguageModel(MappedModelMixin, TransformerLanguageMode
     """fairseq's ``transformer_lm`` with the options of :class:`.options.MappingOptions`."""
 
     @classmethod
+    @option_errors()
     def build_model(cls, args, task):
         choice = MappingChoice.from_options(args, available_sites=("decoder",))
         # The stock build_model names its decoder's class where others ask a method.

@@ -1,11 +1,13 @@
 """What a user can choose about mappings: declared once, for translation and language models."""
 
 from argparse import Namespace
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
-from typing import Any, Callable, Dict, Optional, Sequence, Set, Tuple, Union
+from typing import Any, Callable, Dict, Iterator, Optional, Sequence, Set, Tuple, Union
 
 from fairseq.dataclass import FairseqDataclass
+from hydra.errors import CompactHydraException
 from omegaconf import OmegaConf
 from torch import nn
 
@@ -21,6 +23,19 @@ LOG_MODULATORS = ("site", "module", "none")
 
 Mapping = Tuple[str, Dict[str, Any]]  # the arguments of build_mapping
 SOFTMAX: Mapping = ("softmax", {})
+
+
+class OptionError(CompactHydraException, ValueError):
+    """A ValueError that ``fairseq-hydra-train`` shows without fifty lines of trace around it."""
+
+
+@contextmanager
+def option_errors() -> Iterator[None]:
+    """A decorator: makes each ValueError an :class:`OptionError`."""
+    try:
+        yield
+    except ValueError as error:
+        raise OptionError(str(error)) from error
 
 
 @dataclass
@@ -121,6 +136,7 @@ def with_defaults(
             dataclass); raising ValueError at others is then done here.
     """
 
+    @option_errors()
     def architecture_with_mappings(args: Any) -> None:
         namespace = args
         if OmegaConf.is_config(args):
