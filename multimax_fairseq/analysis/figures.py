@@ -233,7 +233,8 @@ def draw_sparsity_and_multimodality(measurements: Sequence[Measurement]) -> Figu
     size = (max(TWO_COLUMNS / 3 * len(sites), ONE_COLUMN), 4.8)
     figure = Figure(figsize=size, layout="constrained")
     grid = figure.subplots(2, len(sites), squeeze=False, sharex="row", sharey="row")
-    for names, panels in zip((("sparsity", "multimodality"), ("common_sparsity", "top_multimodality")), grid):
+    for is_common, panels in enumerate(grid):
+        names = ("common_sparsity", "top_multimodality") if is_common else ("sparsity", "multimodality")
         for axes, site in zip(panels, sites):
             for number, (measurement, rows) in enumerate(zip(measurements, heads)):
                 at_site = [row for row in rows if row["site"] == site]
@@ -246,8 +247,8 @@ def draw_sparsity_and_multimodality(measurements: Sequence[Measurement]) -> Figu
                 label = _plain(measurement.loaded.label)
                 axes.scatter(*middle, s=75, edgecolors="black", label=label, zorder=3, **style)
             s = at_site[0]["common_reference"]
-            of_all = "sparsity $S$, one $s$" + ("" if s is None else f" = {s:.2g}")
-            axes.set_xlabel("sparsity $S$, $s = 1/K$" if panels is grid[0] else of_all)
+            of_all = f"one $s$ = {s:.2g}" if s else "one $s$"
+            axes.set_xlabel(f"sparsity $S$, {of_all if is_common else '$s = 1/K$'}")
             axes.grid(color="#DDDDDD", lw=0.5)
             axes.set_axisbelow(True)
     for axes, site in zip(grid[0], sites):

@@ -283,7 +283,8 @@ def _cell(value: Any) -> str:
     if isinstance(value, bool):
         return f"<td>{'yes' if value else 'no'}</td>"
     if isinstance(value, float):
-        return f"<td>{value:,.{3 if abs(value) < 100 else 1}f}</td>".replace("-", "−")
+        digits = ".1e" if 0 < abs(value) < 1e-3 else ",.3f" if abs(value) < 100 else ",.1f"
+        return f"<td>{value:{digits}}</td>".replace("-", "−")
     if isinstance(value, int):
         return f"<td>{value:,}</td>"
     return f"<td{_kind(value)}>{html.escape(str(value))}</td>"
@@ -315,6 +316,7 @@ METRIC_NAMES = {
     "top_multimodality": f"M of {TOP_K}",
     "sparsity": "S",
     "common_sparsity": "S, common s",
+    "common_reference": "common s",
     "entropy": "entropy (nat)",
     "support": "support",
     "effective_support": "effective support",
@@ -335,10 +337,6 @@ def _metrics_table(measurements: Sequence[Measurement], is_output: bool) -> List
                     row[name] = numbers[key]
                     if key in ("multimodality", "sparsity"):
                         row[f"{name} undefined"] = f"{numbers[f'{key}_undefined'] / numbers['rows']:.1%}"
-                    if key == "common_sparsity":
-                        row["s"] = (
-                            "–" if numbers["common_reference"] is None else f"{numbers['common_reference']:.2g}"
-                        )
                 rows.append(row)
     return rows
 
