@@ -218,7 +218,7 @@ def test_the_output_layer_of_a_language_model(lm_report, checkpoints):
     tail = mean(
         mean(q for y, q in zip(x, p) if y < threshold) for (x, p), threshold in zip(rows, thresholds)
     )  # fmt: skip
-    assert numbers["common_reference"] == pytest.approx(tail, rel=1e-5)
+    assert numbers["common_reference"] == pytest.approx(tail, rel=1e-4)  # a score at ε is on no side
     sparse = [reference.sparsity(x, p, threshold, tail) for (x, p), threshold in zip(rows, thresholds)]
     assert numbers["common_sparsity"] == pytest.approx(mean(sparse), abs=1e-4)
     assert numbers["support"] == pytest.approx(len(rows[0][0]))  # softmax gives something to every word
@@ -344,7 +344,8 @@ def test_csv_holds_the_numbers_of_json(report, results):
     assert len({(row["site"], row["rows"]) for row in rows}) == 3 and int(rows[0]["rows"]) > SENTENCES
     for row, (label, numbers) in zip(rows, expected):
         assert row["model"] == label and float(row["entropy"]) == numbers["entropy"]
-    assert {path.name for path in report.glob("*.csv")} == {"heads.csv", "modules.csv", "layers.csv", "alignment.csv"}
+    tables = {"heads.csv", "sites.csv", "modules.csv", "layers.csv", "alignment.csv"}
+    assert {path.name for path in report.glob("*.csv")} == tables
 
 
 def analyze(checkpoint, data, out, *options):

@@ -59,8 +59,8 @@ and below the largest. ε = log(1/K) + logsumexp(x), K the number of keys that c
 score are left out of the mean: <b>no M</b> is their share.</dd>
 <dt>M of {TOP_K}</dt><dd>the same over the {TOP_K} largest scores, wherever ε lies: defined in every row with two
 different scores.</dd>
-<dt>sparsity S</dt><dd>mean of exp(−φ<sub>l</sub> / s) over the irrelevant scores, those below ε, with s = 1/K. <b>No S</b>
-is the share of rows without one. Scores are those before the mapping: with a σ that falls, what is relevant by its
+<dt>sparsity S</dt><dd>mean of exp(−φ<sub>l</sub> / s) over the irrelevant scores, those below ε, with s = 1/K.
+<b>No S</b> is the share of rows without one. Scores are those before the mapping: with a σ that falls, what is relevant by its
 score need not be what is attended to.</dd>
 <dt>S, common s</dt><dd>the same with one s for all models of this report, at each site: the geometric mean of their
 tails. A model's tail is the mean probability of its irrelevant scores; a tail of 0 does not count.</dd>
