@@ -47,9 +47,9 @@ dt { font-weight: 600 } dd { margin: 0 0 .5rem 1.2rem } code { font-size: .9em }
 
 OUTPUT_NOTE = f"""
 <p>Means over target tokens. Here M and S as the paper defines them tell models hardly apart: where one word has most,
-M is 1 − top share, and s = 1/K is so large that S is near 1. M of {TOP_K} and S with a common s measure
-more. <b>Support</b> is the mean number of words with a probability above 0: all of them with softmax, few with a
-sparse mapping.</p>
+M is 1 − top share, and s = 1/K is so large that S is near 1. M of {TOP_K} and S at s, one s for all models,
+measure more. <b>Support</b> is the mean number of words with a probability above 0: all of them with softmax, few
+with a sparse mapping.</p>
 """
 
 DEFINITIONS = f"""
@@ -60,9 +60,9 @@ score are left out of the mean: <b>no M</b> is their share.</dd>
 <dt>M of {TOP_K}</dt><dd>the same over the {TOP_K} largest scores, wherever ε lies: defined in every row with two
 different scores.</dd>
 <dt>sparsity S</dt><dd>mean of exp(−φ<sub>l</sub> / s) over the irrelevant scores, those below ε, with s = 1/K.
-<b>No S</b> is the share of rows without one. Scores are those before the mapping: with a σ that falls, what is relevant by its
-score need not be what is attended to.</dd>
-<dt>S, common s</dt><dd>the same with one s for all models of this report, at each site: the geometric mean of their
+<b>No S</b> is the share of rows without one. Scores are those before the mapping: with a σ that falls, what is
+relevant by its score need not be what is attended to.</dd>
+<dt>S at s</dt><dd>the same with one s for all models of this report, at each site: the geometric mean of their
 tails. A model's tail is the mean probability of its irrelevant scores; a tail of 0 does not count.</dd>
 <dt>entropy</dt><dd>in nats. <b>Support</b>: entries above 0. <b>Effective support</b>: exp(entropy).
 <b>Top share</b>: probability of the most attended key. <b>Top-{TOP_K} share</b>: of the {TOP_K} most attended keys
@@ -313,8 +313,8 @@ METRIC_NAMES = {
     "multimodality": "M",
     "top_multimodality": f"M of {TOP_K}",
     "sparsity": "S",
-    "common_sparsity": "S, common s",
-    "common_reference": "common s",
+    "common_sparsity": "S at s",
+    "common_reference": "s",
     "entropy": "entropy",
     "support": "support",
     "effective_support": "effective support",
