@@ -153,6 +153,12 @@ def sparsity(scores, probabilities, threshold, reference):
     return math.fsum(terms) / len(terms) if terms else None
 
 
+def mean_below(scores, probabilities, threshold):
+    """The mean probability of the entries whose scores are there and below the threshold; None without any."""
+    tail = [p for x, p in zip(scores, probabilities) if -math.inf < x < threshold]
+    return math.fsum(tail) / len(tail) if tail else None
+
+
 def entropy(probabilities):
     """−Σ p log p, in nats."""
     return -math.fsum(p * math.log(p) for p in probabilities if p > 0)

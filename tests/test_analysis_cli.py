@@ -123,6 +123,20 @@ def test_numbers_of_a_head_are_means_over_single_sentences(site, results, collec
     assert numbers["top_share"] == pytest.approx(mean(max(p) for _, p in rows), abs=1e-5)
 
 
+def test_models_of_a_report_share_one_s_a_site(results, report):
+    """The geometric mean of their tails; and the page says which, and where M is undefined."""
+    caption = re.search(r"<figcaption>(Sparsity against.*?)</figcaption>", (report / "report.html").read_text())[1]
+    for site, name in figures.SITE_NAMES.items():
+        if site == "output":
+            continue
+        rows = {label: [row for row in results[label]["sites"] if row["site"] == site] for label in results}
+        (stock,), (ours,) = rows["stock"], rows["multimax"]
+        assert stock["common_reference"] == pytest.approx(math.sqrt(stock["tail"] * ours["tail"]))
+        assert stock["common_reference"] == ours["common_reference"]
+        shares = [f"{label} {row['multimodality_undefined'] / row['rows']:.0%}" for label, (row,) in rows.items()]
+        assert f"{name}: {', '.join(shares)}" in caption
+
+
 def test_numbers_of_a_layer_are_means_over_single_sentences(results, collected):
     assert {(row["side"], row["layer"]) for row in results["multimax"]["layers"]} == {
         (side, layer) for side in ("encoder", "decoder") for layer in (0, 1, 2)
@@ -196,7 +210,18 @@ def test_the_output_layer_of_a_language_model(lm_report, checkpoints):
     assert numbers["rows"] == len(rows) and numbers["multimodality_undefined"] == 0
     assert numbers["multimodality"] == pytest.approx(mean(modes), abs=1e-5)
     assert numbers["entropy"] == pytest.approx(mean(reference.entropy(p) for _, p in rows), abs=1e-4)
-    assert numbers["top10_share"] == pytest.approx(mean(sum(sorted(p)[-10:]) for _, p in rows), abs=1e-5)
+    assert numbers["top_k_share"] == pytest.approx(mean(sum(sorted(p)[-5:]) for _, p in rows), abs=1e-5)
+    largest = [reference.multimodality(x, p, sorted(x)[-6]) for x, p in rows]
+    assert numbers["top_multimodality"] == pytest.approx(mean(largest), abs=1e-5)
+    # of one model, the common s is the mean of its own irrelevant probabilities
+    thresholds = [reference.relevance_threshold(x) for x, _ in rows]
+    tail = mean(
+        mean(q for y, q in zip(x, p) if y < threshold) for (x, p), threshold in zip(rows, thresholds)
+    )  # fmt: skip
+    assert numbers["common_reference"] == pytest.approx(tail, rel=1e-4)  # a score at ε is on no side
+    sparse = [reference.sparsity(x, p, threshold, tail) for (x, p), threshold in zip(rows, thresholds)]
+    assert numbers["common_sparsity"] == pytest.approx(mean(sparse), abs=1e-4)
+    assert numbers["support"] == pytest.approx(len(rows[0][0]))  # softmax gives something to every word
     assert model["modules"][-1]["site"] == "output" and "b1" in model["modules"][-1]
 
 
@@ -239,13 +264,16 @@ def test_a_sentence_to_be_drawn(measurement, collected, corpus):
 
 def test_points_and_lines_are_the_numbers(measurement):
     figure = figures.draw_sparsity_and_multimodality([measurement])
-    for axes, site in zip(figure.axes, ("encoder", "decoder", "cross")):
+    for number, axes in enumerate(figure.axes):
+        site = ("encoder", "decoder", "cross")[number % 3]
+        names = ("sparsity", "multimodality") if number < 3 else ("common_sparsity", "top_multimodality")
         rows = [row for row in measurement.head_rows() if row["site"] == site]
         points = axes.collections[0].get_offsets().tolist()
-        assert points == [[row["sparsity"], row["multimodality"]] for row in rows]
+        assert points == [[row[name] for name in names] for row in rows]
         (middle,) = axes.collections[1].get_offsets().tolist()
-        assert middle == pytest.approx([mean([row[name] for row in rows]) for name in ("sparsity", "multimodality")])
-        assert axes.get_xlabel() and axes.get_title() == figures.SITE_NAMES[site]
+        assert middle == pytest.approx([mean([row[name] for row in rows]) for name in names])
+        named = f"= {rows[0]['common_reference']:.2g}" if number >= 3 else "1/K"
+        assert named in axes.get_xlabel() and axes.get_title() == (figures.SITE_NAMES[site] if number < 3 else "")
     figure = figures.draw_smoothing([measurement])
     for axes, side in zip(figure.axes, ("encoder", "decoder")):
         expected = [(row["layer"], row["mad"]) for row in measurement.layer_rows() if row["side"] == side]
@@ -253,7 +281,7 @@ def test_points_and_lines_are_the_numbers(measurement):
 
 
 def test_sigma_is_drawn_by_the_formula_over_the_scores(measurement):
-    modules = [module for module in measurement.module_reports() if module.site == "cross"]
+    modules = [module for module in measurement.modules.values() if module.site == "cross"]
     figure = figures.draw_modulators(modules, "multimax")
     for axes, module in zip(figure.axes, modules):
         identity, sigma = axes.lines
@@ -316,7 +344,8 @@ def test_csv_holds_the_numbers_of_json(report, results):
     assert len({(row["site"], row["rows"]) for row in rows}) == 3 and int(rows[0]["rows"]) > SENTENCES
     for row, (label, numbers) in zip(rows, expected):
         assert row["model"] == label and float(row["entropy"]) == numbers["entropy"]
-    assert {path.name for path in report.glob("*.csv")} == {"heads.csv", "modules.csv", "layers.csv", "alignment.csv"}
+    tables = {"heads.csv", "sites.csv", "modules.csv", "layers.csv", "alignment.csv"}
+    assert {path.name for path in report.glob("*.csv")} == tables
 
 
 def analyze(checkpoint, data, out, *options):

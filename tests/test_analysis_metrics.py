@@ -28,6 +28,28 @@ def test_multimodality_by_hand():
     assert metrics.multimodality(scores, probabilities, threshold=2.0) == pytest.approx(1 - (0.2 + 0.35) / 2)
 
 
+def test_multimodality_of_the_largest_by_hand():
+    scores, probabilities = row(5.0, 4.0, 3.0, 0.0, ABSENT), row(0.5, 0.3, 0.15, 0.05, 0.0)
+    # the three largest are 5, 4 and 3, wherever the threshold lies
+    for threshold in (None, 4.5):
+        assert metrics.multimodality(scores, probabilities, threshold, k=3) == pytest.approx(1 - (0.2 + 0.35) / 2)
+    # fewer than k are there
+    assert metrics.multimodality(scores, probabilities, k=9) == pytest.approx(1 - (0.2 + 0.35 + 0.45) / 3)
+    assert metrics.multimodality(row(5.0, 5.0, ABSENT), row(0.5, 0.5, 0.0), k=2).isnan()
+
+
+def test_one_s_for_all_models_is_the_geometric_mean_of_their_tails():
+    assert metrics.common_reference([0.04]) == pytest.approx(0.04)
+    # a tail of 0 (all irrelevant entries have nothing) and one of a model without irrelevant entries do not count
+    assert metrics.common_reference([0.01, 0.09, 0.0, math.nan]) == pytest.approx(0.03)
+    assert metrics.common_reference([0.0]) is None
+
+
+def test_the_tail_by_hand():
+    # ε = log(1/3) + logsumexp: 5 lies above, 1 and 0 below
+    assert row_metrics(row(5.0, 1.0, 0.0, ABSENT), row(0.85, 0.1, 0.05, 0.0)).tail == pytest.approx(0.075)
+
+
 def test_sparsity_by_hand():
     scores, probabilities = row(5.0, 1.0, 0.0, ABSENT), row(0.9, 0.1, 0.0, 0.0)
     # below ε = 2 there are 1 and 0, with 0.1 and 0; s = 0.2
@@ -86,6 +108,12 @@ SCORES = st.lists(st.floats(-12, 12, width=32) | st.just(ABSENT), min_size=1, ma
 MAPPINGS = st.sampled_from(["softmax", "sparsemax", "entmax15", "evsoftmax", "multimax"])
 
 
+def below_the_largest(scores):
+    """A threshold that the k largest scores lie above, and all that equal the k-th."""
+    there = sorted((x for x in scores if x != ABSENT), reverse=True)
+    return math.nextafter(there[: metrics.TOP_K][-1], -math.inf)
+
+
 @settings(max_examples=150, deadline=None)
 @given(SCORES, MAPPINGS)
 def test_all_metrics_are_those_of_the_oracle(scores, name):
@@ -100,10 +128,13 @@ def test_all_metrics_are_those_of_the_oracle(scores, name):
     for computed, expected in [
         (result.multimodality, reference.multimodality(scores, p.tolist(), threshold)),
         (result.sparsity, reference.sparsity(scores, p.tolist(), threshold, 1 / sum(x != ABSENT for x in scores))),
+        (result.top_multimodality, reference.multimodality(scores, p.tolist(), below_the_largest(scores))),
+        (result.tail, reference.mean_below(scores, p.tolist(), threshold)),
         (result.entropy, reference.entropy(p.tolist())),
         (result.effective_support, math.exp(reference.entropy(p.tolist()))),
         (result.support, sum(q > 0 for q in p.tolist())),
         (result.top_share, max(p.tolist())),
+        (result.top_k_share, sum(sorted(p.tolist())[-metrics.TOP_K :])),
     ]:
         assert computed.isnan() if expected is None else computed.item() == pytest.approx(expected, abs=1e-9)
 
@@ -166,11 +197,27 @@ def test_means_leave_undefined_rows_out_and_count_them(chunk_size, monkeypatch):
             assert result[name] == pytest.approx(values[head].nanmean().item(), rel=1e-5)
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.lists(SCORES, min_size=1, max_size=5), MAPPINGS, st.floats(1e-6, 1.0))
+def test_sparsity_for_an_s_that_is_known_afterwards(rows, name, s):
+    """From the histogram of tails: within 2e-5 of the mean over rows of the formula."""
+    width = max(map(len, rows))
+    x = torch.tensor([[*scores, *[ABSENT] * (width - len(scores))] for scores in rows], dtype=torch.float64)
+    with torch.no_grad():
+        p = build_mapping(name).eval()(x)
+    mean = MeanMetrics(1)
+    mean.update(x.unsqueeze(0), p.unsqueeze(0))
+    expected = metrics.sparsity(x, p, reference=s).nanmean().item()
+    (computed,) = mean.sparsity_at(s)
+    assert computed is None if math.isnan(expected) else computed == pytest.approx(expected, abs=2e-5)
+
+
 def test_a_mean_of_nothing_is_none():
     mean = MeanMetrics(1)
     mean.update(torch.tensor([[[1.0, ABSENT]]]), torch.tensor([[[1.0, 0.0]]]))
     (result,) = mean.result()
     assert result["multimodality"] is None and result["multimodality_undefined"] == 1 and result["entropy"] == 0
+    assert mean.sparsity_at(0.1) == [None]
 
 
 @settings(max_examples=60, deadline=None)

@@ -1,3 +1,4 @@
+# ruff: noqa: F401  what is imported here is what the package offers
 """What a trained model's attention is like: numbers and figures from checkpoints, and functions for a notebook.
 
 ``multimax-analyze`` (:mod:`.cli`) writes a report of one or more checkpoints. From Python, metrics take tensors, and
@@ -28,36 +29,3 @@ from .metrics import (
 from .modulator import falling_share, is_monotone, slope
 from .rollout import attention_rollout, translation_rollout
 from .smoothing import mean_average_distance, mean_cosine_similarity
-
-__all__ = [
-    "AlignmentError",
-    "Attention",
-    "Collected",
-    "LayerOutput",
-    "MeanMetrics",
-    "Output",
-    "RowMetrics",
-    "ScoreHistogram",
-    "attention_modules",
-    "attention_rollout",
-    "collect",
-    "effective_support",
-    "entropy",
-    "falling_share",
-    "hard_alignment",
-    "is_monotone",
-    "mean_average_distance",
-    "mean_cosine_similarity",
-    "multimodality",
-    "parse_alignment",
-    "read_alignments",
-    "recording",
-    "row_metrics",
-    "slope",
-    "sparsity",
-    "support",
-    "top_share",
-    "translation_rollout",
-    "word_attention",
-    "words_of_tokens",
-]

@@ -17,64 +17,32 @@ import tqdm
 
 from .alignment import SUBWORDS, GoldAlignment, guess_subwords, read_alignments
 from .checkpoint import LoadedModel, batches, labels_of, load
-from .files import (
-    ArgumentParser,
-    UserError,
-    check_output_folder,
-    errors_in_a_line,
-    import_user_dir,
-    positive,
-)
+from .files import ArgumentParser, UserError, check_output_folder, errors_in_a_line, import_user_dir, positive
 from .measure import MOST_TOKENS, Measurement
 
 
 def parser() -> ArgumentParser:
     parser = ArgumentParser(__doc__, prog="multimax-analyze")
-    parser.add_argument(
-        "checkpoints", nargs="+", type=Path, metavar="CHECKPOINT", help="of this plugin or of fairseq"
-    )
-    parser.add_argument("--data", type=Path, required=True, help="the folder that fairseq-preprocess made")
-    parser.add_argument("--split", default="valid", help="of the data (default: valid)")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the report")
-    parser.add_argument("--force", action="store_true", help="replace a report that is in the folder")
-    parser.add_argument("--labels", nargs="+", metavar="NAME", help="names of the models (default: their folders')")
-    parser.add_argument(
-        "--max-sentences",
-        type=positive,
-        default=1000,
-        metavar="N",
-        help="analyse the first N sentences (language models: samples) of the split (default: 1000)",
-    )
-    parser.add_argument(
-        "--max-tokens",
-        type=positive,
-        default=1024,
-        metavar="N",
-        help="tokens in a batch; fewer take less memory (default: 1024)",
-    )
-    parser.add_argument(
-        "--show",
-        nargs="*",
-        type=int,
-        metavar="I",
-        help="sentences (from 0) to draw heat maps of (default: one of middling length; without numbers: none)",
-    )
-    parser.add_argument(
-        "--alignments",
-        type=Path,
-        metavar="FILE",
-        help="gold word alignments of the split, Pharaoh format (i-j), for the alignment error rate",
-    )
-    parser.add_argument(
-        "--subwords",
-        choices=SUBWORDS,
-        help="how pieces of words are marked in the data (default: as its dictionary looks)",
-    )
-    parser.add_argument(
-        "--user-dir", type=Path, metavar="DIR", help="a folder with mappings of your own, if the models have some"
-    )
-    parser.add_argument("--cpu", action="store_true", help="do not use a GPU")
-    parser.add_argument("--no-progress-bar", action="store_true")
+    add = parser.add_argument
+    add("checkpoints", nargs="+", type=Path, metavar="CHECKPOINT", help="of this plugin or of fairseq")
+    add("--data", type=Path, required=True, help="the folder that fairseq-preprocess made")
+    add("--split", default="valid", help="of the data (default: valid)")
+    add("--out", type=Path, required=True, help="folder for the report")
+    add("--force", action="store_true", help="replace a report that is in the folder")
+    add("--labels", nargs="+", metavar="NAME", help="names of the models (default: their folders')")
+    text = "analyse the first N sentences (language models: samples) of the split (default: 1000)"
+    add("--max-sentences", type=positive, default=1000, metavar="N", help=text)
+    text = "tokens in a batch; fewer take less memory (default: 1024)"
+    add("--max-tokens", type=positive, default=1024, metavar="N", help=text)
+    text = "sentences (from 0) to draw heat maps of (default: one of middling length; without numbers: none)"
+    add("--show", nargs="*", type=int, metavar="I", help=text)
+    text = "gold word alignments of the split, Pharaoh format (i-j), for the alignment error rate"
+    add("--alignments", type=Path, metavar="FILE", help=text)
+    text = "how pieces of words are marked in the data (default: as its dictionary looks)"
+    add("--subwords", choices=SUBWORDS, help=text)
+    add("--user-dir", type=Path, metavar="DIR", help="a folder with your own mappings, if the models have some")
+    add("--cpu", action="store_true", help="do not use a GPU")
+    add("--no-progress-bar", action="store_true")
     return parser
 
 
@@ -87,8 +55,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> None:
 
 def _quiet() -> None:
     """Importing fairseq sets the root logger to DEBUG; what is left to say here is what went wrong."""
-    logging.getLogger().setLevel(logging.WARNING)
-    for name in ("fairseq", "matplotlib", "PIL"):
+    for name in (None, "fairseq", "matplotlib", "PIL"):
         logging.getLogger(name).setLevel(logging.WARNING)
 
 

@@ -4,7 +4,7 @@ Colours are Okabe and Ito's, told apart by colour-blind readers too; where colou
 styles do as well. Widths are those of a paper: 3.3 inch for one column, 7 for both.
 """
 
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple
 
 import torch
 from matplotlib.axes import Axes
@@ -14,7 +14,7 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from ..mappings import entmax15, evsoftmax, modulate, multimax, softmax, sparsemax
-from .measure import Example, Measurement, ModuleReport
+from .measure import ROWS, Example, Measurement, ModuleReport
 from .metrics import TOP_K
 from .modulator import ModulatorParameters
 
@@ -58,10 +58,9 @@ AXIS_NAMES = {  # of heat maps: rows, columns
 PROBABILITY_COLOURS = LinearSegmentedColormap.from_list("probability", ["white", "#9ECAE1", "#3182BD", "#08306B"])
 
 
-def site_order(sites) -> List[str]:
+def site_order(sites: Iterable[str]) -> List[str]:
     """Sites in the order of ``SITE_NAMES``."""
-    present = set(sites)
-    return [site for site in SITE_NAMES if site in present]
+    return sorted(set(sites), key=list(SITE_NAMES).index)
 
 
 # ---------------------------------------------------------------------- modulators
@@ -85,17 +84,10 @@ def draw_modulators(modules: Sequence[ModuleReport], label: str) -> Figure:
             axes.set_axis_on()
             _draw_modulator(axes, module)
             axes.set_title("output layer" if site == "output" else f"{site}, layer {module.layer + 1}")
-    handles, names = [], []
-    for axes in grid.flat:
-        for handle, name in zip(*axes.get_legend_handles_labels()):
-            if name not in names:
-                handles.append(handle)
-                names.append(name)
-    figure.legend(handles, names, loc="outside upper center", ncols=len(names))
     figure.supxlabel("score $x$ (before the mapping)", fontsize=8)
     has_sigma = any(module.parameters for module in modules)
     figure.supylabel("modulated score $\\sigma(x)$" if has_sigma else "density of the scores", fontsize=8)
-    return figure
+    return _with_legend(figure)
 
 
 def _draw_modulator(axes: Axes, module: ModuleReport) -> None:
@@ -194,6 +186,19 @@ def _name_axes(figure: Figure, site: str) -> None:
 # ---------------------------------------------------------------------- models side by side
 
 
+def _style(number: int) -> Dict[str, str]:
+    return {"color": MODEL_COLOURS[number % 8], "marker": MODEL_MARKERS[number % 8]}
+
+
+def _with_legend(figure: Figure) -> Figure:
+    """With one legend above all panels: of what is drawn in any of them."""
+    drawn = [pair for axes in figure.axes for pair in zip(*axes.get_legend_handles_labels())]
+    handles = {name: handle for handle, name in reversed(drawn)}
+    names = dict.fromkeys(name for _, name in drawn)
+    figure.legend([handles[name] for name in names], list(names), loc="outside upper center", ncols=4)
+    return figure
+
+
 def draw_smoothing(measurements: Sequence[Measurement]) -> Figure:
     """MAD of each layer's output, a line a model, encoder and decoder side by side."""
     sides = [side for side in ("encoder", "decoder") if any(_mad(m, side) for m in measurements)]
@@ -201,21 +206,13 @@ def draw_smoothing(measurements: Sequence[Measurement]) -> Figure:
     grid = figure.subplots(1, len(sides), squeeze=False, sharey=True)[0]
     for axes, side in zip(grid, sides):
         for number, measurement in enumerate(measurements):
-            points = _mad(measurement, side)
-            axes.plot(
-                list(points),
-                list(points.values()),
-                color=MODEL_COLOURS[number % 8],
-                linestyle=MODEL_LINES[number % 8],
-                marker=MODEL_MARKERS[number % 8],
-                ms=4,
-                label=_plain(measurement.loaded.label),
-            )
+            points, label = _mad(measurement, side), _plain(measurement.loaded.label)
+            line = MODEL_LINES[number % 8]
+            axes.plot(list(points), list(points.values()), ms=4, linestyle=line, label=label, **_style(number))
         axes.set(xlabel=f"{side} layer (0: its input)", title=side)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     grid[0].set_ylabel("MAD (mean cosine distance)")
-    figure.legend(*grid[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
-    return figure
+    return _with_legend(figure)
 
 
 def _mad(measurement: Measurement, side: str) -> Dict[int, float]:
@@ -230,32 +227,31 @@ def draw_sparsity_and_multimodality(measurements: Sequence[Measurement]) -> Figu
     """
     heads = [m.head_rows() for m in measurements]
     sites = site_order({row["site"] for rows in heads for row in rows} - {"output"})
-    size = (max(TWO_COLUMNS / 3 * len(sites), ONE_COLUMN), 4.8)
-    figure = Figure(figsize=size, layout="constrained")
+    figure = Figure(figsize=(max(TWO_COLUMNS / 3 * len(sites), ONE_COLUMN), 4.8), layout="constrained")
     grid = figure.subplots(2, len(sites), squeeze=False, sharex="row", sharey="row")
-    for names, panels in zip((("sparsity", "multimodality"), ("common_sparsity", "top_multimodality")), grid):
+    for is_common, panels in enumerate(grid):
+        names = ("common_sparsity", "top_multimodality") if is_common else ("sparsity", "multimodality")
         for axes, site in zip(panels, sites):
             for number, (measurement, rows) in enumerate(zip(measurements, heads)):
                 at_site = [row for row in rows if row["site"] == site]
                 points = [point for row in at_site if None not in (point := [row[name] for name in names])]
                 if not points:
                     continue
-                style = dict(color=MODEL_COLOURS[number % 8], marker=MODEL_MARKERS[number % 8], linewidths=0.6)
+                style = dict(linewidths=0.6, **_style(number))
                 axes.scatter(*zip(*points), s=14, alpha=0.45, **style)
                 middle = [sum(values) / len(points) for values in zip(*points)]
                 label = _plain(measurement.loaded.label)
                 axes.scatter(*middle, s=75, edgecolors="black", label=label, zorder=3, **style)
             s = at_site[0]["common_reference"]
-            of_all = "sparsity $S$, one $s$" + ("" if s is None else f" = {s:.2g}")
-            axes.set_xlabel("sparsity $S$, $s = 1/K$" if panels is grid[0] else of_all)
+            of_all = f"one $s$ = {s:.2g}" if s else "one $s$"
+            axes.set_xlabel(f"sparsity $S$, {of_all if is_common else '$s = 1/K$'}")
             axes.grid(color="#DDDDDD", lw=0.5)
             axes.set_axisbelow(True)
     for axes, site in zip(grid[0], sites):
         axes.set_title(SITE_NAMES[site])
     grid[0][0].set_ylabel("multi-modality $M$")
     grid[1][0].set_ylabel(f"$M$ over the {TOP_K} largest scores")
-    figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
-    return figure
+    return _with_legend(figure)
 
 
 # ---------------------------------------------------------------------- mappings
@@ -360,36 +356,28 @@ def draw_orders() -> Figure:
             axes.plot(x, modulate(x, thresholds, gains), color=colour, linestyle=line, label=label)
         axes.set(title=f"a term of order {order}", xlabel="score $x$", ylim=(-8, 5), xlim=(-3, 3))
     figure.axes[0].set_ylabel("modulated score $\\sigma(x)$")
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
-    return figure
+    return _with_legend(figure)
 
 
 def draw_alignment(measurements: Sequence[Measurement]) -> Figure:
     """Alignment error rate of each cross-attention head by layer, with the mean of the heads and the rollout."""
     measurements = [m for m in measurements if m.alignment_rows()]
     figure = Figure(figsize=(TWO_COLUMNS, 2.6), layout="constrained")
-    for axes, rows_name in zip(figure.subplots(1, 2, sharey=True), ("predicting", "reading")):
+    for axes, (rows_name, verb) in zip(figure.subplots(1, 2, sharey=True), zip(ROWS, ("predict", "read"))):
         for number, measurement in enumerate(measurements):
-            colour, marker = MODEL_COLOURS[number % 8], MODEL_MARKERS[number % 8]
+            style, label = _style(number), _plain(measurement.loaded.label)
             shift = (number - (len(measurements) - 1) / 2) * 0.18
             rows = [row for row in measurement.alignment_rows() if row["rows"] == rows_name]
             heads = [(row["layer"] + 1 + shift, row["aer"]) for row in rows if row["head"].isdigit()]
             means = [(row["layer"] + 1, row["aer"]) for row in rows if row["head"] == "mean"]
-            axes.scatter(*zip(*heads), s=14, color=colour, marker=marker, alpha=0.6, linewidths=0.6)
-            name = _plain(measurement.loaded.label)
-            axes.plot(*zip(*means), color=colour, linestyle=MODEL_LINES[number % 8], label=name)
-            axes.axhline(
-                next(row["aer"] for row in rows if row["head"] == "rollout"),
-                color=colour,
-                lw=0.6,
-                linestyle=(0, (1, 3)),
-            )
-        verb = {"predicting": "predict", "reading": "read"}[rows_name]
+            axes.scatter(*zip(*heads), s=14, alpha=0.6, linewidths=0.6, **style)
+            axes.plot(*zip(*means), color=style["color"], linestyle=MODEL_LINES[number % 8], label=label)
+            rollout = next(row["aer"] for row in rows if row["head"] == "rollout")
+            axes.axhline(rollout, color=style["color"], lw=0.6, linestyle=(0, (1, 3)))
         axes.set(title=f"rows that {verb} the word", xlabel="decoder layer", ylim=(0, 1))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.axes[0].set_ylabel("alignment error rate")
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
-    return figure
+    return _with_legend(figure)
 
 
 Drawing = Tuple[str, str, Any]  # file name without ending, caption, function that draws
@@ -397,49 +385,37 @@ Drawing = Tuple[str, str, Any]  # file name without ending, caption, function th
 
 def drawings_of(measurements: Sequence[Measurement]) -> List[Drawing]:
     """The figures that compare models, as (file name, caption, function to call)."""
-    drawings: List[Drawing] = [
-        (
-            "sparsity-multimodality",
-            "Sparsity against multi-modality, a point a head; the large points are means over a model's heads. "
-            "Above as the paper defines them, below with the same s for all models and M over the largest scores. "
-            f"The upper right is where MultiMax is meant to lead. {_left_out(measurements)}",
-            lambda: draw_sparsity_and_multimodality(measurements),
-        ),
-        (
-            "over-smoothing",
-            "Mean cosine distance between the tokens of a sentence after each layer: the lower, the more alike they "
-            "have become. (The axis does not begin at 0.)",
-            lambda: draw_smoothing(measurements),
-        ),
-    ]
-    if any(m.alignment_rows() for m in measurements):
-        drawings.append((
-            "alignment",
-            "Alignment error rate, lower is better: points are heads, lines the mean of a layer's heads, dotted "
-            "lines the rollout of all layers. Left, a word's links are read from the rows that predict it; right, "
-            "one step later, from those that read it.",
-            lambda: draw_alignment(measurements),
-        ))  # fmt: skip
+    smoothing = (
+        "Mean cosine distance between the tokens of a sentence after each layer: the lower, the more alike they "
+        "have become. (The axis does not begin at 0.)"
+    )
+    metrics = (
+        "Sparsity against multi-modality, a point a head; the large points are means over a model's heads. Above as "
+        "the paper defines them, below with the same s for all models and M over the largest scores. The upper right "
+        f"is where MultiMax is meant to lead. {_left_out(measurements)}"
+    )
+    alignment = (
+        "Alignment error rate, lower is better: points are heads, lines the mean of a layer's heads, dotted lines "
+        "the rollout of all layers. Left, a word's links are read from the rows that predict it; right, one step "
+        "later, from those that read it."
+    )
     modules = _last_modulators(measurements)
-    drawings += [
-        (
-            "simplex",
-            "Where mappings take three scores while one, t, rises from the smallest to the largest (rings: the end, "
-            "two equal scores). The lower edge gives nothing to the smallest score; its middle is sparse and "
-            "bimodal."
-            + (
-                " Learned modulators on the median and the 99th percentile of the scores they saw." if modules else ""
-            ),
-            lambda: draw_simplex(modules),
-        ),
-        (
-            "orders",
-            "One term of the modulator at order 1 and 2, thresholds b = −1 and d = 1. A negative gain below b makes "
-            "small scores smaller (sparser), a negative gain above d makes large ones more equal (multi-modal).",
-            draw_orders,
-        ),
+    simplex = (
+        "Where mappings take three scores while one, t, rises from the smallest to the largest (rings: the end, two "
+        "equal scores). The lower edge gives nothing to the smallest score; its middle is sparse and bimodal."
+    ) + (" Learned modulators on the median and the 99th percentile of the scores they saw." if modules else "")
+    orders = (
+        "One term of the modulator at order 1 and 2, thresholds b = −1 and d = 1. A negative gain below b makes "
+        "small scores smaller (sparser), a negative gain above d makes large ones more equal (multi-modal)."
+    )
+    aligned = [("alignment", alignment, lambda: draw_alignment(measurements))]
+    return [
+        ("sparsity-multimodality", metrics, lambda: draw_sparsity_and_multimodality(measurements)),
+        ("over-smoothing", smoothing, lambda: draw_smoothing(measurements)),
+        *(aligned if any(m.alignment_rows() for m in measurements) else []),
+        ("simplex", simplex, lambda: draw_simplex(modules)),
+        ("orders", orders, draw_orders),
     ]
-    return drawings
 
 
 def _left_out(measurements: Sequence[Measurement]) -> str:

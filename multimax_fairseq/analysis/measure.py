@@ -296,16 +296,13 @@ class Measurement:
     def head_rows(self) -> List[Dict[str, Any]]:
         """A row of numbers for each head; that of the output layer, where it was measured, is the last."""
         references = {site: common_reference(m.tail(site) for m in self.compared) for site, _ in self.heads}
-        return [
-            {
-                **{"site": site, "layer": layer, "head": head, **numbers},
-                **{"common_sparsity": sparsity, "common_reference": references[site]},
-            }
-            for (site, layer), means in self.heads.items()
-            for head, (numbers, sparsity) in enumerate(
-                zip(means.result(), means.sparsity_at(references[site] or 1.0))
-            )
-        ]
+        rows = []
+        for (site, layer), means in self.heads.items():
+            common, s = means.sparsity_at(references[site] or 1.0), references[site]
+            for head, (numbers, sparsity) in enumerate(zip(means.result(), common)):
+                place = {"site": site, "layer": layer, "head": head}
+                rows.append({**place, **numbers, "common_sparsity": sparsity, "common_reference": s})
+        return rows
 
     def site_rows(self) -> List[Dict[str, Any]]:
         """A row of numbers for each site: means over its heads, and how many rows these leave out."""
@@ -353,13 +350,7 @@ class Measurement:
             "target_tokens": self.tokens,
             "heads": [row for row in self.head_rows() if row["site"] != "output"],
             "sites": sites,
-            "modules": [
-                {
-                    **module.numbers(),
-                    "histogram": {"edges": module.histogram.edges, "counts": module.histogram.counts},
-                }
-                for module in self.modules.values()
-            ],
+            "modules": [{**module.numbers(), "histogram": module.histogram.bins} for module in self.modules.values()],
             "layers": self.layer_rows(),
             "alignment": self.alignment_rows(),
             "output": next((row for row in sites if row["site"] == "output"), None),

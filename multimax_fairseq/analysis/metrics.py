@@ -309,3 +309,7 @@ class ScoreHistogram:
     @property
     def counts(self) -> List[int]:
         return self._counts.tolist()
+
+    @property
+    def bins(self) -> Dict[str, List[float]]:
+        return {"edges": self.edges, "counts": self.counts}

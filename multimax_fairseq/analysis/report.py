@@ -36,8 +36,8 @@ class Picture(NamedTuple):
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; max-width: 66rem; margin: 2rem auto; padding: 0 1rem }
 h1, h2, h3 { line-height: 1.2; margin-top: 2.2em } h1 { margin-top: 0 }
-table { border-collapse: collapse; font-size: .86rem; margin: 1rem 0; font-variant-numeric: tabular-nums }
-th, td { padding: .2rem .65rem; text-align: right; border-bottom: 1px solid #ddd } th { background: #f4f4f4 }
+table { border-collapse: collapse; font-size: .82rem; margin: 1rem 0; font-variant-numeric: tabular-nums }
+th, td { padding: .2rem .5rem; text-align: right; border-bottom: 1px solid #ddd } th { background: #f4f4f4 }
 .text { text-align: left } td:first-child { white-space: nowrap }
 .scroll { overflow-x: auto } figure { margin: 1.2rem 0 } img { max-width: 100%; height: auto }
 figcaption { font-size: .9rem; color: #444; max-width: 48rem }
@@ -47,22 +47,22 @@ dt { font-weight: 600 } dd { margin: 0 0 .5rem 1.2rem } code { font-size: .9em }
 
 OUTPUT_NOTE = f"""
 <p>Means over target tokens. Here M and S as the paper defines them tell models hardly apart: where one word has most,
-M is 1 − top share, and s = 1/K is so large that S is near 1. M of {TOP_K} and S with a common s measure
-more. <b>Support</b> is the mean number of words with a probability above 0: all of them with softmax, few with a
-sparse mapping.</p>
+M is 1 − top share, and s = 1/K is so large that S is near 1. M of {TOP_K} and S at s, one s for all models,
+measure more. <b>Support</b> is the mean number of words with a probability above 0: all of them with softmax, few
+with a sparse mapping.</p>
 """
 
 DEFINITIONS = f"""
 <dl>
 <dt>multi-modality M</dt><dd>1 − mean of (largest probability − φ<sub>n</sub>) over the relevant scores: those above ε
 and below the largest. ε = log(1/K) + logsumexp(x), K the number of keys that can be attended to. Rows without such a
-score are undefined: left out of the mean, and counted.</dd>
+score are left out of the mean: <b>no M</b> is their share.</dd>
 <dt>M of {TOP_K}</dt><dd>the same over the {TOP_K} largest scores, wherever ε lies: defined in every row with two
 different scores.</dd>
-<dt>sparsity S</dt><dd>mean of exp(−φ<sub>l</sub> / s) over the irrelevant scores, those below ε, with s = 1/K. Rows
-without one are undefined likewise. Scores are those before the mapping: with a σ that falls, what is relevant by its
-score need not be what is attended to.</dd>
-<dt>S, common s</dt><dd>the same with one s for all models of this report, at each site: the geometric mean of their
+<dt>sparsity S</dt><dd>mean of exp(−φ<sub>l</sub> / s) over the irrelevant scores, those below ε, with s = 1/K.
+<b>No S</b> is the share of rows without one. Scores are those before the mapping: with a σ that falls, what is
+relevant by its score need not be what is attended to.</dd>
+<dt>S at s</dt><dd>the same with one s for all models of this report, at each site: the geometric mean of their
 tails. A model's tail is the mean probability of its irrelevant scores; a tail of 0 does not count.</dd>
 <dt>entropy</dt><dd>in nats. <b>Support</b>: entries above 0. <b>Effective support</b>: exp(entropy).
 <b>Top share</b>: probability of the most attended key. <b>Top-{TOP_K} share</b>: of the {TOP_K} most attended keys
@@ -132,12 +132,11 @@ def write_numbers(folder: Path, measurements: Sequence[Measurement], command: st
         rows = []
         for result in results:
             of_model = [result[table]] if isinstance(result[table], dict) else result[table] or []
-            for row in of_model:
-                rows.append({"model": result["label"], **{k: v for k, v in row.items() if k != "histogram"}})
+            rows += [{"model": result["label"], **row} for row in of_model]
         if rows:
-            columns = list(dict.fromkeys(name for row in rows for name in row))
+            columns = list(dict.fromkeys(name for row in rows for name in row if name != "histogram"))
             with open(folder / f"{table}.csv", "w", newline="", encoding="utf-8") as file:
-                writer = csv.DictWriter(file, columns)
+                writer = csv.DictWriter(file, columns, extrasaction="ignore")
                 writer.writeheader()
                 writer.writerows(rows)
 
@@ -149,9 +148,8 @@ Section = Tuple[str, List[Picture]]
 
 def _draw_all(folder: Path, measurements: Sequence[Measurement], progress: bool) -> Dict[str, List[Section]]:
     """All figures, written; by part of the page."""
-    plan: List[Tuple[str, str, figures.Drawing]] = []  # part, section, drawing
-    for drawing in figures.drawings_of(measurements):
-        plan.append(("comparison", drawing[0], drawing))
+    # part, section, drawing
+    plan = [("comparison", drawing[0], drawing) for drawing in figures.drawings_of(measurements)]
     taken: Set[str] = set()
     for measurement in measurements:
         label = measurement.loaded.label
@@ -232,7 +230,7 @@ def render_page(measurements: Sequence[Measurement], sections: Dict[str, List[Se
     output = _metrics_table(measurements, is_output=True)
     if output:
         parts += ["<h2>The output layer</h2>", _table(output), OUTPUT_NOTE]
-    parts.append("<h2>Modulators and scores</h2>")
+    parts += ["<h2>Modulators and scores</h2>"]
     for (_, pictures), measurement in zip(sections.get("modulators", []), measurements):
         parts += [_figure(picture) for picture in pictures]
         table = _modules_table(measurement)
@@ -283,7 +281,8 @@ def _cell(value: Any) -> str:
     if isinstance(value, bool):
         return f"<td>{'yes' if value else 'no'}</td>"
     if isinstance(value, float):
-        return f"<td>{value:,.{3 if abs(value) < 100 else 1}f}</td>".replace("-", "−")
+        digits = ".1e" if 0 < abs(value) < 1e-3 else ",.3f" if abs(value) < 100 else ",.1f"
+        return f"<td>{value:{digits}}</td>".replace("-", "−")
     if isinstance(value, int):
         return f"<td>{value:,}</td>"
     return f"<td{_kind(value)}>{html.escape(str(value))}</td>"
@@ -314,8 +313,9 @@ METRIC_NAMES = {
     "multimodality": "M",
     "top_multimodality": f"M of {TOP_K}",
     "sparsity": "S",
-    "common_sparsity": "S, common s",
-    "entropy": "entropy (nat)",
+    "common_sparsity": "S at s",
+    "common_reference": "s",
+    "entropy": "entropy",
     "support": "support",
     "effective_support": "effective support",
     "top_share": "top share",
@@ -334,11 +334,7 @@ def _metrics_table(measurements: Sequence[Measurement], is_output: bool) -> List
                 for key, name in METRIC_NAMES.items():
                     row[name] = numbers[key]
                     if key in ("multimodality", "sparsity"):
-                        row[f"{name} undefined"] = f"{numbers[f'{key}_undefined'] / numbers['rows']:.1%}"
-                    if key == "common_sparsity":
-                        row["s"] = (
-                            "–" if numbers["common_reference"] is None else f"{numbers['common_reference']:.2g}"
-                        )
+                        row[f"no {name}"] = f"{numbers[f'{key}_undefined'] / numbers['rows']:.1%}"
                 rows.append(row)
     return rows
 
@@ -352,8 +348,8 @@ def _heads_table(measurements: Sequence[Measurement]) -> List[Dict[str, Any]]:
             "head": row["head"] + 1,
             **{name: row[key] for key, name in METRIC_NAMES.items()},
             "rows": row["rows"],
-            "M undefined": row["multimodality_undefined"],
-            "S undefined": row["sparsity_undefined"],
+            "no M": row["multimodality_undefined"],
+            "no S": row["sparsity_undefined"],
         }
         for m in measurements
         for row in m.head_rows()

@@ -20,7 +20,7 @@ SYMBOLS = ("b", "d", "g_b", "g_d")
 
 
 class MappedModelMixin:
-    """To stand before the stock class among the bases of a model: loads its checkpoints, logs its modulators."""
+    """A base class, named before the stock class: loads checkpoints of a model, and logs its modulators."""
 
     @classmethod
     def hub_models(cls) -> Dict[str, str]:
@@ -89,7 +89,7 @@ class MappedModelMixin:
 
 
 def add_missing_mappings(model: nn.Module, state_dict: Dict[str, Tensor], prefix: str) -> None:
-    """Give a state dict what it lacks of a model's mappings, in place, and say so in one log line.
+    """Add the parameters of mappings that a state dict lacks, in place, and say so in one log line.
 
     Modulators that a checkpoint of stock fairseq does not have start as the identity, which is the softmax that
     it was trained with; a learned α or scale starts where a new one does.
