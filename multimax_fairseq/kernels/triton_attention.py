@@ -50,7 +50,7 @@ BLOCKS: Dict[Tuple[str, int, int], Blocks] = {
     ("forward", 2, 128): Blocks(128, 32, 8, 2),
     ("forward", 4, 64): Blocks(64, 32, 8, 1),
     ("forward", 4, 128): Blocks(32, 16, 4, 1),
-    ("backward_queries", 2, 64): Blocks(64, 32, 4, 2),
+    ("backward_queries", 2, 64): Blocks(32, 32, 4, 2),
     ("backward_queries", 2, 128): Blocks(32, 16, 4, 2),
     ("backward_queries", 4, 64): Blocks(16, 32, 8, 1),
     ("backward_queries", 4, 128): Blocks(16, 16, 8, 1),
