@@ -45,6 +45,33 @@ def test_the_peak_of_an_allocation_that_is_known(benchmark):
     assert benchmark.peak_bytes(side) == pytest.approx(2**26, rel=0.1)
 
 
+def test_rows_of_a_mapping_compute_the_same(benchmark):
+    rows, scores, upstream = benchmark.mappings(), torch.randn(2, 3, 5), torch.randn(2, 3, 5)
+    for name, twin in {
+        "multimax, formula": "multimax",
+        "sparsemax, package": "sparsemax",
+        "entmax15, package": "entmax15",
+        "entmax, α = 1.5, package": "entmax, α = 1.5",
+        "entmax, learned": "entmax, α = 1.5",
+    }.items():
+        if name == "multimax, formula":
+            rows[name].load_state_dict(rows[twin].state_dict())
+        torch.testing.assert_close(rows[name](scores), rows[twin](scores), atol=1e-5, rtol=0)
+        (grad, *of_parameters), (expected, *_) = (
+            benchmark.mapping_sides(rows[which], scores, upstream)[1]() for which in (name, twin)
+        )
+        torch.testing.assert_close(grad, expected, atol=1e-5, rtol=0)
+        assert len(of_parameters) == len(list(rows[name].parameters()))
+
+
+@pytest.mark.parametrize("name", ["stock", "chunked", "sparsemax", "entmax15", "entmax"])
+def test_sides_of_the_output_layer_give_gradients(benchmark, name, monkeypatch):
+    monkeypatch.setattr(benchmark, "TYPES", 50)
+    side, learned = benchmark.output_side(name, "softmax", 7)
+    side()
+    assert all(tensor.grad.abs().sum() > 0 for tensor in learned)
+
+
 @pytest.mark.parametrize("arguments, message", [
     (["mappings"], "there is no section 'mappings'; choose from: mapping, attention, step"),
     (["epoch"], "generate and epoch need --data DATA_BIN"),

@@ -218,7 +218,7 @@ def test_the_weights_returned_are_those_before_dropout(monkeypatch):
 
 
 @pytest.mark.skipif(
-    not hasattr(torch.compiler, "is_compiling"), reason="before torch 2.3 no autograd function takes a function"
+    not hasattr(torch.compiler, "is_compiling"), reason="before torch 2.3 a context manager is no part of a graph"
 )
 def test_who_compiles_a_whole_model_sees_one_graph(monkeypatch, backend):
     monkeypatch.setattr(attention, "MIN_KEYS", 1)

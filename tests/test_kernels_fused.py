@@ -159,6 +159,13 @@ def test_transforms_of_torch_func(chosen, name, transform, with_grad, monkeypatc
     torch.testing.assert_close(actual, expected)
 
 
+def test_who_compiles_a_mapping_sees_one_graph():
+    inputs = case((4, 5), dtype=torch.float32)
+    compiled = torch.compile(multimax, fullgraph=True, backend="aot_eager")
+    actual, expected = (gradients(function, inputs, torch.ones(4, 5)) for function in (compiled, multimax_formula))
+    torch.testing.assert_close(actual, expected)
+
+
 # ---------------------------------------------------------------- scores of any size, and no numbers
 
 INF, NAN, LOWEST = float("inf"), float("nan"), torch.finfo(torch.float32).min

@@ -140,6 +140,12 @@ def test_the_options_of_a_run_reach_its_model():
     assert value(train_command("iwslt14_de_en", "--mapping", "stock"), "--arch") == "transformer_iwslt_de_en"
 
 
+def test_a_sparse_output_mapping_is_trained_with_its_own_loss():
+    for name, criterion in (("multimax", "label_smoothed_cross_entropy"), ("entmax15", "entmax_loss")):
+        args, _ = parse(train_command("multi30k_de_en", "--output-mapping", name)[1:])
+        assert (args.output_mapping, args.criterion, args.label_smoothing) == (name, criterion, 0.1)
+
+
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_help_is_the_recipes_own_and_that_of_all(experiment):
     text = recipe(experiment, "--help").stdout

@@ -232,7 +232,7 @@ class Attention : Problem {
   // (probabilities, or what dropout leaves of them) and gradients of scores; adds those of parameters to `parameters`.
   template <int ORDER>
   void backward_of_rows(const Block& at, float* scores, float* grads, float* probabilities, float* kept,
-                        double* parameters, const Modulator<ORDER>& sigma) const {
+                        double* parameters, Modulator<ORDER> sigma) const {
     const int64_t few = few_rows(at.keys);
     Sums<ORDER> sums;
     for (int64_t i = 0; i < at.rows; ++i) {

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from . import cpp
-from .backend import is_transformed
+from .backend import is_traced, is_transformed
 from .rows import modulate_rows, modulate_rows_backward, multimax_rows, multimax_rows_backward
 
 
@@ -50,9 +50,9 @@ def fused_multimax(
 ) -> Tensor:
     """:class:`FusedMultiMax`; where no gradient is wanted, as in decoding, without the detour by autograd.
 
-    Under ``torch.func`` (``vmap``, ``grad``, ``jvp`` and so on) it is ``formula`` itself.
+    Under ``torch.func`` (``vmap``, ``grad``, ``jvp`` and so on) and ``torch.compile`` it is ``formula`` itself.
     """
-    if is_transformed():
+    if is_traced() or is_transformed():
         return formula(scores, thresholds, gains)
     if torch.is_grad_enabled():
         return FusedMultiMax.apply(scores, thresholds, gains, formula, normalise)

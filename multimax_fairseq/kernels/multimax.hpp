@@ -101,12 +101,24 @@ inline float max(Vec v) {
   return reduce<LANES>(v, [](auto a, auto b) { return a > b ? a : b; });
 }
 
+// Added to a number, it is rounded to a whole one, n, and the last bits of the sum are n + 127.
+constexpr float SHIFT = 3 * (1 << 22) + 127;
+
+// 2^n of n + SHIFT; 0 for n = -127.
+inline Vec power_of_2(Vec shifted) {
+  IntVec bits;
+  std::memcpy(&bits, &shifted, sizeof bits);
+  bits <<= 23;
+  Vec power;
+  std::memcpy(&power, &bits, sizeof power);
+  return power;
+}
+
 // exp(x) for x <= 0, to 2 units in the last place; 0 below -87.7, NaN of NaN.
 //
 // exp(x) = 2^n exp(r), r = x - n log 2 in [-log(2)/2, log(2)/2]. The polynomial is a minimax fit, to 2^-28; the two
-// parts of log 2 are those of Moshier's Cephes library (expf). Of a sum with SHIFT the last bits are n + 127.
+// parts of log 2 are those of Moshier's Cephes library (expf).
 inline Vec exp(Vec x) {
-  constexpr float SHIFT = 3 * (1 << 22) + 127;
   x = max(all(-88.f), x);
   const Vec shifted = x * 1.44269504f + SHIFT, n = shifted - SHIFT;
   const Vec r = x - n * 0.693359375f + n * 2.12194440e-4f;
@@ -116,12 +128,7 @@ inline Vec exp(Vec x) {
   y = y * r + 4.999999404e-1f;
   y = y * r + 1.f;
   y = y * r + 1.f;
-  IntVec bits;
-  std::memcpy(&bits, &shifted, sizeof bits);
-  bits <<= 23;  // of 2^n; of 0 for n = -127
-  Vec power;
-  std::memcpy(&power, &bits, sizeof power);
-  return y * power;
+  return y * power_of_2(shifted);
 }
 
 // Calls body(index, lanes) for all of `count` numbers, AllLanes at a time and then the rest.

@@ -10,6 +10,7 @@
 
 #include "multimax.hpp"
 
+#include <utility>
 #include <vector>
 
 namespace multimax {
@@ -18,6 +19,7 @@ constexpr float SMALLEST = std::numeric_limits<float>::min();
 constexpr float NOT_A_NUMBER = std::numeric_limits<float>::quiet_NaN();
 constexpr int MOST_STEPS = 50;  // twice what a row of 2^20 scores can need
 constexpr int64_t SHORT_SUM = 1 << 10;  // scores that are added up before they are added to others
+constexpr int STARTS = 3;        // steps at alpha = 1.5
 constexpr int64_t FEW_SCORES = 64;  // in rows as short as this, a step takes less time for as many rows as lanes
 
 inline Vec sqrt(Vec v) {
@@ -52,16 +54,19 @@ inline Vec log2(Vec x) { return log2_1p(x - 1.f, x); }
 // 2^x for x <= 0, to 2 units in the last place; 0 below -126.5. The polynomial is that of Cephes (exp2f).
 inline Vec exp2(Vec x) {
   x = max(x, all(-127.f));
-  const IntVec n = __builtin_convertvector(x - 0.5f, IntVec);  // towards 0
-  const Vec r = x - __builtin_convertvector(n, Vec);
-  const Vec r2 = r * r;
+  const Vec shifted = x + SHIFT, r = x - (shifted - SHIFT), r2 = r * r;
   const Vec low = (r * 6.931472028e-1f + 1.f) + r2 * (r * 5.550332471e-2f + 2.402264791e-1f);
   const Vec high = (r * 1.339887440e-3f + 9.618437357e-3f) + r2 * 1.535336188e-4f;
-  const Vec y = high * (r2 * r2) + low;
-  const IntVec bits = (n + 127) << 23;  // of 2^n; of 0 for n = -127
-  Vec power;
-  std::memcpy(&power, &bits, sizeof power);
-  return y * power;
+  return (high * (r2 * r2) + low) * power_of_2(shifted);
+}
+
+// 1 / x to 4 digits or more.
+inline Vec reciprocal(Vec x) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_rcp14_ps((__m512)x);
+#else
+  return 1.f / x;
+#endif
 }
 
 // A bit for each lane that is not `limit` or less.
@@ -123,8 +128,8 @@ struct Entmax {
   static constexpr bool COSTLY = true, SPARSE = true;
   const Vec c, reciprocal, bend, near;
   explicit Entmax(Vec c)
-      : c(c), reciprocal(1.f / c), bend(c > 0.5f ? Vec{} : 0.5f * (1.f - c) / c),
-        near(c > 0.5f ? all(1e-6f) : all(5e-4f)) {}
+      : c(c), reciprocal(1.f / c), bend(c > 0.55f ? Vec{} : 0.5f * (1.f - c) / c),
+        near(c > 0.55f ? all(1e-6f) : all(5e-4f)) {}
   Vec power(Vec base, Vec base_less_1, Vec inverse, Vec& slope) const {
     const Vec q = exp2(log2_1p(base_less_1, base) * reciprocal);
     slope = q * inverse;
@@ -159,7 +164,7 @@ struct Root {
   // q of a score less the maximum of its row; adds to the sums.
   Vec add(Vec d, Vec& inverse) {
     const Vec base_less_1 = ratio * d, base = 1.f + base_less_1;
-    inverse = 1.f / (base > 0.f ? base : all(1.f));  // 1 / 0 would come into the sums as NaN
+    inverse = reciprocal(base > 0.f ? base : all(1.f));  // 1 / 0 would come into the sums as NaN
     Vec slope, q = mapping.power(base, base_less_1, inverse, slope);
     q = base > 0.f ? q : Vec{};
     slope = base > 0.f ? slope : Vec{};
@@ -174,14 +179,13 @@ struct Root {
     sum = max(sum, all(1.f));  // less only where no score is there
     const Vec goal = mapping.shrink(sum), error = t - goal, newton = error * sum / slopes;
     const Vec tolerance = max(mapping.near * mapping.c, all(1.2e-7f)) * goal;
-    const Vec tight = max(1e-6f * mapping.c, all(1.2e-7f)) * goal;  // from below, scores are still to come in
     const Vec curve = mapping.bend * newton * (curves / slopes - slopes / sum) / t;
-    bound = t - newton < bound ? t - newton : bound;
+    bound = min(bound, t - newton + 1e-4f * max(newton, -newton));
     t -= newton / max(1.f - curve, all(0.5f));
-    t = t < bound ? t : bound;
+    t = min(t, bound);
     change = mapping.c / t - ratio;
     ratio += change;
-    return (error > tolerance) | (error < -tight);
+    return (error > tolerance) | (error < -tolerance);
   }
 
   // Of a power that takes long, q after the last step from q before it: two terms of its series. Adds to the sum.
@@ -195,61 +199,25 @@ struct Root {
   }
 };
 
-// A row of scores, less the largest, and those of them that are above a limit.
-struct Row {
-  const float* scores;
-  int64_t width;
-  float largest;
-  bool is_wrong;  // a score is NaN or +inf
-
-  Row() = default;
-  Row(const float* scores, int64_t width) : scores(scores), width(width) {
-    Vec peaks = all(LOWEST);
-    uint32_t wrong = 0;
-    each(width, [&](int64_t j, auto lanes) {
-      const Vec x = load(scores + j, lanes, -INFINITE);
-      wrong |= lanes_above(x, all(-LOWEST));
-      peaks = max(x, peaks);
-    });
-    largest = max(peaks);
-    is_wrong = wrong;
-  }
-
-  template <class Body>
-  void each_above(float limit, Body body) const {
-    each(width, [&](int64_t j, auto lanes) {
-      const Vec d = load(scores + j, lanes, -INFINITE) - largest;
-      body(j, lanes, d, lanes_above(d, all(limit)));
-    });
-  }
-
-  int64_t compress_above(float limit, float* left) const {
-    int64_t count = 0;
-    each_above(limit, [&](int64_t, auto, Vec d, uint32_t above) {
-      compress(left + count, d, above);
-      count += __builtin_popcount(above);
-    });
-    return count;
-  }
-
-  // The other way round: `left`, whose sum is `total`, as probabilities.
-  void expand_above(float limit, const float* left, float total, float* probabilities) const {
-    const float factor = is_wrong ? NOT_A_NUMBER : total == 0 ? 0 : 1 / total;
-    each_above(limit, [&](int64_t j, auto lanes, Vec, uint32_t above) {
-      store(probabilities + j, lanes, factor * expand(left, above));
-      left += __builtin_popcount(above);
-    });
-  }
-};
-
 // `room`: 3 (width + LANES) numbers.
 template <class Mapping>
 void project_row(const float* scores, float* probabilities, int64_t width, float c, float* room) {
   float *left = room, *q = left + width + LANES, *inverse = q + width + LANES;
-  const Row row(scores, width);
+  Vec peaks = all(LOWEST);
+  uint32_t wrong = 0;  // a score is NaN or +inf
+  each(width, [&](int64_t j, auto lanes) {
+    const Vec x = load(scores + j, lanes, -INFINITE);
+    wrong |= lanes_above(x, all(-LOWEST)), peaks = max(x, peaks);
+  });
+  const float largest = max(peaks);
   Root<Mapping> root(all(c));
   float limit = -1 / root.mapping.c[0];
-  int64_t count = row.compress_above(limit, left);
+  int64_t count = 0;
+  each(width, [&](int64_t j, auto lanes) {
+    const Vec d = load(scores + j, lanes, -INFINITE) - largest;
+    const uint32_t above = lanes_above(d, all(limit));
+    compress(left + count, d, above), count += __builtin_popcount(above);
+  });
   for (int steps = 0;; ++steps) {
     store(left + count, AllLanes{}, all(-INFINITE));
     root.clear();
@@ -268,43 +236,79 @@ void project_row(const float* scores, float* probabilities, int64_t width, float
     for (int64_t j = 0; j < before; j += LANES) {
       const Vec d = load(left + j, AllLanes{}, 0);
       const uint32_t above = lanes_above(d, all(limit));
-      compress(left + count, d, above);
-      count += __builtin_popcount(above);
+      compress(left + count, d, above), count += __builtin_popcount(above);
     }
   }
   root.clear();
   for (int64_t j = 0; j < count; j += LANES) {
-    store(q + j, AllLanes{}, root.settle(load(q + j, AllLanes{}, 0), load(left + j, AllLanes{}, 0), load(inverse + j, AllLanes{}, 0)));
+    const Vec d = load(left + j, AllLanes{}, 0), inverses = load(inverse + j, AllLanes{}, 0);
+    store(q + j, AllLanes{}, root.settle(load(q + j, AllLanes{}, 0), d, inverses));
     if (j % SHORT_SUM == 0) root.carry();
   }
-  row.expand_above(limit, q, sum(root.sum + root.earlier), probabilities);
+  const float total = sum(root.sum + root.earlier), factor = wrong ? NOT_A_NUMBER : total == 0 ? 0 : 1 / total;
+  each(width, [&](int64_t j, auto lanes) {
+    const uint32_t above = lanes_above(load(scores + j, lanes, -INFINITE) - largest, all(limit));
+    store(probabilities + j, lanes, factor * expand(q, above)), q += __builtin_popcount(above);
+  });
 }
 
-// As many rows as lanes, or fewer: `count`.
+// Swaps the blocks of HALF rows and HALF columns that lie off the diagonal.
+template <int HALF, int... LANE>
+inline void swap_blocks(Vec& a, Vec& b, std::integer_sequence<int, LANE...>) {
+  const Vec first = {(LANE & HALF ? b[LANE & ~HALF] : a[LANE])...};
+  b = Vec{(LANE & HALF ? b[LANE] : a[LANE | HALF])...};
+  a = first;
+}
+
+// LANES rows become columns.
+template <int HALF = LANES / 2>
+inline void transpose(Vec* rows) {
+#pragma GCC unroll 16
+  for (int i = 0; i < LANES; ++i) {
+    if (!(i & HALF)) swap_blocks<HALF>(rows[i], rows[i + HALF], std::make_integer_sequence<int, LANES>{});
+  }
+  if constexpr (HALF > 1) transpose<HALF / 2>(rows);
+}
+
+// As many rows as lanes, or fewer: `height`. Each lane of a vector belongs to a row.
 template <class Mapping>
 void project_rows_abreast(const float* scores, float* probabilities, int64_t width, Vec c, int height) {
-  Vec d[FEW_SCORES], q[FEW_SCORES], inverse[FEW_SCORES];
+  Vec d[FEW_SCORES], q[FEW_SCORES], inverse[FEW_SCORES], peaks = all(LOWEST);
+  IntVec wrong = {};  // a score is NaN or +inf
+  for (int64_t start = 0; start < width; start += LANES) {
+    const int lanes = width - start < LANES ? int(width - start) : LANES;
+    for (int i = 0; i < LANES; ++i) {
+      d[start + i] = i < height ? load(scores + i * width + start, lanes, -INFINITE) : all(-INFINITE);
+    }
+    transpose(d + start);
+  }
+  for (int64_t j = 0; j < width; ++j) wrong |= ~(d[j] <= -LOWEST), peaks = max(d[j], peaks);
+  for (int64_t j = 0; j < width; ++j) d[j] -= peaks;
   Root<Mapping> root(c);
-  float left[FEW_SCORES + LANES];
-  Row rows[LANES];
-  int64_t counts[LANES], most = 0;
-  for (int64_t j = 0; j < width; ++j) d[j] = all(-INFINITE);
-  for (int i = 0; i < height; ++i) {
-    rows[i] = Row(scores + i * width, width);
-    counts[i] = rows[i].compress_above(-1 / root.mapping.c[i], left);
-    for (int64_t j = 0; j < counts[i]; ++j) d[j][i] = left[j];
-    most = most < counts[i] ? counts[i] : most;
+  if constexpr (Mapping::COSTLY) {
+    // Start near the root: from alpha = 1.5, whose powers cost little. The logarithm of the largest probability falls
+    // about linearly with c.
+    Root<Entmax15> start(c);
+    for (int steps = 0; steps < STARTS; ++steps) {
+      start.clear();
+      for (int64_t j = 0; j < width; ++j) start.add(d[j], inverse[j]);
+      start.step();
+    }
+    root.t = exp2(2.f * c * (1.4f - 0.8f * c) * log2(start.t)), root.ratio = c / root.t;
   }
   for (int steps = 0;; ++steps) {
     root.clear();
-    for (int64_t j = 0; j < most; ++j) q[j] = root.add(d[j], inverse[j]);
+    for (int64_t j = 0; j < width; ++j) q[j] = root.add(d[j], inverse[j]);
     if (!lanes_above(__builtin_convertvector(-root.step(), Vec), Vec{}) || steps == MOST_STEPS) break;
   }
   root.sum = Vec{};
-  for (int64_t j = 0; j < most; ++j) q[j] = root.settle(q[j], d[j], inverse[j]);
-  for (int i = 0; i < height; ++i) {
-    for (int64_t j = 0; j < counts[i]; ++j) left[j] = q[j][i];
-    rows[i].expand_above(-1 / root.mapping.c[i], left, root.sum[i], probabilities + i * width);
+  for (int64_t j = 0; j < width; ++j) q[j] = root.settle(q[j], d[j], inverse[j]);
+  const Vec factor = wrong ? all(NOT_A_NUMBER) : root.sum > 0.f ? 1.f / root.sum : Vec{};
+  for (int64_t start = 0; start < width; start += LANES) {
+    const int lanes = width - start < LANES ? int(width - start) : LANES;
+    for (int i = 0; i < LANES; ++i) q[start + i] *= factor;
+    transpose(q + start);
+    for (int i = 0; i < height; ++i) store(probabilities + i * width + start, lanes, q[start + i]);
   }
 }
 
@@ -377,13 +381,14 @@ inline Vec bent(Vec x) {
 template <class Mapping>
 inline void backward_row(const float* p, const float* g, float* result, int64_t count, float c, float* grad_of_c) {
   const Mapping mapping(all(c));
+  const float reciprocal_of_c = 1 / c;
   Vec slopes = {}, products = {}, logs = {}, linear_products = {}, bends = {}, bend_products = {};
   each(count, [&](int64_t j, auto lanes) {
     const Vec y = load(p + j, lanes, 0), grad = load(g + j, lanes, 0), slope = mapping.slope_of(y);
     slopes += slope, products += slope * grad;
     if (grad_of_c) {
       const Vec l = y >= SMALLEST ? 0.693147181f * log2(y) : Vec{}, x = -c * l, pl = y * l;
-      const Vec bend = x < 1.f ? pl * l * bent(x) : ((slope - y) / c + pl) / c;
+      const Vec bend = x < 1.f ? pl * l * bent(x) : ((slope - y) * reciprocal_of_c + pl) * reciprocal_of_c;
       logs += pl, linear_products += grad * (y - c * pl), bends += bend, bend_products += grad * bend;
     }
     store(result + j, lanes, slope);
