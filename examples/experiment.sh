@@ -214,7 +214,9 @@ compose_command() {
     else
         train_command+=(--no-epoch-checkpoints)
     fi
-    [[ $output_mapping == softmax || $output_mapping == multimax ]] || train_command+=(--criterion entmax_loss)
+    # Without label smoothing: it wants a little probability for every word, which takes a sparse mapping its zeros.
+    [[ $output_mapping == softmax || $output_mapping == multimax ]] ||
+        train_command+=(--criterion entmax_loss --label-smoothing 0)
     [[ $precision == fp32 ]] || train_command+=("--$precision")
     train_command+=(${extra[@]+"${extra[@]}"})
 }
