@@ -1,8 +1,8 @@
 // Sparsemax, 1.5-entmax, alpha-entmax and EvSoftMax over rows of fp32 scores, and their gradients.
 //
 // With c = alpha - 1 and d = x - max x, the first three are p = max(t + c d, 0)^(1/c) for the t in (0, 1] that makes
-// sum p = 1. It is the root of N(t) - 1 with the norm N(t) = (sum max(t + c d, 0)^(1/c))^c, which is convex and nearly
-// straight. So Newton's method from t = 1 falls to the root in few steps and never below it: what is 0 at one step
+// sum p = 1. It is the root of N(t) - 1 with the norm N(t) = (sum max(t + c d, 0)^(1/c))^c. That is convex and nearly
+// straight, so Newton's method from t = 1 falls to the root in few steps and never below it: what is 0 at one step
 // stays 0, and the next step leaves it out. A step reduces (N - 1) N' to a quarter or less.
 //
 // All is computed from q = max(1 + (c / t) d, 0)^(1/c), which is 1 for the largest score, and p = q / sum q. The
