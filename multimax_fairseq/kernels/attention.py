@@ -9,9 +9,9 @@ from .blockwise_attention import BlockwiseMultiMax
 from .fused import fused_multimax
 from .masks import Masks
 
-KERNELS = (cpp_attention, triton_attention)  # the first that serves computes
+KERNELS = (cpp_attention, triton_attention)  # in the order in which they are tried
 
-MIN_KEYS = 192  # from here on it pays to avoid the whole matrix
+MIN_KEYS = 192  # from this many keys on it pays to avoid the whole matrix
 
 # Up to so many scores a GPU computes the whole matrix: a block takes some seven launches, and must fill the GPU for
 # long to pay. In half precision they are 64 MiB, which the backward keeps two or three times: 2 GiB in twelve layers.

@@ -81,14 +81,8 @@ def probabilities_rows_backward(
 class BlockwiseMultiMax(Function):
     """multimax(query · keyᵀ + masks) · value, head by head; differentiable once.
 
-    Args of ``apply``:
-        query: (heads, tgt_len, head_dim), scaled; ``heads`` is bsz · num_heads.
-        key, value: (heads, src_len, head_dim).
-        thresholds, gains: as in :func:`..mappings.multimax.multimax`.
-        masks: the :class:`Masks`.
-
-    Returns:
-        (heads, tgt_len, head_dim), laid out in memory as (tgt_len, heads, head_dim).
+    Args and Returns of ``apply`` are those of :func:`.attention.multimax_attention`. The output, (heads, tgt_len,
+    head_dim), is laid out in memory as (tgt_len, heads, head_dim).
     """
 
     @staticmethod

@@ -1,7 +1,6 @@
 """Output projection, output mapping and cross-entropy together, in the chunks of :mod:`.chunked_loss`.
 
-With p = softmax(σ(x)), x the V logits of a token, t its target, and ε_i = ε / (V − 1) for label smoothing ε, as in
-fairseq::
+With p = softmax(σ(x)), x a token's V logits, t its target, and fairseq's ε_i = ε / (V − 1) for label smoothing ε::
 
     loss = − (1 − ε − ε_i) log p_t − ε_i Σ_v log p_v = log Σ_v exp σ(x_v) − (1 − ε − ε_i) σ(x_t) − ε_i Σ_v σ(x_v)
     ∂loss / ∂σ(x_v) = p_v − ε_i − (1 − ε − ε_i) [v = t]

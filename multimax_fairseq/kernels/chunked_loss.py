@@ -1,9 +1,9 @@
 """Output projection and loss together, over chunks of tokens: the full logits never exist.
 
-A chunk of logits is computed into a buffer. There its gradient replaces it, and is used to add to the gradients of
-features and weight; then the next chunk takes the buffer. All of this happens in the forward: the loss is one number,
-so the backward only multiplies, and no logits are computed twice. A :class:`RowsLoss` computes the loss from rows of
-logits: see :mod:`.chunked_cross_entropy` and :mod:`.chunked_entmax_loss`.
+A chunk of logits is computed into a buffer. Its gradient replaces it there, and its part of the gradients of features
+and weight is added to them; then the next chunk takes the buffer. All of this happens in the forward: the loss is one
+number, so the backward only multiplies, and no logits are computed twice. A :class:`RowsLoss` computes the loss from
+rows of logits: see :mod:`.chunked_cross_entropy` and :mod:`.chunked_entmax_loss`.
 """
 
 from typing import Any, Callable, Iterator, List, Optional, Tuple
@@ -35,10 +35,9 @@ FP16_GRADIENT_SCALE, FP16_FEATURE_SCALE = 2.0**8, 2.0**-4
 
 
 def default_chunk_tokens(vocabulary: int) -> int:
-    """The number of tokens whose logits are computed at a time.
+    """Tokens whose logits are computed at a time: ``LOGITS_AT_A_TIME`` / V, rounded up to a multiple of 32.
 
-    ``LOGITS_AT_A_TIME`` / V, rounded up to a multiple of 32: 256 tokens of 267,744 types (274 MB in fp32), 6,720 of
-    10,000 types.
+    This is 256 tokens for 267,744 types (274 MB in fp32), and 6,720 for 10,000 types.
     """
     tokens = -(-LOGITS_AT_A_TIME // vocabulary)
     return -(-tokens // TOKENS_MULTIPLE) * TOKENS_MULTIPLE
@@ -64,14 +63,9 @@ class RowsLoss:
     parameters: Tuple[Tensor, ...] = ()
 
     def losses(self, logits: Tensor, targets: Tensor) -> Tuple[Tensor, ...]:
-        """A number of each kind for each row.
+        """A number of each kind for each row, (rows, 1), from logits, (rows, V), and targets, (rows, 1).
 
-        Args:
-            logits: (rows, V); may be written to.
-            targets: (rows, 1).
-
-        Returns:
-            (rows, 1) each.
+        The logits may be written to.
         """
         raise NotImplementedError
 

@@ -48,12 +48,7 @@ INTEGER, ADDRESS = ctypes.c_int64, ctypes.c_void_p
 
 
 class Library:
-    """The functions of a C++ file.
-
-    Args:
-        source: the file.
-        signatures: name → types of the arguments, for every function to be called.
-    """
+    """The functions of the C++ file ``source``; ``signatures``: name → types of the arguments, for those called."""
 
     def __init__(self, source: Path, signatures: Dict[str, Sequence]):
         self.source = source

@@ -1,8 +1,7 @@
 """MultiMax in one pass forward and one backward: functions for a compiler to fuse.
 
 Each is plain torch on rows of scores, (rows, width), without autograd: :mod:`.fused`, the losses and attention
-combine them. :mod:`.backend` says whether they run compiled. With u = ∂L/∂σ, and sums over all scores, the gradients
-are::
+combine them. :mod:`.backend` says whether they run compiled. With u = ∂L/∂σ, and sums over all scores::
 
     ∂L/∂x     = u · (1 − Σ_n n g_b,n max(b_n − x, 0)^(n−1) [x < b_n] + Σ_n n g_d,n max(x − d_n, 0)^(n−1) [x > d_n])
     ∂L/∂g_b,n = Σ u · max(b_n − x, 0)^n            ∂L/∂b_n =   g_b,n Σ u · n max(b_n − x, 0)^(n−1) [x < b_n]

@@ -1,12 +1,7 @@
 // Sparsemax, 1.5-entmax, alpha-entmax and EvSoftMax over rows of fp32 scores, and their gradients.
 //
-// With c = alpha - 1 and d = x - max x, the first three are p = max(t + c d, 0)^(1/c) for the t in (0, 1] that makes
-// sum p = 1. It is the root of N(t) - 1 with the norm N(t) = (sum max(t + c d, 0)^(1/c))^c. That is convex and nearly
-// straight, so Newton's method from t = 1 falls to the root in few steps and never below it: what is 0 at one step
-// stays 0, and the next step leaves it out. A step reduces (N - 1) N' to a quarter or less.
-//
-// All is computed from q = max(1 + (c / t) d, 0)^(1/c), which is 1 for the largest score, and p = q / sum q. The
-// logarithm of 1 + (c / t) d keeps its digits where c is small, so this holds down to softmax, c = 0.
+// The formulas, with c = alpha - 1, d = x - max x, t and q, are those of sparse_rows.py. Newton's method falls to the
+// root t and never below it: what is 0 at one step stays 0, and the next step leaves it out. The largest q is 1.
 
 #include "multimax.hpp"
 
@@ -373,10 +368,7 @@ inline Vec bent(Vec x) {
 
 // dL/dx = s (g - sum s g / sum s), s = p^(1-c), of `count` scores; `result` may be `p`.
 //
-// Where `grad_of_c` is not null also dL/dc, the gradient of alpha (Correia, Niculae, Martins 2019), without
-// differences of size c^2. With l = log p and B = (exp(-c l) - 1 + c l) / c^2,
-//
-//     dL/dc = (sum p B * sum g p (1 - c l) - (1 - c sum p l) * sum g p B) / sum s.
+// Where `grad_of_c` is not null also dL/dc, by the formula of entmax_rows_backward_of_c in sparse_rows.py.
 template <class Mapping>
 inline void backward_row(const float* p, const float* g, float* result, int64_t count, float c, float* grad_of_c) {
   const Mapping mapping(all(c));

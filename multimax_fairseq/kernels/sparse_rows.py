@@ -134,7 +134,7 @@ def _largest(scores: Tensor) -> Tensor:
 
 
 def _at_least(total: Tensor) -> Tensor:
-    """``total``, kept above 0: only in a row without scores, where all is 0, is it not 1 or more."""
+    """``total``, kept above 0. It is 1 or more, except in a row without scores, where all is 0."""
     return total.clamp(min=torch.finfo(total.dtype).tiny)
 
 

@@ -118,12 +118,9 @@ def attend(
     ("tf32x3") would be faster; their error has not been measured.
 
     Args:
-        query: (heads, tgt_len, head_dim), scaled; ``heads`` is bsz · num_heads. fp16, bf16 or fp32; any strides, but
-            copied if its last dimension has gaps.
-        key, value: (heads, src_len, head_dim), likewise.
+        query, key, value, masks, dropout: as in :func:`.attention.multimax_attention`. fp16, bf16 or fp32; tensors
+            whose last dimension has gaps are copied. Masks get no gradient; dropout is in [0, 1).
         thresholds, gains: (order, 2); order 0 is softmax.
-        masks: the :class:`.Masks`; without a gradient.
-        dropout: the probability that a probability is dropped, in [0, 1).
         seed: of dropout's random numbers, int64: the same seed drops the same ones.
 
     Returns:

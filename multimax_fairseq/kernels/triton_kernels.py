@@ -23,7 +23,7 @@ PHILOX_ROUNDS = tl.constexpr(7)
 
 INTERPRETED = triton.knobs.runtime.interpret
 
-# These change from call to call: no kernels of their own for multiples of 16 and for 1.
+# These change from call to call, so Triton is to make no special kernels for multiples of 16 and for 1.
 VARIABLE = ["seed", "tgt_len", "src_len", "hidden_head", "hidden_key", "added_query", "added_key"]
 
 

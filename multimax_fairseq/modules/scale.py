@@ -19,9 +19,6 @@ NEUTRAL_LENGTH = 64  # keys at which a new LogLengthScale changes nothing
 class LearnedScale(nn.Module):
     """Scores times t, one learned number for all heads of an attention module: a temperature of 1 / t.
 
-    Args:
-        num_heads: of the attention; t does not depend on it.
-
     Attributes:
         t: parameter (1,), 1 at the start.
 
@@ -44,9 +41,6 @@ class LogLengthScale(nn.Module):
     With more keys, softmax of scores of the same size gets flatter. The factor grows with log n, so that the largest
     score keeps its share.
 
-    Args:
-        num_heads: of the attention.
-
     Attributes:
         s: parameter (num_heads,), 1 / log 64 at the start: nothing changes at 64 keys.
 
@@ -58,13 +52,9 @@ class LogLengthScale(nn.Module):
         self.s = nn.Parameter(torch.full((num_heads,), 1 / math.log(NEUTRAL_LENGTH)))
 
     def forward(self, count_keys: Callable[[], Tensor]) -> Tensor:
-        """The factors of a batch.
+        """The factors of a batch, fp32, (tgt_len or 1, bsz or 1, num_heads); 0 where a query sees one key, or none.
 
-        Args:
-            count_keys: gives n, as :func:`visible_keys` does.
-
-        Returns:
-            fp32, (tgt_len or 1, bsz or 1, num_heads); 0 where a query sees one key, or none.
+        ``count_keys`` gives n, as :func:`visible_keys` does.
         """
         return count_keys().clamp(min=1).log()[..., None] * self.s.float()
 

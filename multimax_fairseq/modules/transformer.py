@@ -138,13 +138,10 @@ class MappedDecoder(TransformerDecoderBase):
         return torch.where(probabilities > 0, probabilities.log(), ZERO_LOG + distance)
 
     def output_layer(self, features: Tensor) -> Tensor:
-        """Logits of the vocabulary. MultiMax modulates them, so that every later log_softmax gives its distribution.
+        """Logits, (…, len(dictionary)), of features, (…, output_embed_dim).
 
-        Args:
-            features: (…, output_embed_dim).
-
-        Returns:
-            (…, len(dictionary)); fp32 at least where σ acts, because σ of fp16 logits overflows fp16.
+        MultiMax modulates them, so that every later log_softmax gives its distribution: in fp32 at least, because σ
+        of fp16 logits overflows fp16.
         """
         logits = super().output_layer(features)
         if self.output_mapping is None or self.is_sparse:
