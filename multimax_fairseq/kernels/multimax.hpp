@@ -1,4 +1,4 @@
-// MultiMax on a row of fp32 scores, for a CPU: shared by multimax.cpp and attention.cpp. The formulas are those of
+// MultiMax on a row of fp32 scores, for a CPU, and the vectors that all C++ kernels use. The formulas are those of
 // rows.py. Vectors use the extension that GCC and Clang share, as wide as the target processor allows.
 
 #pragma once
