@@ -1,6 +1,6 @@
-// Attention with MultiMax in blocks, in fp32 on a CPU: what BlockwiseMultiMax in blockwise_attention.py does, and
-// dropout too, without a stop between products and mapping. A thread takes blocks, one head after the other, and a
-// block of scores stays in its cache from the first product to the last.
+// MultiMax attention in blocks, for fp32 on a CPU: BlockwiseMultiMax of blockwise_attention.py, and dropout. Each
+// thread works through blocks of its own, head after head, without waiting between products and mapping: a block of
+// scores stays in its cache from the first product to the last.
 
 #include "multimax.hpp"
 
@@ -8,12 +8,12 @@
 
 namespace multimax {
 
-// BLAS: matrices column by column.
+// BLAS; matrices are column-major.
 typedef void Sgemm(const char* transpose_a, const char* transpose_b, const int* m, const int* n, const int* k,
                    const float* alpha, const float* a, const int* lda, const float* b, const int* ldb,
                    const float* beta, float* c, const int* ldc);
 
-// One matrix a head; the numbers of a row lie side by side.
+// One matrix per head; each row is contiguous.
 struct Matrices {
   float* data;
   int64_t to_next_head, to_next_row;
@@ -21,17 +21,16 @@ struct Matrices {
   float* row(int64_t head, int64_t index) const { return data + head * to_next_head + index * to_next_row; }
 };
 
-// Which probabilities are dropped: drawn from the seed and the place of each, so that forward and backward, with any
-// number of threads, draw the same, and nothing is stored.
+// Dropout's mask, drawn from the seed and the position of each probability: nothing is stored, and forward and
+// backward draw the same with any number of threads.
 struct Dropout {
-  int64_t seed, dropped;  // of the 2^32 numbers that may be drawn, so many drop
-  float scale;            // of a probability that is kept
+  int64_t seed, dropped;  // `dropped` of the 2^32 numbers that can be drawn mean: drop
+  float scale;            // factor of a kept probability
 
-  // Numbers that draw() writes for a row of `keys`.
+  // How many numbers draw() writes for a row of `keys`.
   static int64_t room(int64_t keys) { return (keys + GROUP - 1) / GROUP * GROUP; }
 
-  // Writes 0 or `scale` for each key. A group of 64 keys has 16 counters, each of which gives four numbers: those of
-  // keys that are 16 apart.
+  // Writes 0 or `scale` for each key. A group of 64 keys has 16 counters; each gives four numbers, for keys 16 apart.
   void draw(int64_t head, int64_t query, int64_t keys, float* factors) const {
     const uint32_t limit = uint32_t(dropped);
     const float kept = scale;
@@ -148,7 +147,7 @@ class Attention : Problem {
                  grad_query.to_next_row);
         multiply('T', 'N', at.keys, head_dim, at.rows, grads, q, 1, grad_k, head_dim);
         multiply('T', 'N', at.keys, head_dim, at.rows, scores, g, 1, grad_v, head_dim);
-        if (task + 1 == (head + 1) * blocks && first <= head * blocks) {  // the whole head was here
+        if (task + 1 == (head + 1) * blocks && first <= head * blocks) {  // no other thread had part of it
           scatter(grad_k, head, 0, src_len, grad_key), scatter(grad_v, head, 0, src_len, grad_value);
         }
       }
@@ -158,7 +157,7 @@ class Attention : Problem {
   }
 
  private:
-  const int64_t blocks;  // of a head; head after head they are the tasks
+  const int64_t blocks;  // per head; the tasks are the blocks, head after head
 
   struct Memory {
     float* next;
@@ -167,16 +166,16 @@ class Attention : Problem {
     float* take(int64_t count) { return next += count, next - count; }
   };
 
-  // Calls body(thread, team) in all threads that PyTorch would take, also where there is work for one only: inside of
-  // a team of several the BLAS takes no threads of its own, which small products would mostly wait for.
+  // Calls body(thread, team) in as many threads as PyTorch would use, even with work for only one: inside a team the
+  // BLAS uses no threads of its own, for which small products would mostly wait.
   template <class Body>
   void in_threads(Body body) const {
 #pragma omp parallel num_threads(threads)
     body(omp_get_thread_num(), omp_get_num_threads());
   }
 
-  // Where the tasks of a thread begin; all have about as many scores. It depends on nothing but the problem and the
-  // size of the team, and so do the sums that the threads make.
+  // The first task of a thread; all threads have about as many scores. It depends only on the problem and the size of
+  // the team, and so do the threads' sums.
   int64_t first_task(int64_t thread, int64_t team) const {
     int64_t of_a_head = 0;
     for (int64_t task = 0; task < blocks; ++task) of_a_head += scores_of(block_of(task));
@@ -199,22 +198,22 @@ class Attention : Problem {
     return {task / blocks, start, rows, is_causal ? start + rows : src_len};
   }
 
-  // Where a thread sums up the gradients of a head's keys, and behind them those of its values: apart for the first
-  // head that it works on, of which another thread may have had a part, as it may for the last.
+  // Where a thread sums the gradients of a head's keys, followed by those of its values. The thread's first head has
+  // a place of its own: it may be shared with other threads, and so may the last.
   float* sums_for_keys(int64_t head, int64_t thread, int64_t team) const {
     const bool is_first = head == first_task(thread, team) / blocks;
     return scratch + thread * scratch_size + (is_first ? 0 : 2 * src_len * head_dim);
   }
 
-  // Gradients of the keys and values of heads that several threads have worked on: of a part of the keys here.
+  // Adds up the gradients of keys and values of heads that threads share; each thread takes a part of the keys.
   void add_up_shared_heads(int64_t thread, int64_t team) const {
     const int64_t start = src_len * thread / team, rows = src_len * (thread + 1) / team - start;
     for (int64_t second = 1; second < team; ++second) {
       const int64_t head = first_task(second, team) / blocks, task = head * blocks;
-      if (first_task(second, team) == task || first_task(second - 1, team) > task) continue;  // not the second of it
+      if (first_task(second, team) == task || first_task(second - 1, team) > task) continue;  // not its second thread
       float* total = sums_for_keys(head, second - 1, team) + start * head_dim;
       for (int64_t other = second; other < team && first_task(other, team) < task + blocks; ++other) {
-        if (first_task(other, team) == first_task(other + 1, team)) continue;  // did nothing
+        if (first_task(other, team) == first_task(other + 1, team)) continue;  // had no task
         const float* sums = sums_for_keys(head, other, team) + start * head_dim;
         add(sums, rows * head_dim, total);
         add(sums + src_len * head_dim, rows * head_dim, total + src_len * head_dim);
@@ -228,8 +227,8 @@ class Attention : Problem {
     for (int64_t i = 0; i < count; ++i) to[i] += from[i];
   }
 
-  // Of a block of scores, and of gradients of what its values are multiplied with, makes those multipliers
-  // (probabilities, or what dropout leaves of them) and gradients of scores; adds those of parameters to `parameters`.
+  // Turns `scores` into the weights of the values (probabilities after dropout) and `grads`, the gradients of these
+  // weights, into gradients of the scores. Adds the gradients of thresholds and gains to `parameters`.
   template <int ORDER>
   void backward_of_rows(const Block& at, float* scores, float* grads, float* probabilities, float* kept,
                         double* parameters, Modulator<ORDER> sigma) const {
@@ -243,8 +242,8 @@ class Attention : Problem {
         dropout->draw(at.head, at.start + i, seen, kept);
         each(seen, [&](int64_t j, auto n) { store(grad_row + j, n, load(grad_row + j, n, 0) * load(kept + j, n, 0)); });
       }
-      // Of these very probabilities and gradients, so that what is left of them adds up to 0. By output and its
-      // gradient, whose product it is too, rounding would be left over, in all the scores of the row.
+      // Summed from these very probabilities and gradients, so that the gradients of the row add up to 0. The product
+      // of output and its gradient is equal, but its rounding would remain in all scores of the row.
       Vec expected_grads = {};
       each(seen, [&](int64_t j, auto lanes) {
         const Vec p = exp(sigma(load(row + j, lanes, -INFINITE)) - normaliser.peak) * normaliser.factor;
@@ -266,7 +265,7 @@ class Attention : Problem {
     }
   }
 
-  // Copies of rows of a head, one after another: products of them are faster than of rows that lie apart.
+  // Copies rows of a head without gaps: products are faster than on rows that lie apart.
   void gather(const Matrices& from, int64_t head, int64_t start, int64_t rows, float* to) const {
     for (int64_t i = 0; i < rows; ++i) {
       std::memcpy(to + i * head_dim, from.row(head, start + i), head_dim * sizeof(float));
@@ -279,16 +278,16 @@ class Attention : Problem {
     }
   }
 
-  // c = op(a) op(b) + beta c, row by row: c is (m, n), op(a) is (m, k), and `a` and `b` have no gaps between rows.
+  // c = op(a) op(b) + beta c, row-major: c is (m, n), op(a) is (m, k), and `a` and `b` have no gaps between rows.
   void multiply(char op_a, char op_b, int m, int n, int k, const float* a, const float* b, float beta, float* c,
                 int to_next_row) const {
     const float one = 1;
     const int lda = op_a == 'N' ? k : m, ldb = op_b == 'N' ? n : k;
-    // column by column, the memory of c holds its transpose, op(b)^T op(a)^T
+    // read column-major, c holds its transpose, op(b)^T op(a)^T
     sgemm(&op_b, &op_a, &n, &m, &k, &one, b, &ldb, a, &lda, &beta, c, &to_next_row);
   }
 
-  // Masks row i of a block, the scores at `row`; returns how many of its keys the causal mask leaves.
+  // Adds the masks to the scores of row i, at `row`; returns how many of its keys the causal mask leaves.
   int64_t mask(const Block& at, int64_t i, float* row) const {
     const int64_t query = at.start + i, seen = is_causal ? query + 1 : at.keys;
     for (const float* mask : {added_scores ? added_scores + query * src_len : nullptr,

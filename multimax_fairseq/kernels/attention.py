@@ -1,4 +1,4 @@
-"""MultiMax attention that never has all of its probabilities, if it can be: which backend computes it."""
+"""MultiMax attention, where possible without the whole matrix of probabilities: chooses the backend."""
 
 import torch
 import torch.nn.functional as F
@@ -9,12 +9,12 @@ from .blockwise_attention import BlockwiseMultiMax
 from .fused import fused_multimax
 from .masks import Masks
 
-KERNELS = (cpp_attention, triton_attention)  # of which the first that serves computes
+KERNELS = (cpp_attention, triton_attention)  # in the order in which they are tried
 
-MIN_KEYS = 192  # from which on it pays not to have the whole matrix
+MIN_KEYS = 192  # from this many keys on it pays to avoid the whole matrix
 
-# Scores of which a GPU has the whole matrix: a block is some seven launches, and pays when it fills the GPU for long.
-# Of 64 MiB in half precision, which the backward keeps two or three times, twelve layers keep about 2 GiB.
+# Up to so many scores a GPU computes the whole matrix: a block takes some seven launches, and must fill the GPU for
+# long to pay. In half precision they are 64 MiB, which the backward keeps two or three times: 2 GiB in twelve layers.
 WHOLE_ON_GPU = 2**25
 
 
@@ -30,12 +30,12 @@ def multimax_attention(
     """dropout(multimax(query · keyᵀ + masks)) · value, head by head, in the dtype of ``query``, also under autocast.
 
     Args:
-        query: (heads, tgt_len, head_dim), scaled; ``heads`` are those of all sentences, bsz · num_heads.
+        query: (heads, tgt_len, head_dim), scaled; ``heads`` is bsz · num_heads.
         key, value: (heads, src_len, head_dim).
         thresholds, gains: as in :func:`..mappings.multimax.multimax`; (0, 2) for softmax.
         masks: the :class:`.Masks`.
-        dropout: the probability to drop a probability; what is kept is divided by 1 − dropout, as ``F.dropout``
-            does. The mask follows from the state of torch's default generator, and moves it.
+        dropout: the probability to drop a probability; what is kept is divided by 1 − dropout, as in ``F.dropout``.
+            The mask depends on the state of torch's default generator, which advances.
 
     Returns:
         (heads, tgt_len, head_dim), differentiable once.
@@ -53,7 +53,7 @@ def multimax_attention(
 
 
 def _seed() -> int:
-    """63 bits of the generator that ``--seed`` sets, and that checkpointed activations put back."""
+    """63 bits from the generator that ``--seed`` sets and activation checkpointing restores."""
     return int(torch.empty((), dtype=torch.int64, device="cpu").random_())
 
 
@@ -64,7 +64,7 @@ def _fits_as_a_whole(query: Tensor, key: Tensor) -> bool:
 def _whole(
     query: Tensor, key: Tensor, value: Tensor, thresholds: Tensor, gains: Tensor, masks: Masks, dropout: float
 ) -> Tensor:
-    """All of it at once, from operations that autograd knows."""
+    """The whole matrix at once, differentiated by autograd."""
     block = masks.block(slice(0, query.size(0)), slice(0, query.size(1)), key.size(1))
     heads, queries, keys = block
     scores = torch.bmm(query, key[:, keys].transpose(1, 2))

@@ -1,9 +1,9 @@
-"""Which backend computes: the one place that decides.
+"""The one place that chooses the backend.
 
-PyTorch's compiler makes one function of each of the :mod:`.rows` for all shapes, C++ on a CPU and Triton on a GPU.
-For fp32 on a CPU some are also written in C++ (:mod:`.cpp`), and the compiler's serve where that cannot be compiled.
-Both are on by default where there is a compiler. The choice is, first to last, that of the environment variable
-``MULTIMAX_BACKEND``, of :func:`set_backend` (``--multimax-backend``), and ``auto``::
+PyTorch's compiler makes one function for all shapes of each of the :mod:`.rows`: C++ on a CPU and Triton on a GPU.
+For fp32 on a CPU some are also written in C++ (:mod:`.cpp`); the compiler's serve where that cannot be compiled.
+Both are on by default where there is a compiler. The environment variable ``MULTIMAX_BACKEND`` comes first, then
+:func:`set_backend` (``--multimax-backend``), then ``auto``::
 
     auto      compiled; eager, with one warning that says why, where compiling fails
     compiled  compiled; an error where that fails
@@ -26,16 +26,16 @@ COMPILED_DEVICES = ("cpu", "cuda")
 
 _is_compiling = getattr(torch.compiler, "is_compiling", None) or torch._utils.is_compiling  # before torch 2.3
 
-compiled_graphs: List[Tuple[str, float]] = []  # in this process: the name of the kernel or file, and seconds
+compiled_graphs: List[Tuple[str, float]] = []  # in this process: name of the kernel or file, seconds
 
 _chosen = "auto"
 
 
 def set_backend(name: str) -> None:
-    """Choose the backend of this process, unless the environment variable has.
+    """Choose the backend of this process; the environment variable overrides it.
 
     Raises:
-        ValueError: ``name``, or what the environment variable says, is not of ``BACKENDS``.
+        ValueError: ``name``, or the environment variable, is not in ``BACKENDS``.
     """
     global _chosen
     _chosen = _checked(name, "--multimax-backend")
@@ -46,13 +46,13 @@ def backend() -> str:
     """The backend in force.
 
     Raises:
-        ValueError: what the environment variable says is not of ``BACKENDS``.
+        ValueError: the environment variable is not in ``BACKENDS``.
     """
     return _checked(os.environ.get(ENVIRONMENT_VARIABLE) or _chosen, ENVIRONMENT_VARIABLE)
 
 
 def wants_compiled(tensor: Tensor) -> bool:
-    """Whether what is computed of ``tensor`` is to run compiled, if it can be."""
+    """Whether a computation on ``tensor`` is to run compiled, if it can be."""
     return (
         tensor.device.type in COMPILED_DEVICES
         and backend() != "eager"
@@ -62,17 +62,17 @@ def wants_compiled(tensor: Tensor) -> bool:
 
 
 def is_traced() -> bool:
-    """Whether somebody writes down the operations of a whole model, who is to see the formula and nothing of this."""
+    """Whether a whole model is being traced or compiled: the trace is to have the formula, not these kernels."""
     return torch.jit.is_tracing() or _is_compiling()
 
 
 def is_transformed() -> bool:
-    """Whether ``torch.func`` or forward-mode differentiation is at work: what it computes of has to be a formula."""
+    """Whether ``torch.func`` or forward-mode differentiation is active: both need the formula."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def note_compiled(name: str, seconds: float) -> None:
-    """To be called when something has been compiled."""
+    """Record that something has been compiled."""
     compiled_graphs.append((name, seconds))
     logger.info("compiled %s in %.1f s", name, seconds)
 

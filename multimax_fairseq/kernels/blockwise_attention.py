@@ -1,13 +1,12 @@
 """MultiMax attention block by block: memory linear in the length, no work on scores that the causal mask hides.
 
-A block is the scores of some heads, for some queries, against all the keys that these may see. What is kept for the
-backward is a query's normaliser, peak and factor: a probability is exp(σ − peak) · factor. The scores are computed
-again there. That costs one more product, and saves keeping, and reading back from memory, scores and probabilities of
-the size length².
+A block has the scores of some heads and some queries against all the keys that these may see. The forward keeps each
+query's normaliser, peak and factor: a probability is exp(σ − peak) · factor. The backward computes the scores again.
+That costs one more product, but no scores and probabilities of size length² are kept and read back from memory.
 
-With P the probabilities, O = P·V, and G = ∂L/∂O, the sum over a row that the gradient of softmax asks for is
-Σ_j P_ij (G·Vᵀ)_ij. It is also Σ_c G_ic O_ic, which is known before the row is, but not here: what rounding leaves
-between the two is the same for all the scores of a row, so that it adds up in the gradients of thresholds and gains.
+With P the probabilities, O = P·V and G = ∂L/∂O, the gradient of softmax needs the row's sum Σ_j P_ij (G·Vᵀ)_ij.
+Σ_c G_ic O_ic is equal and known before the row, but not used: the two differ by a rounding error, the same for all
+scores of a row, which would add up in the gradients of thresholds and gains.
 
 Source of the idea: Rabe and Staats, *Self-attention Does Not Need O(n²) Memory*, 2021; Dao et al.,
 *FlashAttention*, NeurIPS 2022.
@@ -25,26 +24,25 @@ from .compiler import kernel
 from .masks import Block, Masks, length_first
 from .rows import normalised, present_sigma, sigma_backward
 
-# Queries in a block. A causal block has queries²/2 scores in vain on its diagonal, a lower one multiplies less
-# efficiently: half as many where rows are not long. On a GPU a launch has to pay.
+# Queries in a block. A causal block wastes queries²/2 scores on its diagonal; one of fewer queries multiplies less
+# efficiently. Where rows are not long, half as many. On a GPU, more: a launch has to pay.
 QUERIES, LONG_ROW = 128, 1_024
 QUERIES_ON_GPU = 512
 
-# Scores in a block, for each thread of a CPU: 4 MiB in fp32. Smaller blocks would stay in a core's cache between the
-# products and the mapping, but then Python, which gives the orders, takes a share: measured best at 512 and at 2,048
-# keys. A GPU is to be filled rather than spared.
+# Scores in a block per CPU thread: 4 MiB in fp32, measured best at 512 and 2,048 keys. Smaller blocks would stay in a
+# core's cache between products and mapping, but Python's overhead would count. A GPU needs large blocks to be filled.
 SCORES_PER_THREAD = 2**20
 SCORES_ON_GPU = 2**26
 
 
 @kernel
 def probabilities_rows_(scores: Tensor, thresholds: Tensor, gains: Tensor) -> Tuple[Tensor, Tensor]:
-    """Puts the probabilities in the place of rows of scores, zeros in a row without.
+    """Replaces rows of scores by their probabilities; zeros in a row without scores.
 
-    Normalised here, not after the product with values: of half precision that would overflow.
+    Normalised here, not after the product with values, which would overflow in half precision.
 
     Returns:
-        the normalisers, peak and factor, (rows, 1).
+        the normalisers, peak and factor, (rows, 1) each.
     """
     probabilities, peak, factor = normalised(scores, thresholds, gains)
     scores.copy_(probabilities)
@@ -66,8 +64,8 @@ def probabilities_rows_backward(
 
     Args:
         peak, factor: (rows, 1), of :func:`probabilities_rows_`.
-        probabilities, grad_scores: (rows, width), written to; new memory for each block would cost the operating
-            system more than the kernel takes.
+        probabilities, grad_scores: (rows, width), written to. Allocating them for each block would take longer than
+            the kernel.
 
     Returns:
         ∂L/∂(thresholds, gains), (2, N, 2).
@@ -83,14 +81,8 @@ def probabilities_rows_backward(
 class BlockwiseMultiMax(Function):
     """multimax(query · keyᵀ + masks) · value, head by head; differentiable once.
 
-    Args of ``apply``:
-        query: (heads, tgt_len, head_dim), scaled; ``heads`` are those of all sentences, bsz · num_heads.
-        key, value: (heads, src_len, head_dim).
-        thresholds, gains: as in :func:`..mappings.multimax.multimax`.
-        masks: the :class:`Masks`.
-
-    Returns:
-        (heads, tgt_len, head_dim), laid out in memory as (tgt_len, heads, head_dim).
+    Args and Returns of ``apply`` are those of :func:`.attention.multimax_attention`. The output, (heads, tgt_len,
+    head_dim), is laid out in memory as (tgt_len, heads, head_dim).
     """
 
     @staticmethod
@@ -98,7 +90,7 @@ class BlockwiseMultiMax(Function):
         ctx, query: Tensor, key: Tensor, value: Tensor, thresholds: Tensor, gains: Tensor, masks: Masks
     ) -> Tensor:
         output = length_first(query)
-        # one head after the other in memory: products of such are a fifth faster than of projections as they come
+        # head after head in memory: products are a fifth faster than on projections as they come
         query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
         normalisers = []
         scratch = _scratch(query, key)
@@ -147,7 +139,7 @@ class BlockwiseMultiMax(Function):
 
 
 def _block_size(query: Tensor, key: Tensor) -> Tuple[int, int]:
-    """Heads and queries of a block."""
+    """How many heads and how many queries a block has."""
     (num_heads, tgt_len, _), src_len = query.shape, key.size(1)
     if query.device.type == "cpu":
         count, size = QUERIES if src_len >= LONG_ROW else QUERIES // 2, SCORES_PER_THREAD * torch.get_num_threads()
@@ -158,7 +150,7 @@ def _block_size(query: Tensor, key: Tensor) -> Tuple[int, int]:
 
 
 def _blocks(query: Tensor, key: Tensor, masks: Masks) -> Iterator[Block]:
-    """The blocks, as slices of heads, of queries, from the last to the first, and of the keys that these may see."""
+    """Slices of heads, of queries (the last ones first), and of the keys that these may see."""
     (num_heads, tgt_len, _), src_len = query.shape, key.size(1)
     heads, queries = _block_size(query, key)
     for head in range(0, num_heads, heads):
@@ -188,5 +180,5 @@ def _add_product(total: Tensor, rows: Tensor, factor: Tensor) -> None:
     """total += rowsᵀ · factor, in place; ``total`` may be of higher precision."""
     if total.dtype == rows.dtype and total.is_contiguous():
         total.baddbmm_(rows.transpose(1, 2), factor)
-    else:  # of a part of the keys, baddbmm_ would be a product for each head, one after another
+    else:  # on a part of the keys, baddbmm_ would compute head after head
         total.add_(torch.bmm(rows.transpose(1, 2), factor))

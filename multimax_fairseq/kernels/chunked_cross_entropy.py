@@ -1,7 +1,6 @@
 """Output projection, output mapping and cross-entropy together, in the chunks of :mod:`.chunked_loss`.
 
-With p = softmax(σ(x)), x the V logits of a token of target t, and ε_i = ε / (V − 1) for a label smoothing of ε, as
-fairseq has it::
+With p = softmax(σ(x)), x a token's V logits, t its target, and fairseq's ε_i = ε / (V − 1) for label smoothing ε::
 
     loss = − (1 − ε − ε_i) log p_t − ε_i Σ_v log p_v = log Σ_v exp σ(x_v) − (1 − ε − ε_i) σ(x_t) − ε_i Σ_v σ(x_v)
     ∂loss / ∂σ(x_v) = p_v − ε_i − (1 − ε − ε_i) [v = t]
@@ -38,12 +37,12 @@ def chunked_cross_entropy(
 ) -> TokenLosses:
     """Cross-entropy of ``softmax(σ(features @ weight.T + bias))`` with ``targets``, in bounded memory.
 
-    Beside weight, features and their gradients it needs the logits of one chunk; in fp16 and bf16, and under
-    autocast, which decides what products are computed in, the gradients are accumulated in fp32.
+    Besides weight, features and their gradients, it needs memory for the logits of one chunk. Autocast decides the
+    dtype of products; under it, and in fp16 and bf16, the gradients are accumulated in fp32.
 
     Args:
         features: (N, D), fp16, bf16, fp32 or fp64.
-        weight: (V, D), of the dtype of ``features``; under autocast of any.
+        weight: (V, D), of the dtype of ``features``; under autocast, of any.
         targets: (N,), int64, each in [0, V).
         bias: (V,) or None.
         thresholds, gains: (order, 2), as in :func:`..mappings.multimax.modulate`; None for softmax.
@@ -52,8 +51,8 @@ def chunked_cross_entropy(
         reduce: whether to return sums, which have a gradient, or a number for each token, which have none.
 
     Returns:
-        losses, () or (N,), of the dtype of ``features``, fp32 at least. Gradients of features, weight, bias,
-        thresholds and gains; none of a gradient. Error of these against float64, in fp32: below 1e-5 of the largest.
+        losses, () or (N,), of the dtype of ``features``, fp32 at least; differentiable once, in features, weight,
+        bias, thresholds and gains. Error of the gradients against float64, in fp32: below 1e-5 of the largest.
 
     Raises:
         ValueError: ``label_smoothing`` or ``chunk_tokens`` is out of its range.
@@ -76,7 +75,7 @@ def log_total_rows(logits: Tensor, thresholds: Tensor, gains: Tensor) -> Tuple[T
 def cross_entropy_rows_(
     logits: Tensor, smoothing: Tensor, thresholds: Tensor, gains: Tensor
 ) -> Tuple[Tensor, Tensor, Tensor]:
-    """Puts the gradient of the logits in their place, all but the part that only the target has.
+    """Replaces the logits by their gradient, without the part that only the target has.
 
     Args:
         logits: (rows, V); becomes (p − ε_i) · σ'(x), times :func:`.chunked_loss.gradient_scale`.
@@ -88,7 +87,7 @@ def cross_entropy_rows_(
     modulated = present_sigma(logits, thresholds, gains)
     peak = modulated.amax(-1, keepdim=True)
     log_total = peak + (modulated - peak).exp().sum(-1, keepdim=True).log()
-    # Not the exponentials of before, divided: the compiler would keep them, in a tensor of the size of the logits.
+    # Not the exponentials above, divided: the compiler would store them in a tensor of the size of the logits.
     upstream = ((modulated - log_total).exp() - smoothing).masked_fill(is_absent(logits), 0.0)
     if len(gains):
         grad, grad_parameters = sigma_backward(logits.to(log_total.dtype), upstream, thresholds, gains)
@@ -99,7 +98,7 @@ def cross_entropy_rows_(
 
 
 class _CrossEntropy(RowsLoss):
-    """Arguments as in the function above."""
+    """Arguments as in :func:`chunked_cross_entropy`."""
 
     kinds = TokenLosses
 
@@ -143,7 +142,7 @@ class _CrossEntropy(RowsLoss):
 
 
 def _rows(function: Kernel, logits: Tensor, *arguments: Tensor) -> List[Tensor]:
-    """A kernel's results for all rows: (rows, 1) each, and of all rows together, ∂L/∂(thresholds, gains)."""
+    """A kernel's results: (rows, 1) each, and ∂L/∂(thresholds, gains) summed over all rows."""
     if function.compiles(logits):
         results = [function(*block, *arguments) for block in blocks_of_rows(logits)]
     else:

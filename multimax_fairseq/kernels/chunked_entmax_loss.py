@@ -1,7 +1,7 @@
 """Output projection and the loss of a sparse mapping together, in the chunks of :mod:`.chunked_loss`.
 
-With p the mapping's output, x the V logits of a token of target t, x̄ their mean and H_α Tsallis' entropy, the
-Fenchel-Young loss and its gradients are, p being the maximiser in the first line, so that only H_α depends on α::
+With p the mapping's output, x the V logits of a token, t its target, x̄ their mean and H_α Tsallis' entropy, the
+Fenchel-Young loss and its gradients are as follows. As p maximises the first line, only H_α depends on α::
 
     L = max_p ⟨p, x⟩ + H_α(p) − x_t = ⟨p, x − x_t⟩ + H_α(p)      H_α(p) = Σ_v (p_v − p_v^α) / (α (α − 1))
     loss = L + ε (x_t − x̄)
@@ -54,8 +54,8 @@ def chunked_entmax_loss(
         padding: the type that label smoothing leaves out.
 
     Returns:
-        losses, () or (N,), of the dtype of ``features``, fp32 at least. Gradients of features, weight, bias and α
-        (where it is a tensor); none of a gradient. Error against float64, in fp32: below 2e-5, relative.
+        losses, () or (N,), of the dtype of ``features``, fp32 at least; differentiable once, in features, weight,
+        bias and α (where it is a tensor). Error against float64, in fp32: below 2e-5, relative.
 
     Raises:
         ValueError: ``label_smoothing`` or ``chunk_tokens`` is out of its range.
@@ -69,7 +69,7 @@ def chunked_entmax_loss(
 def entmax_loss_rows_(
     logits: Tensor, probabilities: Tensor, target_logits: Tensor, alpha: Tensor, smoothing: Tensor
 ) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Puts the gradient of the logits in their place, all but the part that only the target has.
+    """Replaces the logits by their gradient, without the part that only the target has.
 
     Args:
         logits: (rows, V); becomes p − ε / V, times :func:`.chunked_loss.gradient_scale`.
@@ -82,7 +82,7 @@ def entmax_loss_rows_(
     """
     p, x = probabilities, logits.to(probabilities.dtype)
     absent = is_absent(x)
-    # p^α − p = p · (exp u − 1): exact also where α is near 1. At p = 0 a finite u, so that what it is times is 0.
+    # p^α − p = p · (exp u − 1): exact also where α is near 1. At p = 0, u is finite, so its products are 0.
     u = (alpha - 1) * p.clamp(min=torch.finfo(p.dtype).tiny).log()
     change = p * torch.expm1(u)
     scale = alpha * (alpha - 1)
@@ -96,7 +96,7 @@ def entmax_loss_rows_(
 
 
 class _EntmaxLoss(RowsLoss):
-    """Arguments as in the function above."""
+    """Arguments as in :func:`chunked_entmax_loss`."""
 
     kinds = EntmaxLosses
 

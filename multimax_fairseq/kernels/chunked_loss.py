@@ -1,9 +1,9 @@
 """Output projection and loss together, over chunks of tokens: the full logits never exist.
 
-A chunk of logits is computed into a buffer, its gradient takes its place there, and what that adds to the gradients
-of features and weight is added; then the buffer is free for the next chunk. All of it happens in the forward: the
-loss is one number, so the backward has only to multiply, and no logits are computed twice. What a loss makes of rows
-of logits is its own affair (:class:`RowsLoss`): :mod:`.chunked_cross_entropy` and :mod:`.chunked_entmax_loss`.
+A chunk of logits is computed into a buffer. Its gradient replaces it there, and its part of the gradients of features
+and weight is added to them; then the next chunk takes the buffer. All of this happens in the forward: the loss is one
+number, so the backward only multiplies, and no logits are computed twice. A :class:`RowsLoss` computes the loss from
+rows of logits: see :mod:`.chunked_cross_entropy` and :mod:`.chunked_entmax_loss`.
 """
 
 from typing import Any, Callable, Iterator, List, Optional, Tuple
@@ -16,29 +16,28 @@ from torch.autograd.function import once_differentiable
 from .scores import compute_dtype
 
 # Logits that exist at a time: 2^26, 256 MiB in fp32. A chunk of N tokens reads and writes the gradient of the whole
-# weight once, 2 V D numbers, for products of 6 V D N operations: 3 N operations a number. At the 250 tokens that this
-# leaves of 267,744 types that is 750, some 75 ms of a core's 100 GFLOP/s for the 8 ms that 80 MB take at 10 GB/s.
+# weight once, 2 V D numbers, for products of 6 V D N operations: 3 N operations a number. With 267,744 types, N is
+# 250: 750 operations take 7.5 ns at a core's 100 GFLOP/s, and a number of 4 bytes takes 0.4 ns at 10 GB/s.
 LOGITS_AT_A_TIME = 2**26
-TOKENS_MULTIPLE = 32  # chunks are of so many tokens, or a multiple: what matrix products like
+TOKENS_MULTIPLE = 32  # chunk sizes are multiples of this, which suits matrix products
 
-# Logits in one call of a compiled kernel, which has a copy of its own of them: of each thread as many as its cache
-# holds (2 MiB in fp32), on a GPU enough to occupy it (64 MiB).
+# Logits in one call of a compiled kernel, which makes a copy of them: for each CPU thread as many as its cache holds
+# (2 MiB in fp32), on a GPU enough to occupy it (64 MiB).
 CPU_BLOCK, GPU_BLOCK = 2**19, 2**24
 
-# Inductor gives a GPU's kernel a copy of an input that does not start at a multiple of 16 bytes, and what the kernel
-# writes there is lost before torch 2.8. So many rows of any width, in any dtype, are a multiple of 16 bytes.
+# Inductor copies a GPU kernel's input that does not start at a multiple of 16 bytes; before torch 2.8, what the
+# kernel writes there is lost. This many rows, of any width and dtype, are a multiple of 16 bytes.
 ALIGNED_ROWS = 8
 
 # In fp16 the gradient of a logit, some 1 / V, would be below the smallest number (6e-8), and a sum over tokens could
-# be above the largest (65,504): the first is held times 2^8, and multiplied with features times 2^-4.
+# be above the largest (65,504). So the gradient is stored times 2^8, and multiplied with features times 2^-4.
 FP16_GRADIENT_SCALE, FP16_FEATURE_SCALE = 2.0**8, 2.0**-4
 
 
 def default_chunk_tokens(vocabulary: int) -> int:
-    """The number of tokens whose logits are computed at a time.
+    """Tokens whose logits are computed at a time: ``LOGITS_AT_A_TIME`` / V, rounded up to a multiple of 32.
 
-    ``LOGITS_AT_A_TIME`` / V, rounded up to a multiple of 32: 256 tokens of 267,744 types (274 MB in fp32), 6,720 of
-    10,000 types.
+    This is 256 tokens for 267,744 types (274 MB in fp32), and 6,720 for 10,000 types.
     """
     tokens = -(-LOGITS_AT_A_TIME // vocabulary)
     return -(-tokens // TOKENS_MULTIPLE) * TOKENS_MULTIPLE
@@ -53,32 +52,27 @@ def check_options(label_smoothing: float, chunk_tokens: int) -> None:
 
 
 class RowsLoss:
-    """What a loss makes of rows of logits.
+    """A loss, computed from rows of logits.
 
     Attributes:
-        kinds: a NamedTuple, the numbers of each token; the first is the loss that is differentiated.
-        parameters: tensors beside the logits that the loss has gradients for.
+        kinds: a NamedTuple of the numbers for each token; the first is the loss that is differentiated.
+        parameters: tensors other than the logits that get a gradient.
     """
 
     kinds: Callable[..., Any]
     parameters: Tuple[Tensor, ...] = ()
 
     def losses(self, logits: Tensor, targets: Tensor) -> Tuple[Tensor, ...]:
-        """A number of each kind for each row.
+        """A number of each kind for each row, (rows, 1), from logits, (rows, V), and targets, (rows, 1).
 
-        Args:
-            logits: (rows, V); may be written to.
-            targets: (rows, 1).
-
-        Returns:
-            (rows, 1) each.
+        The logits may be written to.
         """
         raise NotImplementedError
 
     def losses_and_gradients_(self, logits: Tensor, targets: Tensor) -> Tuple[Tuple[Tensor, ...], List[Tensor]]:
-        """The same, and of the sum of the losses the gradients of the parameters, in fp32 at least.
+        """The same, and the gradients of the summed loss with respect to the parameters, in fp32 at least.
 
-        The gradients of the logits, times :func:`gradient_scale`, take the place of the logits.
+        Its gradients with respect to the logits, times :func:`gradient_scale`, replace the logits.
         """
         raise NotImplementedError
 
@@ -94,9 +88,8 @@ def chunked_loss(
 ) -> Any:
     """The loss of ``features @ weight.T + bias`` and ``targets``, in bounded memory.
 
-    Products are computed in the dtype of ``features``, under autocast in autocast's.
-
-    Args, Returns: as :func:`.chunked_cross_entropy.chunked_cross_entropy`; ``loss.kinds`` of sums or of (N,).
+    Products are computed in the dtype of ``features``, under autocast in autocast's. Args and Returns are those of
+    :func:`.chunked_cross_entropy.chunked_cross_entropy`, with ``loss.kinds`` of sums or of (N,).
     """
     chunk_tokens = chunk_tokens or default_chunk_tokens(len(weight))
     dtype = product_dtype(features)
@@ -122,25 +115,25 @@ def product_dtype(tensor: Tensor) -> torch.dtype:
 
 
 def gradient_scale(dtype: torch.dtype) -> float:
-    """What gradients of logits of a dtype are held times."""
+    """The factor with which gradients of logits of a dtype are stored."""
     return FP16_GRADIENT_SCALE if dtype == torch.float16 else 1.0
 
 
 def blocks_of_rows(logits: Tensor, *others: Tensor) -> Iterator[Tuple[Tensor, ...]]:
-    """Rows for one call of a compiled kernel, which may write to them: of logits, (n, V), and of others, (n, …)."""
+    """Splits logits, (n, V), and others, (n, …), into rows for one call of a kernel, which may write to them."""
     rows = block_rows(logits.device.type, logits.size(1))
     return zip(*(tensor.split(rows) for tensor in (logits, *others)))
 
 
 def block_rows(device: str, width: int) -> int:
-    """Rows for one call of a compiled kernel, at least 2: on a CPU as many for each of its threads."""
+    """Rows for one call of a compiled kernel, at least 2; on a CPU, ``CPU_BLOCK`` logits for each thread."""
     if device == "cpu":
         return max(CPU_BLOCK // width * torch.get_num_threads(), torch.get_num_threads(), 2)
     return max(GPU_BLOCK // width // ALIGNED_ROWS, 1) * ALIGNED_ROWS
 
 
 class _Chunks:
-    """The losses of all tokens, and gradients of their sum, chunk by chunk; arguments as in the function above."""
+    """The losses of all tokens, and gradients of their sum, chunk by chunk; arguments as in :func:`chunked_loss`."""
 
     def __init__(self, loss, features, weight, bias, targets, chunk_tokens, dtype):
         self.loss = loss
@@ -154,11 +147,11 @@ class _Chunks:
         return self._joined([self.loss.losses(logits, self.targets[tokens]) for tokens, logits in self._logits()])
 
     def losses_and_gradients(self, wanted: List[bool]) -> Tuple[List[Tensor], List[Optional[Tensor]]]:
-        """Losses, (N,) each, and of the sum of the first the gradients of those of features, weight, bias and the
-        loss's parameters that are ``wanted``, in fp32 at least."""
+        """Losses, (N,) each, and gradients of the sum of the first, in fp32 at least: of features, weight and bias
+        where ``wanted``, and of the loss's parameters."""
         features, weight, dtype = self.features, self.weight, self.dtype
         grad_features = torch.zeros_like(features, dtype=dtype) if wanted[0] else None
-        # Zeros are written by the first product, not in a pass of their own, where there is one.
+        # The first product, if there is one, overwrites it: zeros would cost a pass.
         make = torch.empty_like if len(features) else torch.zeros_like
         grad_weight = make(weight, dtype=dtype) if wanted[1] else None
         grad_bias = torch.zeros_like(self.bias, dtype=dtype) if wanted[2] else None
@@ -178,7 +171,7 @@ class _Chunks:
         return self._joined(losses), [grad_features, grad_weight, grad_bias, *(g.to(dtype) for g in grad_parameters)]
 
     def _logits(self):
-        """Of each chunk its tokens (a slice) and logits (n, V), in memory used again."""
+        """For each chunk, its tokens (a slice) and logits (n, V), in a buffer that the next chunk takes."""
         if not len(self.features):
             return
         buffer = self.features.new_empty(self.chunk_tokens, len(self.weight))
@@ -197,7 +190,7 @@ class _Chunks:
 
 
 def _product(left: Tensor, right: Tensor, result: Tensor, first: bool) -> None:
-    """``left @ right`` into ``result``, or added to it where it is not the ``first``; the fp16 scales taken out."""
+    """Writes ``left @ right``, without the fp16 scales, to ``result``; adds it if it is not the ``first``."""
     if result.dtype == right.dtype:
         if first:
             torch.mm(left, right, out=result)
@@ -237,9 +230,9 @@ class _ChunkedLoss(Function):
     def backward(ctx, grad_loss: Tensor, *_):
         if ctx.gradients is None:
             raise RuntimeError("the gradients of a chunked loss are gone after one backward")
-        # Handed on, not kept: what nobody else holds becomes the parameter's gradient without a copy.
+        # Not kept here: a tensor that nobody else holds becomes the parameter's gradient without a copy.
         gradients, ctx.gradients = ctx.gradients, None
-        if grad_loss != 1:  # a loss scale, say; a pass over the gradient of the weight takes its time
+        if grad_loss != 1:  # a loss scale, say; a pass over the weight's gradient takes time
             for gradient in gradients:
                 if gradient is not None:
                     gradient.mul_(grad_loss)

@@ -12,8 +12,8 @@ from .backend import ENVIRONMENT_VARIABLE, backend, note_compiled, wants_compile
 
 logger = logging.getLogger(__name__)
 
-# What makes Inductor fuse these kernels into one loop over a row: computing σ twice takes less time than writing it
-# to memory and reading it back, and a product and a sum are one instruction.
+# These make Inductor fuse a kernel into one loop over a row: computing σ twice is faster than writing it to memory
+# and reading it back. The last one makes a product and a sum one instruction.
 INDUCTOR_OPTIONS = {
     "realize_opcount_threshold": 10_000,
     "realize_cpu_opcount_threshold": 10_000,
@@ -23,15 +23,15 @@ INDUCTOR_OPTIONS = {
     "cpp.enable_floating_point_contract_flag": "fast",
 }
 
-# The shape that kernels are compiled for: two different numbers (of equal ones the compiler takes note), large enough
-# for Inductor to share the rows among threads. It serves every other shape too, but for the rows of a vocabulary:
-# more than 4,096 scores Inductor sums up in another way, in a kernel of its own.
+# Kernels are compiled for this shape and serve every other: two different numbers (the compiler would specialise on
+# equal ones), large enough for Inductor to share the rows among threads. Rows of more than 4,096 scores, as of a
+# vocabulary, have a kernel of their own, as Inductor sums them in another way.
 EXAMPLE_ROWS, EXAMPLE_WIDTH = 3_072, 160
 WIDE, WIDE_EXAMPLE = 4_096, 4_128
-MOST_SCORES = 2**31 - 1  # for so few a GPU's kernel counts in 32 bits
+MOST_SCORES = 2**31 - 1  # up to here a GPU's kernel counts in 32 bits
 
-# Scores in a block where a kernel runs eagerly on a CPU: 512 KiB in fp32. Of the tensors of that size some three are
-# in use at a time, which fit into a cache of 2 MiB.
+# Scores in a block of an eager kernel on a CPU: 512 KiB in fp32. Some three tensors of that size are in use at a
+# time, and fit into a cache of 2 MiB.
 EAGER_BLOCK = 2**17
 
 _failure = ""  # why compiling is not tried again
@@ -40,13 +40,12 @@ _failure = ""  # why compiling is not tried again
 class Kernel:
     """A function of rows of scores, (rows, width), that is compiled when it is first called.
 
-    Its first argument has that shape; others have it too, or (rows, 1), or always the same, and the last
-    ``parameters`` of them are of no rows: thresholds and gains. What it writes to is contiguous.
+    Its first argument has that shape; others have it too, or (rows, 1), or a fixed one. The last ``parameters``
+    arguments, thresholds and gains, have no rows. What it writes to must be contiguous.
 
-    Its graph is traced and compiled here, not by ``torch.compile``, which looks at every call anew to see whether its
-    kernel still fits: that takes twice the time of the rest of a call, and more than softmax of short rows. What it
-    looks at is settled here: dtypes, devices, order and the number of threads have a kernel each, and a kernel fits
-    every shape.
+    Its graph is traced and compiled here, not by ``torch.compile``, which checks at every call whether its kernel
+    still fits. Those checks take twice the time of the rest of a call, and more than softmax of short rows. Here each
+    combination of dtypes, devices, order and number of threads has a kernel, which fits every shape.
     """
 
     def __init__(self, function: Callable[..., Any], parameters: int = 2):
@@ -58,8 +57,8 @@ class Kernel:
     def compiles(self, scores: Tensor) -> bool:
         """Whether a call with these ``scores`` runs compiled.
 
-        Rows of one score, and single rows, stay eager: there is little to compute, and the compiler would make a
-        kernel of their own for them.
+        Rows of one score, and single rows, stay eager: there is little to compute, and the compiler would make
+        another kernel for them.
         """
         return (
             min(scores.shape) > 1
@@ -74,7 +73,7 @@ class Kernel:
         return self.eager(*arguments)
 
     def over_rows(self, rows: Sequence[Tensor], parameters: Sequence[Tensor]) -> List[Any]:
-        """Results for tensors of one shape, (…, width): of all rows together, or of blocks of them where eager."""
+        """Results for tensors of one shape, (…, width): one for all rows, or one for each block where eager."""
         width = rows[0].shape[-1]
         flat = [tensor.reshape(-1, width) for tensor in rows]
         if self.compiles(flat[0]):
@@ -123,7 +122,7 @@ def row_kernel(function: Callable[..., Any]) -> Kernel:
 
 
 def compile_function(function: Callable[..., Any], examples: Sequence[Tensor]) -> Callable[..., Any]:
-    """``function`` by Inductor, for contiguous tensors like the ``examples``, of any number of rows and any width."""
+    """``function`` by Inductor, for contiguous tensors like ``examples``, with any number of rows and any width."""
     import torch._inductor  # here: it takes a second, and may not be needed
     from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -133,12 +132,12 @@ def compile_function(function: Callable[..., Any], examples: Sequence[Tensor]) -
         inputs = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
         known = torch._inductor.list_options()
         options = {name: value for name, value in INDUCTOR_OPTIONS.items() if name in known}
-        options["cpp.threads"] = torch.get_num_threads()  # or the kernel that PyTorch keeps may be one for others
+        options["cpp.threads"] = torch.get_num_threads()  # else PyTorch's cache may return one for another number
         return torch._inductor.compile(graph, inputs, options=options)
 
 
 def _examples(arguments: Sequence[Tensor], parameters: int) -> List[Tensor]:
-    """Tensors in the place of arguments, of the shapes to compile for."""
+    """Zeros in place of the arguments, in the shapes to compile for."""
     shape = arguments[0].shape
     example_width = EXAMPLE_WIDTH if shape[1] <= WIDE else WIDE_EXAMPLE
     examples = {shape: (EXAMPLE_ROWS, example_width), (shape[0], 1): (EXAMPLE_ROWS, 1)}

@@ -1,15 +1,15 @@
-"""Kernels in C++, for fp32 on a CPU: there they take half the time of those that Inductor makes of :mod:`.rows`.
+"""C++ kernels for fp32 on a CPU: they take half the time of those that Inductor makes of :mod:`.rows`.
 
-A source file is compiled when a function of it is first called, by the compiler that PyTorch takes for extensions
-(``CXX``, else ``c++``), in about a second, and kept in PyTorch's folder of extensions (``TORCH_EXTENSIONS_DIR``, else
-``~/.cache/torch_extensions``) for the next run. It includes nothing of PyTorch: what it is given are addresses of
-numbers. Its OpenMP is the one PyTorch has loaded (GNU's on Linux), since a second would bring threads of its own; a
-compiler for another one makes a file that does not load, and Inductor serves, in the next run too.
+A source file is compiled when one of its functions is first called, in about a second, by PyTorch's compiler for
+extensions (``CXX``, else ``c++``). PyTorch's folder of extensions (``TORCH_EXTENSIONS_DIR``, else
+``~/.cache/torch_extensions``) keeps the result for the next run. The source includes nothing of PyTorch: it is given
+addresses. It uses the OpenMP that PyTorch has loaded (GNU's on Linux), since a second one would start threads of its
+own. If the compiler is for another OpenMP, the file does not load, and Inductor serves, in the next run too.
 
-``torch.utils.cpp_extension.load`` needs ninja, and waits forever on the lock of a run that was interrupted while it
-compiled. Here two runs that compile at once both do, and each puts a whole file in its place. Its last bytes are a
-digest of the others: a file that was cut short would end the process when it is used. The folder is this user's
-alone; from one that others can write to nothing is loaded.
+``torch.utils.cpp_extension.load`` needs ninja, and waits forever on the lock of a run that was interrupted while
+compiling. Here, runs that compile at once do not wait: each moves a whole file into place. Its last bytes are a
+digest of the others, as a truncated file would crash the process. The folder is this user's alone; nothing is loaded
+from one that others can write to.
 """
 
 import ctypes
@@ -41,28 +41,23 @@ FLAGS_BY_CAPABILITY = {
     "AVX2": ["-mavx2", "-mfma"],
 }
 
-# Scores from which on another thread pays, as in PyTorch's own loops.
+# Scores for which one more thread pays, as in PyTorch's own loops.
 SCORES_PER_THREAD = 2**15
 
 INTEGER, ADDRESS = ctypes.c_int64, ctypes.c_void_p
 
 
 class Library:
-    """The functions of a C++ file.
-
-    Args:
-        source: the file.
-        signatures: name → types of the arguments, of every function to be called.
-    """
+    """The functions of the C++ file ``source``; ``signatures``: name → types of the arguments, for those called."""
 
     def __init__(self, source: Path, signatures: Dict[str, Sequence]):
         self.source = source
         self.signatures = signatures
 
     def serves(self, tensor: Tensor) -> bool:
-        """Whether its functions take the place of the kernels where a computation starts from ``tensor``."""
+        """Whether its functions compute, in place of the compiler's kernels, what starts from ``tensor``."""
         return (
-            type(tensor) in (Tensor, torch.nn.Parameter)  # of others, FakeTensor for one, the memory is not theirs
+            type(tensor) in (Tensor, torch.nn.Parameter)  # others, such as FakeTensor, own no memory
             and tensor.dtype == torch.float32
             and tensor.is_cpu
             and backend.wants_compiled(tensor)
@@ -71,7 +66,7 @@ class Library:
 
     @functools.cached_property
     def functions(self) -> Optional[ctypes.CDLL]:
-        """The compiled file; None where that cannot be had."""
+        """The compiled file; None if it cannot be compiled or loaded."""
         try:
             functions = self._load()
             for name, types in self.signatures.items():
@@ -106,7 +101,7 @@ class Library:
             self._compile(compiler, flags, library)
         try:
             return ctypes.CDLL(str(library))
-        except OSError as error:  # it would not load if it were made anew either
+        except OSError as error:  # compiled again, it would not load either
             raise OSError(f"{error} (remove {library} to have it compiled again)") from error
 
     def _compile(self, compiler: Sequence[str], flags: Sequence[str], library: Path) -> None:
@@ -115,7 +110,7 @@ class Library:
         with tempfile.TemporaryDirectory(dir=library.parent) as unfinished:
             objects, linked = (os.path.join(unfinished, name) for name in ("kernels.o", "kernels.so"))
             _run(*compiler, *flags, "-c", str(self.source), "-o", objects)
-            # the linker is not told of OpenMP: its symbols are to be found in PyTorch's
+            # linked without OpenMP: PyTorch's has the symbols
             _run(*compiler, "-shared", objects, "-o", linked)
             with open(linked, "r+b") as file:
                 file.write(hashlib.sha256(file.read()).digest())
@@ -127,7 +122,7 @@ class Library:
 
 
 def _is_private(path: Path) -> bool:
-    """Whether a file or folder is this user's, and nobody else may write to it; so is a link that leads to it."""
+    """Whether this user owns a file or folder, and the link to it if any, and nobody else may write to it."""
     owners = {path.lstat().st_uid, path.stat().st_uid}
     return owners == {os.geteuid()} and not path.stat().st_mode & (stat.S_IWGRP | stat.S_IWOTH)
 
@@ -171,7 +166,7 @@ def multimax_rows_backward(
 
 
 def parameters(thresholds: Tensor, gains: Tensor) -> Tuple[Tensor, Tensor]:
-    """As the C++ reads them: fp32, (N, 2), without gaps, on the CPU."""
+    """As the C++ reads them: fp32, (N, 2), contiguous, on the CPU."""
     return tuple(
         tensor
         if tensor.dtype == torch.float32 and tensor.is_cpu and tensor.is_contiguous()

@@ -1,8 +1,8 @@
 """MultiMax attention in one C++ function forward and one backward, for fp32 on a CPU: ``attention.cpp``.
 
-The blocks are those of :mod:`.blockwise_attention`, but each thread goes through its own, and a block of scores stays
-in its cache from the first product to the last. The products are the BLAS's that PyTorch uses. Dropout draws its
-mask from a counter, Philox4x32-10, of the place of a probability: in the backward it is drawn again.
+The blocks are those of :mod:`.blockwise_attention`, but each thread has its own, and a block of scores stays in its
+cache from the first product to the last. PyTorch's BLAS computes the products. Dropout draws its mask from the
+position of each probability, by the counter-based generator Philox4x32-10; the backward draws it again.
 """
 
 import ctypes
@@ -20,8 +20,8 @@ from .masks import Masks, length_first
 
 ADDRESS, INTEGER = cpp.ADDRESS, cpp.INTEGER
 
-# Scores in a block: 1 MiB, of which the backward has two. Of 128 queries at most, as a causal block has queries²/2
-# scores in vain, and fewer where a thread would have less than four blocks, which could not be shared out evenly.
+# Scores in a block: 1 MiB; the backward has two. A block has 128 queries at most, as a causal one wastes queries²/2
+# scores, and fewer where a thread would have less than four blocks, which could not be shared evenly.
 SCORES, MOST_QUERIES, BLOCKS_PER_THREAD = 2**18, 128, 4
 
 
@@ -36,7 +36,7 @@ class Matrices(ctypes.Structure):
 
 
 class Dropout(ctypes.Structure):
-    """``Dropout`` of the C++: the seed, how many of 2^32 numbers drop, and the scale of what is kept."""
+    """``Dropout`` of the C++: the seed, how many of 2^32 numbers mean drop, and the factor of what is kept."""
 
     _fields_ = [("seed", INTEGER), ("dropped", INTEGER), ("scale", ctypes.c_float)]
 
@@ -46,7 +46,7 @@ class Dropout(ctypes.Structure):
 
 
 class Problem(ctypes.Structure):
-    """``Problem`` of the C++, where shapes are given."""
+    """``Problem`` of the C++, which gives the shapes."""
 
     _fields_ = [
         *((name, INTEGER) for name in ("heads", "tgt_len", "src_len", "head_dim")),
@@ -60,7 +60,7 @@ class Problem(ctypes.Structure):
 
 
 SAVED = "query", "key", "value", "thresholds", "gains", "normalisers"
-ROUNDED_UP = 64  # Dropout::room(): a row's numbers are drawn in groups of so many
+ROUNDED_UP = 64  # Dropout::room(): a row's numbers are drawn in groups of this size
 
 POINTER = ctypes.POINTER(Problem)
 LIBRARY = cpp.Library(
@@ -72,7 +72,7 @@ LIBRARY = cpp.Library(
 def serves(
     query: Tensor, key: Tensor, value: Tensor, thresholds: Tensor, gains: Tensor, masks: Masks, dropout: float
 ) -> bool:
-    """Whether :func:`attend` takes these arguments, and runs here: a compiler and a BLAS in PyTorch are needed."""
+    """Whether :func:`attend` takes these arguments and can run: it needs a compiler and PyTorch's BLAS."""
     return all(map(LIBRARY.serves, (query, key, value))) and sgemm() is not None
 
 
@@ -92,7 +92,7 @@ def attend(
 
 @functools.lru_cache(maxsize=None)
 def sgemm() -> Optional[int]:
-    """The address of PyTorch's matrix product; None where its library does not show it."""
+    """The address of PyTorch's ``sgemm``; None if its library does not export it."""
     try:
         library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
         return ctypes.cast(library.sgemm_, ADDRESS).value
@@ -142,13 +142,13 @@ class CppMultiMax(Function):
 def _call(
     function: Callable[[Problem], None], masks: Masks, dropout: float, seed: int, **tensors: Tensor
 ) -> Tensor:
-    """``function`` with a :class:`Problem` of these tensors, by the names of its fields.
+    """Call ``function`` with a :class:`Problem` of these tensors, named as its fields.
 
     Returns:
-        ∂L/∂(thresholds, gains), (2, N, 2), fp64, of the backward.
+        ∂L/∂(thresholds, gains), (2, N, 2), fp64, for the backward.
 
     Raises:
-        ValueError: shapes do not go together; here it would be foreign memory that is read.
+        ValueError: shapes do not match, so that foreign memory would be read.
         RuntimeError: a mask cannot be expanded to what it masks.
     """
     query, key, value = (tensors[name] for name in ("query", "key", "value"))
@@ -169,8 +169,8 @@ def _call(
     fair_share = -(-heads * tgt_len // (BLOCKS_PER_THREAD * threads))
     block = min(max(SCORES // src_len, 1), MOST_QUERIES, fair_share, tgt_len)
     grads_of_parameters = query.new_zeros(heads * -(-tgt_len // block), 2, order, 2, dtype=torch.float64)
-    # What a thread of the backward needs, and the forward less: keys and values of a head, twice their gradients,
-    # queries and gradients of a block, two blocks of scores, and a row's probabilities and its factors of dropout.
+    # For a thread of the backward (the forward needs less): keys and values of a head, twice their gradients, queries
+    # and gradients of a block, two blocks of scores, and a row's probabilities and dropout factors.
     scratch_size = 6 * src_len * head_dim + 2 * block * (head_dim + src_len) + 2 * src_len + ROUNDED_UP
     tensors["scratch"] = query.new_empty(threads, scratch_size)
     tensors["grads_of_parameters"] = grads_of_parameters

@@ -1,4 +1,4 @@
-"""MultiMax with a backward of its own, out of the kernels of :mod:`.rows`.
+"""MultiMax with a backward of its own, made of the kernels of :mod:`.rows`.
 
 Left to autograd, σ takes some sixty passes over the scores, forward and backward, and keeps a dozen tensors of their
 size. This keeps the scores and the result.
@@ -35,7 +35,7 @@ class FusedMultiMax(Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
-        saved = scores, thresholds, gains, _ = ctx.saved_tensors  # once: checkpointed activations are there once
+        saved = scores, thresholds, gains, _ = ctx.saved_tensors  # read once: checkpointing allows no second read
         if torch.is_grad_enabled():
             return (*_differentiable_backward(ctx, saved[:3], grad), None, None)
         if scores.numel() == 0:
@@ -48,7 +48,7 @@ class FusedMultiMax(Function):
 def fused_multimax(
     scores: Tensor, thresholds: Tensor, gains: Tensor, formula: Callable[..., Tensor], normalise: bool
 ) -> Tensor:
-    """:class:`FusedMultiMax`; where no gradient is wanted, as in decoding, without the detour by autograd.
+    """:class:`FusedMultiMax`, without autograd's overhead where no gradient is wanted, as in decoding.
 
     Under ``torch.func`` (``vmap``, ``grad``, ``jvp`` and so on) and ``torch.compile`` it is ``formula`` itself.
     """
@@ -90,7 +90,7 @@ def _summed(blocks: Sequence[Tensor]) -> Tensor:
 
 
 def _differentiable_backward(ctx, inputs: Sequence[Tensor], grad: Tensor) -> Iterator[Optional[Tensor]]:
-    """The gradients as autograd has them from the formula, which it can differentiate again."""
+    """Autograd's gradients of the formula, which it can differentiate again."""
     needed = ctx.needs_input_grad[:3]
     wanted = [tensor for tensor, is_needed in zip(inputs, needed) if is_needed]
     gradients = iter(torch.autograd.grad(ctx.formula(*inputs), wanted, grad, create_graph=True))

@@ -1,4 +1,4 @@
-"""What attention's backends have in common: the masks that they are given, and how their results lie in memory."""
+"""What the attention backends share: their masks, and the memory layout of their results."""
 
 from typing import NamedTuple, Optional, Tuple
 
@@ -21,7 +21,7 @@ class Masks(NamedTuple):
     scores: Optional[Tensor] = None
 
     def block(self, heads: slice, queries: slice, src_len: int) -> Block:
-        """A block, with the keys that some of its queries may see."""
+        """A block with the keys that any of its queries may see."""
         return heads, queries, slice(0, queries.stop if self.causal else src_len)
 
     def add_to(self, scores: Tensor, block: Block) -> None:

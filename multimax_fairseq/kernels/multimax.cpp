@@ -18,7 +18,7 @@ inline void with_vectors(int64_t width, Body body) {
   }
 }
 
-// The scores that vector k of VECTORS has of a row.
+// How many scores of a row vector k of VECTORS holds.
 template <int VECTORS>
 inline int lanes_of(int k, int64_t width) {
   return k < VECTORS - 1 ? LANES : int(width) - (VECTORS - 1) * LANES;
@@ -31,9 +31,9 @@ inline void forward_row(int64_t width, const float* scores, float* p, Modulator<
   each(width, [&](int64_t j, auto lanes) { store(p + j, lanes, factor * load(p + j, lanes, 0)); });
 }
 
-constexpr int TOGETHER = 4;  // while one row waits for a sum over its lanes, say, others go on
+constexpr int TOGETHER = 4;  // rows; while one waits, for a sum over its lanes, say, others go on
 
-// Likewise of TOGETHER rows, which stay in registers.
+// Probabilities of TOGETHER rows, which stay in registers.
 template <int VECTORS, int ORDER>
 inline void forward_rows(int64_t width, const float* scores, float* probabilities, Modulator<ORDER> sigma) {
   Vec y[TOGETHER][VECTORS];
@@ -75,7 +75,7 @@ void forward(int64_t rows, int64_t width, int threads, const float* scores, floa
   });
 }
 
-// Gradients of the scores of some rows. Returns the sums over them; few_rows() says of how many rows.
+// Writes the gradients of the scores of at most few_rows() rows, and returns the sums over them.
 template <int VECTORS, int ORDER>
 Sums<ORDER> backward_rows(int64_t rows, int64_t width, const float* x, const float* p, const float* g,
                           float* grad_scores, Modulator<ORDER> sigma) {

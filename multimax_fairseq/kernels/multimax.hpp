@@ -1,7 +1,5 @@
-// MultiMax on a row of fp32 scores, for a CPU: what multimax.cpp and attention.cpp are made of.
-//
-// The formulas are those of rows.py. Vectors are the extension that GCC and Clang share, as wide as the processor
-// that the compiler is told of.
+// MultiMax on a row of fp32 scores, for a CPU, and the vectors that all C++ kernels use. The formulas are those of
+// rows.py. Vectors use the extension that GCC and Clang share, as wide as the target processor allows.
 
 #pragma once
 
@@ -31,12 +29,12 @@ typedef int32_t IntVec __attribute__((vector_size(4 * LANES)));
 
 constexpr float INFINITE = std::numeric_limits<float>::infinity();
 constexpr float LOWEST = std::numeric_limits<float>::lowest();
-// Scores further away count as this far where a gradient is computed: times a gradient of 0 the square is 0.
+// Gradients clamp scores to this range: the square stays finite, so that 0 times it is 0.
 constexpr float FAR = float(1LL << 50);
 
 inline Vec all(float x) { return x - Vec{}; }
 
-// a > b ? a : b and a < b ? a : b: of NaN and a number, b. GCC makes two instructions of that.
+// a > b ? a : b and a < b ? a : b: where a or b is NaN, b. GCC compiles those to two instructions.
 #if defined(__AVX512F__)
 inline Vec max(Vec a, Vec b) { return (Vec)_mm512_max_ps((__m512)a, (__m512)b); }
 inline Vec min(Vec a, Vec b) { return (Vec)_mm512_min_ps((__m512)a, (__m512)b); }
@@ -81,11 +79,11 @@ struct Lanes {
   typedef float Type __attribute__((vector_size(4 * COUNT)));
 };
 
-// Of all lanes: one half with the other, and so on.
+// Reduces all lanes: one half with the other, and so on.
 template <int COUNT, class Operation>
 inline float reduce(const typename Lanes<COUNT>::Type& v, Operation operation) {
   if constexpr (COUNT == 2) {
-    return operation(Lanes<4>::Type{v[0]}, Lanes<4>::Type{v[1]})[0];  // as numbers, a compiler may take a branch
+    return operation(Lanes<4>::Type{v[0]}, Lanes<4>::Type{v[1]})[0];  // of plain floats, a compiler may make a branch
   } else {
     typename Lanes<COUNT / 2>::Type halves[2];
     std::memcpy(halves, &v, sizeof v);
@@ -101,10 +99,10 @@ inline float max(Vec v) {
   return reduce<LANES>(v, [](auto a, auto b) { return a > b ? a : b; });
 }
 
-// Added to a number, it is rounded to a whole one, n, and the last bits of the sum are n + 127.
+// Adding this to a number rounds it to an integer n; the last bits of the sum are n + 127.
 constexpr float SHIFT = 3 * (1 << 22) + 127;
 
-// 2^n of n + SHIFT; 0 for n = -127.
+// 2^n from n + SHIFT; 0 for n = -127.
 inline Vec power_of_2(Vec shifted) {
   IntVec bits;
   std::memcpy(&bits, &shifted, sizeof bits);
@@ -114,7 +112,7 @@ inline Vec power_of_2(Vec shifted) {
   return power;
 }
 
-// exp(x) for x <= 0, to 2 units in the last place; 0 below -87.7, NaN of NaN.
+// exp(x) for x <= 0, to 2 units in the last place; 0 below -87.7, NaN for NaN.
 //
 // exp(x) = 2^n exp(r), r = x - n log 2 in [-log(2)/2, log(2)/2]. The polynomial is a minimax fit, to 2^-28; the two
 // parts of log 2 are those of Moshier's Cephes library (expf).
@@ -140,7 +138,7 @@ inline void each(int64_t count, Body body) {
 }
 
 inline float dot(const float* a, const float* b, int64_t count) {
-  Vec even = {}, odd = {};  // a sum has to wait for the one before it
+  Vec even = {}, odd = {};  // two: each addition waits for the one before it
   int64_t j = 0;
   for (; j + 2 * LANES <= count; j += 2 * LANES) {
     even += load(a + j, AllLanes{}, 0) * load(b + j, AllLanes{}, 0);
@@ -150,7 +148,7 @@ inline float dot(const float* a, const float* b, int64_t count) {
   return sum(even + odd);
 }
 
-// Calls body(first, last, thread) for a part of `count` things in each thread.
+// Splits `count` items among threads; each calls body(first, last, thread).
 template <class Body>
 inline void share(int64_t count, int threads, Body body) {
 #pragma omp parallel num_threads(threads)
@@ -160,7 +158,7 @@ inline void share(int64_t count, int threads, Body body) {
   }
 }
 
-// Thresholds b_n and d_n, and their gains: of `thresholds` and `gains`, (ORDER, 2).
+// Thresholds b_n and d_n and their gains, from `thresholds` and `gains`, (ORDER, 2).
 template <int ORDER>
 struct Modulator {
   float below[ORDER], above[ORDER], gain_below[ORDER], gain_above[ORDER];
@@ -168,13 +166,13 @@ struct Modulator {
   Modulator(const float* thresholds, const float* gains) {
     for (int n = 0; n < ORDER; ++n) {
       below[n] = thresholds[2 * n], above[n] = thresholds[2 * n + 1];
-      // max() would lose a threshold that is not a number
+      // max() would lose a NaN threshold
       gain_below[n] = below[n] == below[n] ? gains[2 * n] : below[n];
       gain_above[n] = above[n] == above[n] ? gains[2 * n + 1] : above[n];
     }
   }
 
-  // sigma(x); -inf stays -inf. In the formula's order: what is infinite, or no number, depends on it.
+  // sigma(x); -inf stays -inf. The order is the formula's, as it decides what overflows or becomes NaN.
   inline Vec operator()(Vec x) const {
     Vec y = x;
     for (int n = ORDER - 1; n >= 0; --n) {
@@ -198,10 +196,10 @@ inline void with_modulator(int64_t order, const float* thresholds, const float* 
   }
 }
 
-// Rows over which the sums below may go in fp32: 16,384 scores. Then they are added up in double precision.
+// How many rows (16,384 scores) the sums below add up in fp32, before they are added in double precision.
 inline int64_t few_rows(int64_t width) { return width < (1 << 14) ? (1 << 14) / width : 1; }
 
-// Sums over scores that the gradients of thresholds and gains consist of.
+// The sums over scores from which the gradients of thresholds and gains are made.
 template <int ORDER>
 struct Sums {
   Vec slope_below[ORDER] = {}, slope_above[ORDER] = {}, power_below[ORDER] = {}, power_above[ORDER] = {};
@@ -238,25 +236,25 @@ struct Sums {
   }
 };
 
-// A probability is exp(sigma - peak) * factor. Of two numbers, as their one, the logarithm of the sum, would lose the
-// digits that large scores have before the point.
+// A probability is exp(sigma - peak) * factor. One number for both, log sum exp sigma, would lose digits where scores
+// are large.
 struct Normaliser {
-  float peak;    // max sigma; 0 where no score is there
-  float factor;  // 1 / sum exp(sigma - max sigma); 0 there
+  float peak;    // max sigma; 0 in a row without scores
+  float factor;  // 1 / sum exp(sigma - peak); 0 in a row without scores
 };
 
-// exp(sigma(x) - max sigma) of a row of `count` scores, which may be written over.
+// exp(sigma(x) - max sigma) of a row of `count` scores; `result` may be `scores`.
 template <int ORDER>
 inline Normaliser exponentials(const float* scores, float* result, int64_t count, Modulator<ORDER> sigma) {
   Vec peaks = all(-INFINITE), largest = peaks, totals = {};
   each(count, [&](int64_t j, auto lanes) {
     const Vec x = load(scores + j, lanes, -INFINITE), modulated = sigma(x);
-    largest = max(x, largest);  // loses NaN, as peaks may; exp(NaN) below does not
+    largest = max(x, largest);  // loses NaN, as peaks may; exp(NaN) below keeps it
     peaks = max(peaks, modulated);
     store(result + j, lanes, modulated);
   });
   float peak = max(peaks);
-  // if a score is there, and all sigma are -inf or NaN, softmax of them is NaN
+  // 0 only in a row without scores: with scores whose sigma are all -inf or NaN, the row becomes NaN
   if (!(peak > -INFINITE) && max(largest) == -INFINITE) peak = 0;
   each(count, [&](int64_t j, auto lanes) {
     const Vec exponential = exp(load(result + j, lanes, -INFINITE) - peak);

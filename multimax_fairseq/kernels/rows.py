@@ -1,16 +1,15 @@
 """MultiMax in one pass forward and one backward: functions for a compiler to fuse.
 
-Each is plain torch on rows of scores, (rows, width), and knows nothing of autograd: :mod:`.fused` and the criterion
-and attention that need a part of it put them together, :mod:`.backend` says whether they run compiled. With
-u = ∂L/∂σ, and sums over all scores, the gradients are::
+Each is plain torch on rows of scores, (rows, width), without autograd: :mod:`.fused`, the losses and attention
+combine them. :mod:`.backend` says whether they run compiled. With u = ∂L/∂σ, and sums over all scores::
 
     ∂L/∂x     = u · (1 − Σ_n n g_b,n max(b_n − x, 0)^(n−1) [x < b_n] + Σ_n n g_d,n max(x − d_n, 0)^(n−1) [x > d_n])
     ∂L/∂g_b,n = Σ u · max(b_n − x, 0)^n            ∂L/∂b_n =   g_b,n Σ u · n max(b_n − x, 0)^(n−1) [x < b_n]
     ∂L/∂g_d,n = Σ u · max(x − d_n, 0)^n            ∂L/∂d_n = − g_d,n Σ u · n max(x − d_n, 0)^(n−1) [x > d_n]
 
-The backwards return those of thresholds and gains as one tensor, (2, N, 2), so that blocks of rows add up. All is
-written for the compiler: ``relu`` is one instruction where ``clamp`` is four, and an absent score is filled once,
-where its value could reach a result.
+The backwards return those of thresholds and gains as one tensor, (2, N, 2), so that blocks of rows can be added. The
+code is written for the compiler: ``relu`` is one instruction where ``clamp`` is four, and an absent score is filled
+once, where its value could reach a result.
 """
 
 from typing import Tuple
@@ -21,13 +20,13 @@ from torch import Tensor
 from .compiler import kernel
 from .scores import compute_dtype, is_absent
 
-# Scores further away count as this far where a gradient is computed: times a gradient of 0 the square is 0.
+# Gradients clamp scores to ± this: the square stays finite, so that 0 times it is 0.
 FAR = 2.0**50
 
 
 @kernel
 def multimax_rows(scores: Tensor, thresholds: Tensor, gains: Tensor) -> Tensor:
-    """softmax(σ(x)): probabilities of the dtype of ``scores``, zeros in a row without scores."""
+    """softmax(σ(x)) in the dtype of ``scores``; zeros in a row without scores."""
     return normalised(scores, thresholds, gains)[0].to(scores.dtype)
 
 
@@ -37,7 +36,7 @@ def multimax_rows_backward(
 ) -> Tuple[Tensor, Tensor]:
     """∂L/∂x, and ∂L/∂(thresholds, gains), from ∂L/∂p.
 
-    In half precision probabilities are computed again: rounded, they would not cancel in the sums of gradients.
+    In half precision, probabilities are recomputed: rounded ones would not cancel in the sums of gradients.
     """
     grad = grad.to(compute_dtype(scores.dtype))
     if grad.dtype != scores.dtype:
@@ -48,7 +47,7 @@ def multimax_rows_backward(
 
 @kernel
 def modulate_rows(scores: Tensor, thresholds: Tensor, gains: Tensor) -> Tensor:
-    """σ(x), of the dtype of ``scores``; −inf stays −inf."""
+    """σ(x) in the dtype of ``scores``; −inf stays −inf."""
     return present_sigma(scores, thresholds, gains).to(scores.dtype)
 
 
@@ -64,7 +63,7 @@ def modulate_rows_backward(
 def sigma(x: Tensor, thresholds: Tensor, gains: Tensor) -> Tensor:
     """σ(x) in the dtype of ``x``; anything where a score is absent."""
     modulated, thresholds, gains = x, thresholds.to(x.dtype), gains.to(x.dtype)
-    for row in reversed(range(len(gains))):  # as in the formula: what is infinite, or no number, depends on it
+    for row in reversed(range(len(gains))):  # the formula's order, as it decides what overflows or becomes NaN
         below, above = torch.relu(thresholds[row, 0] - x), torch.relu(x - thresholds[row, 1])
         terms = gains[row, 0] * below, gains[row, 1] * above
         if row == 1:
@@ -83,14 +82,14 @@ def normalised(scores: Tensor, thresholds: Tensor, gains: Tensor) -> Tuple[Tenso
     """Probabilities exp(σ(x) − peak) · factor, in fp32 at least, and their normalisers.
 
     Returns:
-        probabilities, (rows, width); peak = max σ and factor = 1 / Σ exp(σ − peak), (rows, 1), both 0 where no score
-        is there.
+        probabilities, (rows, width); peak = max σ and factor = 1 / Σ exp(σ − peak), (rows, 1), both 0 in a row
+        without scores.
     """
     modulated = present_sigma(scores, thresholds, gains)
-    empty = is_absent(scores.amax(-1, keepdim=True))  # by the scores: a row whose σ all overflow to −inf is NaN
+    empty = is_absent(scores.amax(-1, keepdim=True))  # not by σ: a row whose σ all overflow to −inf is NaN
     peak = modulated.amax(-1, keepdim=True).masked_fill(empty, 0.0)
     exponentials = (modulated - peak).exp()
-    total = exponentials.sum(-1, keepdim=True)  # has the NaN of a row, which torch 2.2's amax can lose on a CPU
+    total = exponentials.sum(-1, keepdim=True)  # keeps a row's NaN, which torch 2.2's amax can lose on a CPU
     factor = 1 / total.masked_fill(total == 0, float("inf"))
     return exponentials * factor, peak, factor
 
@@ -120,6 +119,6 @@ def sigma_backward(
 
 
 def _sum(terms: Tensor) -> Tensor:
-    # Row by row, which the compiler does on the way, and then in double precision: of sums of more than 4,096 numbers
-    # in single Inductor would make another kernel.
+    # By row, which the compiler fuses, then in double precision: for a sum of more than 4,096 numbers in single,
+    # Inductor would make another kernel.
     return terms.sum(-1).double().sum()

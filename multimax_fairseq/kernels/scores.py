@@ -1,18 +1,11 @@
-"""What every kernel has to know of a score: the dtype to compute in, and that −inf is no score."""
+"""What every kernel must know about scores: the dtype to compute in, and that −inf means no score."""
 
 import torch
 from torch import Tensor
 
 
 def is_absent(scores: Tensor) -> Tensor:
-    """Where a score is −inf.
-
-    Args:
-        scores: any shape, floating point.
-
-    Returns:
-        bool, the shape of ``scores``.
-    """
+    """Where a score is −inf: bool, the shape of ``scores``."""
     return scores == float("-inf")
 
 

@@ -1,12 +1,7 @@
 // Sparsemax, 1.5-entmax, alpha-entmax and EvSoftMax over rows of fp32 scores, and their gradients.
 //
-// With c = alpha - 1 and d = x - max x the first three are p = max(t + c d, 0)^(1/c), for the t in (0, 1] that makes
-// sum p = 1. It is the root of N(t) - 1 with the norm N(t) = (sum max(t + c d, 0)^(1/c))^c, convex and nearly
-// straight, so that Newton's method from t = 1 comes down to it in few steps and never below: what is 0 at one step
-// stays so, and is left out of the next. A step makes (N - 1) N' at most a quarter of what it was.
-//
-// All is computed from q = max(1 + (c / t) d, 0)^(1/c), which is 1 for the largest score, and p = q / sum q. The
-// logarithm of 1 + (c / t) d keeps its digits where c is small, so this holds down to softmax, c = 0.
+// The formulas, with c = alpha - 1, d = x - max x, t and q, are those of sparse_rows.py. Newton's method falls to the
+// root t and never below it: what is 0 at one step stays 0, and the next step leaves it out. The largest q is 1.
 
 #include "multimax.hpp"
 
@@ -18,20 +13,20 @@ namespace multimax {
 constexpr float SMALLEST = std::numeric_limits<float>::min();
 constexpr float NOT_A_NUMBER = std::numeric_limits<float>::quiet_NaN();
 constexpr int MOST_STEPS = 50;  // twice what a row of 2^20 scores can need
-constexpr int64_t SHORT_SUM = 1 << 10;  // scores that are added up before they are added to others
+constexpr int64_t SHORT_SUM = 1 << 10;  // scores in a partial sum
 constexpr int STARTS = 3;        // steps at alpha = 1.5
-constexpr int64_t FEW_SCORES = 64;  // in rows as short as this, a step takes less time for as many rows as lanes
+constexpr int64_t FEW_SCORES = 64;  // rows up to this length take less time LANES at once
 
 inline Vec sqrt(Vec v) {
   for (int lane = 0; lane < LANES; ++lane) v[lane] = __builtin_sqrtf(v[lane]);
   return v;
 }
 
-// log2(1 + x) of a number above -1, to 3 units in the last place; `whole` is 1 + x.
+// log2(1 + x) for x > -1, to 3 units in the last place; `whole` is 1 + x.
 //
 // 1 + x = 2^n (1 + f), 1 + f in [sqrt(1/2), sqrt(2)), with the polynomial of Moshier's Cephes library (logf) times
-// log2(e). Where n is 0, f is x itself, which has more digits. Here and below the terms of a polynomial are added
-// up in pairs: a processor looks ahead less far than the chain of Horner's scheme is long.
+// log2(e). Where n is 0, f is x itself, which has more digits. Here and below, the terms of a polynomial are added in
+// pairs: the chain of Horner's scheme is longer than a processor looks ahead.
 inline Vec log2_1p(Vec x, Vec whole) {
   IntVec bits;
   std::memcpy(&bits, &whole, sizeof bits);
@@ -48,7 +43,7 @@ inline Vec log2_1p(Vec x, Vec whole) {
   return y * f + __builtin_convertvector(n, Vec);
 }
 
-// log2(x) of a number that is not smaller than SMALLEST.
+// log2(x) for x >= SMALLEST.
 inline Vec log2(Vec x) { return log2_1p(x - 1.f, x); }
 
 // 2^x for x <= 0, to 2 units in the last place; 0 below -126.5. The polynomial is that of Cephes (exp2f).
@@ -69,7 +64,7 @@ inline Vec reciprocal(Vec x) {
 #endif
 }
 
-// A bit for each lane that is not `limit` or less.
+// A bit for each lane that is above `limit`, or NaN.
 inline uint32_t lanes_above(Vec v, Vec limit) {
 #if defined(__AVX512F__)
   return _mm512_cmp_ps_mask((__m512)v, (__m512)limit, _CMP_NLE_UQ);
@@ -82,7 +77,7 @@ inline uint32_t lanes_above(Vec v, Vec limit) {
 #endif
 }
 
-// Writes the lanes of `bits` side by side, and may write LANES numbers.
+// Writes the lanes of `bits` side by side; may write up to LANES numbers.
 inline void compress(float* to, Vec v, uint32_t bits) {
 #if defined(__AVX512F__)
   _mm512_storeu_ps(to, _mm512_maskz_compress_ps(bits, (__m512)v));
@@ -91,7 +86,7 @@ inline void compress(float* to, Vec v, uint32_t bits) {
 #endif
 }
 
-// The other way round: numbers that lie side by side into the lanes of `bits`, 0 into the others.
+// The inverse: reads adjacent numbers into the lanes of `bits`, 0 into the others.
 inline Vec expand(const float* from, uint32_t bits) {
 #if defined(__AVX512F__)
   return (Vec)_mm512_maskz_expand_ps(bits, _mm512_loadu_ps(from));
@@ -102,9 +97,9 @@ inline Vec expand(const float* from, uint32_t bits) {
 #endif
 }
 
-// The mappings, by c: of one row, or of as many as lanes. power(base) is q = base^(1/c) and its slope, base^(1/c-1);
-// shrink(sum) is sum^-c; bend is (1 - c) / 2c, or 0 where base^(1/c-2), which it goes with, may be infinite; near is
-// how near to its root t has to come, in parts of c t. slope_of(p) is p^(1-c), and 0 of 0.
+// The mappings, given c: the same in all lanes, or one row per lane. power(base) gives q = base^(1/c) and its slope,
+// base^(1/c-1). shrink(sum) is sum^-c. bend is (1 - c) / 2c, or 0 where its factor base^(1/c-2) may be infinite. near
+// is how near t must come to its root, relative to c t. slope_of(p) is p^(1-c), and 0 for p = 0.
 
 struct Sparsemax {
   static constexpr bool COSTLY = false, SPARSE = true;
@@ -150,21 +145,21 @@ struct EvSoftmax {
 template <class Mapping>
 struct Root {
   const Mapping mapping;
-  Vec t = all(1.f), bound = all(1.f);  // t is not above `bound`
-  Vec ratio = mapping.c, change = {};  // c / t, and how much that was in the last step
+  Vec t = all(1.f), bound = all(1.f);  // `bound` is an upper bound of t
+  Vec ratio = mapping.c, change = {};  // c / t, and its change in the last step
   Vec sum, slopes, curves, earlier;
 
   explicit Root(Vec c) : mapping(c) { clear(); }
 
   void clear() { sum = slopes = curves = earlier = Vec{}; }
 
-  // To be called now and then, as short sums lose less; slopes and curves may lose it.
+  // Call it now and then: short sums round less. Slopes and curves need not be so exact.
   void carry() { earlier += sum, sum = Vec{}; }
 
-  // q of a score less the maximum of its row; adds to the sums.
+  // q from d, a score minus the maximum of its row; adds to the sums.
   Vec add(Vec d, Vec& inverse) {
     const Vec base_less_1 = ratio * d, base = 1.f + base_less_1;
-    inverse = reciprocal(base > 0.f ? base : all(1.f));  // 1 / 0 would come into the sums as NaN
+    inverse = reciprocal(base > 0.f ? base : all(1.f));  // 1 / 0 would put NaN into the sums
     Vec slope, q = mapping.power(base, base_less_1, inverse, slope);
     q = base > 0.f ? q : Vec{};
     slope = base > 0.f ? slope : Vec{};
@@ -172,11 +167,10 @@ struct Root {
     return q;
   }
 
-  // With all scores added: in which lanes t is not yet near enough to the root. Moves it there.
-  //
-  // Newton's step bounds t, since N is convex; Halley's, by the second derivative too, comes nearer.
+  // When all scores are added: moves t to the root, and returns the lanes where it was not yet near enough. Newton's
+  // step bounds t, since N is convex; Halley's, which also uses the second derivative, comes nearer.
   IntVec step() {
-    sum = max(sum, all(1.f));  // less only where no score is there
+    sum = max(sum, all(1.f));  // less only in a row without scores
     const Vec goal = mapping.shrink(sum), error = t - goal, newton = error * sum / slopes;
     const Vec tolerance = max(mapping.near * mapping.c, all(1.2e-7f)) * goal;
     const Vec curve = mapping.bend * newton * (curves / slopes - slopes / sum) / t;
@@ -188,7 +182,7 @@ struct Root {
     return (error > tolerance) | (error < -tolerance);
   }
 
-  // Of a power that takes long, q after the last step from q before it: two terms of its series. Adds to the sum.
+  // q after the last step; where the power is costly, from q before it by two terms of its series. Adds to the sum.
   Vec settle(Vec q, Vec d, Vec inverse) {
     if (Mapping::COSTLY) {
       const Vec y = change / mapping.c * d * inverse;
@@ -199,7 +193,7 @@ struct Root {
   }
 };
 
-// `room`: 3 (width + LANES) numbers.
+// `room` is scratch of 3 (width + LANES) numbers.
 template <class Mapping>
 void project_row(const float* scores, float* probabilities, int64_t width, float c, float* room) {
   float *left = room, *q = left + width + LANES, *inverse = q + width + LANES;
@@ -252,7 +246,7 @@ void project_row(const float* scores, float* probabilities, int64_t width, float
   });
 }
 
-// Swaps the blocks of HALF rows and HALF columns that lie off the diagonal.
+// Swaps the off-diagonal blocks of HALF rows and HALF columns.
 template <int HALF, int... LANE>
 inline void swap_blocks(Vec& a, Vec& b, std::integer_sequence<int, LANE...>) {
   const Vec first = {(LANE & HALF ? b[LANE & ~HALF] : a[LANE])...};
@@ -260,7 +254,7 @@ inline void swap_blocks(Vec& a, Vec& b, std::integer_sequence<int, LANE...>) {
   a = first;
 }
 
-// LANES rows become columns.
+// Transposes LANES rows of LANES numbers.
 template <int HALF = LANES / 2>
 inline void transpose(Vec* rows) {
 #pragma GCC unroll 16
@@ -270,7 +264,7 @@ inline void transpose(Vec* rows) {
   if constexpr (HALF > 1) transpose<HALF / 2>(rows);
 }
 
-// As many rows as lanes, or fewer: `height`. Each lane of a vector belongs to a row.
+// `height` rows at once, at most LANES. Each lane of a vector belongs to one row.
 template <class Mapping>
 void project_rows_abreast(const float* scores, float* probabilities, int64_t width, Vec c, int height) {
   Vec d[FEW_SCORES], q[FEW_SCORES], inverse[FEW_SCORES], peaks = all(LOWEST);
@@ -286,8 +280,8 @@ void project_rows_abreast(const float* scores, float* probabilities, int64_t wid
   for (int64_t j = 0; j < width; ++j) d[j] -= peaks;
   Root<Mapping> root(c);
   if constexpr (Mapping::COSTLY) {
-    // Start near the root: from alpha = 1.5, whose powers cost little. The logarithm of the largest probability falls
-    // about linearly with c.
+    // Start near the root, by way of alpha = 1.5, whose powers are cheap: the logarithm of the largest probability
+    // falls about linearly with c.
     Root<Entmax15> start(c);
     for (int steps = 0; steps < STARTS; ++steps) {
       start.clear();
@@ -334,7 +328,7 @@ void evsoftmax_row(const float* scores, float* probabilities, int64_t width, flo
   });
 }
 
-// `parameters`, of every row or (stride 0) of all: c, or the epsilon of EvSoftMax.
+// `parameters` is c, or the epsilon of EvSoftMax: one per row, or one for all (stride 0).
 template <class Mapping>
 void project_rows(int64_t rows, int64_t width, int threads, const float* scores, const float* parameters,
                   int64_t stride, float* probabilities) {
@@ -372,12 +366,9 @@ inline Vec bent(Vec x) {
   return y * x + 0.5f;
 }
 
-// dL/dx = s (g - sum s g / sum s), s = p^(1-c), of `count` scores. It may be written over p.
+// dL/dx = s (g - sum s g / sum s), s = p^(1-c), of `count` scores; `result` may be `p`.
 //
-// And where `grad_of_c` is wanted, dL/dc: the gradient of alpha (Correia, Niculae, Martins 2019), without differences
-// that are of the size of c^2. With l = log p and B = (exp(-c l) - 1 + c l) / c^2,
-//
-//     dL/dc = (sum p B * sum g p (1 - c l) - (1 - c sum p l) * sum g p B) / sum s.
+// Where `grad_of_c` is not null also dL/dc, by the formula of entmax_rows_backward_of_c in sparse_rows.py.
 template <class Mapping>
 inline void backward_row(const float* p, const float* g, float* result, int64_t count, float c, float* grad_of_c) {
   const Mapping mapping(all(c));
@@ -434,7 +425,7 @@ void backward_rows(int64_t rows, int64_t width, int threads, const float* probab
   });
 }
 
-// Calls body with a mapping, by its place in the list of sparse.py; only its type counts.
+// Calls body with the mapping at place `kind` of KERNELS in sparse.py; only its type matters.
 template <class Body>
 inline void with_mapping(int64_t kind, Body body) {
   const Vec any = all(1.f);
@@ -447,7 +438,7 @@ inline void with_mapping(int64_t kind, Body body) {
 
 extern "C" {
 
-// scores, probabilities: (rows, width). parameters: (rows,), or with stride 0 one number.
+// scores, probabilities: (rows, width). parameters: (rows,), or one number with stride 0.
 void sparse_rows(int64_t kind, int64_t rows, int64_t width, int64_t threads, const float* scores,
                  const float* parameters, int64_t stride, float* probabilities) {
   multimax::with_mapping(kind, [&](auto mapping) {

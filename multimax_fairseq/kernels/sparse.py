@@ -1,6 +1,6 @@
-"""Sparse mappings with a backward of their own: in C++ (``sparse.cpp``), or by the kernels of :mod:`.sparse_rows`.
+"""Sparse mappings with a backward of their own, which needs only the probabilities.
 
-What is kept for the backward are the probabilities.
+They run in C++ (``sparse.cpp``), or by the kernels of :mod:`.sparse_rows`.
 """
 
 from pathlib import Path
@@ -16,7 +16,7 @@ from .scores import compute_dtype
 
 
 class Kernels(NamedTuple):
-    """Those of a mapping, and whether they take a number a row: c = α − 1, or the ε of EvSoftMax."""
+    """A mapping's kernels, and whether each takes a number per row: c = α − 1, or the ε of EvSoftMax."""
 
     forward: Kernel
     backward: Kernel
@@ -47,7 +47,7 @@ def fused_sparse(
 
     Args:
         scores: any shape, fp16, bf16, fp32 or fp64; the first two are computed in fp32.
-        parameter: c = α − 1 of ``entmax``, which gets a gradient, or ε of ``evsoftmax``: a number, or (…, 1) of them.
+        parameter: c = α − 1 of ``entmax``, which gets a gradient, or ε of ``evsoftmax``: one number, or (…, 1).
     """
     if scores.numel() == 0:
         return scores.clone()
@@ -118,7 +118,7 @@ def _backward_by_kernels(
     parameters = _of_rows(True, parameter, rows[0])
 
     def run(kernel: Kernel, takes: bool) -> Tensor:
-        # autograd can differentiate again what is not compiled
+        # uncompiled, autograd can differentiate it again
         return (kernel.eager if torch.is_grad_enabled() else kernel)(*rows, *(parameters if takes else ()))
 
     grads_of_rows = run(sparse_rows.entmax_rows_backward_of_c, True) if wants_parameter else None
@@ -134,7 +134,7 @@ def _of_rows(takes: bool, parameter: Tensor, flat: Tensor) -> List[Tensor]:
 
 
 def _sizes(name: str, scores: Tensor) -> Tuple[int, int, int, int]:
-    """place of the mapping, rows, width, threads"""
+    """index of the mapping, rows, width, threads"""
     width = scores.size(-1)
     return list(KERNELS).index(name), scores.numel() // width, width, cpp.threads_for(scores)
 

@@ -1,8 +1,8 @@
 """Sparsemax, 1.5-entmax, α-entmax and EvSoftMax without sorting: functions of rows for a compiler to fuse.
 
 With c = α − 1 and d = x − max x, the first three are p = max(t + c·d, 0)^(1/c) for the t in (0, 1] that makes
-Σ p = 1. It is the root of N(t) − 1 with the norm N(t) = (Σ max(t + c·d, 0)^(1/c))^c, which is convex and nearly
-straight, so that Newton's method from t = 1 comes down to it in a few steps and never below::
+Σ p = 1. It is the root of N(t) − 1 with the norm N(t) = (Σ max(t + c·d, 0)^(1/c))^c. That is convex and nearly
+straight, so Newton's method from t = 1 falls to the root in a few steps and never below it::
 
     q = max(1 + (c / t)·d, 0)^(1/c)        p = q / Σ q        t ← t − (t − (Σ q)^−c) · Σ q / Σ q^(1−c)
 
@@ -25,8 +25,8 @@ from torch import Tensor
 from .compiler import row_kernel
 from .scores import is_absent
 
-# Rows of normal scores take 6. A step makes (N − 1)·N' at most a quarter of what it was; the worst rows found, with
-# scores in powers of something, take 7 where they have 512 scores and 12 where they have 32,768.
+# Rows of normal scores take 6. A step reduces (N − 1)·N' to a quarter or less. The worst rows found, whose scores are
+# powers of a number, take 7 with 512 scores and 12 with 32,768.
 STEPS = 12
 
 
@@ -79,7 +79,7 @@ def entmax_rows_backward(probabilities: Tensor, grad: Tensor, c: Tensor) -> Tens
 
 @row_kernel
 def evsoftmax_rows_backward(probabilities: Tensor, grad: Tensor) -> Tensor:
-    """Likewise: that of softmax, as the choice of what is kept has no gradient."""
+    """Likewise; as for softmax, since the choice of what is kept has no gradient."""
     return _scores_backward(probabilities, grad)
 
 
@@ -87,7 +87,7 @@ def evsoftmax_rows_backward(probabilities: Tensor, grad: Tensor) -> Tensor:
 def entmax_rows_backward_of_c(probabilities: Tensor, grad: Tensor, c: Tensor) -> Tensor:
     """∂L/∂c, which is ∂L/∂α, (rows, 1).
 
-    The formula of Correia, Niculae & Martins without its differences of the size of c². With l = log p and
+    The formula of Correia, Niculae & Martins without its differences of size c². With l = log p and
     B = (exp(−c·l) − 1 + c·l) / c², which is l² / 2 at c = 0, and sums over the row::
 
         ∂L/∂c = (Σ p·B · Σ g·p·(1 − c·l) − (1 − c·Σ p·l) · Σ g·p·B) / Σ p^(1−c)
@@ -106,7 +106,7 @@ def entmax_rows_backward_of_c(probabilities: Tensor, grad: Tensor, c: Tensor) ->
 
 
 def _project(scores: Tensor, c: Union[float, Tensor], power: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """p; ``power``: (base, base − 1) ↦ base^(1/c), where base is above 0."""
+    """Probabilities; ``power`` maps (base, base − 1) to base^(1/c), for base > 0."""
     d = scores - _largest(scores)
     ratio = c
     for _ in range(STEPS):
@@ -121,25 +121,25 @@ def _project(scores: Tensor, c: Union[float, Tensor], power: Callable[[Tensor, T
 def _powers(
     d: Tensor, ratio: Union[float, Tensor], power: Callable[[Tensor, Tensor], Tensor]
 ) -> Tuple[Tensor, Tensor]:
-    """q, and its base, 1 where q is 0."""
+    """q and its base, which is 1 where q is 0."""
     base_less_1 = ratio * d
-    outside = base_less_1 <= -1  # not where NaN is
+    outside = base_less_1 <= -1  # false for NaN
     base = torch.where(outside, 1.0, 1 + base_less_1)
     return torch.where(outside, 0.0, power(base, base_less_1)), base
 
 
 def _largest(scores: Tensor) -> Tensor:
-    """(rows, 1): the lowest number where no score is there."""
+    """The maximum, (rows, 1); the lowest finite number in a row without scores."""
     return scores.amax(-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).min)
 
 
 def _at_least(total: Tensor) -> Tensor:
-    """A sum that some score makes 1 or more; less only where no score is there, and all is 0."""
+    """``total``, kept above 0. It is 1 or more, except in a row without scores, where all is 0."""
     return total.clamp(min=torch.finfo(total.dtype).tiny)
 
 
 def _nonzero(probabilities: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
-    """``function`` of the probabilities, and 0 of 0, where it may be infinite, or its derivative."""
+    """``function`` of the probabilities; 0 at 0, where it or its derivative may be infinite."""
     zero = probabilities == 0
     return torch.where(zero, 0.0, function(torch.where(zero, 1.0, probabilities)))
 
@@ -150,7 +150,7 @@ def _scores_backward(slope: Tensor, grad: Tensor) -> Tensor:
 
 
 def _bent(x: Tensor, power: Tensor) -> Tensor:
-    """(exp(x) − 1 − x) / x² for x ≥ 0, from x and exp(x): near 0 its series, of which fp64 needs 16 terms."""
+    """(exp(x) − 1 − x) / x² for x ≥ 0, from x and exp(x); for x < 1 its series, of which fp64 needs 16 terms."""
     near = x < 1
     small, series = torch.where(near, x, 0.0), torch.zeros_like(x)
     for n in range(17, 1, -1):

@@ -1,10 +1,8 @@
 """MultiMax attention on a GPU: one Triton kernel forward and two backward, those of :mod:`.triton_kernels`.
 
-Memory is linear in the length: what is kept for the backward is the inputs, and two numbers a query. It runs on
-NVIDIA's GPUs from compute capability 8.0 on and on AMD's; and on a CPU, slowly, for tests, where the environment
-variable ``TRITON_INTERPRET`` was 1 when Triton was imported.
-
-Nothing is added up in an order that is left to chance: the same call gives the same bits.
+Memory is linear in the length: the backward keeps the inputs and two numbers per query. It runs on NVIDIA's GPUs from
+compute capability 8.0 on and on AMD's; for tests also on a CPU, slowly, if the environment variable
+``TRITON_INTERPRET`` was 1 when Triton was imported. Sums have a fixed order: the same call gives the same bits.
 """
 
 import functools
@@ -26,7 +24,7 @@ logger = logging.getLogger(__name__)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MOST_DIMENSIONS = 128
 MOST_ORDER = 2
-FIRST_TRITON = (3, 7)  # that the kernels have been tried with
+FIRST_TRITON = (3, 7)  # the oldest that the kernels were tried with
 FIRST_CAPABILITY = (8, 0)
 
 
@@ -39,11 +37,11 @@ class Blocks(NamedTuple):
     stages: int
 
     def options(self) -> Dict[str, Any]:
-        """Triton's. Products and sums in one instruction: faster, and rounded once."""
+        """Triton's. Products and sums are one instruction: faster, and rounded once."""
         return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
 
 
-# By kernel, bytes of a number and largest head_dim: as large as goes without a spilled register on the GPUs that
+# By kernel, bytes of a number and largest head_dim: as large as possible without spilling registers on the GPUs that
 # scripts/check_kernels.py compiles for. In half precision a warp has 16 queries (in backward_keys, keys).
 BLOCKS: Dict[Tuple[str, int, int], Blocks] = {
     ("forward", 2, 64): Blocks(128, 32, 8, 2),
@@ -62,7 +60,7 @@ BLOCKS: Dict[Tuple[str, int, int], Blocks] = {
 
 
 def blocks_of(kernel: str, dtype: torch.dtype, head_dim: int, added: bool) -> Blocks:
-    """The row of ``BLOCKS`` for a kernel, the dtype of its queries and head_dim; half of it with an added mask."""
+    """The entry of ``BLOCKS`` for a kernel, dtype and head_dim; with an added mask, a block half as large."""
     blocks = BLOCKS[kernel, torch.finfo(dtype).bits // 8, 64 if head_dim <= 64 else MOST_DIMENSIONS]
     if not added:
         return blocks
@@ -72,7 +70,7 @@ def blocks_of(kernel: str, dtype: torch.dtype, head_dim: int, added: bool) -> Bl
 
 
 def padded(head_dim: int) -> int:
-    """head_dim as the kernels have it: the next power of 2, at least 16, which products need."""
+    """head_dim rounded up to a power of 2, at least 16, as products need."""
     return max(1 << (head_dim - 1).bit_length(), 16)
 
 
@@ -85,7 +83,7 @@ def serves(
     masks: Masks,
     dropout: float = 0.0,
 ) -> bool:
-    """Whether :func:`attend` takes these arguments, and runs here."""
+    """Whether :func:`attend` takes these arguments and can run."""
     (heads, tgt_len, head_dim), src_len = query.shape, key.size(1)
     return (
         query.dtype in DTYPES
@@ -116,16 +114,13 @@ def attend(
     """dropout(multimax(query · keyᵀ + masks)) · value, head by head; differentiable once.
 
     A query that sees no key gets zeros. All is computed in fp32, with products of fp16 and bf16 numbers on tensor
-    cores; those of fp32 numbers are of full precision ("ieee"), as PyTorch's are unless it is told otherwise. Three
-    products in TF32 ("tf32x3") would be faster; their error has not been measured.
+    cores. Products of fp32 numbers have full precision ("ieee"), as PyTorch's have by default. Three products in TF32
+    ("tf32x3") would be faster; their error has not been measured.
 
     Args:
-        query: (heads, tgt_len, head_dim), scaled; ``heads`` are those of all sentences, bsz · num_heads. fp16, bf16
-            or fp32; any strides, but a copy is made of what has gaps in its last dimension.
-        key, value: (heads, src_len, head_dim), likewise.
+        query, key, value, masks, dropout: as in :func:`.attention.multimax_attention`. fp16, bf16 or fp32; tensors
+            whose last dimension has gaps are copied. Masks get no gradient; dropout is in [0, 1).
         thresholds, gains: (order, 2); order 0 is softmax.
-        masks: the :class:`.Masks`; without a gradient.
-        dropout: the probability that a probability is dropped, in [0, 1).
         seed: of dropout's random numbers, int64: the same seed drops the same ones.
 
     Returns:
@@ -236,7 +231,7 @@ def _without_gaps(tensor: Tensor) -> Tensor:
 
 
 def version() -> Optional[str]:
-    """Of Triton; None where there is none, or one that is older than ``FIRST_TRITON``."""
+    """Triton's; None if it is missing, or older than ``FIRST_TRITON``."""
     if importlib.util.find_spec("triton") is None:
         return None
     import triton
@@ -246,7 +241,7 @@ def version() -> Optional[str]:
 
 @functools.lru_cache(maxsize=None)
 def _kernels() -> Optional[ModuleType]:
-    """The kernels; None where there is no Triton that has what they need."""
+    """The kernels; None without a Triton that they can use."""
     if version() is None:
         return None
     from . import triton_kernels
@@ -256,12 +251,12 @@ def _kernels() -> Optional[ModuleType]:
 
 @functools.lru_cache(maxsize=None)
 def _runs_on(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether kernels run on this device: a GPU that is new enough, or a CPU for which Triton interprets."""
+    """Whether kernels run on this device: a new enough GPU, or a CPU with Triton's interpreter."""
     kernels = _kernels()
     if kernels is None:
         return False
     if kernels.INTERPRETED:
-        return device.type == "cpu" and dtype != torch.bfloat16  # of which the interpreter makes wrong numbers
+        return device.type == "cpu" and dtype != torch.bfloat16  # which the interpreter gets wrong
     return (
         device.type == "cuda"
         and torch.cuda.get_device_capability(device) >= FIRST_CAPABILITY
@@ -270,7 +265,7 @@ def _runs_on(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def compiles(kernels: ModuleType, device: torch.device) -> bool:
-    """Whether a first, small kernel can be compiled and run: that takes a C compiler, too."""
+    """Whether a small kernel can be compiled and run, which also takes a C compiler."""
     written = torch.zeros(1, device=device)
     try:
         with torch.cuda.device_of(written):

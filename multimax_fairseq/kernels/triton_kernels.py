@@ -1,12 +1,12 @@
-"""Attention with MultiMax for a GPU, in Triton: what :mod:`.triton_attention` calls. Only imported where Triton is.
+"""Triton kernels of MultiMax attention, for :mod:`.triton_attention`. Only imported where Triton is installed.
 
-A program has a block of queries of one head, or a block of keys, and goes through the keys, or queries, of that head
-block by block; no score ever reaches memory. The formulas are those of :mod:`.rows`. Of each query there is
+A program has a block of queries (or of keys) of one head, and goes through the keys (or queries) of that head block
+by block; no score ever reaches memory. The formulas are those of :mod:`.rows`. Each query has
 
     peak      max_j σ_j, 0 in a row without scores
     factor    1 / Σ_j exp(σ_j − peak), 0 in a row without scores
-    expected  Σ_j p_j ∂L/∂p_j, added up from both of them: taken as gradient · output, whose rounding does not cancel,
-              it would ruin the gradients of thresholds and gains in half precision
+    expected  Σ_j p_j ∂L/∂p_j, summed from these very numbers: gradient · output is equal, but its rounding does not
+              cancel, and would ruin the gradients of thresholds and gains in half precision
 
 Source of the idea: Dao et al., *FlashAttention*, NeurIPS 2022. Of the random numbers: Salmon et al., *Parallel Random
 Numbers: As Easy as 1, 2, 3*, SC 2011; 7 rounds are the fewest of Philox that pass all of their tests.
@@ -17,13 +17,13 @@ import triton.language as tl
 
 INF = tl.constexpr(float("inf"))
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # of fp32
-# Stands for −inf where a gradient is computed: finite, so that times a gradient of 0 it is 0, also when squared.
+# Replaces −inf in gradients: finite, also when squared, so that 0 times it is 0.
 FAR_BELOW = tl.constexpr(-1e9)
 PHILOX_ROUNDS = tl.constexpr(7)
 
-# Lengths and seeds change from call to call: no kernel of its own for those that 16 divides, and for 1.
 INTERPRETED = triton.knobs.runtime.interpret
 
+# These change from call to call, so Triton is to make no special kernels for multiples of 16 and for 1.
 VARIABLE = ["seed", "tgt_len", "src_len", "hidden_head", "hidden_key", "added_query", "added_key"]
 
 
@@ -46,7 +46,7 @@ def _parameters(pointer, ORDER: tl.constexpr):
 
 @triton.jit
 def _sigma(x, thresholds, gains, ORDER: tl.constexpr):
-    """σ(x); −inf where, and only where, a score is."""
+    """σ(x); −inf exactly where the score is."""
     modulated = x
     if ORDER >= 1:
         modulated += gains[0] * tl.maximum(thresholds[0] - x, 0.0) + gains[1] * tl.maximum(x - thresholds[1], 0.0)
@@ -58,7 +58,7 @@ def _sigma(x, thresholds, gains, ORDER: tl.constexpr):
 
 @triton.jit
 def _sigma_backward(x, upstream, thresholds, gains, ORDER: tl.constexpr):
-    """∂L/∂x from u = ∂L/∂σ; and, for each of the parameters, u times the slope and the power that belong to it."""
+    """∂L/∂x from u = ∂L/∂σ; and, for each parameter, u times its slope and u times its power."""
     x = tl.maximum(x, FAR_BELOW)
     grad, zero = upstream, tl.zeros_like(upstream)
     slopes, powers = (zero, zero, zero, zero), (zero, zero, zero, zero)
@@ -81,13 +81,12 @@ def _masked(
     scores, query, key, queries, keys, hidden, added, hidden_key, added_query, added_key, tgt_len, src_len,
     CAUSAL: tl.constexpr,
 ):  # fmt: skip
-    """Scores with masks added, −inf where there is no such query or key.
+    """Scores with masks added; −inf beyond the last query and key.
 
-    The queries from ``query`` on and the keys from ``key`` on have their numbers in ``queries`` and ``keys``, which
-    broadcast.
+    ``queries`` and ``keys`` are the indices from ``query`` and ``key`` on; they broadcast.
     """
     present = (queries < tgt_len) & (keys < src_len)
-    if added is not None:  # counted in 64 bits is only what all have in common, as below
+    if added is not None:  # only the common offset is in 64 bits, as in _at
         added += tl.cast(query, tl.int64) * added_query + tl.cast(key, tl.int64) * added_key
         at = added + ((queries - query) * added_query + (keys - key) * added_key)
         scores += tl.load(at, mask=present, other=0.0).to(tl.float32)
@@ -101,10 +100,10 @@ def _masked(
 
 @triton.jit
 def _kept(seed, head, queries, keys, dropout, DROPOUT: tl.constexpr):
-    """What dropout multiplies a probability with: 0 or 1 / (1 − dropout), from a counter of head, query and key.
+    """Dropout's factor of a probability, 0 or 1 / (1 − dropout), from a counter of head, query and key.
 
-    The counter has a word for each, which no length overflows; of a block of scores, most of the first two rounds is
-    computed for a row and a column only.
+    The counter has a word for each, so that no length overflows it. In a block of scores, most of the first two
+    rounds is computed only once per row and once per column.
     """
     if DROPOUT:
         word, _, _, _ = tl.philox(seed, keys, queries, head, 0, PHILOX_ROUNDS)
@@ -116,9 +115,9 @@ def _kept(seed, head, queries, keys, dropout, DROPOUT: tl.constexpr):
 
 @triton.jit
 def _at(pointer, first, to_next_row, length, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr):
-    """Where the rows of a matrix (length, HEAD_DIM) lie from ``first`` on, and which of their numbers there are.
+    """Addresses of ROWS rows of a matrix (length, HEAD_DIM) from ``first`` on, and which of them are inside it.
 
-    Only what all have in common is counted in 64 bits: an address for each number would take two registers.
+    Only the common offset is in 64 bits: an address for each number would take two registers.
     """
     rows, columns = tl.arange(0, ROWS)[:, None], tl.arange(0, BLOCK_DIM)[None, :]
     inside = rows < length - first
@@ -144,7 +143,7 @@ def _write(
 
 @triton.jit
 def _place(length, BLOCK: tl.constexpr, LAST_FIRST: tl.constexpr):
-    """The head and the rows of this program. The programs of a head lie side by side, those with most to do first."""
+    """The head and first row of this program. A head's programs are adjacent, those with most work first."""
     blocks = tl.cdiv(length, BLOCK)
     head, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
     if LAST_FIRST:
@@ -163,8 +162,7 @@ def forward(
     """Output, (heads, tgt_len, HEAD_DIM), and peaks and factors, (heads, tgt_len).
 
     Args:
-        query, key, value: (heads, length, HEAD_DIM), at distances ``*_head`` and ``*_row`` from each other, no gaps
-            in a row.
+        query, key, value: (heads, length, HEAD_DIM), with strides ``*_head`` and ``*_row``; rows are contiguous.
         thresholds, gains: (ORDER, 2), fp32, contiguous.
         hidden: (heads, 1, src_len), to be added to scores, or None.
         added: (tgt_len, src_len), likewise.
@@ -196,7 +194,7 @@ def forward(
         weights = exponentials * _kept(seed, head, rows[:, None], keys[None, :], dropout, DROPOUT)
         sums = tl.dot(weights.to(v.dtype), v, sums * scale[:, None], input_precision="ieee")
         peak = peak_now
-    # The exponential of the peak is 1: a sum of 0 is that of no score at all.
+    # The exponential of the peak is 1, so a sum of 0 means no score at all.
     factor = tl.where(total == 0, 0.0, 1 / total)
     _write(
         sums * factor[:, None], output + at * output_head, start, output_row, tgt_len,
@@ -230,7 +228,7 @@ def backward_queries(
     ORDER: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr, BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr,
 ):  # fmt: skip
-    """Of a block of queries ∂L/∂query; Σ p · ∂L/∂p, (heads, tgt_len), and the sums for thresholds and gains.
+    """∂L/∂query of a block of queries; Σ p · ∂L/∂p, (heads, tgt_len); and the sums for thresholds and gains.
 
     Args:
         grad: ∂L/∂output, (heads, tgt_len, HEAD_DIM).
@@ -314,7 +312,7 @@ def backward_keys(
     ORDER: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr, BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr,
 ):  # fmt: skip
-    """Of a block of keys ∂L/∂key and ∂L/∂value; arguments as above."""
+    """∂L/∂key and ∂L/∂value of a block of keys; arguments as in :func:`backward_queries`."""
     head, start = _place(src_len, BLOCK_KEYS, False)
     at = head.to(tl.int64)
     keys = start + tl.arange(0, BLOCK_KEYS)

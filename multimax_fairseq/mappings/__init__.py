@@ -1,7 +1,7 @@
-"""Mappings from scores to probabilities: everything here is plain torch and needs no fairseq.
+"""Mappings from scores to probabilities, in plain torch, without fairseq.
 
-Three doors to each: a function (``multimax``), a module over the last dimension (``MultiMax``), and
-:func:`build_mapping`, which makes the module from its name. :func:`register_mapping` adds your own.
+Each is a function (``multimax``) and a module over the last dimension (``MultiMax``), which :func:`build_mapping`
+makes from its name. :func:`register_mapping` adds your own.
 """
 
 import inspect
@@ -25,26 +25,26 @@ MAPPINGS = {
 }
 
 
-BUILT_IN = frozenset(MAPPINGS)  # those have command-line options of their own
+BUILT_IN = frozenset(MAPPINGS)  # these have command-line options of their own
 PARSERS = {int: int, float: float, str: str, bool: {"true": True, "false": False}.__getitem__}  # of typed arguments
 
 Module = TypeVar("Module", bound=Type[nn.Module])
 
 
 def register_mapping(name: str) -> Callable[[Module], Module]:
-    """Class decorator: makes a module of yours a mapping that has a name, like the others.
+    """Class decorator: registers a module of yours as a mapping with a name.
 
     The module gets scores, (…, width), and returns probabilities over the last dimension, of the same shape and
-    dtype; a score of −inf is not there, and is to have probability 0. Its constructor takes ``int``, ``float``,
-    ``str`` or ``bool`` arguments, annotated and with a default. One that is called ``num_heads`` is given the number
-    of heads, if the mapping has parameters of each: scores of attention are (bsz, num_heads, tgt_len, src_len).
+    dtype; a score of −inf is absent and must get probability 0. Its constructor takes ``int``, ``float``, ``str`` or
+    ``bool`` arguments, annotated and with a default. An argument ``num_heads`` gets the number of heads, for mappings
+    with parameters per head: scores of attention are (bsz, num_heads, tgt_len, src_len).
 
     ``--attention-mapping name --mapping-options "argument=value,…"`` then chooses it, and a checkpoint remembers it.
-    Whoever loads the checkpoint imports the file with the class before, as ``--user-dir`` does.
+    To load the checkpoint, import the file with the class first, as ``--user-dir`` does.
 
     Raises:
-        ValueError: the name is taken by another class, or is no identifier.
-        TypeError: what is registered is no ``nn.Module``, or an argument has no default or none of these types.
+        ValueError: the name is taken by another class, or is not an identifier.
+        TypeError: not a subclass of ``nn.Module``, or an argument without a default or not of these types.
     """
 
     def register(module: Module) -> Module:
@@ -76,7 +76,7 @@ def arguments_of(module: Type[nn.Module]) -> Dict[str, inspect.Parameter]:
 
 
 def parse_options(name: str, text: str) -> Dict[str, Any]:
-    """The arguments of a registered mapping, as one writes them on a command line: ``k=8,temperature=0.5``.
+    """The arguments of a registered mapping from a command line: ``k=8,temperature=0.5``.
 
     Raises:
         ValueError: there is no such mapping, it has no such argument, or a value is not of its type.
@@ -108,7 +108,7 @@ def check_name(name: str) -> None:
 
 
 def build_mapping(name: str, **options: Any) -> nn.Module:
-    """The module of a mapping, to be applied over the last dimension of scores.
+    """The module of a mapping, over the last dimension of scores.
 
     Args:
         name: a key of ``MAPPINGS``.

@@ -44,7 +44,7 @@ def evsoftmax_formula(scores: Tensor, training: bool) -> Tensor:
     absent = is_absent(x)
     count = (~absent).sum(-1, keepdim=True)
     mean = x.detach().masked_fill(absent, 0.0).sum(-1, keepdim=True) / count  # 0 / 0 in a row without scores
-    kept = ~(x < mean) | (x == x.amax(-1, keepdim=True))  # all of a row with NaN, which then is NaN
+    kept = ~(x < mean) | (x == x.amax(-1, keepdim=True))  # all in a row with NaN, to make it NaN
     if training:
         log_weight = torch.zeros_like(x).masked_fill(~kept, math.log(TRAINING_EPSILON))
         return masked_softmax(x + log_weight, absent, -1).to(scores.dtype)

@@ -24,9 +24,9 @@ FINITE_MASK = -9e3
 def masked_softmax(scores: Tensor, absent: Tensor, dim: int) -> Tensor:
     """Softmax over the scores that are there: exactly 0 elsewhere, and zeros where a row is empty.
 
-    Absent scores are −inf to softmax, and an empty row, of which softmax would make NaN, is filled before and
-    after. What is there may have any finite size. A row with NaN or +inf becomes NaN, as one does whose scores are
-    there but all −inf (of a σ that overflowed): a row is empty by its mask, not by its scores.
+    Softmax sees absent scores as −inf. It would make NaN of an empty row, which is filled before and after. Other
+    scores may have any finite size. A row with NaN or +inf becomes NaN, and so does one whose scores are present but
+    all −inf (σ overflowed): the mask, not the scores, decides whether a row is empty.
 
     Args:
         scores: any shape, fp32 or fp64; its values under ``absent`` are not read.
@@ -42,7 +42,7 @@ def masked_softmax(scores: Tensor, absent: Tensor, dim: int) -> Tensor:
 
 
 def additive_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """A mask in any of fairseq's conventions as one to add to the scores, −inf where a key is hidden.
+    """Turns a mask in any of fairseq's conventions into one to add to scores, −inf where a key is hidden.
 
     Args:
         mask: bool or uint8 (true: hidden), or floating point to be added to the scores, where numbers at or

@@ -31,10 +31,10 @@ SHAPED_GAINS = ((-0.5, -0.5), (-0.05, -0.02))
 def modulate(scores: Tensor, thresholds: Tensor, gains: Tensor) -> Tensor:
     """σ(x), the modulated scores.
 
-    σ acts on absolute scores: it is not shift-invariant, and it need not be monotone. −inf stays −inf, and so do
-    finite scores of any size where all gains are 0. Where they are not, σ is what the formula says: of a score of
-    −1e9, which some use as a mask, a gain g_b,2 = 0.1 makes +1e17, and what is beyond the dtype becomes ±inf. A mask
-    is −inf here (:func:`.masking.additive_mask` makes one of others).
+    σ acts on absolute scores: it is not shift-invariant, and it need not be monotone. −inf stays −inf; with all gains
+    0, finite scores of any size stay as they are. Otherwise σ follows the formula: a gain g_b,2 = 0.1 turns −1e9,
+    which some use as a mask, into +1e17, and what exceeds the dtype becomes ±inf. So masks must be −inf here
+    (:func:`.masking.additive_mask` converts others).
 
     Args:
         scores: any shape, fp16, bf16, fp32 or fp64. The polynomial is computed in fp32 at least; fp16 holds
@@ -58,9 +58,8 @@ def multimax(scores: Tensor, thresholds: Tensor, gains: Tensor, dim: int = -1) -
 
     Args:
         scores: any shape, fp16, bf16, fp32 or fp64; −inf marks an absent score: its probability and its
-            gradient are exactly 0. A row without scores gives zeros. Of others softmax(σ(x)) is what PyTorch's
-            softmax makes: NaN in all the row where a score is NaN or +inf, where a σ overflows to +inf, or where
-            all of them overflow to −inf.
+            gradient are exactly 0. A row without scores gives zeros. Other rows are as from PyTorch's softmax: all
+            NaN where a score is NaN or +inf, where a σ overflows to +inf, or where all σ overflow to −inf.
         thresholds, gains: (N, 2), as in :func:`modulate`.
         dim: the dimension that holds the distribution.
 
@@ -78,16 +77,16 @@ def multimax(scores: Tensor, thresholds: Tensor, gains: Tensor, dim: int = -1) -
 
 
 def modulate_formula(scores: Tensor, thresholds: Tensor, gains: Tensor) -> Tensor:
-    """:func:`modulate` as it is written in the paper, for reading, and for autograd to differentiate twice."""
+    """:func:`modulate` as the paper writes it, for readers, and for autograd to differentiate twice."""
     x = scores.to(compute_dtype(scores.dtype))
     absent = is_absent(x)
     x = x.masked_fill(absent, 0.0)
     modulated, thresholds, gains = x, thresholds.to(x.dtype), gains.to(x.dtype)
-    for n in reversed(range(len(gains))):  # of huge scores the square decides: added last, it could meet a −inf
+    for n in reversed(range(len(gains))):  # the square first: it decides for huge scores; last, it could meet −inf
         (b, d), (gain_b, gain_d) = thresholds[n], gains[n]
         below, above = (b - x).relu(), (x - d).relu()
         terms = gain_b * below, gain_d * above
-        if n == 1:  # the gain first: 0 · inf, the square of a huge score, would be NaN
+        if n == 1:  # gain first: a gain of 0 times a square that overflows would be NaN
             terms = terms[0] * below, terms[1] * above
         modulated = modulated + terms[0] + terms[1]
     return modulated.masked_fill(absent, float("-inf")).to(scores.dtype)
@@ -108,11 +107,11 @@ def _check_shapes(thresholds: Tensor, gains: Tensor) -> None:
 
 
 class _Draws:
-    """Random numbers that follow from torch's random state, and leave it as it is.
+    """Random numbers that depend on torch's random state, and leave it unchanged.
 
-    Where torch's state is another than at the last draw, it is the seed of a new generator; where it is the same, as
-    between modules that are made in a row, the generator goes on. So under one ``torch.manual_seed`` the same modules
-    made in the same order get the same numbers, and no two of them get each other's.
+    If torch's state has changed since the last draw, it seeds the generator anew; if not, as between modules made in
+    a row, the generator goes on. So under one ``torch.manual_seed`` the same modules made in the same order get the
+    same numbers, and no two of them share any.
     """
 
     def __init__(self):
@@ -137,18 +136,18 @@ class MultiMax(nn.Module):
     Args:
         order: N of σ, 1 or 2.
         init: ``"normal"`` draws thresholds and gains from a normal of std 0.02 truncated at ±2, as the paper's
-            authors do. Drawing leaves torch's global random state as it was, so that models with other mappings
-            start from the same projections under the same seed; what is drawn follows from that state, and modules
-            made in a row differ. (One case cannot be told apart: after ``torch.manual_seed(s)``, then a module, then
-            ``torch.manual_seed(s)`` again and nothing else drawn, the next module is the second of its row.)
+            authors do. Drawing leaves torch's global random state unchanged, so that models with other mappings
+            start from the same projections under the same seed. The draws depend on that state; modules made in a
+            row differ. (Repeating ``torch.manual_seed(s)`` after one module, with nothing else drawn, goes unnoticed:
+            the next module is the second in the row.)
             ``"identity"`` sets them to 0: exact softmax at step 0, and still trainable (the gradient of a gain does
             not vanish with the gain).
-            ``"shaped"`` starts in the shape that the paper draws, the same in every module: thresholds of 0 below and
-            2 above, gains of −0.5 (order 1) and −0.05 below, −0.02 above (order 2). The slope of σ is then 1.5 and
-            more below 0, 1 between, and 0.5 and less above 2; with order 2 it stays positive up to scores of 14.
-            The signs are what matters: with drawn ones order 2 finds the better of two optima only by chance. On
-            retrieval (one layer, 64 keys of which 1 to 8 match, modulators at 10 × the learning rate) gains of −0.3
-            above, −1 below, or other second orders end in the same place, within 1 %: so it is round numbers.
+            ``"shaped"`` starts all modules in the shape that the paper shows: thresholds of 0 below and 2 above,
+            gains of −0.5 (order 1) and −0.05 below, −0.02 above (order 2). The slope of σ is then 1.5 and more below
+            0, 1 between, and 0.5 and less above 2; with order 2 it stays positive up to scores of 14. Only the signs
+            matter: with random ones, order 2 finds the better of two optima only by chance. On retrieval (one layer,
+            64 keys of which 1 to 8 match, modulators at 10 × the learning rate), gains of −0.3 above, −1 below, or
+            other second orders give the same within 1 %, so the numbers are round.
         terms: which sides are learned, of ``("below", "above")``. The other side is switched off: its gains and
             thresholds are 0 and get no gradient.
 
@@ -198,5 +197,5 @@ class MultiMax(nn.Module):
 
     @property
     def effective_gains(self) -> Tensor:
-        """(N, 2): the gains, 0 on a side that is not learned, which passes no gradient on to its threshold either."""
+        """(N, 2): the gains, 0 on a side that is not learned, so that its threshold gets no gradient either."""
         return self.gains if self.terms == TERMS else self.gains * self.learned

@@ -1,9 +1,9 @@
 """Sparsemax, 1.5-entmax and α-entmax, exact, and safe on empty rows.
 
-Fast where something compiled can be had (:mod:`..kernels.sparse`); elsewhere, and to compare with, they are those of
-the ``entmax`` package.
+They run compiled where possible (:mod:`..kernels.sparse`); elsewhere, and as a reference, those of the ``entmax``
+package serve.
 
-Sources: sparsemax, Martins & Astudillo 2016; entmax, Peters, Niculae & Martins 2019; one learned α a head,
+Sources: sparsemax, Martins & Astudillo 2016; entmax, Peters, Niculae & Martins 2019; one learned α per head,
 Correia, Niculae & Martins 2019.
 """
 
@@ -20,10 +20,10 @@ from .masking import compute_dtype, is_absent
 
 LEARNED_ALPHA_MIN = 1.01
 
-# Nearer to 1 than this, the package's bisection loses too many digits of x^(1 / (α − 1)) in fp32: it goes in fp64.
+# For α below this, the package's bisection loses too many digits of x^(1 / (α − 1)) in fp32, so it runs in fp64.
 SINGLE_PRECISION_ALPHA = 1.01
 
-# Halvings of an interval that is shorter than 1: of the package's 50 the last 20 change nothing in fp32, to the bit.
+# Halvings of an interval shorter than 1. The last 20 of the package's 50 change no bit in fp32.
 ITERATIONS = {torch.float32: 30, torch.float64: 50}
 
 
@@ -111,9 +111,9 @@ def _project(scores: Tensor, projection: Callable[[Tensor], Tensor]) -> Tensor:
         return scores.clone()
     x = scores.to(compute_dtype(scores.dtype))
     peak = x.detach().amax(-1, keepdim=True)
-    # No projection depends on where 0 is; the bisection loses digits where scores are large. The package takes single
-    # −inf scores for what they are, but a row of them for 0 / 0, and fails at NaN: give such a row scores, and take
-    # away what it makes of them.
+    # Subtracting the peak changes no projection, but saves the bisection's digits where scores are large. The package
+    # handles single −inf scores, but not a row of them (0 / 0) or NaN: such a row gets scores of 0, and its result
+    # is replaced.
     probabilities = projection((x - peak).masked_fill(~peak.isfinite(), 0.0))
     return probabilities.masked_fill(is_absent(x), 0.0).masked_fill(~(peak < math.inf), math.nan).to(scores.dtype)
 
@@ -133,7 +133,7 @@ class Entmax15(nn.Module):
 
 
 class Entmax(nn.Module):
-    """:func:`entmax` over the last dimension, with α fixed or learned, one a head.
+    """:func:`entmax` over the last dimension, with α fixed, or learned per head.
 
     Args:
         alpha: a number in (1, 2], or ``"learned"``: α = 1.01 + 0.99 · sigmoid(a), which starts at 1.5.

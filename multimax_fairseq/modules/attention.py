@@ -14,32 +14,30 @@ from ..kernels.masks import Masks
 from ..mappings import MultiMax, additive_mask
 from .scale import visible_keys
 
-CAUSAL = "is_causal"  # the attribute of a mask that a decoder has made to hide what comes after a query
+CAUSAL = "is_causal"  # attribute of a decoder's mask that hides what comes after a query, and nothing else
 
-# What the queries of the attention that is running are multiplied with, beside 1 / √head_dim.
+# Factor of the queries in the attention that is running, besides 1 / √head_dim.
 _query_factor: ContextVar[Union[float, Tensor]] = ContextVar("query_factor", default=1.0)
 
 
 class MappedMultiheadAttention(MultiheadAttention):
-    """fairseq's attention with another mapping in the place of softmax.
+    """fairseq's attention with another mapping in place of softmax.
 
-    fairseq does the projections, the masks, the decoding cache and the sharing of keys between beams, and hands
-    over the masked scores and the values (``before_softmax``). What is left is done here, in one path for
-    training, teacher forcing and step-by-step decoding::
+    fairseq does the projections, the masks, the decoding cache and the sharing of keys between beams, and returns
+    the masked scores and the values (``before_softmax``). The rest is done here, in one path for training, teacher
+    forcing and step-by-step decoding::
 
         scores = scale · q · k / √head_dim, masked by fairseq
         probabilities = mapping(scores)        (bsz, num_heads, tgt_len, src_len)
         output = out_proj(concat over heads of dropout(probabilities) · values)
 
-    Where rows are long, and nobody asks for the probabilities, MultiMax takes another path to the same output, one
-    that never has all of them (:mod:`..kernels.attention`).
-
-    An instance is made from one of fairseq's by :meth:`adopt`.
+    Where rows are long and nobody asks for the probabilities, MultiMax computes the same output without ever holding
+    all of them (:mod:`..kernels.attention`). Instances are made from fairseq's by :meth:`adopt`.
 
     Attributes:
         mapping: module over the last dimension, from :func:`multimax_fairseq.mappings.build_mapping`.
         site: which attention of the model this is: ``"encoder"``, ``"decoder"`` or ``"cross"``.
-        scale: what the scores are multiplied with, from :func:`.scale.build_scale`, or None.
+        scale: the factor of the scores, from :func:`.scale.build_scale`, or None.
     """
 
     mapping: nn.Module
@@ -50,13 +48,13 @@ class MappedMultiheadAttention(MultiheadAttention):
     def adopt(
         cls, attention: MultiheadAttention, mapping: nn.Module, site: str, scale: Optional[nn.Module] = None
     ) -> "MappedMultiheadAttention":
-        """Turn fairseq's ``attention`` into one with a mapping: the same object, returned.
+        """Give fairseq's ``attention`` a mapping; returns the same object.
 
-        Made this way rather than by a constructor, an attention has exactly the weights, drawn in the same
-        order, that the stock model would have, in every version of fairseq.
+        Unlike a constructor, this keeps exactly the weights of the stock model, drawn in the same order, in every
+        version of fairseq.
 
         Raises:
-            TypeError: it is of a subclass, whose own ways of attending would be lost.
+            TypeError: it is of a subclass, whose own way of attending would be lost.
         """
         if type(attention) not in (MultiheadAttention, cls):
             raise TypeError(
@@ -67,13 +65,13 @@ class MappedMultiheadAttention(MultiheadAttention):
         attention.mapping = mapping
         attention.site = site
         attention.scale = scale
-        # Keeps forward() from leaving through F.multi_head_attention_forward, where softmax is built in.
+        # Keeps forward() out of F.multi_head_attention_forward, where softmax is built in.
         attention._set_skip_embed_dim_check()
         return attention
 
     @property
     def scaling(self) -> Union[float, Tensor]:
-        """What fairseq, and :meth:`_attend_blockwise`, multiply projected queries with."""
+        """What fairseq and :meth:`_attend_blockwise` multiply projected queries by."""
         scaling = self.__dict__["scaling"]
         return scaling if self.scale is None else scaling * _query_factor.get()
 
@@ -144,7 +142,7 @@ class MappedMultiheadAttention(MultiheadAttention):
         static_kv: bool,
         attn_mask: Optional[Tensor],
     ) -> Iterator[None]:
-        """While open, :attr:`scaling` has the factor of ``scale`` for these arguments of :meth:`forward`."""
+        """While open, :attr:`scaling` includes the factor of ``scale`` for these arguments of :meth:`forward`."""
         if self.scale is None:
             yield
             return
@@ -159,7 +157,7 @@ class MappedMultiheadAttention(MultiheadAttention):
             padding = self._append_prev_key_padding_mask(
                 key_padding_mask, cache.get("prev_key_padding_mask"), query.size(1), src_len, static_kv
             )
-            if padding is not None:  # that of a sentence is cached once for all hypotheses of a beam
+            if padding is not None:  # cached once per sentence, for all hypotheses of a beam
                 padding = padding.repeat_interleave(query.size(1) // len(padding), dim=0)
             always = int(self.bias_k is not None) + int(self.add_zero_attn)
             visible = visible_keys(src_len, padding, attn_mask, getattr(attn_mask, CAUSAL, False))
@@ -175,7 +173,7 @@ class MappedMultiheadAttention(MultiheadAttention):
             _query_factor.reset(previous)
 
     def _goes_blockwise(self, query: Tensor, key: Optional[Tensor], attn_mask: Optional[Tensor]) -> bool:
-        """Whether the path without a matrix of probabilities serves, and pays."""
+        """Whether the path without the whole matrix of probabilities can be taken, and pays."""
         return (
             isinstance(self.mapping, MultiMax)
             and (query if self.self_attention else key).size(0) >= MIN_KEYS
@@ -193,7 +191,7 @@ class MappedMultiheadAttention(MultiheadAttention):
         key_padding_mask: Optional[Tensor],
         attn_mask: Optional[Tensor],
     ) -> Tensor:
-        """The output of :meth:`forward`, by way of :func:`..kernels.attention.multimax_attention`."""
+        """The output of :meth:`forward`, by :func:`..kernels.attention.multimax_attention`."""
         tgt_len, bsz = query.shape[:2]
         if self.self_attention:
             key = value = query
@@ -238,5 +236,5 @@ class MappedMultiheadAttention(MultiheadAttention):
             return output.view(bsz, num_heads, tgt_len, -1)
         values = values.view(-1, num_heads, src_len, self.head_dim)
         by_sentence = probabilities.view(values.size(0), -1, num_heads, tgt_len, src_len)
-        # einsum takes the rows of a beam for one product; matmul would copy the values for each hypothesis
+        # einsum computes a beam in one product; matmul would copy the values for each hypothesis
         return torch.einsum("sbhij,shjd->sbhid", by_sentence, values).flatten(0, 1)

@@ -1,7 +1,7 @@
-"""What attention multiplies its scores with before a mapping sees them: ``--attention-scale``.
+"""Factors of attention's scores, applied before the mapping: ``--attention-scale``.
 
-A score is q · k / √d_head. The factors here come on top of 1 / √d_head. They are applied to the queries: that is one
-product with (tgt_len, bsz, embed_dim) numbers, and works with every mapping and every way to compute attention.
+A score is q · k / √d_head; the factors here come on top. They multiply the queries, (tgt_len, bsz, embed_dim): one
+product, which works with every mapping and every way to compute attention.
 """
 
 import math
@@ -17,16 +17,13 @@ NEUTRAL_LENGTH = 64  # keys at which a new LogLengthScale changes nothing
 
 
 class LearnedScale(nn.Module):
-    """Times t, one learned number for all heads of an attention module: a temperature of 1 / t.
-
-    Args:
-        num_heads: of the attention; t does not depend on it.
+    """Scores times t, one learned number for all heads of an attention module: a temperature of 1 / t.
 
     Attributes:
         t: parameter (1,), 1 at the start.
 
-    Source: the second version of MultiMax in the code of its authors (February 2026), x ← t · x + b. Their b only
-    moves thresholds, and is left out.
+    Source: the second version of MultiMax in its authors' code (February 2026), x ← t · x + b. Their b only moves
+    thresholds, and is left out.
     """
 
     def __init__(self, num_heads: int):
@@ -39,13 +36,10 @@ class LearnedScale(nn.Module):
 
 
 class LogLengthScale(nn.Module):
-    """Times s · log n, with n the number of keys that a query may see, and s learned, one for each head.
+    """Scores times s · log n, with n the number of keys that a query may see, and one learned s per head.
 
-    The more keys there are, the flatter is softmax of scores of one size. The factor grows with log n, so that the
-    largest score keeps its share.
-
-    Args:
-        num_heads: of the attention.
+    With more keys, softmax of scores of the same size gets flatter. The factor grows with log n, so that the largest
+    score keeps its share.
 
     Attributes:
         s: parameter (num_heads,), 1 / log 64 at the start: nothing changes at 64 keys.
@@ -58,13 +52,9 @@ class LogLengthScale(nn.Module):
         self.s = nn.Parameter(torch.full((num_heads,), 1 / math.log(NEUTRAL_LENGTH)))
 
     def forward(self, count_keys: Callable[[], Tensor]) -> Tensor:
-        """The factors of a batch.
+        """The factors of a batch, fp32, (tgt_len or 1, bsz or 1, num_heads); 0 where a query sees one key, or none.
 
-        Args:
-            count_keys: gives n, as :func:`visible_keys` does.
-
-        Returns:
-            fp32, (tgt_len or 1, bsz or 1, num_heads); 0 where a query sees one key, or none.
+        ``count_keys`` gives n, as :func:`visible_keys` does.
         """
         return count_keys().clamp(min=1).log()[..., None] * self.s.float()
 
@@ -93,7 +83,7 @@ def visible_keys(src_len: int, padding: Optional[Tensor], attn_mask: Optional[Te
         causal: whether ``attn_mask`` shows each query the keys up to its own position, and no others.
 
     Returns:
-        fp32, (tgt_len, bsz), with 1 in the place of a length on which nothing depends.
+        fp32, (tgt_len, bsz); size 1 where the count does not depend on the query or the sentence.
     """
     if padding is None and attn_mask is None:
         return torch.full((1, 1), float(src_len))

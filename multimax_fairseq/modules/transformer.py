@@ -24,20 +24,20 @@ def wrap_layer(layer: nn.Module, cfg: TransformerConfig) -> nn.Module:
     return fsdp_wrap(checkpoint_wrapper(layer, offload_to_cpu=cfg.offload_activations), min_num_params=0)
 
 
-# In what a decoder returns beside its output: that the output are features, and the output layer is still to come.
+# Key in what a decoder returns besides its output: the output is features, and the output layer is still to come.
 DEFERRED = "output_layer_deferred"
 
 
 # Output mappings that give most words probability 0.
 SPARSE = ("sparsemax", "entmax15", "entmax")
 
-# Below all that the logarithm of a probability can be, also times the weight of a language model in the search.
+# Below any logarithm of a probability, also times the weight of a language model in the search.
 LOWEST_LOG = -(2.0**10)
 ZERO_LOG = -(2.0**16)
 
 
 def refuse_cross_entropy(mapping: str) -> None:
-    """Raise the error of a loss that is none for a sparse output mapping."""
+    """Raise ValueError: cross-entropy cannot train a sparse output mapping."""
     raise ValueError(
         f"--output-mapping {mapping} gives most words probability 0, which cross-entropy cannot train: use "
         "--criterion entmax_loss"
@@ -55,13 +55,13 @@ class MappedDecoder(TransformerDecoderBase):
     """fairseq's decoder with the mappings of ``cfg.mapping_choice``, in its attention and on the vocabulary.
 
     Attributes:
-        output_mapping: None for softmax; a MultiMax, whose σ the logits go through; or one of ``SPARSE``, which
+        output_mapping: None for softmax; a MultiMax, whose σ modulates the logits; or one of ``SPARSE``, which
             :meth:`get_normalized_probs` applies to them.
         is_sparse: whether it is one of ``SPARSE``.
-        ranks_zeros: whether the logarithms of probabilities of 0 are numbers below ``LOWEST_LOG`` instead of −inf, in
-            the order of the words' scores; for a search that may have nothing else to take.
-        defers_output_layer: whether a full forward of more tokens than a chunk returns features, and
-            :meth:`get_normalized_probs` applies the output layer to the part of them that it is given.
+        ranks_zeros: whether log 0 is a number below ``LOWEST_LOG`` instead of −inf, in the order of words' scores,
+            for a search that may have nothing else to choose.
+        defers_output_layer: whether a full forward of more tokens than a chunk returns features;
+            :meth:`get_normalized_probs` then applies the output layer to the part of them that it is given.
     """
 
     defers_output_layer = False
@@ -88,7 +88,7 @@ class MappedDecoder(TransformerDecoderBase):
         return wrap_layer(MappedDecoderLayer(cfg, no_encoder_attn), cfg)
 
     def buffered_future_mask(self, tensor: Tensor) -> Tensor:
-        """As the stock decoder's, with a note that it hides what comes after each query, and nothing else."""
+        """As the stock decoder's, marked as hiding what comes after each query, and nothing else."""
         mask = super().buffered_future_mask(tensor)
         setattr(mask, CAUSAL, True)
         return mask
@@ -138,14 +138,10 @@ class MappedDecoder(TransformerDecoderBase):
         return torch.where(probabilities > 0, probabilities.log(), ZERO_LOG + distance)
 
     def output_layer(self, features: Tensor) -> Tensor:
-        """Logits of the vocabulary; MultiMax's modulated, so that every log_softmax downstream sees the mapped
-        distribution.
+        """Logits, (…, len(dictionary)), of features, (…, output_embed_dim).
 
-        Args:
-            features: (…, output_embed_dim).
-
-        Returns:
-            (…, len(dictionary)); fp32 at least where σ acts, because σ of fp16 logits overflows fp16.
+        MultiMax modulates them, so that every later log_softmax gives its distribution: in fp32 at least, because σ
+        of fp16 logits overflows fp16.
         """
         logits = super().output_layer(features)
         if self.output_mapping is None or self.is_sparse:
