@@ -68,7 +68,7 @@ def check_attention(short: bool) -> Rows:
 
 
 def check_rows(short: bool) -> Rows:
-    """The kernels of PyTorch's compiler: values and gradients compared with the formulas', relative to the largest."""
+    """The kernels of PyTorch's compiler: values and gradients against the formulas', relative to the largest."""
     for dtype in DTYPES if DEVICE.type == "cuda" else ["fp32"]:
         torch.manual_seed(1)
         scores = (2 * torch.randn(64, 300)).to(DEVICE, DTYPES[dtype])
