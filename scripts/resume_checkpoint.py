@@ -3,9 +3,8 @@
     python scripts/resume_checkpoint.py runs/demo
 
 fairseq writes each checkpoint whole or not at all, then copies it to these names. A run killed during the copy leaves
-a file that is empty or cut short, and training resumes from that file. The original is still in the folder: this
-script copies the newest readable checkpoint to checkpoint_last.pt, and says so. If all is well it does and prints
-nothing.
+a file that is empty or cut short, from which training would resume. The original is still in the folder: this copies
+the newest readable checkpoint to checkpoint_last.pt, and says so. If all is well it does and prints nothing.
 """
 
 import shutil

@@ -1,5 +1,4 @@
-"""Attention rollout: how much each input token contributes to an output, through the attention and residual
-connections of all layers.
+"""Attention rollout: each input token's share in an output, through all attention and residual connections.
 
 Source: Abnar & Zuidema, *Quantifying Attention Flow in Transformers*, ACL 2020: the product over layers of
 ½ A + ½ I, where A is a layer's attention averaged over heads.

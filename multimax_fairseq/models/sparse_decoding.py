@@ -133,8 +133,7 @@ class SearchWatch:
         beam_size: number of hypotheses that continue.
 
     Attributes:
-        sentences: number of finished sentences.
-        exact: how many of them were searched exhaustively (0 unless the strategy is plain beam search).
+        sentences, exact: those finished, and those searched exhaustively (0 unless plain beam search).
     """
 
     def __init__(self, search: nn.Module, eos: int, beam_size: int):
