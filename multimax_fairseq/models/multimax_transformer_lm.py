@@ -37,9 +37,9 @@ class MultimaxTransformerLanguageModel(MappedModelMixin, TransformerLanguageMode
         """Also makes ``fairseq-eval-lm`` compute logits for one chunk of tokens at a time.
 
         Stock ``--softmax-batch`` bounds only what follows the output layer, and is unbounded by default. Here it
-        also bounds the output layer (see :class:`.MappedDecoder`), and is a chunk by default; not in an ensemble,
-        whose other models it applies to as well. Commands call ``get_normalized_probs``; a model loaded in Python
-        (without --path) may be asked for logits.
+        also bounds the output layer (see :class:`.MappedDecoder`), and its default is one chunk, except in an
+        ensemble, where it also applies to the other models. Commands call ``get_normalized_probs``; a model loaded
+        in Python (without --path) may be asked for logits.
         """
         super().prepare_for_inference_(cfg)
         if self.decoder.adaptive_softmax is not None or cfg.common_eval.path is None:
