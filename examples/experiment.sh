@@ -3,42 +3,41 @@
 #
 #   --mapping NAME         of attention: multimax, softmax, sparsemax, entmax15, entmax, evsoftmax (default: multimax),
 #                          or stock: fairseq's own architecture
-#   --sites LIST           of encoder, decoder, cross: where it applies, softmax elsewhere (default: everywhere)
+#   --sites LIST           where it applies: encoder, decoder, cross; softmax elsewhere (default: everywhere)
 #   --output-mapping NAME  of the vocabulary: softmax, multimax, or, trained with --criterion entmax_loss, sparsemax,
 #                          entmax15, entmax (default: softmax)
 #   --order N              of MultiMax's modulator: 1 or 2 (default: 2)
-#   --terms LIST           its sides that are learned: below,above or one of them (default: both)
+#   --terms LIST           the sides that it learns: below,above or one of them (default: both)
 #   --init NAME            how it starts: normal, identity or shaped (default: normal)
-#   --lr-scale X           the learning rate of its numbers, times that of the others (default: 1)
-#   --scale NAME           what scores are multiplied with before the mapping: none, learned, log-length (default: none)
+#   --lr-scale X           the learning rate of its numbers, as a multiple of the others' (default: 1)
+#   --scale NAME           a factor of the scores before the mapping: none, learned, log-length (default: none)
 #   --entmax-alpha A       α of entmax: a number in (1, 2], or learned (default: 1.5)
 #   --seed N               (default: 1)
-#   --epochs N             how long, instead of what the recipe says
+#   --epochs N             how long to train, instead of the recipe's setting
 #   --updates N            the same, in updates
 #   --precision NAME       fp32, fp16 or bf16
-#   --average N            keep the last N epochs, and score the average of them, too (0: neither; the default is the
-#                          recipe's)
+#   --average N            keep the last N epochs, and score their average, too (0: neither; default: the recipe's)
 #   --data DIR             made by the prepare script, which is run if DIR has no data-bin (default: data/EXPERIMENT)
 #   --archive FILE         of the data: the prepare script takes it instead of a download
 #   --from DIR             the same with a folder, for Multi30k and Brown
-#   --runs DIR             for checkpoints, logs and scores, a folder a run (default: runs/EXPERIMENT), or
-#   --out DIR              the folder of this run (default: MAPPING-seedN, and what else was chosen, in --runs)
-#   --only STAGE           prepare, train or evaluate, and nothing else (default: what is not done yet of the three)
+#   --runs DIR             for checkpoints, logs and scores, one folder per run (default: runs/EXPERIMENT), or
+#   --out DIR              the folder of this run (default: MAPPING-seedN, with other choices in the name, in --runs)
+#   --only STAGE           only prepare, train or evaluate (default: those of the three that are not done yet)
 #   --processes N          train on N GPUs; an update sees as many tokens as with one (default: 1)
-#   --launch COMMAND       what starts the processes instead of fairseq-train itself: "torchrun --nproc-per-node 4"
+#   --launch COMMAND       starts the processes instead of fairseq-train itself: "torchrun --nproc-per-node 4"
 #   --cpu-smoke            the whole path with a tiny model on made-up data: a minute or so on a CPU
 #   --dry-run              print the command that trains, and do nothing
 #   -- OPTION ...          further options of fairseq-train
 #   --help                 show this text
 #
-# Run it again with the same options and it goes on where it was stopped; when all is done it says so. The run's folder
-# has the scores in run.json, with all that they were got with: `python scripts/results_table.py runs` makes tables of
-# what is below runs/.
+# Run it again with the same options and it resumes where it was stopped; when all is done it says so. The run's folder
+# has the scores and all settings in run.json. `python scripts/results_table.py runs` makes tables of the runs below
+# runs/.
 
 # shellcheck shell=bash
 
-# A run.sh is a recipe: it names its settings, below, and says how its data are made and its model is scored; then
-# `run_experiment "$@"` does what all experiments have in common.
+# A run.sh is a recipe: it sets the variables below, and defines how its data are made and its model is scored. Then
+# `run_experiment "$@"` does what all experiments share.
 
 examples=$(cd "$(dirname "${BASH_SOURCE[0]}")" >/dev/null && pwd)
 root=$(dirname "$examples")
@@ -52,19 +51,19 @@ help_files+=("$examples/experiment.sh")
 experiment=       # the name of its folder
 prepare_script=   # of scripts/: makes $data, with
 prepare_options=()
-arch=             # fairseq's architecture; with "multimax_" before it unless --mapping stock
-model=()          # its dimensions, where they are not the architecture's own
-training=()       # task, loss, optimiser, batches: what does not depend on the command line
+arch=             # fairseq's architecture, with the prefix "multimax_" unless --mapping stock
+model=()          # its dimensions, if not the architecture's own
+training=()       # task, loss, optimiser, batches: settings that do not depend on the command line
 max_tokens=       # in a batch, and
 update_freq=1     # batches in an update, for one process
 length=()         # --max-update N or --max-epoch N
 precision=fp32
-average=0         # epochs to keep, and to score the average of
+average=0         # number of epochs to keep, and to average for scoring
 smoke_model=()    # with --cpu-smoke, instead of model,
 smoke_length=()   # instead of length,
 smoke_training=() # and after training
 
-# For smoke_model of a translation model: a layer of width 32, the path is the same.
+# For smoke_model of a translation model: a layer of width 32; the path is the same.
 # shellcheck disable=SC2034 # for the recipes
 tiny_transformer=(
     --encoder-layers 1 --encoder-embed-dim 32 --encoder-ffn-embed-dim 32 --encoder-attention-heads 2
@@ -108,7 +107,7 @@ smoke=
 dry_run=
 extra=()
 
-# The choices are those of multimax_fairseq, which would know only after the data are prepared.
+# The choices are those of multimax_fairseq, which would check them only after the data are prepared.
 parse_run_options() {
     parse_options "
 --mapping         mapping         one of softmax multimax sparsemax entmax15 entmax evsoftmax stock
@@ -153,7 +152,7 @@ parse_run_options() {
 
 # ---------------------------------------------------------------- the command that trains
 
-# run_name: what tells this run from others, such as multimax-order1-below-seed1.
+# run_name: a name distinct from other runs', such as multimax-order1-below-seed1.
 run_name() {
     local name=$mapping
     [[ -z $sites ]] || name+=-${sites//,/+}
@@ -181,8 +180,8 @@ mapping_options() {
     [[ -z $terms ]] || options+=(--multimax-terms "$terms")
 }
 
-# Tokens in an update = processes · update-freq · max-tokens. More processes take it out of update-freq first: then
-# the batches, and their order, are the ones that a single process has. What is left is taken out of max-tokens.
+# Tokens in an update = processes · update-freq · max-tokens. More processes first reduce update-freq: the batches and
+# their order are then those of a single process. The rest reduces max-tokens.
 share_among_processes() {
     local rest=$processes divisor
     for ((divisor = rest; divisor > 1; divisor--)); do # the greatest common divisor
@@ -201,13 +200,13 @@ compose_command() {
     share_among_processes
     read -r -a train_command <<<"${launch:+$launch -m fairseq_cli.train}"
     ((${#train_command[@]})) || train_command=(fairseq-train)
-    # With the plugin for stock, too: to resume, torch 2.6 and later have to be told that its checkpoints are safe.
+    # The plugin is needed for stock, too: it tells torch 2.6 and later that its checkpoints are safe to resume.
     train_command+=("$data/data-bin" --user-dir "$root/multimax_fairseq" "${options[@]}"
         ${model[@]+"${model[@]}"} "${training[@]}" "${length[@]}" --max-tokens "$max_tokens"
         --update-freq "$update_freq" --distributed-world-size "$processes" --seed "$seed"
         --save-dir "$run" --log-format simple --log-file "$run/train.log"
-        # Batches are made for each epoch, by its number. fairseq makes them once, by the number of the epoch in which
-        # the process starts: a run that is stopped after its first epoch would go on with other batches.
+        # Makes batches for each epoch, seeded by its number. By default fairseq makes them once, seeded by the epoch in
+        # which the process starts: a run stopped after its first epoch would resume with other batches.
         --update-epoch-batch-itr True)
     if ((average)); then
         train_command+=(--keep-last-epochs "$average")
@@ -221,7 +220,7 @@ compose_command() {
     train_command+=(${extra[@]+"${extra[@]}"})
 }
 
-# quoted WORD ...: as one would type it.
+# quoted WORD ...: as typed in a shell.
 quoted() {
     local word line=
     for word in "$@"; do line+=" $(printf %q "$word")"; done
@@ -242,14 +241,14 @@ prepare_data() {
     fi
 }
 
-# What has to stay the same for a run to go on: all but its length, its machines and where things are.
+# What must not change when a run resumes: everything but its length, machines and paths.
 settings_of_run() {
     printf '%s\n' "experiment=$experiment${smoke:+ (smoke)}" "mapping=$mapping" "sites=${sites:-all}" \
         "output-mapping=$output_mapping" "order=$order" "terms=${terms:-both}" "init=$init" \
         "lr-scale=$lr_scale" "scale=$scale" "entmax-alpha=$entmax_alpha" "seed=$seed" "precision=$precision" "options=$(quoted ${extra[@]+"${extra[@]}"})" | LC_ALL=C sort
 }
 
-# Without a checkpoint there is nothing to be mixed: fairseq-train may not have known an option.
+# Without a checkpoint nothing can be mixed up: fairseq-train may have refused an option.
 check_settings() {
     local there
     if [[ ! -f $run/settings ]] || ! has_checkpoints; then return; fi
@@ -261,7 +260,7 @@ check_settings() {
 
 has_checkpoints() { compgen -G "$run/checkpoint*.pt" >/dev/null; }
 
-# begin_run: from here on the run's folder is ours alone; but with --launch several machines may share it.
+# begin_run: from here on only we use the run's folder; but with --launch several machines may share it.
 begin_run() {
     make_folder "$run"
     out=$(absolute_path "$run") # whose disk may be full
@@ -269,8 +268,8 @@ begin_run() {
     check_settings
 }
 
-# is_trained: for as long as it is asked for? fairseq itself would train an update more, each time it is asked again
-# for the --max-update that it has reached.
+# is_trained: has it reached its length? If asked again for a --max-update that it has reached, fairseq itself trains
+# one more update each time.
 is_trained() { [[ -f $run/trained && $(cat "$run/trained") == "${length[*]}" ]]; }
 
 train() {
@@ -318,8 +317,8 @@ translate_and_score() {
         --reference "$run/references" --out "$run/$prefix" "$@"
 }
 
-# score_best_and_average REFERENCE OPTION ...: the two scores of a translation model. OPTIONs are those of
-# scripts/score_translation.sh that say how to get from tokens to text.
+# score_best_and_average REFERENCE OPTION ...: the two scores of a translation model. The OPTIONs of
+# scripts/score_translation.sh say how to turn tokens into text.
 score_best_and_average() {
     local reference=$1 checkpoints
     shift

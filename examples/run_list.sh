@@ -4,15 +4,15 @@
 #     examples/run_list.sh multi30k_de_en examples/mappings.txt --epochs 12
 #     examples/run_list.sh iwslt14_de_en examples/ablation.txt --seeds 1,2,3
 #
-#   EXPERIMENT LIST   a folder of examples/, and a file with options of its run.sh, a line a run
-#   --seeds LIST      comma-separated: each line is run with each of them (default: 1)
+#   EXPERIMENT LIST   a folder of examples/, and a file with options of its run.sh, one line per run
+#   --seeds LIST      comma-separated: each line runs with each of them (default: 1)
 #   --runs DIR        where the runs go (default: runs/EXPERIMENT)
 #   --dry-run         print the commands, and do nothing
-#   OPTION ...        any other option is handed to each run.sh
+#   OPTION ...        any other option is passed to each run.sh
 #   --help            show this text
 #
-# It can be stopped at any time: started again, it goes on with the run that was stopped. A run that fails does not keep
-# the next ones from running; the exit status is then 1.
+# You can stop it at any time; started again, it resumes the run that was stopped. If a run fails, the next ones still
+# run, and the exit status is 1.
 
 set -euo pipefail
 
@@ -46,7 +46,7 @@ done
 IFS=, read -r -a seeds <<<"$seeds"
 for seed in "${seeds[@]}"; do need_number --seeds "$seed" 1; done
 
-trap 'exit 130' INT # or Ctrl-C would only go on to the next run
+trap 'exit 130' INT # otherwise Ctrl-C would only skip to the next run
 failed=
 while read -r -a options <&3 || ((${#options[@]})); do
     [[ ${#options[@]} -gt 0 && ${options[0]} != \#* ]] || continue

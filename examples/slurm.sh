@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# A list of runs as jobs of Slurm, a GPU each. Prepare the data first, then
+# Runs a list as Slurm jobs, one GPU each. Prepare the data first, then submit:
 #
 #     bash examples/iwslt14_de_en/run.sh --only prepare
 #     sbatch --array 1-15 examples/slurm.sh iwslt14_de_en examples/ablation.txt 3
 #
-#   EXPERIMENT LIST SEEDS   the jobs are the lines of LIST that are neither comments nor blank, each with seeds 1 to
-#                           SEEDS; the array has as many numbers: lines × SEEDS
+#   EXPERIMENT LIST SEEDS   each line of LIST that is neither a comment nor blank is run with seeds 1 to SEEDS, so the
+#                           array has lines × SEEDS numbers
 #
-# A job that runs out of time is sent again by the same line, and goes on from its last checkpoint.
+# If a job runs out of time, submit it again with the same command; it resumes from its last checkpoint.
 
 #SBATCH --job-name=multimax
 #SBATCH --gres=gpu:1
@@ -31,5 +31,5 @@ seed=$(((SLURM_ARRAY_TASK_ID - 1) % seeds + 1))
 read -r -a options < <(awk -v line="$line" 'NF && $1 !~ /^#/ && ++number == line' "$list") ||
     { echo "ERROR: $list has no line $line: --array is too long" >&2; exit 1; }
 
-# sbatch runs a copy of this file: the examples are where it was called from
+# sbatch runs a copy of this file; the examples are where it was called from
 exec bash "examples/$experiment/run.sh" "${options[@]}" --seed "$seed"

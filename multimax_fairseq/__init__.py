@@ -1,8 +1,7 @@
 """MultiMax and other alternatives to softmax, for fairseq's Transformers.
 
-:mod:`multimax_fairseq.mappings` needs no fairseq, and does not import it. Models and criterions are registered with
-fairseq by ``--user-dir``, by importing :mod:`multimax_fairseq.models`, and by importing this package where fairseq
-has been imported already.
+:mod:`multimax_fairseq.mappings` neither needs nor imports fairseq. Three things register the models and criterions
+with fairseq: ``--user-dir``, importing :mod:`multimax_fairseq.models`, and importing this package after fairseq.
 """
 
 import sys
@@ -11,8 +10,9 @@ __version__ = "0.2.0"
 
 
 class _Path(list):
-    """``__path__`` of this package, which registers where fairseq looks up a ``--user-dir`` in it: all that fairseq
-    does about one that is imported already, as it is in a program that came for the mappings first.
+    """This package's ``__path__``; registers the models when fairseq looks up a ``--user-dir`` in it.
+
+    If the package is already imported (for its mappings, say), fairseq does nothing else with a ``--user-dir``.
     """
 
     def __contains__(self, folder: object) -> bool:

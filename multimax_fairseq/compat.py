@@ -8,15 +8,15 @@ import types
 import numpy
 import torch
 
-# Modules of fairseq that ask numpy for what it no longer has.
+# fairseq modules that use what numpy has removed.
 OUTDATED = ("fairseq.data.token_block_dataset", "fairseq.data.language_pair_dataset", "fairseq.data.data_utils")
 
 
 def apply() -> None:
-    """Give fairseq back what torch and numpy have taken away; does nothing where nothing is missing.
+    """Restore what fairseq needs from older torch and numpy; does nothing if nothing is missing.
 
     - torch loads fairseq's checkpoints: :func:`trust_plain_records`.
-    - Three modules of fairseq see numpy through :class:`OldNumpy`; nobody else does.
+    - Only the three fairseq modules in ``OUTDATED`` see numpy through :class:`OldNumpy`.
     """
     trust_plain_records()
     if not hasattr(numpy, "compat") or "interpolation" not in inspect.signature(numpy.percentile).parameters:
@@ -25,21 +25,21 @@ def apply() -> None:
 
 
 def trust_plain_records() -> None:
-    """Let torch ≥ 2.6, which loads only what it knows to be safe, load fairseq's checkpoints.
+    """Let torch ≥ 2.6 load fairseq's checkpoints; it loads only types on its list of safe ones.
 
-    They hold an ``argparse.Namespace`` and, after ``--eval-bleu``, arrays of numpy: plain records, so they are put on
-    torch's list, and loading stays safe.
+    Checkpoints hold an ``argparse.Namespace`` and, after ``--eval-bleu``, numpy arrays. These are plain records, so
+    loading stays safe with them on the list.
     """
     if hasattr(torch.serialization, "add_safe_globals"):
         torch.serialization.add_safe_globals([argparse.Namespace, *_globals_of_arrays()])
 
 
 class OldNumpy(types.ModuleType):
-    """numpy, with what fairseq knows it by.
+    """numpy with the old names that fairseq uses.
 
-    - numpy ≥ 2 has no ``numpy.compat``, whose ``long`` (Python's int) ``--sample-break-mode eos`` and
-      ``--num-batch-buckets`` ask for.
-    - numpy ≥ 2.4 has no keyword ``interpolation`` in ``numpy.percentile``; it is called ``method`` since 1.22
+    - numpy ≥ 2 has no ``numpy.compat``; ``--sample-break-mode eos`` and ``--num-batch-buckets`` use its ``long``
+      (Python's int).
+    - numpy ≥ 2.4 has no keyword ``interpolation`` in ``numpy.percentile``, called ``method`` since 1.22
       (``--num-batch-buckets``).
     """
 
@@ -54,6 +54,6 @@ class OldNumpy(types.ModuleType):
 
 
 def _globals_of_arrays():
-    """What a pickled array of numbers refers to; numpy has moved some of it from version to version."""
+    """The globals in a pickled array of numbers; some have moved between numpy versions."""
     dtypes = {type(numpy.dtype(kind)) for kind in (numpy.int64, numpy.float32, numpy.float64)}
     return [numpy.ndarray, numpy.dtype, numpy.zeros(1).__reduce__()[0], *dtypes]

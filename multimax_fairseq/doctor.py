@@ -1,6 +1,6 @@
-"""``multimax-doctor``: what is installed, which backend computes here, and whether every mapping is right.
+"""``multimax-doctor``: checks what is installed, which backend computes, and whether every mapping is right.
 
-Prints a line for each thing that it looks at. Exit status 0 if all of them are well, 1 if one is not.
+Prints one line per check. Exit status: 0 if all is well, 1 otherwise.
 """
 
 import importlib
@@ -16,7 +16,7 @@ PACKAGE = "multimax_fairseq"
 PYTHONS = ((3, 10), (3, 12))
 TOLERANCE = {"float32": 2e-5, "bfloat16": 2e-2, "float16": 3e-3}  # of probabilities and gradients of a few scores
 
-Finding = Tuple[bool, str]  # whether it is well, and a line
+Finding = Tuple[bool, str]  # (is it well, line to print)
 
 
 def check_python() -> List[Finding]:
@@ -27,7 +27,7 @@ def check_python() -> List[Finding]:
 
 
 def check_packages() -> List[Finding]:
-    """What this package asks for in its metadata, and what is there."""
+    """Compare the installed packages with the requirements in this package's metadata."""
     from packaging.requirements import Requirement
 
     try:
@@ -53,13 +53,13 @@ def check_fairseq() -> List[Finding]:
     try:
         importlib.import_module("fairseq")
         models = importlib.import_module(f"{PACKAGE}.models")
-    except Exception as error:  # of whatever fairseq imports
+    except Exception as error:  # anything that fairseq imports can raise
         return [(False, f"fairseq does not import ({type(error).__name__}: {error}): install what README.md says")]
     return [(True, f"fairseq imports, and has {models.MultimaxTransformerModel.__name__}")]
 
 
 def check_backends() -> List[Finding]:
-    """Which code computes here, and why; where something is missing others take its place, so that is no fault."""
+    """Which code computes here, and why. A missing backend is no fault: another takes its place."""
     import torch
 
     from .kernels import backend, cpp
@@ -84,7 +84,7 @@ def check_backends() -> List[Finding]:
 
 
 def check_mappings() -> List[Finding]:
-    """Probabilities and gradients of every mapping against the same mapping in float64, in plain PyTorch."""
+    """Compare every mapping's probabilities and gradients with plain PyTorch in float64."""
     import torch
 
     from .kernels.backend import ENVIRONMENT_VARIABLE
@@ -132,7 +132,7 @@ def _result(mapping, scores, upstream):
 
 @contextmanager
 def messages() -> Iterator[List[str]]:
-    """What the package logs while it is open."""
+    """Collect what the package logs."""
     said: List[str] = []
     logger = logging.getLogger(PACKAGE)
     handler = logging.Handler()
@@ -148,16 +148,16 @@ def messages() -> Iterator[List[str]]:
 
 
 def main() -> int:
-    """Prints the findings; returns the exit status."""
+    """Print the findings; return the exit status."""
     if sys.argv[1:]:
         print(__doc__.strip())
         return 0 if sys.argv[1:] in (["--help"], ["-h"]) else 2
-    logging.basicConfig(handlers=[logging.NullHandler()])  # or fairseq's import makes the root logger print
+    logging.basicConfig(handlers=[logging.NullHandler()])  # otherwise importing fairseq makes the root logger print
     well = True
     for check in (check_python, check_packages, check_fairseq, check_backends, check_mappings):
         try:
             findings = check()
-        except ImportError as error:  # what a check before it has named
+        except ImportError as error:  # an earlier check has reported the cause
             findings = [(False, f"{check.__name__}: {error}")]
         for is_well, line in findings:
             print(f"{'ok     ' if is_well else 'PROBLEM'} {line}", flush=True)

@@ -1,9 +1,9 @@
-"""Averages the parameters of checkpoints into one that fairseq-generate and fairseq-eval-lm can load.
+"""Averages checkpoints' parameters into one checkpoint that fairseq-generate and fairseq-eval-lm can load.
 
     python scripts/average_checkpoints.py --last 5 runs/demo --output runs/demo/average.pt
     python scripts/average_checkpoints.py runs/demo/checkpoint8.pt runs/demo/checkpoint9.pt --output average.pt
 
-Everything but the parameters (configuration, training state) is that of the last input.
+Everything else (configuration, training state) comes from the last input.
 """
 
 import re
@@ -44,10 +44,10 @@ def last_epochs(folder: Path, count: int) -> List[Path]:
 
 
 def average(paths: List[Path]) -> Dict[str, Any]:
-    """The last checkpoint with the mean of the parameters of all: taken in fp64, in each parameter's own dtype.
+    """The last checkpoint with the mean of all parameters, computed in fp64, stored in each parameter's own dtype.
 
     Raises:
-        UserError: one is no checkpoint, or they do not have the same parameters, of the same shapes.
+        UserError: one is no checkpoint, or their parameters differ in name or shape.
     """
     total: Dict[str, Tensor] = {}
     for path in paths:

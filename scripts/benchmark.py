@@ -1,26 +1,26 @@
-"""How fast, and in how much memory, beside what fairseq and PyTorch ship.
+"""Measures speed and memory, compared with what fairseq and PyTorch ship.
 
     python scripts/benchmark.py                                   # mapping, attention, step, output
     python scripts/benchmark.py mapping attention --rounds 21
     python scripts/benchmark.py generate epoch --data data/multi30k/data-bin --path softmax/checkpoint_best.pt
 
-Every comparison has its sides take turns in one process, and its figure is the median of their ratios: below 1 is
-faster, or less, than the first side. So it stands on a machine that is not quite idle, where times do not.
+The sides of a comparison take turns in one process. Its figure is the median of their ratios to the first side:
+below 1 is faster, or less memory. Unlike times, ratios are reliable on a machine that is not quite idle.
 
     mapping    scores → probabilities, against torch's softmax: MultiMax, its formula in eager PyTorch, the others,
                and those of the package entmax
-    attention  the module of fairseq, and what lies between its projections; the peak of memory
-    step       a training step of the IWSLT'14 and WikiText-103 models, against fairseq's own; of the first with
-               every mapping in attention
-    output     output layer and loss at 267,744 types, against fairseq's cross-entropy: time, and the peak of memory
-               above weights and their gradients; sparsemax, entmax15 and entmax (α learned) with entmax_loss
-    generate   sentences a second of beam search. --path: a softmax checkpoint of this plugin, on --data; the other
-               side has its weights, and MultiMax with modulators at the identity: both find the same hypotheses
-    epoch      words a second of training on --data (translation), in a first and a second pass
+    attention  fairseq's module, and the part between its projections; peak memory
+    step       a training step of the IWSLT'14 and WikiText-103 models, against fairseq's own; IWSLT'14 with every
+               mapping in attention
+    output     output layer and loss at 267,744 types, against fairseq's cross-entropy: time, and peak memory above
+               weights and their gradients; sparsemax, entmax15 and entmax (α learned) with entmax_loss
+    generate   sentences per second of beam search on --data. --path: a softmax checkpoint of this plugin; the other
+               side has its weights and MultiMax with modulators at the identity, so both find the same hypotheses
+    epoch      words per second of training on --data (translation), in a first and a second pass
 
-Kernels compiled, and the seconds that took, are counted at the end. A GPU is used if there is one. On a CPU memory
-that is freed stays with the process, as in the recipes (keep_memory in common.sh), but for `output`; else the figures
-would be as much of the system's pages as of the sides, and flip between two values.
+The end of the output counts compiled kernels and their compile time. A GPU is used if there is one. On a CPU the
+process keeps freed memory, as in the recipes (keep_memory in common.sh), except in `output`; otherwise the system's
+paging would be measured too, and the figures would flip between two values.
 """
 
 import argparse
@@ -69,11 +69,11 @@ Sides = Dict[str, Callable[[], Any]]
 # ---------------------------------------------------------------- measuring
 
 
-SECONDS_A_SIDE = 20.0  # a slow side has fewer rounds, three at least
+SECONDS_A_SIDE = 20.0  # a slow side runs fewer rounds, but at least three
 
 
 def alternate(sides: Sequence[Callable[[], Any]], rounds: int, warm_up: int = 2) -> List[List[float]]:
-    """Seconds of each side, in rounds in which the sides take turns."""
+    """The seconds of each side in each round; the sides take turns."""
     seconds: List[List[float]] = [[] for _ in sides]
     for number in range(warm_up + rounds):
         for side, times in zip(sides, seconds):
@@ -87,7 +87,7 @@ def alternate(sides: Sequence[Callable[[], Any]], rounds: int, warm_up: int = 2)
 
 
 def compare(case: str, sides: Sides, rounds: int) -> Rows:
-    """One row for each side: the median of its time, and of its ratio to the first side, beside which it ran."""
+    """One row for each side: its median time, and its median ratio to the first side of the same round."""
     (first_name, first), *others = sides.items()
     rows: Rows = []
     for name, side in tqdm(others, desc=case, leave=False, disable=None):
@@ -106,11 +106,11 @@ def row_of(case: str, side: str, ratios: List[float], seconds: List[float]) -> D
 
 
 def keep_memory(keep: bool) -> None:
-    """Tell the GNU C library not to give memory back to the system, or as it would of itself; no effect elsewhere."""
+    """Make the GNU C library keep freed memory, or return it as by default; no effect with other libraries."""
     library = ctypes.CDLL(None)
     if hasattr(library, "mallopt"):
         m_trim_threshold, m_mmap_threshold, m_mmap_max = -1, -3, -4  # malloc.h
-        library.mallopt(m_trim_threshold, -1 if keep else 2**26)  # -1: never; else where its own adjustment ends
+        library.mallopt(m_trim_threshold, -1 if keep else 2**26)  # -1: never; else the limit of its own adjustment
         library.mallopt(m_mmap_threshold, 2**25)
         library.mallopt(m_mmap_max, 0 if keep else 65_536)
         library.malloc_trim(0)
@@ -122,14 +122,14 @@ def synchronise() -> None:
 
 
 def peak_bytes(side: Callable[[], Any]) -> int:
-    """How far a call raises the memory in use above what is in use before it."""
+    """The peak of memory in use during a call, above that before it."""
     gc.collect()
     if DEVICE.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         side()
         return torch.cuda.max_memory_allocated() - before
-    Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak of resident memory starts again from here
+    Path("/proc/self/clear_refs").write_text("5")  # Linux: reset the peak of resident memory
     before = resident("VmRSS")
     side()
     return resident("VmHWM") - before
@@ -141,7 +141,7 @@ def resident(field: str) -> int:
 
 
 def in_new_process(function: Callable[..., int], *arguments: Any) -> int:
-    """``function(*arguments)`` in a process of its own, whose memory nothing else has touched."""
+    """Call ``function(*arguments)`` in a new process, with fresh memory."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(_with_threads, (torch.get_num_threads(), function, arguments))
 
@@ -152,7 +152,7 @@ def _with_threads(threads: int, function: Callable[..., int], arguments: Tuple) 
 
 
 def compare_memory(case: str, measure: Callable[..., int], sides: List[str], *arguments: Any) -> Rows:
-    """Like :func:`compare`, for the bytes that ``measure(side, *arguments)`` gives."""
+    """Like :func:`compare`, for the bytes that ``measure(side, *arguments)`` returns."""
     peaks = {side: in_new_process(measure, side, *arguments) for side in sides}
     first = peaks[sides[0]]
     return [
@@ -177,7 +177,7 @@ def benchmark_mapping(rounds: int) -> Iterator[Rows]:
 
 
 def mapping_sides(mapping: Callable[[Tensor], Tensor], scores: Tensor, upstream: Tensor) -> Tuple[Callable, Callable]:
-    """Forward alone, and forward with backward to the scores and to what the mapping has learned."""
+    """Forward alone, and forward with backward to the scores and the mapping's parameters."""
     wanted = [scores.clone().requires_grad_(), *(mapping.parameters() if isinstance(mapping, nn.Module) else ())]
 
     def forward() -> None:
@@ -204,7 +204,7 @@ def mappings() -> Dict[str, Callable[[Tensor], Tensor]]:
         "entmax, α = 1.3": build_mapping("entmax", alpha=1.3),
         "entmax, learned": build_mapping("entmax", alpha="learned"),
         "evsoftmax": build_mapping("evsoftmax"),
-        **{name: build_mapping(name) for name in MAPPINGS if name not in BUILT_IN},  # of --user-dir
+        **{name: build_mapping(name) for name in MAPPINGS if name not in BUILT_IN},  # from --user-dir
         "sparsemax, package": entmax_package.Sparsemax(),
         "entmax15, package": entmax_package.Entmax15(),
         "entmax, α = 1.5, package": entmax_package.EntmaxBisect(1.5),
@@ -225,7 +225,7 @@ def benchmark_attention(rounds: int) -> Iterator[Rows]:
             case = f"{bsz} × {length} tokens, causal, dropout {dropout}, forward+backward"
             yield compare(f"core, {case}", attention_core(bsz, length, dropout=dropout), rounds)
             yield compare(f"module, {case}", attention_module(bsz, length, dropout), rounds)
-    for heads in (1, 3):  # with few of them threads have to share a head
+    for heads in (1, 3):  # with few heads, threads have to share one
         for _, length in ATTENTION_SIZES:
             case = f"core, {heads} head{'s' * (heads > 1)} × {length} tokens, causal, forward+backward"
             yield compare(case, attention_core(1, length, heads), rounds)
@@ -235,9 +235,9 @@ def benchmark_attention(rounds: int) -> Iterator[Rows]:
 
 
 def attention_core(bsz: int, length: int, heads: int = HEADS, dropout: float = 0.0) -> Sides:
-    """Between projections: stock fairseq leaves this to torch's scaled dot-product attention, with its mask."""
+    """Attention between the projections; stock fairseq uses torch's scaled dot-product attention, with its mask."""
     shape = length, bsz * heads, WIDTH // HEADS
-    # as projections give them: length first in memory, scores of standard deviation 2
+    # as from projections: length first in memory; scores have standard deviation 2
     inputs = [torch.randn(shape, device=DEVICE).mul_(0.5).transpose(0, 1).requires_grad_() for _ in range(3)]
     upstream = torch.randn(shape, device=DEVICE).transpose(0, 1)
     mask = future_mask(length)
@@ -276,7 +276,7 @@ def attention(name: str, dropout: float = 0.0) -> nn.Module:
 
 def future_mask(length: int) -> Tensor:
     mask = torch.full((length, length), float("-inf"), device=DEVICE).triu_(1)
-    setattr(mask, CAUSAL, True)  # as the decoder that makes it says
+    setattr(mask, CAUSAL, True)  # as the decoder that makes the mask marks it
     return mask
 
 
@@ -289,7 +289,7 @@ def module_peak(name: str, bsz: int, length: int) -> int:
         visible = mask[:length, :length]
         module(inputs, inputs, inputs, attn_mask=visible, need_weights=False)[0].sum().backward()
 
-    run(256)  # compiles, and makes the gradients of the weights
+    run(256)  # compiles, and allocates the weights' gradients
     return peak_bytes(lambda: run(length))
 
 
@@ -386,7 +386,7 @@ def benchmark_output(rounds: int) -> Iterator[Rows]:
 
 
 def output_side(name: str, mapping: str, tokens: int) -> Tuple[Callable[[], None], Tuple[Tensor, ...]]:
-    """A projection and its loss, forward and backward; and what gets gradients. Of ``SPARSE``, with entmax_loss."""
+    """A projection and its loss, forward and backward, and the tensors with gradients; entmax_loss for ``SPARSE``."""
     torch.manual_seed(0)
     features = torch.randn(tokens, WIDTH, device=DEVICE, requires_grad=True)
     weight = nn.Parameter(torch.randn(TYPES, WIDTH, device=DEVICE) * WIDTH**-0.5)
@@ -457,7 +457,7 @@ def in_parts(indices: Any, size: int) -> List[Any]:
 
 
 def benchmark_epoch(data: Path, updates: Optional[int]) -> Iterator[Rows]:
-    """Two epochs of fairseq's trainer, update by update in turns; compiling is part of the first."""
+    """Two epochs of fairseq's trainer, the sides taking turns update by update; the first includes compiling."""
     trainers = {name: trainer_of(prefix, data) for name, prefix in (("stock", ""), ("multimax", "multimax_"))}
     for epoch in (1, 2):
         seconds = dict.fromkeys(trainers, 0.0)
@@ -556,14 +556,14 @@ def main() -> None:
     chosen = args.sections or ["mapping", "attention", "step", "output"]
     check(parser, args, chosen, list(sections))
     logging.getLogger().setLevel(logging.WARNING)
-    warnings.simplefilter("ignore")  # of fairseq, torch and hydra about each other
+    warnings.simplefilter("ignore")  # fairseq, torch and hydra warn about each other
     if args.threads:
         torch.set_num_threads(args.threads)
 
     results = {"machine": machine(), "rows": []}
     print(results["machine"])
     for section in chosen:
-        keep_memory(section != "output")  # whose tensors of gigabytes would leave holes that nothing fits
+        keep_memory(section != "output")  # its tensors of gigabytes would leave holes in the kept memory
         for rows in sections[section]():
             show(rows)
             results["rows"] += [{"section": section, **row} for row in rows]
@@ -574,7 +574,7 @@ def main() -> None:
 
 
 def check(parser: argparse.ArgumentParser, args: argparse.Namespace, chosen: List[str], sections: List[str]) -> None:
-    """End with a message, before any long work, where an argument is wrong or missing."""
+    """End with a message, before any long work, if an argument is wrong or missing."""
     try:
         import_user_dir(args.user_dir)
     except UserError as error:

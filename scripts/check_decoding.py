@@ -2,9 +2,9 @@
 
     python scripts/check_decoding.py --path runs/demo/checkpoint_best.pt demo/grammar/data-bin
 
-Takes target sentences of a split through the decoder twice: all at once, as training does, and step by step with
-the cache, as beam search does, and prints the largest difference between log-probabilities. Each source has two
-targets, its own and the next one's, which change places on the way, as the hypotheses of a beam do.
+Decodes target sentences of a split twice: all at once, as in training, and step by step with the cache, as in beam
+search. Prints the largest difference between log-probabilities. Each source has two targets, its own and the next
+one's, which swap places on the way, as hypotheses in a beam do.
 """
 
 import math
@@ -21,14 +21,14 @@ from multimax_fairseq.analysis.files import ArgumentParser, UserError, errors_in
 
 
 def log_softmax(logits: Tensor) -> Tensor:
-    """In fp32, as fairseq has it, or in fp64 if the logits are."""
+    """In fp32, as in fairseq; in fp64 for fp64 logits."""
     return logits.log_softmax(-1) if logits.dtype == torch.float64 else utils.log_softmax(logits, dim=-1)
 
 
 @torch.no_grad()
 def largest_difference(model: BaseFairseqModel, net_input: Dict[str, Tensor]) -> float:
-    """max |log p(step by step) − log p(all at once)| over the tokens of a batch and the vocabulary, in nats; infinite
-    where one of them is NaN."""
+    """max |log p(step by step) − log p(all at once)| over a batch's tokens and the vocabulary, in nats; infinite if
+    one is NaN."""
     number = torch.arange(net_input["src_tokens"].size(0))
     twice = number.repeat_interleave(2)
     targets = torch.stack([number, number.roll(-1)], dim=1).flatten()

@@ -1,4 +1,4 @@
-"""What check_gpu.sh runs; see there."""
+"""The checks that check_gpu.sh runs; see there."""
 
 import argparse
 import contextlib
@@ -30,13 +30,13 @@ from multimax_fairseq.mappings.multimax import modulate_formula, multimax_formul
 
 SCRIPTS = Path(__file__).resolve().parent
 PLUGIN = SCRIPTS.parent / "multimax_fairseq"
-Rows = Iterator[Dict[str, Any]]  # "check" and "figure" to print, "right": a bool, or None where there is no verdict
+Rows = Iterator[Dict[str, Any]]  # "check" and "figure" to print; "right": a bool, or None for no verdict
 
 # ---------------------------------------------------------------- kernels
 
 
 def check_attention(short: bool) -> Rows:
-    """Triton's attention: random cases, and long ones beside plain PyTorch."""
+    """Triton's attention: random cases, and long ones compared with plain PyTorch."""
     if triton_attention.version() is None:
         yield {"check": "attention in Triton", "figure": "Triton is not installed, or too old", "right": None}
         return
@@ -68,7 +68,7 @@ def check_attention(short: bool) -> Rows:
 
 
 def check_rows(short: bool) -> Rows:
-    """The kernels of PyTorch's compiler: values and gradients, relative to the largest, beside those of formulas."""
+    """The kernels of PyTorch's compiler: values and gradients against the formulas', relative to the largest."""
     for dtype in DTYPES if DEVICE.type == "cuda" else ["fp32"]:
         torch.manual_seed(1)
         scores = (2 * torch.randn(64, 300)).to(DEVICE, DTYPES[dtype])
@@ -92,9 +92,9 @@ def check_rows(short: bool) -> Rows:
 
 
 def compared(name: str, function: Callable, formula: Callable, inputs: List[Tensor]) -> Dict[str, Any]:
-    """A function beside its formula in float64: error relative to the largest number, of values and gradients.
+    """Compare a function with its formula in float64: errors of values and gradients, relative to the largest number.
 
-    Allowed are 1e-5 in fp32, and 8 units in the last place in half precision.
+    Allowed: 1e-5 in fp32, 8 units in the last place in half precision.
     """
     results = []
     for compute, tensors in ((function, inputs), (formula, [tensor.double() for tensor in inputs])):
@@ -123,7 +123,7 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 
 def check_speed(short: bool) -> Rows:
-    """The benchmark: figures, and no verdict."""
+    """The benchmark: figures without a verdict."""
     import benchmark
 
     rounds = 5 if short else 15
@@ -149,7 +149,7 @@ MODEL = [
     "--task", "language_modeling", "--arch", "multimax_transformer_lm", "--decoder-layers", 2,
     "--decoder-embed-dim", 64, "--decoder-input-dim", 64, "--decoder-output-dim", 64, "--decoder-ffn-embed-dim", 64,
     "--decoder-attention-heads", 2, "--share-decoder-input-output-embed", "--output-mapping", "multimax",
-    # the same in each precision: a dropout that is drawn on the GPU may differ
+    # no dropout, so that every precision computes the same: dropout drawn on the GPU may differ
     "--dropout", 0, "--criterion", "chunked_cross_entropy",
 ]  # fmt: skip
 TRAINING = [
@@ -157,13 +157,13 @@ TRAINING = [
     "--lr", 2e-3, "--lr-scheduler", "inverse_sqrt", "--warmup-updates", 10, "--seed", 1, "--num-workers", 0,
     "--no-save", "--disable-validation", "--log-format", "json", "--log-interval", 1, "--fp16-init-scale", 4,
 ]  # fmt: skip
-# Losses of all updates beside those in fp32: relative, at most. Half precision takes other roundings, of which the
-# updates make more; a loss that does not fall, or is not a number, is far beyond.
+# Largest relative difference from the fp32 losses, over all updates. Half precision rounds differently, and updates
+# amplify that; a loss that does not fall, or is NaN, is far beyond this.
 MOST_DIFFERENCE = 0.04
 
 
 def check_training(short: bool) -> Rows:
-    """Losses in half precision beside fp32's, and on two GPUs beside one."""
+    """Compare losses in half precision with fp32's, and those on two GPUs with one's."""
     updates = 6 if short else 40
     with tempfile.TemporaryDirectory() as folder:
         data = smoke_data(Path(folder), short)
@@ -200,7 +200,7 @@ def training_losses(command: List[Any]) -> List[float]:
 
 def beside(name: str, losses: List[float], expected: List[float]) -> Dict[str, Any]:
     difference = max((abs(a - b) / b for a, b in zip(losses, expected)), default=float("inf"))
-    close = all(abs(a - b) <= MOST_DIFFERENCE * b for a, b in zip(losses, expected))  # not if one is NaN
+    close = all(abs(a - b) <= MOST_DIFFERENCE * b for a, b in zip(losses, expected))  # False if one is NaN
     return {
         "check": name, "figure": f"losses differ by {difference:.2%} at most", "losses": losses, "beside": expected,
         "right": len(losses) == len(expected) > 0 and close,
@@ -208,7 +208,7 @@ def beside(name: str, losses: List[float], expected: List[float]) -> Dict[str, A
 
 
 def run(*command: Any) -> subprocess.CompletedProcess:
-    """A command of this Python's environment, which interprets no kernel; its last lines where it fails."""
+    """Run a command of this Python's environment, without interpreted kernels; show its last lines if it fails."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
     environment["PYTHON"] = sys.executable
@@ -222,7 +222,7 @@ def run(*command: Any) -> subprocess.CompletedProcess:
 
 
 def checked(check: Callable[[bool], Rows], short: bool) -> Rows:
-    """The rows of a check; a wrong one where it raises."""
+    """The rows of a check; a wrong row if it raises."""
     try:
         yield from check(short)
     except Exception as error:

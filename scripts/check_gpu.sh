@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# Does everything work on this machine's GPU, and how fast? To be run once where there is one; under 8 minutes.
+# Does everything work on this machine's GPU, and how fast? Run it once on a machine with a GPU; under 8 minutes.
 #
 #     bash scripts/check_gpu.sh [--out FILE] [--without-gpu] [--short]
 #
 #   --out FILE       all figures, as JSON (default: check_gpu.json)
-#   --without-gpu    what of it goes without one: kernels interpreted on the CPU, a short training in fp32
+#   --without-gpu    the checks that need no GPU: kernels interpreted on the CPU, a short training in fp32
 #   --short          fewer cases and updates
 #   --help           show this text
 #
-# Kernels against float64 in fp32, fp16 and bf16; the benchmark beside PyTorch's attention and stock fairseq; training
-# in fp32, fp16, bf16 and with --amp, whose losses are compared; and, where there are two GPUs, training on both beside
-# training on one. Each line ends in its verdict, and the last one says how many are wrong; then the exit status is 1.
+# Checks kernels against float64 in fp32, fp16 and bf16; benchmarks them against PyTorch's attention and stock fairseq;
+# compares training losses in fp32, fp16, bf16 and with --amp and, with two GPUs, of training on both and on one. Each
+# line ends in its verdict; the last says how many are wrong. If any is, the exit status is 1.
 
 set -euo pipefail
 

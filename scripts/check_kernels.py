@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""The Triton kernels of attention against float64, and as binaries for GPUs that need not be there.
+"""Checks Triton's attention kernels against float64, and compiles them for GPUs that this machine need not have.
 
     python scripts/check_kernels.py cases --cases 200 --seed 1      # on a GPU, or interpreted on a CPU
-    python scripts/check_kernels.py halves --length 512             # beside plain PyTorch of the same dtype
+    python scripts/check_kernels.py halves --length 512             # against plain PyTorch in the same dtype
     python scripts/check_kernels.py binaries --targets sm_80 sm_90 gfx942 --dtypes fp16 fp32 --head-dims 64 128
 
     cases      random shapes, masks, dropout, layouts and dtypes: output and all gradients
-    halves     the error in each dtype beside that of attention as a whole; at most twice is right
+    halves     the error in each dtype, which may be at most twice that of plain PyTorch's attention
     binaries   registers, spills and shared memory of each kernel
 """
 
@@ -35,7 +35,7 @@ from multimax_fairseq.kernels.masks import Masks  # noqa: E402
 from multimax_fairseq.mappings.multimax import multimax_formula  # noqa: E402
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-MOST_SHARED = {"cuda": 99 * 1024, "hip": 64 * 1024}  # of NVIDIA's small GPUs; of AMD's
+MOST_SHARED = {"cuda": 99 * 1024, "hip": 64 * 1024}  # NVIDIA's small GPUs; AMD's
 RESULTS = ("output", "query", "key", "value", "thresholds", "gains")
 INF, EPSILON = float("inf"), torch.finfo(torch.float32).eps
 
@@ -43,7 +43,7 @@ INF, EPSILON = float("inf"), torch.finfo(torch.float32).eps
 
 
 def philox(counter: Sequence[numpy.ndarray], key: Tuple[int, int], rounds: int) -> List[numpy.ndarray]:
-    """Philox4x32 of uint32 counters that broadcast (Salmon et al. 2011): four words each."""
+    """Philox4x32 (Salmon et al. 2011) of broadcast uint32 counters: four words each."""
     words = [numpy.asarray(word, dtype=numpy.uint64) for word in counter]
     low, high = key
     for _ in range(rounds):
@@ -66,13 +66,13 @@ def dropout_factors(shape: Tuple[int, int, int], dropout: float, seed: int) -> T
 
 
 def attention(query, key, value, thresholds, gains, mask, factors) -> Tensor:
-    """As it is written: in float64 the oracle, in another dtype plain PyTorch."""
+    """Attention by its formula: the oracle in float64, plain PyTorch in other dtypes."""
     scores = query @ key.transpose(1, 2) + mask.to(query.dtype)
     return (multimax_formula(scores, thresholds, gains) * factors.to(query.dtype)) @ value
 
 
 def with_gradients(function, inputs: Sequence[Tensor], upstream: Tensor, *arguments) -> List[Tensor]:
-    """Output, and gradients of all inputs; zeros for those of thresholds and gains at order 0."""
+    """Output and gradients of all inputs; at order 0 those of thresholds and gains are zeros."""
     inputs = [tensor.detach().requires_grad_() for tensor in inputs]
     output = function(*inputs, *arguments)
     grads = torch.autograd.grad(output, inputs, upstream.to(output.dtype), allow_unused=True)
@@ -93,7 +93,7 @@ def full_mask(masks: Masks, tgt_len: int, src_len: int) -> Tensor:
 
 @dataclass
 class Case:
-    """What a call of attention is given; tensors on ``DEVICE``."""
+    """The arguments of one call of attention; tensors on ``DEVICE``."""
 
     inputs: List[Tensor]  # query, key, value, thresholds, gains
     masks: Masks
@@ -116,7 +116,7 @@ class Case:
 
 
 def random_case(draw: random.Random, dtypes: Sequence[torch.dtype], longest: int = 80) -> Case:
-    """A case of any kind; ``longest`` bounds its lengths."""
+    """Draw a case of any kind, with lengths of at most ``longest``."""
     torch.manual_seed(draw.getrandbits(32))
     heads, order, dtype = draw.randint(1, 3), draw.randint(0, 2), draw.choice(dtypes)
     lengths = [n for n in (1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129) if n <= longest]
@@ -162,9 +162,9 @@ def triton_results(case: Case) -> List[Tensor]:
 
 
 def exact_results(case: Case) -> Tuple[List[Tensor], List[Tuple[Tensor, Tensor]]]:
-    """Output and gradients in float64, and the sizes of the terms that these are sums of.
+    """Output and gradients in float64, and the sizes of the terms that they sum.
 
-    Of these two: as they are, and with each term as many times as large as it makes of a relative error of scores.
+    Two sizes for each: plain, and with each term multiplied by how much it amplifies a relative error of scores.
     """
     doubles = [tensor.detach().double() for tensor in case.inputs]
     query, key, value, thresholds, gains = doubles
@@ -176,16 +176,16 @@ def exact_results(case: Case) -> Tuple[List[Tensor], List[Tuple[Tensor, Tensor]]
     p = multimax_formula(scores, thresholds, gains)
     x = scores.masked_fill(scores == -INF, 0)
     score_sizes = 1 + query.abs() @ key.abs().mT + mask.masked_fill(mask == -INF, 0).abs()
-    # of |σ'|, at most; and of each parameter's part in σ
+    # upper bounds of |σ'|, and of each parameter's part in σ
     slope, jump, parts = torch.ones_like(x), torch.zeros_like(x), []
     for n, ((b, d), (gain_b, gain_d)) in enumerate(zip(thresholds, gains), start=1):
         for distance, gain in ((b - x, gain_b.abs()), (x - d, gain_d.abs())):
             slopes = gain * n * distance.clamp(min=0) ** (n - 1) * (distance > 0)
-            # Where a score lies at a threshold, rounding decides whether there is a slope of the first order.
+            # If a score lies at a threshold, rounding decides whether it has the first order's slope.
             jumps = gain * (n == 1) * (distance.abs() < EPSILON * score_sizes) / EPSILON
             slope, jump = slope + slopes, jump + jumps
             parts.append((slopes, jumps, distance.clamp(min=0) ** n))
-    # The error of a score's terms becomes a relative one of its probability, and of its row's.
+    # The absolute error of a score becomes a relative error of its probability, and of its row's.
     errors = slope * score_sizes
     weights = p * (1 + errors + (p * errors).sum(-1, keepdim=True))
     grad_p = factors * (upstream.abs() @ value.abs().mT)
@@ -207,25 +207,25 @@ def exact_results(case: Case) -> Tuple[List[Tensor], List[Tuple[Tensor, Tensor]]
 
 
 def case_errors(case: Case) -> Dict[str, float]:
-    """Of each result the largest error, in units of what rounding explains: below 1 is right."""
+    """The largest error of each result, in units of what rounding explains: below 1 is right."""
     dtype, largest = case.inputs[0].dtype, max(tensor.abs().max().item() for tensor in case.inputs[:3])
     largest = max(largest, case.upstream.abs().max().item())
     errors = {}
     for name, result, exact, (size, amplified) in zip(RESULTS, triton_results(case), *exact_results(case)):
-        # a few roundings of every term in fp32; in half precision one of a factor of each product, and of the result
+        # fp32: a few roundings of every term; half precision: one of a factor of each product, and one of the result
         allowed = 4 * EPSILON * amplified + 1e-30
         if dtype != torch.float32 and name not in ("thresholds", "gains"):
             allowed = allowed + torch.finfo(dtype).eps * size
-            if dtype == torch.float16:  # whose smallest number terms may be below
+            if dtype == torch.float16:  # terms may be below its smallest number
                 allowed = allowed + 2.0**-25 * (1 + max(case.lengths) * largest)
         error = (result.double() - exact).abs() / allowed
-        errors[name] = error.max().item() if error.numel() else 0.0  # NaN is NaN, and not below 1
+        errors[name] = error.max().item() if error.numel() else 0.0  # NaN stays NaN, which is not below 1
     return errors
 
 
 def check_cases(count: int, seed: int, dtypes: Optional[Sequence[str]] = None) -> Iterator[Dict[str, Any]]:
     """Rows {case, errors, right} of random cases."""
-    available = [d for d in DTYPES if DEVICE.type == "cuda" or d != "bf16"]  # interpreted, bf16 is wrong
+    available = [d for d in DTYPES if DEVICE.type == "cuda" or d != "bf16"]  # the interpreter computes bf16 wrongly
     chosen = [DTYPES[name] for name in dtypes or available]
     draw = random.Random(seed)
     for _ in range(count):
@@ -238,7 +238,7 @@ def check_cases(count: int, seed: int, dtypes: Optional[Sequence[str]] = None) -
 
 
 def check_halves(length: int, causal: bool, mean: float, dtype: torch.dtype, heads: int = 1) -> Dict[str, Any]:
-    """Relative errors against float64, (Triton, plain PyTorch) of each result, of values of this mean."""
+    """Relative errors against float64 of each result, (Triton, plain PyTorch), for values with this mean."""
     torch.manual_seed(1)
     shape = heads, length, 64
     inputs = [torch.randn(shape) * 64**-0.25 for _ in range(2)] + [torch.randn(shape) + mean]
@@ -262,7 +262,7 @@ def check_halves(length: int, causal: bool, mean: float, dtype: torch.dtype, hea
 KERNELS = ("forward", "backward_queries", "backward_keys")
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 POINTERS_FP32 = ("thresholds", "gains", "peaks", "factors", "expecteds", "table")
-VARIANTS = {  # what a kernel of the most registers is given; without dropout, and with an added mask
+VARIANTS = {  # arguments that need the most registers; without dropout; with an added mask
     "dropout": {"order": 2, "causal": True, "dropout": True, "hidden": True, "added": False},
     "plain": {"order": 2, "causal": True, "dropout": False, "hidden": False, "added": False},
     "added": {"order": 2, "causal": False, "dropout": True, "hidden": True, "added": True},
@@ -270,9 +270,9 @@ VARIANTS = {  # what a kernel of the most registers is given; without dropout, a
 
 
 def binary(kernel: str, target: str, dtype: str, head_dim: int, variant: str = "dropout") -> Dict[str, Any]:
-    """Registers of a thread, bytes (AMD: registers) that are spilled, and bytes of shared memory of a kernel.
+    """A kernel's registers per thread, spilled bytes (AMD: registers), and bytes of shared memory.
 
-    Compiled as a call of :func:`attend` would, for contiguous tensors whose rows are multiples of 16 bytes.
+    Compiled as by a call of :func:`attend` with contiguous tensors whose rows are multiples of 16 bytes.
     """
     import triton
     from triton.backends.compiler import GPUTarget

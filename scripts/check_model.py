@@ -1,9 +1,9 @@
-"""Do checkpoints and data fit together? Nothing, or a line that says what is wrong.
+"""Do checkpoints and data fit together? Prints nothing, or a line that says what is wrong.
 
     python scripts/check_model.py --checkpoint runs/a/checkpoint_best.pt:average.pt --data data/data-bin
 
-The shell scripts ask it when a command of fairseq has failed, whose last words are a traceback. Of translation models
-it prints how many tokens a source sentence may have.
+The shell scripts run it after a failed fairseq command, whose output ends in a traceback. For translation models it
+prints how many tokens a source sentence may have.
 """
 
 from pathlib import Path
@@ -13,10 +13,10 @@ from multimax_fairseq.analysis.files import ArgumentParser, UserError, errors_in
 
 
 def check(checkpoints: list[Path], data: Path, split: str | None) -> int | None:
-    """The longest source sentence that all models take; None of language models.
+    """The longest source sentence that all models take; None for language models.
 
     Raises:
-        UserError: a file is missing, damaged, or of another model or data.
+        UserError: a file is missing, damaged, or belongs to another model or data.
     """
     longest = []
     for path in checkpoints:

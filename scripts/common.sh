@@ -7,23 +7,23 @@
 #     finish_output                              # $build becomes OUT, in one rename
 #
 # so OUT is complete or absent, whatever stops the recipe. OUT/.complete holds the settings and
-# the list of files made: what is not on that list belongs to the user and is never deleted.
+# the list of files made; any other file belongs to the user and is never deleted.
 #
 # Messages go to the terminal as "WARNING: ..." and "ERROR: ..."; an error says what to do about it.
 
 # shellcheck shell=bash
 
 PYTHON=${PYTHON:-python}
-STALL_SECONDS=${STALL_SECONDS:-60}       # a download that brings nothing for so long has failed
-UNPACK_LIMIT=${UNPACK_LIMIT:-4294967296} # bytes that an archive may unpack to: a few KB can hold a full disk
+STALL_SECONDS=${STALL_SECONDS:-60}       # a download that receives nothing for so long has failed
+UNPACK_LIMIT=${UNPACK_LIMIT:-4294967296} # bytes that an archive may unpack to: a few KB can fill a disk
 
-instead="--from FOLDER with files you already have" # of a download; a recipe may say otherwise
+instead="--from FOLDER with files you already have" # of a download; a recipe may change it
 out=        # where the result goes, absolute
 build=      # where it is built: OUT.partial.XXXXXX
 rebuilding= # not empty: OUT was there when we began, and --force replaces it
 replaced=   # where the old OUT waits while --force puts the new one in its place
 settings=   # key=value lines; two runs with the same settings give the same OUT
-digests=    # lines "SHA-256 FILE" of the source, where it is at hand
+digests=    # lines "SHA-256 FILE" of the source, if it is local
 child=      # the running command that a signal has to stop
 explained=  # not empty: an error message has been shown
 
@@ -37,22 +37,22 @@ die() {
     exit 1
 }
 
-# show_help SCRIPT: print the comment that opens it.
+# show_help SCRIPT: print its opening comment.
 show_help() { awk 'NR > 1 { if (!/^#/) exit; sub(/^# ?/, ""); print }' "$1"; }
 
 help_files=("$0") # their opening comments are the text of --help
 
-# parse_options TABLE ARGUMENT ...: set the variables that TABLE names. A line of it is an option, its variable, and
+# parse_options TABLE ARGUMENT ...: set the variables in TABLE. Each of its lines is an option, its variable, and
 #
 #     text           the option takes a value
-#     path           the same, a file or folder; fairseq takes ':' for what separates several, so it has none
-#     N              it takes a whole number, N or more
-#     one of A B …   it takes one of these words
-#     some of A B …  it takes several of them, joined by ',', and sets the variable to them in this order ("": all)
-#     =VALUE         it takes no value, and sets the variable to VALUE
+#     path           a file or folder, without ':', with which fairseq separates several
+#     N              a whole number, N or more
+#     one of A B …   one of these words
+#     some of A B …  several of them, joined by ','; the variable gets them in this order ("": all)
+#     =VALUE         the option takes no value; the variable gets VALUE
 #
 # With a line "--" the array "extra" gets what follows that word on the command line; with a line "*" it gets every
-# argument that the table does not know.
+# argument that is not in the table.
 parse_options() {
     local table=$1 option variable kind chosen
     shift
@@ -110,14 +110,14 @@ need_path() {
     [[ $2 != *:* ]] || die "$1 $2: fairseq takes ':' for what separates names; rename it, or give a link without ':'"
 }
 
-# need_number OPTION VALUE MINIMUM: stop unless VALUE is a whole number, at least MINIMUM.
+# need_number OPTION VALUE MINIMUM: stop unless VALUE is a whole number of at least MINIMUM.
 need_number() {
     if ! [[ $2 =~ ^(0|[1-9][0-9]{0,8})$ ]] || (($2 < $3)); then
         die "$1 takes a whole number, $3 or more: got '$2'"
     fi
 }
 
-# choice OPTION VALUE one|some WORDS: VALUE, if it is among WORDS; of several those in their order, once each.
+# choice OPTION VALUE one|some WORDS: VALUE if it is among WORDS; several are put in the order of WORDS, once each.
 choice() {
     local word known found=() values
     if [[ $3 == some ]]; then IFS=, read -r -a values <<<"$2"; else values=("$2"); fi
@@ -131,7 +131,7 @@ choice() {
     (IFS=,; echo "${found[*]}")
 }
 
-# need_checkpoints LIST: set the array "checkpoints" to the files of a list joined by ':', which have to be there.
+# need_checkpoints LIST: set the array "checkpoints" to the files of a list joined by ':'; stop if one is missing.
 need_checkpoints() {
     local file
     [[ :$1: != *::* ]] || die "--checkpoint '$1' has an empty name: give files joined by ':'"
@@ -146,21 +146,21 @@ need_file() {
     [[ -r $1 ]] || die "$1 cannot be read: check its permissions"
 }
 
-# make_folder FOLDER: and those that it is in; stop unless files can be made there.
+# make_folder FOLDER: with its parents; stop unless files can be made there.
 make_folder() {
     local said
     said=$(mkdir -p -- "$1" 2>&1) || die "the folder $1 cannot be made: ${said##*: }"
     [[ -w $1 && -x $1 ]] || die "the folder $1 cannot be written to: choose another, or change its permissions"
 }
 
-# temporary OPTION: a new file, or with -d a folder, where temporary ones go.
+# temporary OPTION: a new temporary file, or with -d a folder.
 temporary() {
     mktemp "$@" 2>/dev/null || die "no temporary file can be made in ${TMPDIR:-/tmp}: set TMPDIR to a folder that is there"
 }
 
 # ---------------------------------------------------------------- what has to be installed
 
-# need_tool COMMAND HOW: stop unless COMMAND can be run; HOW says where it comes from.
+# need_tool COMMAND HOW: stop unless COMMAND can be run; HOW says how to get it.
 need_tool() { command -v "$1" >/dev/null || die "the command '$1' was not found: $2"; }
 
 need_python() {
@@ -177,9 +177,9 @@ need_fairseq() {
         "activate the environment that holds fairseq, or install it: $PYTHON -m pip install ve-fairseq"
 }
 
-# keep_memory COMMAND ...: run COMMAND so that memory which a training step frees stays with it, for the next step. To
-# give it back to the system and ask for it again takes a fourth of the time on a CPU (Multi30k: 1.25 updates a second,
-# and 1.7 so). A variable of the GNU C library, of no effect elsewhere; who sets it, if to nothing, is not overruled.
+# keep_memory COMMAND ...: run COMMAND so that it keeps the memory that a training step frees, for the next step.
+# Returning it to the system each time takes a fourth of the time on a CPU (Multi30k: 1.25 updates a second; 1.7 with
+# this). It sets a variable of the GNU C library, without effect elsewhere, unless the user has set it, even to "".
 keep_memory() {
     GLIBC_TUNABLES=${GLIBC_TUNABLES-glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184:glibc.malloc.hugetlb=1} \
         "$@"
@@ -191,10 +191,10 @@ keep_memory() {
 absolute_path() { "$PYTHON" -c 'import os, sys; print(os.path.realpath(sys.argv[1]))' "$1"; }
 
 # rename FROM TO: one rename(2). Unlike mv, it never moves FROM into a folder TO:
-# an empty TO is replaced, a full one is an error.
+# it replaces an empty TO; a full one is an error.
 rename() { "$PYTHON" -c 'import os, sys; os.rename(*sys.argv[1:])' "$1" "$2"; }
 
-# find_text FOLDER NAME ...: the path of the first NAME or NAME.gz in FOLDER, nothing if there is none.
+# find_text FOLDER NAME ...: the path of the first NAME or NAME.gz in FOLDER; nothing if there is none.
 find_text() {
     local folder=$1 name file
     shift
@@ -221,7 +221,7 @@ full_disk() {
     fi
 }
 
-# write_file FILE: from standard input, whole or not at all, by however many machines at the same time.
+# write_file FILE: from standard input, whole or not at all; several machines may do so at the same time.
 write_file() {
     local part
     part=$(mktemp "$1.XXXXXX" 2>/dev/null) || die "$1 cannot be written: is its folder there, and yours?"
@@ -231,16 +231,16 @@ write_file() {
     fi
 }
 
-# new_mode MODE: octal, less what the user's umask takes away: mktemp leaves its files to their owner alone.
+# new_mode MODE: octal, less the user's umask; mktemp makes files that only their owner can read.
 new_mode() { printf '%o' $((0$1 & ~$(umask))); }
 
-# sync_file FILE: onto the disk; where sync takes no file, all of them.
+# sync_file FILE: flush it to the disk; all files, if this sync takes no argument.
 sync_file() { sync "$1" 2>/dev/null || sync; }
 
-# lock FILE [shared]: stop if another process holds it; ours ends with this script and what it has started. Several may
-# share it.
+# lock FILE [shared]: stop if another process holds it. Ours ends with this script and its children. Several processes
+# can hold a shared one.
 lock() {
-    # for the process that is to hold it, so that no kill leaves it behind
+    # tied to an open file, so that no kill leaves it behind
     exec 9>>"$1" || die "$1 cannot be written"
     "$PYTHON" -c '
 import fcntl, sys
@@ -254,11 +254,11 @@ except OSError:
 ' "${@:2}" || die "another command is at work in $(dirname -- "$1"): wait for it, or choose another --out"
 }
 
-# last_line LOG: the last line that says something.
+# last_line LOG: the last line that is not empty.
 last_line() { LC_ALL=C awk 'NF { line = $0 } END { print substr(line, 1, 500) }' "$1"; }
 
-# why_it_failed LOG DATA_BIN CHECKPOINTS [SPLIT]: for an error message, in a line: what is wrong with the files that a
-# command of fairseq was given (checkpoints joined by ':'), or else what it said last.
+# why_it_failed LOG DATA_BIN CHECKPOINTS [SPLIT]: one line for an error message: what is wrong with the files given to a
+# fairseq command (checkpoints joined by ':'), or else its last output.
 why_it_failed() {
     local said
     said=$("$PYTHON" "$(dirname "${BASH_SOURCE[0]}")/check_model.py" --data "$2" ${4:+--split "$4"} "--checkpoint=$3" 2>&1 |
@@ -266,10 +266,10 @@ why_it_failed() {
     printf '%s' "${said:-$(last_line "$1")}"
 }
 
-# count_lines FILE: counts a last line without newline, as fairseq does and wc -l does not.
+# count_lines FILE: like fairseq and unlike wc -l, counts a last line without newline.
 count_lines() { awk 'END { print NR }' "$1"; }
 
-# count_sentences DATA_BIN SPLIT: as the head of an index of fairseq-preprocess has it; stop if there is none.
+# count_sentences DATA_BIN SPLIT: from the header of fairseq-preprocess's index; stop if there is none.
 count_sentences() {
     local index
     index=$(find "$1/" -maxdepth 1 -name "$2.*.idx" | LC_ALL=C sort | head -n 1)
@@ -303,9 +303,9 @@ extract() {
 }
 
 # ---------------------------------------------------------------- is the source fit for use?
-# Each check takes the file to look at; where it was unpacked from one, also its source, which the message names.
+# Each check takes the file and, if it was unpacked from one, its source for the message.
 
-# reject SOURCE REASON: stop; a download that is no good is not kept for the next run.
+# reject SOURCE REASON: stop, without keeping a bad download for the next run.
 reject() {
     if [[ $1 == "$out.download/"* ]]; then
         rm -f "$1"
@@ -316,7 +316,7 @@ reject() {
 
 is_web_page() { head -c 512 "$1" | LC_ALL=C grep -aiE '<!doctype html|<html' >/dev/null; }
 
-# unpack ARCHIVE FOLDER NAME ...: copy the files called NAME, in whatever folder of a tar or zip, to FOLDER.
+# unpack ARCHIVE FOLDER NAME ...: copy the files called NAME, in any folder of a tar or zip, to FOLDER.
 unpack() {
     local archive=$1 status=0
     info "unpacking ${archive##*/}"
@@ -357,7 +357,7 @@ with open(sys.argv[1], "rb") as file:
 ' "$1"
 }
 
-# check_text FILE SOURCE [NAME]: NAME is what FILE is called in an archive SOURCE.
+# check_text FILE SOURCE [NAME]: NAME is FILE's name in an archive SOURCE.
 check_text() {
     local line what=${3:+"has a $3 that "}
     if is_web_page "$1"; then
@@ -399,17 +399,17 @@ filter() {
     "$@" <"$file" >"$result" 2>"$log" || failed "$name" "$log" $?
 }
 
-# failed NAME LOG STATUS: stop, and say why.
+# failed NAME LOG STATUS: say why, and stop.
 failed() {
     local name=$1 log=$2 status=$3
-    if [[ $(last_line "$log") == "ERROR: "* ]]; then # one of ours: it says all there is to say
+    if [[ $(last_line "$log") == "ERROR: "* ]]; then # one of ours: nothing to add
         die "$name failed: $(last_line "$log" | cut -d ' ' -f 2-)"
     fi
     tail -n 15 "$log" >&2
     die "$name failed (exit status $status); its last lines are above"
 }
 
-# run_with_progress NAME COMMAND ...: the same, but the terminal, if there is one, shows COMMAND's standard error.
+# run_with_progress NAME COMMAND ...: the same, but a terminal shows COMMAND's standard error.
 run_with_progress() {
     if [[ -t 2 ]]; then
         run "$1" with_shown_errors "${@:2}" 3>&2
@@ -420,7 +420,7 @@ run_with_progress() {
 
 with_shown_errors() { exec "$@" 2>&3; }
 
-# binarise OPTION ...: fairseq-preprocess from $build/text to $build/data-bin; prints what it counted.
+# binarise OPTION ...: fairseq-preprocess from $build/text to $build/data-bin; prints its counts.
 binarise() {
     info "binarising"
     run fairseq-preprocess preprocess_in_build --destdir data-bin "$@"
@@ -432,7 +432,7 @@ preprocess_in_build() { cd "$build" && exec fairseq-preprocess "$@"; }
 
 stop_child() {
     [[ -n $child ]] || return 0
-    # A download shares our process group: then there is only the one process to stop.
+    # A download shares our process group; then only that process has to be stopped.
     kill -- "-$child" 2>/dev/null || kill "$child" 2>/dev/null || true
     wait "$child" 2>/dev/null || true
     child=
@@ -441,7 +441,7 @@ stop_child() {
 cleanup() {
     local status=$? hint
     stop_child
-    # A command that failed has shown its own message, where set -e stopped the recipe; a full disk is worth saying.
+    # If set -e stopped the recipe, the failed command has shown its own message; only add that the disk is full.
     if ((status > 0 && status < 128)) && [[ -z $explained ]]; then
         hint=$(full_disk)
         [[ -z $hint ]] || printf 'ERROR: stopped by the error above%s\n' "$hint" >&2
@@ -472,12 +472,12 @@ begin_output() {
     trap 'exit 129' HUP
     trap 'exit 130' INT
     trap 'exit 143' TERM
-    # A name of its own: process numbers are not, where several machines or containers share a disk.
+    # A unique name: process numbers are not unique if several machines or containers share a disk.
     build=$(mktemp -d "$out.partial.XXXXXX" 2>/dev/null) || die "no folder can be made beside $out"
     chmod "$(new_mode 777)" "$build"
 }
 
-# check_existing FORCE: exit 0 if OUT is what was asked for, return if it may be replaced, else stop.
+# check_existing FORCE: exit 0 if OUT has these settings, return if it may be replaced, else stop.
 check_existing() {
     local marker=$out/.complete there asked other
     [[ -d $out ]] || die "$out is not a folder: choose another --out"
@@ -510,19 +510,19 @@ check_existing() {
     exit 0
 }
 
-# only_in_first LINES LINES: what the second does not have, on one line.
+# only_in_first LINES LINES: the first's lines that the second lacks, on one line.
 only_in_first() { LC_ALL=C comm -23 <(echo "$1") <(echo "$2") | paste -s -d ' ' -; }
 
 # list_files FOLDER: the files in it, sorted, without the marker.
 list_files() { (cd "$1" && find . ! -type d ! -path ./.complete | LC_ALL=C sort); }
 
-# sizes FOLDER: of its files, as "BYTES ./path".
+# sizes FOLDER: its files, as "BYTES ./path".
 sizes() {
     local file
     list_files "$1" | while read -r file; do printf '%s %s\n' $(($(wc -c <"$1/$file"))) "$file"; done
 }
 
-# digest FILE ...: note in $digests what the source of OUT is, before begin_output.
+# digest FILE ...: add the source of OUT to $digests, before begin_output.
 digest() {
     local file sum
     for file in "$@"; do
@@ -550,7 +550,7 @@ finish_output() {
     fi
     if ! rename "$build" "$out" 2>/dev/null; then
         [[ -z $replaced && -f $out/.complete ]] || die "could not move the finished folder to $out: is another run at it?"
-        (check_existing "") || exit 1 # another run has made the same meanwhile: as good as ours
+        (check_existing "") || exit 1 # meanwhile another run has made the same
         exit 0
     fi
     if [[ -n $replaced ]]; then
@@ -562,10 +562,9 @@ finish_output() {
 }
 
 # ---------------------------------------------------------------- downloads
-# They wait in OUT.download until OUT is finished, so that an interrupted run need not start over.
+# They stay in OUT.download until OUT is finished, so that an interrupted run need not start over.
 
-# begin_downloads SOURCE: SOURCE, an address or several, says where all of them come from; files from elsewhere are not
-# mixed in.
+# begin_downloads SOURCE: SOURCE is one address or several; stop if OUT.download has files from elsewhere.
 begin_downloads() {
     local folder=$out.download
     command -v curl >/dev/null || command -v wget >/dev/null ||
@@ -577,8 +576,8 @@ begin_downloads() {
     printf '%s\n' "$1" >"$folder/url"
 }
 
-# download FILE URL ...: fetch FILE from the first URL that has it. What the N-th has sent waits in FILE.partN, where
-# this or a later run resumes.
+# download FILE URL ...: fetch FILE from the first URL that has it. FILE.partN keeps what the N-th has sent, and this or
+# a later run resumes from it.
 download() {
     local file=$1 url part number=0 all
     shift
@@ -596,8 +595,8 @@ download() {
     die "could not download ${file##*/} from ${all// / or }. Run the command again to resume, or use $instead"
 }
 
-# choose_archive DEFAULT ENVIRONMENT: settle where a recipe's one archive comes from: $archive, a file that is there
-# already, or $url, one address or several with blanks between, as the arguments are.
+# choose_archive DEFAULT ENVIRONMENT: choose the source of a recipe's archive: $archive, a local file, or $url, one
+# address or several separated by blanks. So are the arguments.
 choose_archive() {
     [[ -z $archive || -z $url ]] || die "--archive and --url exclude each other; see --help"
     if [[ -n $archive ]]; then
@@ -609,7 +608,7 @@ choose_archive() {
     fi
 }
 
-# fetch_archive NAME: download the archive from $url, unless $archive is there already; then $archive is its path.
+# fetch_archive NAME: download the archive from $url, unless $archive is given; set $archive to its path.
 fetch_archive() {
     local urls
     [[ -z $archive ]] || return 0
@@ -620,7 +619,7 @@ fetch_archive() {
     download "$archive" "${urls[@]}"
 }
 
-# fetch_resuming URL FILE: fetch, from the start if the server refuses to go on where FILE ends.
+# fetch_resuming URL FILE: fetch; start over if the server refuses to resume where FILE ends.
 fetch_resuming() {
     local status=0
     fetch "$1" "$2" || status=$?
@@ -633,7 +632,7 @@ fetch_resuming() {
     return "$status"
 }
 
-# fetch URL FILE: returns 2 if the server refused the request (perhaps only the resuming of FILE).
+# fetch URL FILE: returns 2 if the server refused the request (perhaps only to resume FILE).
 fetch() {
     local status=0
     if command -v curl >/dev/null; then

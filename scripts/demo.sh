@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # From nothing to a BLEU score: installs, makes a German-English corpus, trains a small Transformer with MultiMax
-# in every attention module, translates the test set and scores it, and reports what the attention learned. About
+# in every attention module, translates and scores the test set, and reports what the attention learned. About
 # 4 minutes on two cores.
 #
 #     scripts/demo.sh                      sentences from a grammar, no download
@@ -9,12 +9,12 @@
 #   --data NAME       grammar or multi30k (default: grammar)
 #   --from DIR        take Multi30k's gzipped files from DIR and download nothing
 #   --mapping NAME    of attention: multimax, softmax, sparsemax, entmax15, entmax, evsoftmax (default: multimax)
-#   --epochs N        of the grammar (default: 8); multi30k takes what its recipe says
+#   --epochs N        for the grammar (default: 8); multi30k's recipe sets its own
 #   --seed N          (default: 1)
 #   --out DIR         data, checkpoints and translations (default: demo, in this folder)
 #   --help            show this text
 #
-# A second run goes on from what is there. Without an active virtual or conda environment it makes .venv.
+# A second run continues the first. Without an active virtual or conda environment it makes .venv.
 
 set -euo pipefail
 
@@ -47,7 +47,7 @@ check_options() {
     epochs=${epochs:-8}
 }
 
-# epochs_of_log: of all that fairseq-train logs, a line an epoch. (Its progress bar goes to the terminal by itself.)
+# epochs_of_log: reduce fairseq-train's log to a line per epoch. (Its progress bar goes to the terminal by itself.)
 epochs_of_log() {
     awk -F ' [|] ' '$3 == "valid" {
         for (i = 5; i <= NF; i++) if ($i ~ /^ppl/) print "  " $4 ": validation " $i
@@ -55,7 +55,7 @@ epochs_of_log() {
     }'
 }
 
-# show_translations SOURCE REFERENCE HYPOTHESES: the first few, side by side.
+# show_translations SOURCE REFERENCE HYPOTHESES: the first few of each, together.
 show_translations() {
     paste "$1" "$2" "$3" |
         awk -F '\t' 'NR <= 4 { printf "\n  German      %s\n  reference   %s\n  translation %s\n", $1, $2, $3 }'
@@ -110,7 +110,7 @@ step() { printf '\n== %s: %s\n' "$1" "$2"; }
 main() {
     parse_options "$OPTIONS" "$@"
     check_options
-    export PYTHONWARNINGS=ignore # of fairseq and torch about each other
+    export PYTHONWARNINGS=ignore # fairseq and torch warn about each other
     step "Installation" "fairseq, torch and this plugin"
     use_environment "$root"
     make_folder "$output"

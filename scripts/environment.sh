@@ -2,7 +2,7 @@
 #
 #     use_environment "$root" [EXTRA]    # the project in $root, with the dependencies of EXTRA (of setup.py)
 #
-# uses the virtual or conda environment that is active, or makes $root/.venv, and installs into it.
+# installs into the active virtual or conda environment, or makes $root/.venv.
 
 # shellcheck shell=bash
 
@@ -40,7 +40,7 @@ use_environment() {
     suitable python || die "the active environment has $(python --version), and this needs 3.10, 3.11 or 3.12:" \
         "deactivate it (then .venv is made), or activate another"
 
-    # pip takes seconds to find that nothing is to do, so what has been installed is noted in the environment.
+    # pip takes seconds to find nothing to do, so the environment keeps a note of what has been installed.
     wanted=$(cat "$root/setup.py" "$root/requirements.txt"; echo "$root $target")
     stamp=$(python -c 'import sys; print(sys.prefix)')/.multimax_fairseq${extra:+-$extra}
     [[ ! -f $stamp || $(cat "$stamp") != "$wanted" ]] || return 0

@@ -1,17 +1,17 @@
 #!/usr/bin/env python
-"""IWSLT'14 German-English: from the published files to subword units, line for line what fairseq's recipe makes.
+"""IWSLT'14 German-English: makes subword units of the published files, line for line as fairseq's recipe does.
 
     python scripts/iwslt14_text.py prepare --from de-en --out DIR           # all of it
     python scripts/iwslt14_text.py encode --codes DIR/bpe.codes --language de < raw > subwords
     python scripts/iwslt14_text.py decode --language en < subwords > text
 
-`prepare` writes DIR/raw (the sentences as they were), DIR/text (the same in subwords) and DIR/bpe.codes. In order:
-markup goes; Moses tokenisation, with its escapes (&apos; and the like); of the training text, pairs of 1 to 175
-tokens stay if neither side is more than 1.5 times as long as the other; lower case; every 23rd pair of what stayed is
-for validation; joint BPE, learned on the others, both languages together.
+`prepare` writes DIR/raw (the sentences as published), DIR/text (the same in subwords) and DIR/bpe.codes. Its steps:
+remove markup; tokenise as Moses does, with its escapes (&apos; and the like); keep training pairs of 1 to 175 tokens
+whose sides differ in length by a factor of 1.5 at most; lower case; take every 23rd of these pairs for validation;
+learn joint BPE on the others, both languages together.
 
-`encode` and `decode` go line by line and flush every line, so they can stand before and after fairseq-interactive. A
-decoded sentence is in lower case.
+`encode` and `decode` work line by line and flush every line, so they can stand before and after fairseq-interactive.
+A decoded sentence is in lower case.
 """
 
 from __future__ import annotations
@@ -53,12 +53,12 @@ BPE_SEPARATOR = "@@"  # ends a subword unit that does not end its word
 class MosesTokenizer(sacremoses.MosesTokenizer):
     """Moses' tokenizer.perl, to the letter.
 
-    sacremoses differs from the Perl script (its version of 2019 and later) in three things, which this puts right:
+    sacremoses differs from the Perl script (of 2019 and later) in three points, which this corrects:
 
-    - A full stop that ends the line is a token of its own, even after an abbreviation ("usw .").
-    - Letters and digits are those of Unicode. sacremoses has lists of an older one, without Chinese and Korean, so
-      that it takes such words apart.
-    - The control characters U+001C to U+001F are dropped. Python's regular expressions take them for white space.
+    - A full stop at the end of the line is a token of its own, even after an abbreviation ("usw .").
+    - Letters and digits are Unicode's. sacremoses lists those of an older version, without Chinese and Korean, and
+      splits such words.
+    - The control characters U+001C to U+001F are dropped. Python's regular expressions treat them as white space.
     """
 
     def __init__(self, language: str) -> None:
@@ -81,7 +81,7 @@ class MosesTokenizer(sacremoses.MosesTokenizer):
 
 
 def with_unicode_classes(rule: tuple[re.Pattern, str]) -> tuple[regex.Pattern, str]:
-    """A rule of sacremoses with Unicode's classes for the characters that it enumerates."""
+    """A rule of sacremoses with Unicode's classes in place of its character lists."""
     pattern, replacement = rule
     source = pattern.pattern
     for characters, unicode_class in (
@@ -94,7 +94,7 @@ def with_unicode_classes(rule: tuple[re.Pattern, str]) -> tuple[regex.Pattern, s
 
 
 def lower_case(text: str) -> str:
-    """As Perl does it: Σ always becomes σ, where Python writes ς at the end of a word."""
+    """As in Perl: Σ always becomes σ; Python writes ς at the end of a word."""
     return text.replace("Σ", "σ").lower()
 
 
@@ -113,7 +113,7 @@ def is_clean(german: str, english: str) -> bool:
 
 
 def read_lines(path: Path, progress: tqdm | None = None) -> Iterator[str]:
-    """Lines end at "\\n" and nowhere else. `progress` counts bytes.
+    """The lines of a file, which end only at "\\n". `progress` counts bytes.
 
     Raises:
         ValueError: a line is not UTF-8.
@@ -136,14 +136,14 @@ def training_sentences(path: Path, progress: tqdm | None = None) -> Iterator[str
 
 
 def segments(path: Path) -> Iterator[str]:
-    """The sentences of a test set's XML, their curly apostrophes made straight."""
+    """The sentences of a test set's XML, with straight apostrophes for curly ones."""
     for line in read_lines(path):
         if "<seg id" in line:
             yield SEGMENT_TAGS.sub("", line).replace("’", "'")
 
 
 def in_pairs(german: Iterable[str], english: Iterable[str], names: str) -> Iterator[tuple[str, str]]:
-    """Zip that stops at an error.
+    """Zip two texts of the same length.
 
     Raises:
         ValueError: one side has more sentences.
@@ -159,7 +159,7 @@ def in_pairs(german: Iterable[str], english: Iterable[str], names: str) -> Itera
 
 
 def write_pairs(source: Path, out: Path) -> None:
-    """out/raw and out/tokens: the sentences of each split as they were, and as lower-case tokens.
+    """Write out/raw and out/tokens: each split's sentences as published, and as lower-case tokens.
 
     Raises:
         ValueError: a file is not UTF-8, or the two languages do not match.
@@ -279,12 +279,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             encode(args.codes, args.language)
         else:
             decode(args.language)
-    except (OSError, ValueError) as error:  # no file, a full disk; not UTF-8, languages that do not match
+    except (OSError, ValueError) as error:  # no file or a full disk; not UTF-8 or unequal languages
         sys.exit(f"ERROR: iwslt14_text.py {args.command}: {error}")
 
 
 if __name__ == "__main__":
-    # Like any filter, end quietly on Ctrl-C and when the reader of our output goes away.
+    # Like any filter, end quietly on Ctrl-C and when the reader of the output ends.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     main()

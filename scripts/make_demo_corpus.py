@@ -3,19 +3,19 @@
 
     python scripts/make_demo_corpus.py --out DIR [--seed 1] [--train 20000 --valid 500 --test 500]
 
-writes ``DIR/{train,valid,test}.{de,en,align}``: tokenised text, one sentence a line, and for each pair its alignment
-in Pharaoh format (``i-j``: German token i expresses English token j, from 0)::
+writes ``DIR/{train,valid,test}.{de,en,align}``: tokenised text, one sentence per line, and each pair's alignment in
+Pharaoh format (``i-j``: German token i expresses English token j, from 0)::
 
     de     gestern hat der Polizist die alten Frauen nicht angerufen .
     en     the policeman did not call the old women yesterday .
     align  0-8 1-2 2-0 3-1 4-5 5-6 6-7 7-3 8-4 9-9
 
-The grammar has what makes German hard to translate word by word: verb-second order, whatever comes first; verb-final
-clauses (dass, ob, weil, relative clauses); perfect and modals with the lexical verb at the end; separable verbs
-("ruft ... an", "anruft", "angerufen"); case, gender and number on articles, adjectives, nouns and pronouns; objects
-before their subject ("den Mann sieht die Frau"); nicht and kein against English do-support; and questions.
+The grammar covers what makes German hard to translate word by word: verb-second order, whatever comes first;
+verb-final clauses (dass, ob, weil, relative clauses); perfect and modals with the lexical verb at the end; separable
+verbs ("ruft ... an", "anruft", "angerufen"); case, gender and number on articles, adjectives, nouns and pronouns;
+objects before their subject ("den Mann sieht die Frau"); nicht and kein for English do-support; and questions.
 
-Every word carries the units of meaning that it expresses, in both languages; words that share one are aligned.
+In both languages every word carries the units of meaning that it expresses; words that share one are aligned.
 """
 
 import argparse
@@ -26,8 +26,8 @@ import tempfile
 from collections import namedtuple
 from pathlib import Path
 
-# The lexicon is tables of text; "_" is a space inside a cell, "-" an empty cell.
-# Gender ("w": a weak masculine, whose singular is the plural form outside the nominative), singular, plural, English.
+# The lexicon consists of text tables; "_" is a space inside a cell, "-" an empty cell.
+# Gender, singular, plural, English. Gender "w": a weak masculine; outside the nominative its singular is the plural.
 NOUN_TABLES = {
     "person": """m Mann Männer man/men  m Freund Freunde friend  m Arzt Ärzte doctor  m Vater Väter father
         m Lehrer Lehrer teacher  m Onkel Onkel uncle  w Student Studenten student  w Junge Jungen boy
@@ -49,8 +49,8 @@ ADJECTIVE_TABLES = {
     "thing": """neu new  billig cheap  schwer heavy  leicht light  rot red  blau blue  grün green  schwarz black
         weiß white  klein small  groß big  schön beautiful  alt old""",
 }
-# Frame, kind of its object, perhaps preposition, case and English preposition: (particle|)infinitive, the stem of du
-# and er, participle ("+": the perfect has sein), English base and past. "-" stands for what regular verbs have.
+# Frame, kind of object, perhaps preposition, case and English preposition: (particle|)infinitive, the stem of du and
+# er, participle ("+": perfect with sein), English base and past. "-" is the regular form.
 VERB_TABLES = {
     "accusative thing": """kaufen - - buy bought  verkaufen - verkauft sell sold  aus|suchen - - choose chose
         tragen träg getragen carry carried  mit|bringen - gebracht bring brought""",
@@ -102,11 +102,11 @@ CONTRACTIONS = {"in dem": "im", "in das": "ins", "von dem": "vom"}
 DETERMINERS = """d article weak the the  ein ein mixed a -  kein ein mixed a any  dies strong weak this these
     jed strong weak every -  mein ein mixed my my  dein ein mixed your your  sein ein mixed his his
     ihr ein mixed her her  unser ein mixed our our  zwei none strong - two  drei none strong - three"""
-CHOICES = {  # beside nicht no number and no "jeder", whose scope would be unclear
+CHOICES = {  # with nicht no number and no "jeder": the scope would be unclear
     "singular": "d d d d ein ein ein mein dein sein unser dies jed", "plural": "d d d d mein unser dies zwei drei",
     "definite": "d d d d d mein dein ihr dies", "negated": "d d d kein kein kein mein dies",
 }  # fmt: skip
-# How often the grammar does what.
+# Relative frequencies of the grammar's choices.
 SENTENCES = {"statement": 6, "question": 2, "content_question": 2, "subordination": 4, "report": 2}
 FRAMES = {"accusative": 10, "dative": 4, "ditransitive": 4, "intransitive": 6, "goal": 8, "copula": 4}
 OBJECTS = {"accusative": ["accusative"], "dative": ["dative"], "ditransitive": ["dative", "accusative"]}
@@ -119,7 +119,7 @@ ENGLISH_ORDER = ("predicate", "pronoun", "dative", "accusative", "goal", "place"
 Noun = namedtuple("Noun", "gender weak singular plural english english_plural kind")
 Verb = namedtuple("Verb", "frame objects preposition particle infinitive forms participle english past")
 Word = namedtuple("Word", "text units")
-# Words in both languages; the verb form that it has as a subject; its noun; whether it cannot be a nominative.
+# Words in both languages; the verb form it takes as a subject; its noun; whether it cannot be a nominative.
 Phrase = namedtuple("Phrase", "german english slot noun marked", defaults=(2, None, True))
 
 
@@ -130,7 +130,7 @@ def table(text, width):
 
 
 def add_s(word):
-    """A plural, or the third person, whose first word changes: look for -> looks for."""
+    """A plural or a third person; the first word changes: look for -> looks for."""
     first, *rest = word.split()
     if first.endswith("y") and first[-2] not in "aeiou":
         first = first[:-1] + "ie"
@@ -165,7 +165,7 @@ def words(text, *units):
 
 
 def fixed(german, english, *properties):
-    """A phrase and its translation: word by word if they have as many words, else as a whole."""
+    """A phrase and its translation: aligned word by word if they have equally many words, else as a whole."""
     sides = german.split(), english.split()
     units = [object() for _ in sides[0]] if len(sides[0]) == len(sides[1]) else [object()] * max(map(len, sides))
     return Phrase(*([Word(text, {unit}) for text, unit in zip(side, units)] for side in sides), *properties)
@@ -191,7 +191,7 @@ def noun_phrase(noun, determiner="d", plural=False, adjective=("", ""), case="no
 
 
 def prepositional(preposition, phrase, english):
-    """ "in dem" is one word, "im", that expresses both."""
+    """ "in dem" becomes one word, "im", that expresses both."""
     unit, (first, *rest) = object(), phrase.german
     contraction = CONTRACTIONS.get(f"{preposition} {first.text}")
     german = [Word(contraction, first.units | {unit})] if contraction else [*words(preposition, unit), first]
@@ -199,14 +199,14 @@ def prepositional(preposition, phrase, english):
 
 
 class Clause:
-    """A verb and what goes with it, `parts` by the roles of GERMAN_ORDER, before either language orders them."""
+    """A verb and its `parts`, by the roles of GERMAN_ORDER, before either language orders them."""
 
     def __init__(self, subject, verb, tense="present", negated=False, **parts):
         self.subject, self.verb, self.tense, self.negated, self.parts = subject, verb, tense, negated, parts
         self.finite, self.lexical, self.negation = object(), object(), object()
 
     def german(self, front="subject", opening=(), last=False):
-        """Verb second, after the part `front` or an `opening`; with neither first; `last` in subordinate clauses."""
+        """Verb second, after the part `front` or an `opening`; first without them; last with `last` (subordinate)."""
         fields = {role: phrase.german for role, phrase in self.parts.items()} | {"subject": self.subject.german}
         if self.negated and not any(self.negation in word.units for field in fields.values() for word in field):
             fields["negation"] = words("nicht", self.negation)  # unless kein says it
@@ -225,7 +225,7 @@ class Clause:
         return first + (middle + final + finite if last else finite + middle + final) + fields.get("postponed", [])
 
     def english(self, inverted=False):
-        """`inverted` puts the auxiliary before the subject; negations and questions have one: do."""
+        """`inverted` puts the auxiliary before the subject; negations and questions use do as one."""
         tense, slot, verb = self.tense, self.subject.slot, self.verb.english
         negation, auxiliary, main = words("not" if self.negated else "", self.negation), [], words(verb, self.lexical)
         if tense == "können" and self.negated and not inverted:
@@ -263,7 +263,7 @@ class Grammar:
         self.rng = rng
 
     def draw(self, weights):
-        """A key of `weights`, each as often as its value says."""
+        """Draw a key of `weights` with a probability proportional to its value."""
         return self.rng.choices(list(weights), list(weights.values()))[0]
 
     def sentence(self):
@@ -286,7 +286,7 @@ class Grammar:
         return noun_phrase(noun, determiner, plural, adjective, case, negation)
 
     def clause(self, tense="", subject=None, verb=None, gap="", relatives=False):
-        """`gap` is the object that an interrogative pronoun takes out of it."""
+        """`gap` is the object that an interrogative pronoun replaces."""
         negated, tense = self.rng.random() < 0.2, tense or self.draw(TENSES)
         subject = subject or self.phrase("person", "nominative", negated)
         clause = Clause(subject, verb or self.verb(self.draw(FRAMES)), tense, negated)
@@ -301,14 +301,14 @@ class Grammar:
             kind = "person" if case == "dative" else clause.verb.objects
             negation = clause.negation if negated and (case == "accusative" or frame == "dative") else None
             phrase = self.phrase(kind, case, negated, negation)
-            while phrase.slot % 3 == subject.slot % 3 != 2:  # "ich sehe mich": there are no reflexives
+            while phrase.slot % 3 == subject.slot % 3 != 2:  # no reflexives: "ich sehe mich"
                 phrase = self.phrase(kind, case, negated, negation)
             if case != gap:
                 parts[case if phrase.noun else "pronoun"] = phrase
             person = phrase.noun and phrase.noun.kind == "person"
             if relatives and person and case == frame and self.rng.random() < 0.25:
                 parts["postponed"] = self.relative_clause(phrase)
-                return clause  # an adverbial after it would seem to belong to it
+                return clause  # an adverbial after it would seem to be part of it
         if self.rng.random() < 0.4:
             parts["time"] = fixed(*self.rng.choice(table(TIMES.get(tense, TIMES["modal"]), 2)))
         if frame not in ("copula", "goal", "reporting") and self.rng.random() < 0.25:
@@ -361,7 +361,7 @@ class Grammar:
         return main.german("", german + comma), english + comma + main.english()
 
     def report(self):
-        """Somebody says that, asks whether. "Knew that" asks for another past: "knew that he called"."""
+        """Somebody says that, asks whether. "Knew that" needs a past, too: "knew that he called"."""
         clause = self.clause(self.rng.choice(["present", "past"]), verb=self.verb("reporting"))
         whether = clause.verb.english == "ask" or clause.verb.english == "know" and clause.negated
         other = self.clause("past" if clause.tense == "past" else "", relatives=True)
@@ -371,10 +371,10 @@ class Grammar:
 
 
 def distinct_sentences(draw, patience=10_000):
-    """Yield what `draw` makes if it has 4 to 25 words and is new, on both sides.
+    """Yield the results of `draw` that are new and have 4 to 25 words on both sides.
 
     Raises:
-        ValueError: after `patience` draws in a row without such a sentence.
+        ValueError: `patience` draws in a row give no such sentence.
     """
     seen, failures = set(), 0
     while failures < patience:
@@ -412,7 +412,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for the nine files")
     parser.add_argument("--seed", type=int, default=1, help="same seed, same files (default: 1)")
-    sizes = {"test": 500, "valid": 500, "train": 20000}  # training data last: more of it leaves the others alone
+    sizes = {"test": 500, "valid": 500, "train": 20000}  # training data last: its size does not change the others
     for split, size in sizes.items():
         parser.add_argument(f"--{split}", type=sentence_count, default=size, help=f"sentence pairs (default: {size})")
     options = parser.parse_args()

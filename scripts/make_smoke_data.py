@@ -1,14 +1,14 @@
 #!/usr/bin/env python
-"""Small made-up data in the files that the prepare_*.sh recipes expect, so that a whole recipe runs in minutes.
+"""Makes small artificial data in the files that the prepare_*.sh recipes expect, so a whole recipe runs in minutes.
 
     python scripts/make_smoke_data.py iwslt14 de-en.tgz                     # for prepare_iwslt14.sh --archive
     python scripts/make_smoke_data.py wikitext103 wikitext-103-v1.zip       # for prepare_wikitext103.sh --archive
     python scripts/make_smoke_data.py multi30k multi30k                     # for prepare_multi30k.sh --from
 
-Names, folders, compression and markup are those of the published data; the sentences come from the grammar of
-make_demo_corpus.py, written as one would write them: capitals, no blank before punctuation. Besides, every 97 pairs,
-IWSLT's training text has one that tests the cleaning: tags, quotes, abbreviations, numbers, an empty side, lengths
-that do not match. The same --sentences and --seed give the same bytes.
+Names, folders, compression and markup are those of the published data. The sentences come from the grammar of
+make_demo_corpus.py, in normal spelling: capitals, no blank before punctuation. Every 97 pairs, IWSLT's training text
+has an extra pair that tests the cleaning: tags, quotes, abbreviations, numbers, an empty side, lengths that do not
+match. The same --sentences and --seed give the same bytes.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ PAIRS_IN_A_TEST_SET = 40
 PAIRS_IN_A_TALK = 50
 TEST_SETS = ("TED.dev2010", "TEDX.dev2012", "TED.tst2010", "TED.tst2011", "TED.tst2012")
 
-# What talks have and the grammar has not. The last four do not survive the cleaning (1 to 175 tokens on each side,
+# Text as in talks that the grammar does not make. The cleaning removes the last four (1 to 175 tokens on each side,
 # one side at most 1.5 times as long as the other).
 ODD_PAIRS = (
     ("Das kostet 1.000,50 Euro & mehr – „wirklich“.", "That costs 1,000.50 euros & more -- \"really.\""),
@@ -64,7 +64,7 @@ def sentence_pairs(seed: int) -> Iterator[tuple[str, str]]:
 
 
 def written(tokens: str) -> str:
-    """As one would write it: a capital first, punctuation at the word before."""
+    """In normal spelling: a capital first, no blank before punctuation."""
     text = re.sub(r" ([.,?!])", r"\1", tokens)
     return text[0].upper() + text[1:]
 
@@ -77,7 +77,7 @@ def written_pairs(pairs: Iterator[tuple[str, str]], number: int) -> list[tuple[s
 
 
 def talk_header(number: int) -> list[str]:
-    """The lines before a talk's sentences; those of <url>, <keywords> and <talkid> are no text."""
+    """The lines before a talk's sentences; <url>, <keywords> and <talkid> are not part of the text."""
     return [
         f"<url>http://www.ted.com/talks/{number}</url>",
         "<keywords>talks, attention</keywords>",
@@ -88,7 +88,7 @@ def talk_header(number: int) -> list[str]:
 
 
 def training_text(pairs: Sequence[tuple[str, str]], side: int) -> str:
-    """train.tags: header and sentences of one talk after another, one a line."""
+    """train.tags: header and sentences of one talk after another, one sentence per line."""
     lines = []
     for index, pair in enumerate(pairs):
         if index % PAIRS_IN_A_TALK == 0:
@@ -109,7 +109,7 @@ def test_set(pairs: Sequence[tuple[str, str]], side: int, name: str) -> str:
         '<doc docid="1" genre="lectures">',
         *talk_header(1),
     ]
-    # The curly apostrophe of the real sets' English, which the recipe makes a straight one.
+    # The real sets' English has curly apostrophes, which the recipe makes straight.
     segments = [
         f'<seg id="{number}"> {pair[side].replace("cannot", "can’t")} </seg>' for number, pair in enumerate(pairs, 1)
     ]
@@ -127,7 +127,7 @@ def iwslt14(out: Path, sentences: int, seed: int) -> None:
         for name, chosen in sets.items():
             texts[f"IWSLT14.{name}.de-en.{language}.xml"] = test_set(chosen, side, name)
 
-    # gzip notes name and time, tar the time (1970, unless told otherwise): none of them may change the bytes.
+    # gzip stores name and time, tar the time (1970 by default): none of them may change the bytes.
     with (
         out.open("wb") as file,
         gzip.GzipFile(filename="", fileobj=file, mode="wb", mtime=0) as compressed,
@@ -147,7 +147,7 @@ def iwslt14(out: Path, sentences: int, seed: int) -> None:
 
 
 def articles(sentences: Sequence[str]) -> Iterator[str]:
-    """Lines as WikiText has them: titles between equals signs, paragraphs, empty lines, a blank at either end."""
+    """Lines as in WikiText: titles between equals signs, paragraphs, empty lines, a blank at both ends."""
     for start in range(0, len(sentences), 20):
         yield " "
         yield f" = Article {start // 20 + 1} = "
@@ -169,7 +169,7 @@ def wikitext(out: Path, sentences: int, seed: int) -> None:
         return " ".join(word if not word or word in known else "<unk>" for word in line.split(" "))
 
     with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as archive:
-        # ZipInfo's default date, 1980, makes the bytes the same.
+        # ZipInfo's default date, 1980, keeps the bytes the same.
         archive.writestr(zipfile.ZipInfo("wikitext-103/"), b"")
         for split in ("test", "valid", "train"):
             member = zipfile.ZipInfo(f"wikitext-103/wiki.{split}.tokens")
@@ -201,8 +201,8 @@ def make(dataset: str, out: Path, sentences: int, seed: int) -> None:
     """Build `out` beside its place, then move it in, so that it is never half-written.
 
     Raises:
-        OSError: `out` is a folder with something in it, or cannot be written.
-        ValueError: the grammar makes no more than so many sentences.
+        OSError: `out` is a folder that is not empty, or cannot be written.
+        ValueError: the grammar cannot make so many sentences.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))

@@ -3,14 +3,14 @@
 
     python scripts/plot_modulator.py [--out docs/modulator.png]        (.png or .svg)
 
-Left, σ(x) against the score x: the identity (softmax), order 1 and order 2. Below the threshold b the
-slope is above 1, so small scores fall behind and vanish; above d it is under 1, so large scores draw
+Left: σ(x) against the score x: the identity (softmax), order 1 and order 2. Below the threshold b the
+slope is above 1, so small scores fall behind and vanish; above d it is below 1, so large scores draw
 level and several survive. The dots are the ten scores of the right side.
 
-Right, these scores as probabilities. Softmax at temperature 1 leaves mass on the seven small ones. At the
-low temperature that removes as much of it as MultiMax does, softmax is left with one mode; MultiMax
-keeps all three. Everything is computed by ``multimax_fairseq.mappings`` from the constants below, which
-were chosen for the picture, not learned.
+Right: these scores as probabilities. Softmax at temperature 1 leaves mass on the seven small ones. At a
+temperature low enough to remove as much of it as MultiMax does, softmax keeps only one mode; MultiMax
+keeps all three. ``multimax_fairseq.mappings`` computes everything from the constants below, which were
+chosen for the picture, not learned.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ GAINS = torch.tensor([[-2.0, -0.6], [-1.0, -0.1]], dtype=torch.float64)  # order
 LOW_TEMPERATURE = 0.5
 X_RANGE = (-0.5, 3.5)  # σ is monotone here
 
-# Okabe and Ito's palette, told apart by colour-blind readers too.
+# Okabe and Ito's palette, which colour-blind readers can tell apart.
 GREY, ORANGE, BLUE, VERMILLION = "#595959", "#E69F00", "#0072B2", "#D55E00"
 STYLE = {
     "font.size": 10,
@@ -47,7 +47,7 @@ STYLE = {
     "axes.titlelocation": "left",
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "svg.hashsalt": "modulator",  # the same picture is the same file
+    "svg.hashsalt": "modulator",  # the same picture gives the same file
 }
 
 
@@ -113,13 +113,13 @@ def main(arguments: list[str] | None = None) -> None:
         grid = figure.add_gridspec(3, 2, wspace=0.05)
         draw_modulator(figure.add_subplot(grid[:, 0]))
         draw_distributions([figure.add_subplot(grid[row, 1]) for row in range(3)])
-        picture = BytesIO()  # whole before it is written
+        picture = BytesIO()  # complete before it is written
         if out.suffix == ".svg":
             figure.savefig(picture, format="svg", metadata={"Date": None})
         else:
             pixels = BytesIO()
             figure.savefig(pixels, dpi=200)  # 1800 px, shown at 900
-            # A palette of 64 colours makes a third of the file, and no difference to be seen.
+            # A palette of 64 colours makes the file a third as large, with no visible difference.
             Image.open(pixels).convert("RGB").quantize(64).save(picture, "png", optimize=True)
         pyplot.close(figure)
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The demo's German-English corpus: sentence pairs that a synchronous grammar makes, no download.
+# Makes the demo's German-English corpus: sentence pairs from a synchronous grammar, no download.
 #
 #     scripts/prepare_demo.sh --out data/demo
 #
@@ -9,7 +9,7 @@
 #   --help         show this text
 #
 # Makes
-#   DIR/raw/{train,valid,test}.{de,en}    the sentences as one would write them: the references for SacreBLEU
+#   DIR/raw/{train,valid,test}.{de,en}    the sentences in normal spelling: the references for SacreBLEU
 #   DIR/text/{train,valid,test}.{de,en}   20,000 / 500 / 500 pairs in tokens: what fairseq-preprocess reads
 #   DIR/text/{train,valid,test}.align     gold word alignments, i-j: German word i is English word j
 #   DIR/data-bin                          what fairseq-train reads

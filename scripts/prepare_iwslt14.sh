@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # IWSLT'14 German-English (Cettolo et al. 2014): subtitles of TED talks, 160,239 sentence pairs for training, 7,283 for
-# validation, 6,750 for test. The same text as fairseq's recipe (examples/translation/prepare-iwslt14.sh) makes of the
-# same archive, without Perl and without Moses.
+# validation, 6,750 for test. Makes the same text as fairseq's recipe (examples/translation/prepare-iwslt14.sh) from the
+# same archive, without Perl and Moses.
 #
 #     scripts/prepare_iwslt14.sh --out data/iwslt14
 #

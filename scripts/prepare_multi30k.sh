@@ -32,7 +32,7 @@ readonly SPLITS=(train valid test)
 readonly LANGUAGES=(de en)
 readonly URL_DEFAULT=https://raw.githubusercontent.com/multi30k/dataset/master/data/task1/raw
 
-# SHA-256 of the text, not of the .gz: recompressing changes the one and not the other.
+# SHA-256 of the text, not of the .gz, which recompressing changes.
 readonly CHECKSUMS="
 2c2b73fd2b548fbcde3a875e0a78d6ee94d498bfdee6bd3eae3945779e9ddf72  train.de
 460a15fbd157e34a7a9957ee388c1ca247fe47af3ef25fb50442af6c274e0fc6  train.en
@@ -81,7 +81,7 @@ known_pairs() {
     esac
 }
 
-# Settle where the text comes from: $folder if it is there already, else $url.
+# Choose the source of the text: $folder if it is there, else $url.
 choose_source() {
     url=${url:-${MULTI30K_URL:-}}
     if [[ -z $folder && -z $url && -n ${MULTIMAX_DATA:-} && -d $MULTIMAX_DATA/multi30k ]]; then
@@ -112,7 +112,7 @@ digest_source() {
 # is_known FILE NAME: is the text in FILE the published NAME?
 is_known() { grep -qx "$(sha256 "$1")  $2" <<<"$CHECKSUMS"; }
 
-# raw/ from files at hand. All six are looked for before any is read.
+# raw/ from local files. All six have to be found before any is read.
 extract_local() {
     local split language name source missing="" unknown=""
     for split in "${SPLITS[@]}"; do

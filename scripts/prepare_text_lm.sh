@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Any tokenised text to language-model data: WikiText-103, WikiText-2, Brown, or your own.
+# Turns any tokenised text into language-model data: WikiText-103, WikiText-2, Brown, or your own.
 #
 #     scripts/prepare_text_lm.sh --from wikitext-103 --out data/wikitext-103
 #
@@ -77,8 +77,8 @@ extract_all() {
     done
 }
 
-# Validation and test have words that training lacks. They become <unk>: a token that has to be
-# in the training data, or its probability is never learned and decides the perplexity.
+# Words of validation and test that training lacks become <unk>. It has to occur in the training
+# data, or its probability is never learned and dominates the perplexity.
 check_unknown() {
     if ((min_count < 2)) && [[ -z $max_vocab ]] &&
         ! LC_ALL=C grep -qE '(^|[[:space:]])<unk>([[:space:]]|$)' "$build/text/train.tokens"; then

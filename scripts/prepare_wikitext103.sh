@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # WikiText-103 (Merity, Xiong, Bradbury and Socher 2017): articles of the English Wikipedia, 103 million tokens, in the
-# tokenised version with <unk>, not the raw one. Or WikiText-2, its small sister: 2 million tokens, the same articles for
-# validation and test.
+# tokenised version with <unk>, not the raw one. Or WikiText-2, its smaller version: 2 million tokens, the same articles
+# for validation and test.
 #
 #     scripts/prepare_wikitext103.sh --out data/wikitext-103
 #     scripts/prepare_wikitext103.sh --corpus wikitext-2 --out data/wikitext-2
@@ -9,8 +9,8 @@
 #   --out DIR        where the result goes (required)
 #   --corpus NAME    wikitext-103 (default) or wikitext-2
 #   --archive FILE   the published wikitext-103-v1.zip or wikitext-2-v1.zip, if you have it; then nothing is downloaded
-#   --url URL        download the archive (190 MB, and 5 MB) from URL, or from the first of several, separated by blanks,
-#                    that has it (default: $WIKITEXT_URL, else the mirrors that this script knows)
+#   --url URL        download the archive (190 MB; WikiText-2: 5 MB) from URL, or from the first of several, separated by
+#                    blanks, that has it (default: $WIKITEXT_URL, else the mirrors that this script knows)
 #   --no-checksum    accept a download that is not the archive this script knows
 #   --workers N      processes for fairseq-preprocess; the result is the same (default: 2)
 #   --force          rebuild a folder that an earlier run made
@@ -56,9 +56,9 @@ readonly OPTIONS="
 --force        force     =yes
 "
 
-# known_counts: tokens of train, valid and test, an end of line each; entries of the dictionary. The tokens are those of
-# the paper's table 1. Of its 267,735 and 33,278 types one is the end of the line and one <unk>; fairseq adds two more
-# and fills up to a multiple of 8.
+# known_counts: tokens of train, valid and test, including line ends; entries of the dictionary. The tokens are those of
+# the paper's table 1. Its 267,735 and 33,278 types include the line end and <unk>; fairseq adds two more and fills up
+# to a multiple of 8.
 known_counts() {
     case $corpus in
     wikitext-103) echo 103227021 217646 245569 267744 ;;
@@ -81,7 +81,7 @@ check_archive() {
     fi
 }
 
-# check_counts: compare what fairseq-preprocess has counted with the published numbers.
+# check_counts: compare fairseq-preprocess's counts with the published numbers.
 check_counts() {
     local log=$build/data-bin/preprocess.log known split found index
     read -r -a known < <(known_counts)

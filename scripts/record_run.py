@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""Writes run.json: the scores of a training run, with all that they were got with.
+"""Writes run.json: the scores of a training run, and everything that they depend on.
 
     python scripts/record_run.py runs/multi30k_de_en/multimax-seed1 --experiment multi30k_de_en
 
-examples/*/run.sh calls it when a model is scored. The folder holds checkpoint_best.pt, checkpoint_last.pt and
-train.log of fairseq-train and, of the evaluation, NAME.bleu and NAME.hypotheses for `best` and `average` (as
-scripts/score_translation.sh writes them), or SPLIT.context-WINDOW.eval (what fairseq-eval-lm prints). What the
-checkpoint knows is taken from it, not from the command line. scripts/results_table.py makes tables of such files.
+examples/*/run.sh calls it when a model is scored. The folder holds fairseq-train's checkpoint_best.pt,
+checkpoint_last.pt and train.log, and the evaluation's NAME.bleu and NAME.hypotheses for `best` and `average` (from
+scripts/score_translation.sh), or SPLIT.context-WINDOW.eval (the output of fairseq-eval-lm). Settings are read from
+the checkpoint where possible, not from the command line. scripts/results_table.py makes tables of such files.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from multimax_fairseq.analysis.files import (
     replacing,
 )
 
-FORMAT = 1  # of run.json; a reader that knows another one can say so
+FORMAT = 1  # of run.json; a reader can refuse another one
 DISTRIBUTIONS = ("torch", "fairseq", "ve-fairseq", "numpy", "entmax", "sacrebleu", "sentencepiece", "sacremoses",
                  "subword-nmt")  # fmt: skip
 OPTIONS = ("attention_mapping", "attention_mapping_sites", "output_mapping", "multimax_order", "multimax_terms",
@@ -41,12 +41,12 @@ OPTIONS = ("attention_mapping", "attention_mapping_sites", "output_mapping", "mu
 
 
 def option(model: Any, name: str) -> Any:
-    """An option of the model as its checkpoint has it: a namespace, or from fairseq-hydra-train a config."""
+    """An option of the model, from its checkpoint's namespace or (fairseq-hydra-train) config."""
     return model.get(name) if hasattr(model, "get") else getattr(model, name, None)
 
 
 def mapping_of(model: Any) -> dict[str, Any]:
-    """The choice of mappings by their flags' names; ``attention_mapping`` of fairseq's own model is ``stock``."""
+    """The choice of mappings by flag name; for fairseq's own model ``attention_mapping`` is ``stock``."""
     choice = {name: option(model, name) for name in OPTIONS}
     return choice if choice["attention_mapping"] else {"attention_mapping": "stock"}
 
@@ -58,8 +58,7 @@ def learned_parameters(state: dict[str, Tensor]) -> dict[str, dict[str, list]]:
         state: the parameters of a checkpoint by name.
 
     Returns:
-        for each module that has them ``thresholds`` and ``gains``, both (order, 2), or ``alpha_logits``, (heads,),
-        with six decimals.
+        by module: ``thresholds`` and ``gains``, both (order, 2), or ``alpha_logits``, (heads,), with six decimals.
     """
     learned: dict[str, dict[str, list]] = {}
     for name, tensor in state.items():
@@ -77,12 +76,12 @@ def read_text(path: Path) -> str:
 
 
 def updates_of(checkpoint: dict[str, Any], path: Path) -> int:
-    """After how many updates it was saved."""
+    """The number of updates before the checkpoint was saved."""
     return entry(checkpoint, path, "optimizer_history", -1, "num_updates")
 
 
 def validation(folder: Path, checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """The best checkpoint on validation: what it was chosen by, after how many updates, and its perplexity."""
+    """The best checkpoint on validation: its criterion, number of updates, and perplexity."""
     path = folder / "checkpoint_best.pt"
     updates = updates_of(checkpoint, path)
     found = {
@@ -104,7 +103,7 @@ def is_number(text: str | None) -> bool:
 
 
 def bleu_scores(folder: Path) -> dict[str, dict[str, Any]]:
-    """``best`` and ``average`` if they were scored: BLEU, its signature and the files that it was computed from."""
+    """For ``best`` and ``average``, if scored: BLEU, its signature and the files that it was computed from."""
     scores = {}
     for name in ("best", "average"):
         path = folder / f"{name}.bleu"
@@ -119,7 +118,7 @@ def bleu_scores(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def perplexities(folder: Path) -> dict[str, dict[str, Any]]:
-    """What fairseq-eval-lm measured, by split and context window, the longest first: ``test, context 400``."""
+    """Results of fairseq-eval-lm by split and context window, longest first: ``test, context 400``."""
     scores = {}
     names = [re.fullmatch(r"(\w+)\.context-(\d+)\.eval", path.name) for path in folder.glob("*.context-*.eval")]
     for name in sorted(filter(None, names), key=lambda name: (name[1], -int(name[2]))):
@@ -141,7 +140,7 @@ def perplexities(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def versions() -> dict[str, str]:
-    """Of everything that a score can depend on."""
+    """The versions of everything that a score can depend on."""
     found = {"python": platform.python_version(), "multimax_fairseq": multimax_fairseq.__version__}
     for name in DISTRIBUTIONS:
         try:
@@ -152,7 +151,7 @@ def versions() -> dict[str, str]:
 
 
 def hardware() -> dict[str, Any]:
-    """Processor and graphics cards, without names of machines or users."""
+    """The processor and graphics cards, without names of machines or users."""
     cpuinfo = Path("/proc/cpuinfo")
     models = re.findall(r"^model name\s*: (.*)$", cpuinfo.read_text(), re.M) if cpuinfo.is_file() else []
     return {
@@ -164,10 +163,10 @@ def hardware() -> dict[str, Any]:
 
 
 def record(folder: Path) -> dict[str, Any]:
-    """Everything about a run but the commands that made it.
+    """Everything about a run except the commands that made it.
 
     Raises:
-        UserError: the folder lacks a checkpoint or scores, or a file is not what it should be.
+        UserError: a checkpoint or the scores are missing, or a file is not what it should be.
     """
     best_path, last_path = folder / "checkpoint_best.pt", folder / "checkpoint_last.pt"
     for path in (best_path, last_path):
@@ -193,9 +192,9 @@ def record(folder: Path) -> dict[str, Any]:
     return {
         **found,
         "updates": updates_of(last, last_path),
-        # it has the one that comes next
+        # the iterator's epoch is the next one
         "whole_epochs": entry(last, last_path, "extra_state", "train_iterator", "epoch") - 1,
-        # fairseq keeps it in its checkpoints, so it is that of all sittings together, without what was lost
+        # from fairseq's checkpoint, so summed over resumed runs, without lost work
         "training_seconds": round(entry(last, last_path, "extra_state", "previous_training_time"), 1),
         "versions": versions(),
         "hardware": hardware(),
@@ -203,7 +202,7 @@ def record(folder: Path) -> dict[str, Any]:
 
 
 def unique_storage(state: dict[str, Tensor]) -> list[Tensor]:
-    """The parameters, with those that are shared (embeddings and output) once, and without fairseq's own marks."""
+    """The parameters, shared ones (embeddings and output) counted once, without fairseq's own marks."""
     by_storage = {
         tensor.data_ptr(): tensor for name, tensor in state.items() if not name.endswith(("version", "_float_tensor"))
     }

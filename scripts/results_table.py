@@ -1,16 +1,15 @@
 #!/usr/bin/env python
-"""Tables of results, in Markdown, from the run.json files below a folder.
+"""Makes Markdown tables of results from the run.json files below a folder.
 
     python scripts/results_table.py runs
     python scripts/results_table.py runs/multi30k_de_en --samples 5000
 
-A table for each experiment, a row for each choice of mappings: mean ± standard deviation over its seeds (that of a
-sample, with n − 1; none for one seed). For translation sacrebleu's paired bootstrap (Koehn 2004) compares the
-translations of each run with those of softmax with the same seed: p is the share of resampled test sets, were the two
-equally good, that differ by as much.
+One table for each experiment, one row for each choice of mappings: mean ± sample standard deviation over seeds (with
+n − 1; none for one seed). For translation, sacrebleu's paired bootstrap (Koehn 2004) compares each run with softmax
+with the same seed: p is the share of resampled test sets with at least this difference if both were equally good.
 
---paper FILE puts published numbers in a column beside. FILE is JSON: {"EXPERIMENT": {"source": "Author (year), table
-n", "rows": {"MultiMax": "34.5 ± 0.1"}}}, with the names of experiments and rows that the tables have.
+--paper FILE adds a column of published numbers. FILE is JSON: {"EXPERIMENT": {"source": "Author (year), table
+n", "rows": {"MultiMax": "34.5 ± 0.1"}}}, with the tables' names of experiments and rows.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ BASELINE = "softmax"
 
 @dataclass(frozen=True)
 class Run:
-    """A run.json: what it says, and the folder that it and the translations are in."""
+    """The contents of a run.json, and the folder with it and the translations."""
 
     folder: Path
     content: dict[str, Any]
@@ -60,7 +59,7 @@ class Run:
         """The ``hypotheses`` or ``references`` of the score ``which``.
 
         Raises:
-            UserError: the file is not there any more, or not text.
+            UserError: the file is missing or not text.
         """
         path = self.folder / self.content["scores"][which][kind]
         try:
@@ -72,10 +71,10 @@ class Run:
 
 
 def row_name(mapping: dict[str, Any]) -> str:
-    """What a choice of mappings is called: ``MultiMax, order 1``; only what is not the default is named.
+    """The name of a choice of mappings, without its defaults: ``MultiMax, order 1``.
 
     Args:
-        mapping: flags' names to values, as record_run.py has them.
+        mapping: flag names to values, as in record_run.py.
     """
     attention = mapping["attention_mapping"]
     name = NAMES[attention]
@@ -88,7 +87,7 @@ def row_name(mapping: dict[str, Any]) -> str:
         sites = mapping["attention_mapping_sites"].split(",")
         if not ALL_SITES <= set(sites):
             name += f", {' and '.join(sites)} only"
-    scale = mapping.get("attention_scale") or "none"  # version 0.1 did not know it
+    scale = mapping.get("attention_scale") or "none"  # version 0.1 did not have it
     name += {"none": "", "learned": ", learned temperature", "log-length": ", times log n"}[scale]
     if "multimax" in (attention, mapping["output_mapping"]):
         terms = mapping["multimax_terms"].split(",")
@@ -123,7 +122,7 @@ def is_list_of(names: set[str]) -> Callable[[Any], bool]:
     return lambda value: is_text(value) and set(value.split(",")) <= names
 
 
-# What a run.json has to hold for a table: where, and how it is told from something else.
+# The entries of a run.json that a table needs: where they are, and the check that each must pass.
 ENTRIES = {
     "format": lambda value: value == FORMAT,
     "experiment": is_text,
@@ -167,10 +166,10 @@ def check_entries(content: Any, entries: dict[str, Callable[[Any], bool]], where
 
 
 def load_run(path: Path) -> Run:
-    """A run.json, if a table can vouch for what it says: the scores are there, and are those of the files beside it.
+    """Load a run.json and check that its scores exist and are those of the files beside it.
 
     Raises:
-        UserError: something is missing, damaged, or no number; translations are not those that were scored.
+        UserError: something is missing, damaged, or no number; or the translations are not those that were scored.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -196,14 +195,14 @@ def load_run(path: Path) -> Run:
 
 def check_bleu(run: Run, which: str) -> None:
     """Raises:
-    UserError: the translations beside a run.json do not have the BLEU that it says.
+    UserError: the translations beside a run.json do not have its BLEU.
     """
     hypotheses, references = run.lines(which, "hypotheses"), run.lines(which, "references")
     score, where = run.content["scores"][which], run.folder / run.content["scores"][which]["hypotheses"]
     if len(hypotheses) != len(references):
         raise UserError(f"{where} has {len(hypotheses)} lines for {len(references)} references: evaluate again")
     found = metric(score["signature"]).corpus_score(hypotheses, [references]).score
-    if abs(found - score["bleu"]) > 0.0051:  # it was printed with two digits
+    if abs(found - score["bleu"]) > 0.0051:  # it was printed with two decimals
         raise UserError(
             f"{where} has BLEU {found:.2f}, and run.json says {score['bleu']}: the translations or the references "
             "are not those that were scored; evaluate again"
@@ -211,7 +210,7 @@ def check_bleu(run: Run, which: str) -> None:
 
 
 def metric(signature: str, **options: Any):
-    """sacrebleu's BLEU as in a signature such as ``BLEU|nrefs:1|case:lc|eff:no|tok:13a|smooth:exp|version:2.6.0``.
+    """sacrebleu's BLEU for a signature such as ``BLEU|nrefs:1|case:lc|eff:no|tok:13a|smooth:exp|version:2.6.0``.
 
     Raises:
         UserError: sacrebleu has no such BLEU.
@@ -227,10 +226,10 @@ def metric(signature: str, **options: Any):
 
 
 def load_runs(folder: Path) -> list[Run]:
-    """Every run.json below ``folder``.
+    """Load every run.json below ``folder``.
 
     Raises:
-        UserError: there is none, one cannot be vouched for, or two are the same run.
+        UserError: there is none, one fails its checks, or two are the same run.
     """
     runs: dict[tuple[str, str, int], Run] = {}
     for path in sorted(folder.rglob("run.json")):
@@ -248,10 +247,10 @@ def load_runs(folder: Path) -> list[Run]:
 
 
 def load_paper(path: Path) -> dict[str, Any]:
-    """The file of ``--paper``.
+    """Load the file of ``--paper``.
 
     Raises:
-        UserError: it is not of its form.
+        UserError: it does not have the required form.
     """
     try:
         paper = json.loads(path.read_text(encoding="utf-8"))
@@ -265,21 +264,21 @@ def load_paper(path: Path) -> dict[str, Any]:
 
 
 def mean_and_deviation(values: Iterable[float]) -> str:
-    """``35.28 ± 0.12``, or the value itself if there is one only."""
+    """``35.28 ± 0.12``, or a single value alone."""
     values = list(values)
     mean = f"{statistics.fmean(values):.2f}"
     return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.2f}"
 
 
 def difference(values: dict[int, float], baseline: dict[int, float]) -> str:
-    """``−0.42``: the mean difference over the seeds that both have; in bold if it is larger than seeds make it.
+    """``−0.42``: the mean difference over common seeds.
 
     Args:
         values: seed → score.
-        baseline: the same of softmax.
+        baseline: the same for softmax.
 
     Returns:
-        "–" without a common seed; bold if larger than the standard deviation between seeds of either of the two.
+        "–" without a common seed; bold if larger than both standard deviations between seeds.
     """
     seeds = sorted(values.keys() & baseline.keys())
     if not seeds:
@@ -301,10 +300,10 @@ def p_values(runs: list[Run], which: str, samples: int) -> dict[tuple[str, int],
         samples: how often the test set is resampled.
 
     Returns:
-        (row, seed) → p, for all runs that have a softmax run to be compared with.
+        (row, seed) → p, for all runs with a matching softmax run.
 
     Raises:
-        UserError: translations are missing, or were scored against other references or in another way.
+        UserError: translations are missing, or were scored with other references or in another way.
     """
     from sacrebleu.significance import PairedTest
 
@@ -327,30 +326,30 @@ def p_values(runs: list[Run], which: str, samples: int) -> dict[tuple[str, int],
             if run.content["scores"][which]["signature"] != signature:
                 raise UserError(f"{run.folder} and {ordered[0].folder} are scored in different ways")
         systems = [(f"{number}", run.lines(which, "hypotheses")) for number, run in enumerate(ordered)]
-        # references=None: the test takes those of the metric, tokenised once
+        # references=None: the test uses the metric's references, tokenised once
         metrics = {"BLEU": metric(signature, references=[references])}
         test = PairedTest(systems, metrics, references=None, test_type="bs", n_samples=samples)
         for run, (_, lines), result in zip(others, systems[1:], test()[1]["BLEU"][1:]):
-            # the test counts resampled differences above the real one: of equal translations none is, so p would be 0
+            # the test counts resampled differences above the real one; equal translations have none, so p would be 0
             found[run.row, seed] = 1.0 if lines == systems[0][1] else result.p_value
     return found
 
 
 def in_order(rows: Iterable[str]) -> list[str]:
-    """softmax first, then as the mappings stand in NAMES."""
+    """softmax first, then in the order of NAMES."""
     names = list(NAMES.values())
     return sorted(rows, key=lambda row: (row != BASELINE, names.index(row.split(",")[0].split(";")[0]), row))
 
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:
-    """A table whose columns are aligned in the source, too."""
+    """A table whose source has aligned columns."""
     widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
     lines = [header, ["-" * width for width in widths], *rows]
     return "\n".join("| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths)) + " |" for line in lines)
 
 
 def table(runs: list[Run], paper: dict[str, Any], samples: int) -> str:
-    """The table of one experiment, with what has to be said about it below."""
+    """The table of one experiment, with notes below."""
     by_row: dict[str, list[Run]] = defaultdict(list)
     for run in sorted(runs, key=lambda run: run.seed):
         by_row[run.row].append(run)
@@ -375,7 +374,7 @@ def table(runs: list[Run], paper: dict[str, Any], samples: int) -> str:
         cells.append("–" if None in validation else mean_and_deviation(validation))
         for name in scores:
             values = [run.content["scores"][name][key] for run in group if name in run.content["scores"]]
-            # a mean over fewer runs than the row says would not be comparable with the one beside it
+            # a mean over fewer runs than the row states could not be compared with the one beside it
             cells.append(mean_and_deviation(values) if len(values) == len(group) else "–")
         if baseline:
             cells.append("–" if row == BASELINE else difference(by_seed[row], baseline))
@@ -389,7 +388,7 @@ def table(runs: list[Run], paper: dict[str, Any], samples: int) -> str:
 
 
 def notes(runs: list[Run], p: dict, published: dict[str, Any], samples: int) -> list[str]:
-    """What the numbers were got with, and warnings where they cannot be compared."""
+    """How the numbers were obtained, and warnings if they cannot be compared."""
     found = []
     signatures = sorted({s["signature"] for run in runs for s in run.content["scores"].values() if "signature" in s})
     found += [f"`{signature}`" for signature in signatures]
@@ -425,7 +424,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.samples > 1_000_000:
         parser.error("--samples takes no more than a million")
-    logging.getLogger("sacrebleu").setLevel(logging.WARNING)  # it tells of each system that it resamples
+    logging.getLogger("sacrebleu").setLevel(logging.WARNING)  # it logs each system that it resamples
     with errors_in_a_line():
         paper = load_paper(args.paper) if args.paper else {}
         by_experiment: dict[str, list[Run]] = defaultdict(list)

@@ -1,11 +1,10 @@
-"""Makes a run that was killed fit to go on: checkpoint_last.pt and checkpoint_best.pt are whole, and the newest.
+"""Prepares a killed run for resuming: makes checkpoint_last.pt and checkpoint_best.pt whole and up to date.
 
     python scripts/resume_checkpoint.py runs/demo
 
-fairseq writes a checkpoint whole or not at all, but then copies it to these names, and who is killed while it copies
-finds a file that is empty or cut short where training is resumed from. What is copied lies beside: this looks at all
-checkpoints of the folder, copies the newest that can be read to checkpoint_last.pt, and says so. Nothing is said, and
-nothing done, where all is well.
+fairseq writes each checkpoint whole or not at all, then copies it to these names. A run killed during the copy leaves
+a file that is empty or cut short, from which training would resume. The original is still in the folder: this copies
+the newest readable checkpoint to checkpoint_last.pt, and says so. If all is well it does and prints nothing.
 """
 
 import shutil
@@ -23,7 +22,7 @@ from multimax_fairseq.analysis.files import (
 
 
 class Progress(NamedTuple):
-    """How far a checkpoint is: updates, its validation, and the best validation of its run until then."""
+    """A checkpoint's progress: updates, its validation score, and the run's best validation score so far."""
 
     updates: int
     validation: Optional[Any]
@@ -43,7 +42,7 @@ def put_right(folder: Path) -> None:
         UserError: no checkpoint can be read, or the best one is lost.
     """
     paths = sorted(folder.glob("checkpoint*.pt"))
-    if not paths or any("-shard" in path.name for path in paths):  # a shard is a part: not ours to judge
+    if not paths or any("-shard" in path.name for path in paths):  # a shard is only a part of a checkpoint
         return
     found: Dict[Path, Progress] = {}
     wrong: Dict[Path, str] = {}

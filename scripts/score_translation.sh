@@ -1,20 +1,20 @@
 #!/usr/bin/env bash
-# Translates the test set, or another, with beam search and prints detokenised SacreBLEU with its signature.
+# Translates the test set (or another) with beam search and prints detokenised SacreBLEU with its signature.
 #
 #     scripts/score_translation.sh --data-bin DIR --checkpoint FILE --reference FILE --out PREFIX
 #
 #   --data-bin DIR         binarised data
-#   --split NAME           of the data: what is translated (default: test)
+#   --split NAME           the split to translate (default: test)
 #   --checkpoint FILE      a checkpoint; several, joined by ':', make an ensemble
-#   --reference FILE       the same text in the target language, as published: one sentence a line
-#   --sentencepiece FILE   the model that the data was cut into pieces with, or
-#   --moses LANGUAGE       the data are BPE units of lower-case Moses tokens, as scripts/prepare_iwslt14.sh makes them:
-#                          joined, detokenised, and scored without regard to case. Without either of the two the
+#   --reference FILE       the same text in the target language, as published: one sentence per line
+#   --sentencepiece FILE   the model that cut the data into pieces, or
+#   --moses LANGUAGE       the data are BPE units of lower-case Moses tokens, as from scripts/prepare_iwslt14.sh; they
+#                          are joined, detokenised, and scored ignoring case. Without either of the two options the
 #                          tokens are words and punctuation, which is moved back to the word before it
 #   --beam N               (default: 5)
-#   --lenpen X             a score is divided by the length to the power X: above 1 for longer translations (default: 1)
-#   --out PREFIX           writes PREFIX.generate and PREFIX.log (what fairseq-generate prints), PREFIX.hypotheses (one
-#                          sentence a line, in the order of the reference) and PREFIX.bleu
+#   --lenpen X             divide scores by length to the power X; above 1 favours longer translations (default: 1)
+#   --out PREFIX           writes PREFIX.generate and PREFIX.log (fairseq-generate's output), PREFIX.hypotheses (one
+#                          sentence per line, in the order of the reference) and PREFIX.bleu
 #   --help                 show this text
 
 set -euo pipefail
@@ -51,7 +51,7 @@ parse_options "
 need_checkpoints "$checkpoint"
 [[ -d $data_bin ]] || die "--data-bin $data_bin: there is no such folder"
 for file in "$reference" ${sentencepiece:+"$sentencepiece"}; do need_file "$file"; done
-! LC_ALL=C grep -q $'\r.' "$reference" || # SacreBLEU would take it for the end of a line
+! LC_ALL=C grep -q $'\r.' "$reference" || # SacreBLEU would read it as a line end
     die "$reference has carriage returns within its lines: remove them (tr -d '\\r')"
 need_python
 need_tool fairseq-generate "activate the environment that holds fairseq"
@@ -67,7 +67,7 @@ metric=()
 [[ -z $sentencepiece ]] || pieces=(--bpe sentencepiece --sentencepiece-model "$sentencepiece")
 [[ -z $moses ]] || metric=(--lowercase)
 
-# All of it is made in a folder beside, and moved: what is there is whole, and of one translation.
+# Everything is made in a folder beside, then moved: so the files are whole, and from one translation.
 make_folder "$(dirname "$prefix")"
 out=$(absolute_path "$prefix") # whose disk may be full
 build=$(mktemp -d "$out.XXXXXX" 2>/dev/null) || die "no folder can be made beside $prefix"

@@ -5,9 +5,9 @@
     python scripts/sentencepiece_bpe.py encode --model FILE < text > pieces
     python scripts/sentencepiece_bpe.py decode --model FILE < pieces > text
 
-`encode` and `decode` go line by line and flush every line, so they can stand before and after
-fairseq-interactive in a pipe. A decoded line is the line that was encoded, up to white space and
-Unicode compatibility forms (SentencePiece's default normalisation, nmt_nfkc).
+`encode` and `decode` work line by line and flush every line, so they can stand before and after
+fairseq-interactive in a pipe. A decoded line equals the encoded line up to white space and Unicode
+compatibility forms (SentencePiece's default normalisation, nmt_nfkc).
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ import sentencepiece
 
 
 def normalise_space(line: str) -> str:
-    """All white space becomes single blanks.
+    """Turn all white space into single blanks.
 
-    fairseq splits a line into tokens at whatever Python takes for white space. SentencePiece's
-    normalisation misses some of it (U+0085, U+001C): left inside a piece, it would vanish there.
+    fairseq splits a line into tokens at everything that Python treats as white space. SentencePiece's
+    normalisation misses some of it (U+0085, U+001C); inside a piece it would be lost.
     """
     return " ".join(line.split())
 
 
 def read_lines(path: Path) -> Iterator[str]:
-    """Lines end at "\\n" and nowhere else, so that two languages stay aligned line by line."""
+    """The lines of a file, which end only at "\\n", so that two languages stay aligned line by line."""
     with path.open(encoding="utf-8", newline="\n") as file:
         for line in file:
             yield normalise_space(line)
@@ -41,7 +41,7 @@ def read_lines(path: Path) -> Iterator[str]:
 def train(texts: Sequence[Path], model: Path, vocab_size: int) -> None:
     """Learn one vocabulary of `vocab_size` pieces from all `texts` and write it to `model`.
 
-    The same texts give the same bytes: neither paths nor the number of cores enter the model.
+    The same texts give the same bytes, whatever the paths and the number of cores.
 
     Raises:
         ValueError: `vocab_size` does not fit the texts; the message says which sizes do.
@@ -119,7 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    # Like any filter, end quietly on Ctrl-C and when the reader of our output goes away.
+    # Like any filter, end quietly on Ctrl-C and when the reader of the output ends.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     main()

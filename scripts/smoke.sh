@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All three experiments from made-up archives to a table of results, with tiny models: does everything work here?
+# Does everything work here? Runs all three experiments with tiny models, from made-up archives to a table of results.
 # A minute and a half on a CPU core.
 #
 #     scripts/smoke.sh [--out DIR] [OPTION OF run.sh ...]        for example: scripts/smoke.sh --mapping sparsemax
@@ -24,7 +24,7 @@ parse_options "
 " "$@"
 need_python
 need_fairseq
-need_module sacremoses # of prepare_iwslt14.sh, whose turn comes later
+need_module sacremoses # for prepare_iwslt14.sh, which runs later
 need_module subword_nmt
 if [[ -z $out_folder ]]; then
     out_folder=$(temporary -d)

@@ -1,16 +1,15 @@
 #!/usr/bin/env bash
-# Installs what the tests need, as scripts/demo.sh does, and runs them; before them ruff and shellcheck, where they are
-# installed.
+# Installs what the tests need, as scripts/demo.sh does; runs ruff and shellcheck, if they are installed, then the tests.
 #
 #     scripts/test.sh [OPTION OF PYTEST ...]        for example: scripts/test.sh -m "not slow"
 #
-# They run in as many processes as there are cores; -n 0 runs them in one.
+# The tests run in as many processes as there are cores; -n 0 runs them in one.
 #
 # MULTIMAX_DATA=DIR   a folder with multi30k/ (gzipped, raw) and brown/ (train, valid, test .tokens.gz):
-#                     tests on real data run too; without it they are skipped
+#                     for tests on real data; without it they are skipped
 # MULTIMAX_TEST_EXTRAS=test,gpu-tests
-#                     installs Triton too (1 GB), and tests the kernels for a GPU without one; else they are skipped;
-#                     with `checks`, too: ruff, shellcheck, and build, with which the wheel is tested
+#                     installs Triton too (1 GB), and tests the GPU kernels without a GPU; else they are skipped;
+#                     `checks` adds ruff, shellcheck, and build, which the test of the wheel uses
 
 set -euo pipefail
 

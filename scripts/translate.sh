@@ -6,14 +6,14 @@
 #
 #   --run DIR          holds checkpoint_best.pt
 #   --checkpoint FILE  another checkpoint instead; several, joined by ':', make an ensemble
-#   --data DIR         made by a prepare script. What it was cut into units with is found there: bpe.codes (Moses
-#                      tokens and BPE, in lower case), or sentencepiece.bpe.model
+#   --data DIR         made by a prepare script; holds the model that cuts text into units: bpe.codes (Moses tokens and
+#                      BPE, in lower case), or sentencepiece.bpe.model
 #   --beam N           (default: 5)
-#   --truncate         cut sentences that are longer than the model takes; else the first of them is an error
+#   --truncate         cut sentences that are too long for the model; without it the first of them is an error
 #   -- OPTION ...      further options of fairseq-interactive
 #   --help             show this text
 #
-# One sentence a line. Each is translated as it comes, so it can be used at a terminal too.
+# One sentence per line. Each is translated as it comes, so this works at a terminal too.
 
 set -euo pipefail
 
@@ -56,7 +56,7 @@ fi
 work=$(temporary -d)
 trap 'rm -rf "$work"' EXIT
 
-# most_units: that a sentence may have, with the end that fairseq adds: what the model and --max-tokens allow.
+# most_units: the most units in a sentence, with the end that fairseq adds, that the model and --max-tokens allow.
 most_units() {
     local most index
     most=$("$PYTHON" "$scripts/check_model.py" --data "$data/data-bin" "--checkpoint=$checkpoint" 2>"$work/log") ||
@@ -67,7 +67,7 @@ most_units() {
     echo $((most - 1))
 }
 
-# cut_lines MOST: to so many units, and say so; 0: leave them.
+# cut_lines MOST: cut lines to so many units, and say so; 0: leave them.
 cut_lines() {
     awk -v most="$1" 'most && NF > most {
         printf "WARNING: line %d is cut: it has %d units, and the model takes %d\n", NR, NF, most >"/dev/stderr"
@@ -79,7 +79,7 @@ cut_lines() {
 
 most=0
 [[ -z $truncate ]] || most=$(most_units) || exit 1
-# fairseq-interactive numbers sentences and says H-<number> <score> <units>; everything else is for developers.
+# fairseq-interactive prints H-<number> <score> <units> for each sentence; everything else is for developers.
 statuses=(0 0 0 0 0)
 "$PYTHON" "$scripts/${encode[0]}" "${encode[@]:1}" | cut_lines "$most" |
     fairseq-interactive "$data/data-bin" --user-dir "$scripts/../multimax_fairseq" --path "$checkpoint" \
@@ -88,7 +88,7 @@ statuses=(0 0 0 0 0)
     "$PYTHON" "$scripts/${decode[0]}" "${decode[@]:1}" || statuses=("${PIPESTATUS[@]}")
 
 if ((statuses[4] == 141)); then
-    exit 0 # whoever reads the translations has read enough
+    exit 0 # the reader of the translations has stopped
 elif ((statuses[2])); then
     why=$(why_it_failed "$work/log" "$data/data-bin" "$checkpoint")
     number=$(($(tail -n 1 "$work/count" 2>/dev/null || echo 0) + 1))
@@ -98,4 +98,4 @@ elif ((statuses[2])); then
     *) die "fairseq-interactive failed: $why" ;;
     esac
 fi
-((statuses[0] == 0 && statuses[4] == 0)) || exit 1 # which has been explained
+((statuses[0] == 0 && statuses[4] == 0)) || exit 1 # the cause has been printed

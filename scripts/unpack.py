@@ -1,14 +1,14 @@
 #!/usr/bin/env python
-"""Copy files out of an archive that may be cut short, the wrong one, or hostile.
+"""Copies files out of an archive that may be cut short, the wrong one, or hostile.
 
     python scripts/unpack.py ARCHIVE FOLDER NAME [NAME ...]
 
-writes FOLDER/NAME for each NAME: a file in whatever folder of ARCHIVE, which is a zip or a tar, plain or compressed.
-No path of the archive becomes a path on the disk, so nothing is written anywhere else. An archive with a path that
-leads out of its folder, a link or a device is refused all the same: whoever made it did not make it for this.
+writes FOLDER/NAME for each NAME, a file in any folder of ARCHIVE (a zip or a tar, plain or compressed). The archive's
+paths are not used on the disk, so nothing is written anywhere else. An archive with a path that leads out of its
+folder, a link or a device is still refused: it was not made for this purpose.
 
-Exit status: 0, or 1 if the archive is at fault, 2 if the command line is, 3 if the disk is. Standard error then ends
-with a line that says how, and nothing is left in FOLDER.
+Exit status: 0 for success; 1 if the archive is at fault, 2 the command line, 3 the disk. On failure the last line of
+standard error says why, and nothing is left in FOLDER.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from typing import IO, NamedTuple
 MOST_MEMBERS = 10_000
 MOST_BYTES = 4 * 2**30  # unpacked; WikiText-103 has 0.5 GB
 BLOCK = 2**20  # bytes read at a time
-LARGEST_HEADER = 16 * BLOCK  # of a tar: names, and what else is said about a file
+LARGEST_HEADER = 16 * BLOCK  # of a tar: names and other metadata of a file
 
-# Where a file of the kind begins with what: the name says nothing certain.
+# Offset and first bytes of each kind of file; names are not reliable.
 SIGNATURES = {"zip": (0, (b"PK",)), "tar": (0, (b"\x1f\x8b", b"BZh", b"\xfd7zXZ")), "plain tar": (257, (b"ustar",))}
 
-# What the standard library raises on damaged, encrypted and otherwise unreadable archives, besides OSError.
+# Besides OSError, the standard library's errors on damaged, encrypted and otherwise unreadable archives.
 UNREADABLE = (
     tarfile.TarError,
     zipfile.BadZipFile,
@@ -49,7 +49,7 @@ UNREADABLE = (
 
 
 class BadArchive(Exception):
-    """The archive is at fault. The message goes on after its name: "is cut short"."""
+    """The archive is at fault. The message follows its name: "is cut short"."""
 
 
 class Member(NamedTuple):
@@ -60,7 +60,7 @@ class Member(NamedTuple):
 
 
 class Bounded:
-    """A stream of which nobody takes much at once: tarfile would take a header of any size into memory."""
+    """A stream that limits the size of a read: tarfile would read a header of any size into memory."""
 
     def __init__(self, stream: IO[bytes]) -> None:
         self.seek, self.tell, self.seekable = stream.seek, stream.tell, stream.seekable
@@ -81,7 +81,7 @@ def tar_members(archive: Path) -> Iterator[Member]:
             link = info.issym() or info.islnk()
             kind = "file" if info.isfile() else "folder" if info.isdir() else "link" if link else "device"
             yield Member(info.name, info.size, kind, lambda info=info: tar.extractfile(info))
-        # The checksum stands at the end, behind the padding.
+        # The checksum is at the end, after the padding.
         for _ in range(MOST_BYTES // BLOCK):
             if not tar.fileobj.read(BLOCK):
                 break
@@ -90,17 +90,17 @@ def tar_members(archive: Path) -> Iterator[Member]:
 def zip_members(archive: Path) -> Iterator[Member]:
     with zipfile.ZipFile(archive) as file:
         for info in file.infolist():
-            mode = info.external_attr >> 16  # zips made on Unix have it, others have 0
+            mode = info.external_attr >> 16  # set in zips made on Unix, 0 in others
             special = stat.S_IFMT(mode) not in (0, stat.S_IFREG, stat.S_IFDIR)
             kind = "folder" if info.is_dir() else "link" if stat.S_ISLNK(mode) else "device" if special else "file"
             yield Member(info.filename, info.file_size, kind, lambda info=info: file.open(info))
 
 
 def members(archive: Path) -> Iterator[Member]:
-    """What is in the archive, in its order.
+    """The members of the archive, in its order.
 
     Raises:
-        BadArchive: it is none.
+        BadArchive: it is no archive.
     """
     with archive.open("rb") as file:
         head = file.read(512)
@@ -148,7 +148,7 @@ def copy_wanted(archive: Path, folder: Path, wanted: set[str], most_bytes: int) 
 
 
 def some(names: set[str], number: int = 3) -> str:
-    """The first names, and how many more there are."""
+    """The first names, and the number of others."""
     more = f" and {len(names) - number} more" if len(names) > number else ""
     return ", ".join(sorted(names)[:number]) + more
 
@@ -167,7 +167,7 @@ def unpack(archive: Path, folder: Path, names: Sequence[str], most_bytes: int = 
     except BaseException as error:
         for target in written:
             target.unlink(missing_ok=True)
-        # An OSError without a number comes from gzip and bz2, about the data.
+        # An OSError without a number comes from gzip or bz2: the data are damaged.
         if isinstance(error, UNREADABLE) or isinstance(error, OSError) and error.errno is None:
             raise BadArchive("is corrupt or cut short") from error
         raise

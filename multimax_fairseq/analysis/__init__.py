@@ -1,7 +1,7 @@
 # ruff: noqa: F401  what is imported here is what the package offers
-"""What a trained model's attention is like: numbers and figures from checkpoints, and functions for a notebook.
+"""Analyses a trained model's attention: numbers and figures from checkpoints, and functions for a notebook.
 
-``multimax-analyze`` (:mod:`.cli`) writes a report of one or more checkpoints. From Python, metrics take tensors, and
+``multimax-analyze`` (:mod:`.cli`) writes a report on one or more checkpoints. In Python, metrics take tensors, and
 :func:`collect` takes a model and a batch. Nothing else in the package imports this.
 """
 

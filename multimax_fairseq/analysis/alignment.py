@@ -1,7 +1,7 @@
-"""Word alignments: read out of attention, and compared with gold ones.
+"""Word alignments read from attention and compared with gold ones.
 
-Sources: alignment error rate, Och & Ney 2003; attention of words made from that of subwords (the sum over the pieces
-of a source word, the mean over the pieces of a target word), Zenkel, Wuebker & DeNero 2019.
+Sources: alignment error rate, Och & Ney 2003; word attention from subword attention (sum over a source word's pieces,
+mean over a target word's pieces), Zenkel, Wuebker & DeNero 2019.
 """
 
 import re
@@ -18,17 +18,17 @@ SENTENCEPIECE_SPACE = "\u2581"
 
 
 class GoldAlignment(NamedTuple):
-    """The links of one sentence pair: the sure ones, and all that are possible (the sure among them)."""
+    """The links of one sentence pair: the sure ones, and all possible ones (including the sure)."""
 
     sure: Links
     possible: Links
 
 
 def parse_alignment(line: str) -> GoldAlignment:
-    """One line of Pharaoh format, words counted from 0: ``0-1`` is a sure link, ``0?1`` a possible one.
+    """Read one line of Pharaoh format, words counted from 0: ``0-1`` is a sure link, ``0?1`` a possible one.
 
     Raises:
-        ValueError: something else.
+        ValueError: not of this format.
     """
     sure, possible = set(), set()
     for link in line.split():
@@ -40,10 +40,10 @@ def parse_alignment(line: str) -> GoldAlignment:
 
 
 def read_alignments(path: Union[str, Path]) -> List[GoldAlignment]:
-    """A file of :func:`parse_alignment` lines, one a sentence pair.
+    """Read a file of :func:`parse_alignment` lines, one for each sentence pair.
 
     Raises:
-        ValueError: a line that is not of the format, with its number.
+        ValueError: a line is not of this format; gives its number.
     """
     alignments = []
     for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
@@ -57,7 +57,7 @@ def read_alignments(path: Union[str, Path]) -> List[GoldAlignment]:
 class AlignmentError:
     """The alignment error rate of a corpus: AER = 1 − (Σ |A ∩ S| + Σ |A ∩ P|) / (Σ |A| + Σ |S|), 0 to 1.
 
-    A are predicted links, S the sure and P ⊇ S the possible gold ones; sums over sentence pairs.
+    A are the predicted links, S the sure and P ⊇ S the possible gold links; sums are over sentence pairs.
     """
 
     def __init__(self):
@@ -74,7 +74,7 @@ class AlignmentError:
 
 
 def guess_subwords(symbols: Sequence[str]) -> str:
-    """How a dictionary marks pieces of words: one of ``SUBWORDS``."""
+    """Guess how a dictionary marks pieces of words: one of ``SUBWORDS``."""
     if any(symbol.startswith(SENTENCEPIECE_SPACE) for symbol in symbols):
         return "sentencepiece"
     return "subword-nmt" if any(symbol.endswith("@@") for symbol in symbols) else "none"
@@ -104,7 +104,7 @@ def words_of_tokens(tokens: Sequence[str], subwords: str) -> List[int]:
 
 
 def word_attention(attention: Tensor, tgt_words: Sequence[int], src_words: Sequence[int]) -> Tensor:
-    """Attention between words: summed over the pieces of a source word, averaged over those of a target word.
+    """Attention between words: the sum over a source word's pieces, the mean over a target word's pieces.
 
     Args:
         attention: (…, tgt_len, src_len), without the rows and columns of ``</s>`` and padding.
@@ -119,7 +119,7 @@ def word_attention(attention: Tensor, tgt_words: Sequence[int], src_words: Seque
 
 
 def hard_alignment(attention: Tensor) -> Links:
-    """A link from each target word to the source word that it attends to most.
+    """Link each target word to the source word that it attends to most.
 
     Args:
         attention: (target words, source words). A row of zeros has no link.

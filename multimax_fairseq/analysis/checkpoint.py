@@ -1,4 +1,4 @@
-"""From files to a model and its data, with errors that say what to do."""
+"""Loads a model and its data from files; errors say what to do."""
 
 import glob
 import os
@@ -11,19 +11,19 @@ from fairseq.data import Dictionary, FairseqDataset
 from fairseq.tasks import FairseqTask
 from torch import nn
 
-from .. import models  # noqa: F401  registers them: fairseq has to know what it is to load
+from .. import models  # noqa: F401  registers the models, so that fairseq can load them
 from .collect import attention_modules
 from .files import UserError, read_checkpoint
 
 
 class LoadedModel(NamedTuple):
-    """A model in evaluation, and the data to look at it with.
+    """A model in evaluation mode, and the data to analyse it with.
 
     Attributes:
-        label: what figures and tables call it.
-        path: of its checkpoint.
+        label: its name in figures and tables.
+        path: its checkpoint.
         architecture: its ``--arch``.
-        indices: of the sentences (of a language model: samples) to analyse, in the order of the split.
+        indices: the sentences (language model: samples) to analyse, in the order of the split.
     """
 
     label: str
@@ -48,7 +48,7 @@ class LoadedModel(NamedTuple):
 
 
 def labels_of(paths: Sequence[Path]) -> List[str]:
-    """A short name for each checkpoint: its folder's, or its path where that would not tell them apart."""
+    """A short name for each checkpoint: its folder's name, or its path if folder names are not distinct."""
     for name in (lambda path: path.parent.name or path.stem, lambda path: f"{path.parent.name}/{path.stem}", str):
         labels = [name(path.absolute()) for path in paths]
         if len(set(labels)) == len(labels):
@@ -60,8 +60,8 @@ def load(path: Path, label: str, data: Path, split: str, max_sentences: int, dev
     """Load a checkpoint of fairseq or of this plugin, and a split of the data.
 
     Raises:
-        UserError: the file is no checkpoint, the data does not fit it, the split is missing, empty or damaged, or the
-            model has no attention.
+        UserError: the file is no checkpoint; the data does not fit it; the split is missing, empty or damaged; or
+            the model has no attention.
     """
     model, cfg, task = load_model(path, data)
     try:
@@ -76,7 +76,7 @@ def load(path: Path, label: str, data: Path, split: str, max_sentences: int, dev
 
 
 def load_model(path: Path, data: Path) -> Tuple[nn.Module, Any, FairseqTask]:
-    """A checkpoint's model, in evaluation on the CPU, with its configuration and its task on these data.
+    """Load a checkpoint's model in evaluation mode on the CPU, its configuration, and its task on these data.
 
     Raises:
         UserError: the file is no checkpoint, or the data does not fit it.
@@ -85,7 +85,7 @@ def load_model(path: Path, data: Path) -> Tuple[nn.Module, Any, FairseqTask]:
         raise UserError(f"there is no folder {data}")
     if os.pathsep in str(data):
         raise UserError(f"{data}: fairseq takes {os.pathsep!r} for what separates folders: give one without it")
-    read_checkpoint(path)  # what it checks, fairseq does not
+    read_checkpoint(path)  # for checks that fairseq does not make
     try:
         state = checkpoint_utils.load_checkpoint_to_cpu(str(path), {"data": str(data)})
         (model,), cfg, task = checkpoint_utils.load_model_ensemble_and_task([str(path)], state=state)
@@ -107,12 +107,12 @@ def load_model(path: Path, data: Path) -> Tuple[nn.Module, Any, FairseqTask]:
 
 
 def load_split(task: FairseqTask, data: Path, split: str) -> FairseqDataset:
-    """A split of a task's data.
+    """Load a split of a task's data.
 
     Raises:
         UserError: it is missing, empty, or cannot be read.
     """
-    # fairseq cannot open a file without a token, nor then close it without another error
+    # fairseq cannot open a file without tokens, and closing it raises another error
     if any(file.stat().st_size == 0 for file in data.glob(f"{glob.escape(split)}.*bin")):
         raise UserError(f"the split {split!r} of {data} is empty: there is nothing in it")
     try:
@@ -133,7 +133,7 @@ def load_split(task: FairseqTask, data: Path, split: str) -> FairseqDataset:
 
 
 def check_sentences(task: FairseqTask, dataset: FairseqDataset, indices: Sequence[int], where: str) -> None:
-    """Raise unless each of these sentences is there, of words that the dictionaries have.
+    """Check that these sentences can be read and that the dictionaries have their words.
 
     Raises:
         UserError: a file is missing or cut short, or was made with other dictionaries.
@@ -146,7 +146,7 @@ def check_sentences(task: FairseqTask, dataset: FairseqDataset, indices: Sequenc
             item = dataset[index]
             sides = {side: item[side] for side in words if item[side] is not None}
             are_known = all(tokens.min() >= 0 and tokens.max() < words[side] for side, tokens in sides.items())
-        except Exception as error:  # of numpy, about a memory map
+        except Exception as error:  # numpy's, from a memory map
             raise UserError(f"{where} is damaged or cut short: sentence {index} cannot be read") from error
         if not are_known:
             raise UserError(
@@ -161,7 +161,7 @@ def _first_line(error: Exception, containing: str = "") -> str:
 
 
 def batches(loaded: LoadedModel, max_tokens: int, device: torch.device) -> Iterator[Dict[str, Any]]:
-    """Batches of sentences of similar length, with at most ``max_tokens`` tokens or one sentence, on the device."""
+    """Batches of sentences of similar length on the device: at most ``max_tokens`` tokens, or a single sentence."""
     by_length = sorted(loaded.indices, key=loaded.dataset.num_tokens)
     group: List[int] = []
     for index in by_length:

@@ -1,8 +1,8 @@
-"""``multimax-analyze``: a report of what the attention of one or more checkpoints does on a split of the data.
+"""``multimax-analyze``: reports what the attention of one or more checkpoints does on a split of the data.
 
     multimax-analyze softmax/checkpoint_best.pt multimax/checkpoint_best.pt --data DATA_BIN --split valid --out FOLDER
 
-FOLDER gets report.html (one file, opens offline), figures/ (PNG and SVG), results.json and a CSV file a table.
+FOLDER gets report.html (one file, opens offline), figures/ (PNG and SVG), results.json and a CSV file for each table.
 """
 
 import argparse
@@ -54,16 +54,16 @@ def main(arguments: Optional[Sequence[str]] = None) -> None:
 
 
 def _quiet() -> None:
-    """Importing fairseq sets the root logger to DEBUG; what is left to say here is what went wrong."""
+    """Log only warnings and errors; importing fairseq sets the root logger to DEBUG."""
     for name in (None, "fairseq", "matplotlib", "PIL"):
         logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def analyze(args: argparse.Namespace, command: str) -> None:
-    """Check everything that can be checked, then measure, then write.
+    """Check all that can be checked, then measure, then write.
 
     Raises:
-        UserError: something that the user can put right, before long work.
+        UserError: something that the user can fix; raised before long work.
     """
     try:
         from .report import is_report, write_report
@@ -111,7 +111,7 @@ def _gold(path: Optional[Path]) -> Optional[List[GoldAlignment]]:
 
 
 def _prepare(loaded: LoadedModel, args: argparse.Namespace, gold: Optional[List[GoldAlignment]]) -> Measurement:
-    """A measurement that is ready to begin: its options fit the model and the data."""
+    """Set up a measurement and check that its options fit the model and the data."""
     shown = args.show if args.show is not None else _middling(loaded)
     absent = [index for index in shown if index not in range(len(loaded.indices))]
     if absent:
@@ -124,7 +124,7 @@ def _prepare(loaded: LoadedModel, args: argparse.Namespace, gold: Optional[List[
 
 
 def _middling(loaded: LoadedModel) -> List[int]:
-    """The sentence whose length is nearest to 12 tokens: long enough to be of interest, short enough to be read."""
+    """The sentence whose length is nearest to 12 tokens: long enough to be interesting, short enough to read."""
     return [min(loaded.indices, key=lambda index: abs(loaded.dataset.num_tokens(index) - min(12, MOST_TOKENS)))]
 
 

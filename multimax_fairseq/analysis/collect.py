@@ -1,7 +1,7 @@
-"""What the attention of a model does on a batch: scores and probabilities of every site, layer and head.
+"""Collects a model's attention on a batch: scores and probabilities of every site, layer and head.
 
-Works for this plugin's models and for fairseq's own, translation and language models. Nothing in a model is
-replaced: hooks ask each attention module for what it can say anyway, and are gone afterwards.
+Works for this plugin's and fairseq's own translation and language models. It replaces nothing in a model: temporary
+hooks ask each attention module for what it can already return.
 """
 
 import inspect
@@ -17,13 +17,12 @@ from ..mappings import additive_mask
 
 
 class AttentionModule(NamedTuple):
-    """An attention module and where it stands.
+    """An attention module and its place.
 
     Attributes:
         name: in the model, such as ``decoder.layers.0.encoder_attn``.
         site: ``"encoder"``, ``"decoder"`` (self-attention) or ``"cross"``.
         layer: from 0, within its site.
-        module: the module itself.
     """
 
     name: str
@@ -33,7 +32,7 @@ class AttentionModule(NamedTuple):
 
     @property
     def mapping(self) -> Optional[nn.Module]:
-        """What turns its scores into probabilities; None for fairseq's own softmax."""
+        """Its mapping from scores to probabilities; None for fairseq's own softmax."""
         return getattr(self.module, "mapping", None)
 
 
@@ -42,7 +41,7 @@ class Attention(NamedTuple):
 
     Attributes:
         site, layer: as of :class:`AttentionModule`.
-        scores: (bsz, num_heads, tgt_len, src_len), scaled and masked (−inf), before σ or whatever the mapping is.
+        scores: (bsz, num_heads, tgt_len, src_len), scaled and masked (−inf), before the mapping (and so before σ).
         probabilities: (bsz, num_heads, tgt_len, src_len), fp32, without dropout.
     """
 
@@ -57,7 +56,7 @@ class LayerOutput(NamedTuple):
 
     Attributes:
         side: ``"encoder"`` or ``"decoder"``.
-        layer: from 1; 0 is what goes into the first.
+        layer: from 1; 0 is the first layer's input.
         hidden: (bsz, length, dim).
     """
 
@@ -67,10 +66,10 @@ class LayerOutput(NamedTuple):
 
 
 class Output(NamedTuple):
-    """The vocabulary's distribution at each position of the decoder.
+    """The distribution over the vocabulary at each position of the decoder.
 
     Attributes:
-        scores: (bsz, tgt_len, vocabulary), the logits, before σ of an output mapping.
+        scores: (bsz, tgt_len, vocabulary), the logits, before an output mapping's σ.
         probabilities: (bsz, tgt_len, vocabulary).
     """
 
@@ -80,11 +79,11 @@ class Output(NamedTuple):
 
 @dataclass
 class Collected:
-    """All of it for one batch, in the order of the model.
+    """Everything collected on one batch, in model order.
 
     Attributes:
-        masks: bool (bsz, length) by site, true where a query is a token and no padding.
-        output: None where an adaptive softmax never has all scores.
+        masks: bool (bsz, length) by site, true where a query is a token, false at padding.
+        output: None with an adaptive softmax, which never has all scores.
     """
 
     attention: List[Attention] = field(default_factory=list)
@@ -98,10 +97,10 @@ class Collected:
 
 
 def attention_modules(model: nn.Module) -> List[AttentionModule]:
-    """The attention modules of a model, in its order.
+    """The attention modules of a model, in model order.
 
     Raises:
-        ValueError: it has none of fairseq's ``MultiheadAttention``, or one that never forms probabilities.
+        ValueError: it has no fairseq ``MultiheadAttention``, or one that never forms probabilities.
     """
     found, layers = [], {}
     for name, module in model.named_modules():
@@ -129,14 +128,14 @@ def recording(
     on_attention: Optional[Callable[[Attention], Any]] = None,
     on_layer: Optional[Callable[[LayerOutput], Any]] = None,
 ) -> Iterator[None]:
-    """While open, each forward pass of the model reports what its attention and its layers did.
+    """Report what attention modules and layers do in each forward pass of the model.
 
-    One module after the other, so that whoever listens can keep as little as it likes::
+    Modules report one after another, so a listener can keep as little as it likes::
 
         with recording(model, on_attention=lambda attention: print(attention.site, attention.layer)):
             model(**sample["net_input"])
 
-    The model computes what it computes otherwise; it has to see whole sentences (no decoding cache).
+    The model's results do not change. It has to see whole sentences (no decoding cache).
     """
     with ExitStack() as stack:
         for attention in attention_modules(model):
@@ -145,7 +144,7 @@ def recording(
         numbers: Dict[str, int] = {}
         for name, module in model.named_modules():
             if hasattr(module, "can_use_fastpath"):
-                # fairseq 0.12.2 evaluates its own encoder layers by one kernel, around their attention modules
+                # fairseq 0.12.2 evaluates its own encoder layers in one kernel that bypasses their attention modules
                 stack.enter_context(_attribute(module, "can_use_fastpath", False))
             if on_layer is not None and isinstance(getattr(module, "self_attn", None), MultiheadAttention):
                 side = _side(name)
@@ -167,7 +166,7 @@ def _attribute(module: nn.Module, name: str, value: Any) -> Iterator[None]:
 def _report_attention(attention: AttentionModule, report: Callable[[Attention], Any], stack: ExitStack) -> None:
     module = attention.module
     signature = inspect.signature(module.forward)
-    wanted: List[Dict[str, Any]] = []  # the arguments as the model gave them
+    wanted: List[Dict[str, Any]] = []  # the model's arguments
 
     def before(module: MultiheadAttention, args: Tuple, kwargs: Dict[str, Any]):
         bound = signature.bind(*args, **kwargs)
@@ -187,7 +186,7 @@ def _report_attention(attention: AttentionModule, report: Callable[[Attention], 
             return output, weights
         return output, weights.mean(0) if asked["need_weights"] else None
 
-    # fairseq's own attention has the weights of single heads only on this path
+    # only on this path does fairseq's own attention return the weights of each head
     stack.enter_context(_attribute(module, "skip_embed_dim_check", True))
     for handle in (
         module.register_forward_pre_hook(before, with_kwargs=True),
@@ -197,7 +196,7 @@ def _report_attention(attention: AttentionModule, report: Callable[[Attention], 
 
 
 def _scores(module: MultiheadAttention, arguments: Dict[str, Any]) -> Tensor:
-    """Masked scores, (bsz · num_heads, tgt_len, src_len), by another call without hooks."""
+    """Masked scores, (bsz · num_heads, tgt_len, src_len), from a second call without hooks."""
     mask = arguments["attn_mask"]
     if mask is not None:
         arguments = {**arguments, "attn_mask": additive_mask(mask, arguments["query"].dtype)}
@@ -221,7 +220,7 @@ def _report_layer(
 
 
 def token_masks(model: nn.Module, sample: Dict[str, Any]) -> Dict[str, Tensor]:
-    """Where the queries of each site are tokens: bool (bsz, length) by site, false for padding."""
+    """Masks of each site's queries: bool (bsz, length), true for tokens, false for padding."""
     net_input = sample["net_input"]
     source = net_input["src_tokens"]
     if "prev_output_tokens" in net_input:
@@ -240,12 +239,12 @@ def run(
     on_layer: Optional[Callable[[LayerOutput], Any]] = None,
     with_output: bool = False,
 ) -> Optional[Output]:
-    """One pass of a batch through a model in evaluation, reporting as :func:`recording` does.
+    """Run a batch through a model in evaluation mode, reporting as :func:`recording` does.
 
     Args:
-        model: is left in the mode that it was in.
-        sample: a batch of fairseq, on the model's device.
-        with_output: also return the vocabulary's distribution (None with an adaptive softmax).
+        model: its mode is restored afterwards.
+        sample: a fairseq batch on the model's device.
+        with_output: also return the distribution over the vocabulary (None with an adaptive softmax).
     """
     was_training = model.training
     model.eval()
@@ -264,17 +263,17 @@ def run(
 
 
 def collect(model: nn.Module, sample: Dict[str, Any]) -> Collected:
-    """The attention, the layers' outputs and the output distribution of a model on one batch.
+    """Collect a model's attention, layer outputs and output distribution on one batch.
 
-    For looking at a few sentences: all of it is kept. ``collect(model, sample).at("cross")[0].probabilities`` are
-    the probabilities of the first decoder layer's cross-attention, (bsz, num_heads, tgt_len, src_len).
+    For a few sentences: everything is kept. ``collect(model, sample).at("cross")[0].probabilities`` are the
+    probabilities of the first decoder layer's cross-attention, (bsz, num_heads, tgt_len, src_len).
 
     Args:
-        model: of this plugin or of fairseq, in any mode (it is evaluated).
-        sample: a batch of fairseq: ``task.dataset("valid").collater([...])``.
+        model: of this plugin or of fairseq, in any mode (it runs in evaluation mode).
+        sample: a fairseq batch: ``task.dataset("valid").collater([...])``.
 
     Raises:
-        ValueError: the model has no attention that can be looked at.
+        ValueError: the model has no attention that can be recorded.
     """
     collected = Collected(masks=token_masks(model, sample))
     collected.output = run(model, sample, collected.attention.append, collected.layers.append, with_output=True)
@@ -282,5 +281,5 @@ def collect(model: nn.Module, sample: Dict[str, Any]) -> Collected:
 
 
 def output_mapping(model: nn.Module) -> Optional[nn.Module]:
-    """The mapping of a model's output layer, None where that is softmax."""
+    """The mapping of a model's output layer; None for softmax."""
     return getattr(getattr(model, "decoder", None), "output_mapping", None)

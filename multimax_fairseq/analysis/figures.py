@@ -1,7 +1,7 @@
 """The figures of a report: each function draws one and returns it.
 
-Colours are Okabe and Ito's, told apart by colour-blind readers too; where colour tells models apart, markers or line
-styles do as well. Widths are those of a paper: 3.3 inch for one column, 7 for both.
+Colours are Okabe and Ito's, which colour-blind readers can tell apart; models also differ in marker or line style.
+Widths are those of a paper: 3.3 inch for one column, 7 for both.
 """
 
 from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple
@@ -39,7 +39,7 @@ STYLE = {
     "lines.linewidth": 1.4,
     "figure.dpi": 200,
     "svg.fonttype": "path",
-    "svg.hashsalt": "multimax-analyze",  # the same picture is the same file
+    "svg.hashsalt": "multimax-analyze",  # the same picture gives the same file
 }
 
 SITE_NAMES = {
@@ -54,7 +54,7 @@ AXIS_NAMES = {  # of heat maps: rows, columns
     "cross": ("target token to be predicted", "attended source token"),
 }
 
-# White to dark blue, even in lightness: also readable in grey.
+# White to dark blue, even in lightness, so also readable in grey.
 PROBABILITY_COLOURS = LinearSegmentedColormap.from_list("probability", ["white", "#9ECAE1", "#3182BD", "#08306B"])
 
 
@@ -67,9 +67,9 @@ def site_order(sites: Iterable[str]) -> List[str]:
 
 
 def draw_modulators(modules: Sequence[ModuleReport], label: str) -> Figure:
-    """σ of every module over the scores that it saw, above the histogram of these scores.
+    """σ of every module over the scores that it saw, above their histogram.
 
-    The identity (softmax) is dashed; where a mapping has no σ, there is only the histogram.
+    The identity (softmax) is dashed; a mapping without σ has only the histogram.
     """
     sites = site_order(module.site for module in modules)
     columns = max(sum(module.site == site for module in modules) for site in sites)
@@ -115,7 +115,7 @@ def _draw_modulator(axes: Axes, module: ModuleReport) -> None:
 def _bulk(
     edges: Sequence[float], counts: Sequence[int], tail: Tuple[float, float] = (5e-4, 5e-4)
 ) -> Tuple[float, float]:
-    """The range of scores that leaves out the lowest and the highest share of them, to the width of a bin."""
+    """The range of scores without the lowest and highest share (``tail``), to the width of a bin."""
     cumulative = torch.tensor(counts, dtype=torch.float64).cumsum(0) / max(sum(counts), 1)
     first = int((cumulative <= tail[0]).sum())
     last = int((cumulative < 1 - tail[1]).sum())
@@ -126,7 +126,7 @@ def _bulk(
 
 
 def draw_attention(example: Example, site: str, layer: int) -> Figure:
-    """Heat maps of all heads of a layer on one sentence, its tokens on the axes, one scale from 0 to 1."""
+    """Heat maps of a layer's heads on one sentence: tokens on the axes, one scale from 0 to 1."""
     heads = example.attention[site, layer]
     rows, columns = example.tokens[site]
     across = 2 if len(heads) > 1 else 1
@@ -147,7 +147,7 @@ def draw_attention(example: Example, site: str, layer: int) -> Figure:
 
 
 def draw_rollout(example: Example, site: str) -> Figure:
-    """Heat map of the rollout through all layers; the scale goes from its smallest entry to its largest."""
+    """Heat map of the rollout through all layers, scaled from its smallest to its largest entry."""
     rows, columns = example.tokens[site]
     height = TWO_COLUMNS * 0.62 * max(min(len(rows) / max(len(columns), 1), 1.5), 0.5)
     figure = Figure(figsize=(TWO_COLUMNS * 0.7, height + 0.7), layout="constrained")
@@ -173,7 +173,7 @@ def _draw_heat_map(
 
 
 def _plain(token: str) -> str:
-    """A token as matplotlib shall show it: not as mathematics."""
+    """Escape a token, so that matplotlib does not read it as mathematics."""
     return token.replace("$", r"\$")
 
 
@@ -191,7 +191,7 @@ def _style(number: int) -> Dict[str, str]:
 
 
 def _with_legend(figure: Figure) -> Figure:
-    """With one legend above all panels: of what is drawn in any of them."""
+    """Add one legend above all panels, for everything drawn in any of them."""
     drawn = [pair for axes in figure.axes for pair in zip(*axes.get_legend_handles_labels())]
     handles = {name: handle for handle, name in reversed(drawn)}
     names = dict.fromkeys(name for _, name in drawn)
@@ -200,7 +200,7 @@ def _with_legend(figure: Figure) -> Figure:
 
 
 def draw_smoothing(measurements: Sequence[Measurement]) -> Figure:
-    """MAD of each layer's output, a line a model, encoder and decoder side by side."""
+    """MAD of each layer's output, a line for each model, encoder and decoder side by side."""
     sides = [side for side in ("encoder", "decoder") if any(_mad(m, side) for m in measurements)]
     figure = Figure(figsize=(TWO_COLUMNS if len(sides) > 1 else ONE_COLUMN + 0.7, 2.5), layout="constrained")
     grid = figure.subplots(1, len(sides), squeeze=False, sharey=True)[0]
@@ -221,9 +221,9 @@ def _mad(measurement: Measurement, side: str) -> Dict[int, float]:
 
 
 def draw_sparsity_and_multimodality(measurements: Sequence[Measurement]) -> Figure:
-    """Sparsity S against multi-modality M, a point a head, larger where a model's mean is; a panel a site.
+    """Sparsity S against multi-modality M: small points for heads, a large one for a model's mean, a panel per site.
 
-    Above as the paper defines them, below with one s for all models and M over the largest scores.
+    Top: as the paper defines them. Bottom: one s for all models, and M over the largest scores.
     """
     heads = [m.head_rows() for m in measurements]
     sites = site_order({row["site"] for rows in heads for row in rows} - {"output"})
@@ -256,23 +256,23 @@ def draw_sparsity_and_multimodality(measurements: Sequence[Measurement]) -> Figu
 
 # ---------------------------------------------------------------------- mappings
 
-# To be drawn where a report has no modulator that was learned.
+# Drawn if a report has no learned modulator.
 ILLUSTRATION = ModulatorParameters(
     torch.tensor([[0.7, 0.8], [0.7, 0.8]], dtype=torch.float64),
     torch.tensor([[-2.0, -0.6], [-1.0, -0.2]], dtype=torch.float64),
 )
-SIMPLEX_SCORES = (1.5, 0.0)  # the largest and the smallest of three; the third goes from the one to the other
+SIMPLEX_SCORES = (1.5, 0.0)  # the largest and smallest of three; the third moves between them
 
 
 def draw_simplex(modules: Optional[Dict[str, ModuleReport]] = None) -> Figure:
-    """Where mappings take three scores (h, t, l) on the simplex, while t goes from l to h.
+    """The paths of mappings on the simplex for three scores (h, t, l), as t goes from l to h.
 
-    At the start one score stands out, at the end two are equal: a mapping that is sparse and multi-modal goes along
-    the lower edge, where the smallest score has nothing, to its middle.
+    At the start one score stands out; at the end two are equal. A sparse and multi-modal mapping follows the lower
+    edge, where the smallest score gets nothing, to its middle.
 
     Args:
-        modules: with learned modulators, by name. Each is drawn on scores of its own range (the median and the 99th
-            percentile of those that it saw), beside softmax of the same. Without any, an illustrative modulator.
+        modules: with learned modulators, by name. Each is drawn beside softmax, on scores of its own range (the
+            median and the 99th percentile of those that it saw). Without any: an illustrative modulator.
     """
     high, low = SIMPLEX_SCORES
     scores = _rising(high, low)
@@ -308,7 +308,7 @@ def draw_simplex(modules: Optional[Dict[str, ModuleReport]] = None) -> Figure:
         for number, (name, probabilities, colour, line) in enumerate(lines):
             x, y = _on_triangle(probabilities)
             axes.plot(x, y, color=colour, linestyle=line, label=name, zorder=3)
-            # rings, so that ends at the same point are all seen
+            # rings, so that ends at the same point are all visible
             axes.plot(x[-1], y[-1], "o", color=colour, ms=4 + 1.5 * number, fillstyle="none", mew=1)
         axes.set_title(title, pad=9)
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.08), fontsize=7)
@@ -322,7 +322,7 @@ def _rising(high: float, low: float) -> Tensor:
 
 
 def _on_triangle(probabilities: Tensor) -> Tuple[Tensor, Tensor]:
-    """Points of the simplex, (…, 3), in the plane: p₁ at the lower left, p₂ at the lower right, p₃ on top."""
+    """Project points of the simplex, (…, 3), to the plane: p₁ at the lower left, p₂ at the lower right, p₃ on top."""
     return probabilities[..., 1] + probabilities[..., 2] / 2, probabilities[..., 2] * 3**0.5 / 2
 
 
@@ -340,7 +340,7 @@ def _draw_triangle(axes: Axes) -> None:
 
 
 def draw_orders() -> Figure:
-    """σ at orders 1 and 2 for several gains: which side of a threshold becomes steeper or flatter."""
+    """σ of orders 1 and 2 for several gains: which side of a threshold gets steeper or flatter."""
     x = torch.linspace(-3, 3, 400, dtype=torch.float64)
     figure = Figure(figsize=(TWO_COLUMNS, 2.6), layout="constrained")
     for order, axes in enumerate(figure.subplots(1, 2, sharey=True), start=1):
@@ -360,7 +360,7 @@ def draw_orders() -> Figure:
 
 
 def draw_alignment(measurements: Sequence[Measurement]) -> Figure:
-    """Alignment error rate of each cross-attention head by layer, with the mean of the heads and the rollout."""
+    """Alignment error rate of each cross-attention head by layer, of the mean of the heads, and of the rollout."""
     measurements = [m for m in measurements if m.alignment_rows()]
     figure = Figure(figsize=(TWO_COLUMNS, 2.6), layout="constrained")
     for axes, (rows_name, verb) in zip(figure.subplots(1, 2, sharey=True), zip(ROWS, ("predict", "read"))):
@@ -419,7 +419,7 @@ def drawings_of(measurements: Sequence[Measurement]) -> List[Drawing]:
 
 
 def _left_out(measurements: Sequence[Measurement]) -> str:
-    """A sentence with the share of rows that have no M, for each site and model."""
+    """A sentence giving the share of rows without M, for each site and model."""
     shares: Dict[str, List[str]] = {}
     for m in measurements:
         for row in m.site_rows():
@@ -431,7 +431,7 @@ def _left_out(measurements: Sequence[Measurement]) -> str:
 
 
 def _last_modulators(measurements: Sequence[Measurement]) -> Dict[str, ModuleReport]:
-    """The learned modulators to draw on the simplex: of the first model that has any, the last layer of each site."""
+    """The learned modulators to draw on the simplex: the last layer of each site of the first model that has any."""
     for measurement in measurements:
         learned = [m for m in measurement.modules.values() if m.parameters is not None and m.site != "output"]
         if learned:

@@ -1,4 +1,4 @@
-"""Files and arguments of the tools: checked before work, written whole or not at all, errors in a line."""
+"""Files and arguments of the tools: checked before work, written whole or not at all, with one-line errors."""
 
 import argparse
 import codecs
@@ -21,14 +21,14 @@ from ..compat import trust_plain_records
 
 
 class UserError(Exception):
-    """Something that the user can put right; its text, a line, says how."""
+    """Something that the user can fix; its one-line text says how."""
 
 
 # ---------------------------------------------------------------------- arguments
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse's, with the tools' own text as help and errors in one line."""
+    """argparse's, with the tools' own help text and one-line errors."""
 
     def __init__(self, text: str, **kwargs: Any):
         description, _, rest = text.partition("\n\n")
@@ -41,7 +41,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def import_user_dir(folder: Optional[Path]) -> None:
-    """Import a folder with mappings of the user's own, as fairseq does; None for none.
+    """Import a folder with the user's own mappings, as fairseq does; None: do nothing.
 
     Raises:
         UserError: it is no Python package, or its import fails.
@@ -54,12 +54,12 @@ def import_user_dir(folder: Optional[Path]) -> None:
 
     try:
         import_user_module(argparse.Namespace(user_dir=str(folder)))
-    except Exception as error:  # whatever is in the file
+    except Exception as error:  # the file can raise anything
         raise UserError(f"--user-dir {folder}: {type(error).__name__}: {error}") from error
 
 
 def positive(text: str) -> int:
-    """The type of an argument that is a whole number above 0."""
+    """Argument type: a whole number above 0."""
     if text.isascii() and text.isdecimal() and 0 < int(text) < 2**31:
         return int(text)
     raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
@@ -67,7 +67,7 @@ def positive(text: str) -> int:
 
 @contextmanager
 def errors_in_a_line() -> Iterator[None]:
-    """End the program with ``ERROR: …`` and exit status 1 where the user can put it right."""
+    """End the program with ``ERROR: …`` and exit status 1 on errors that the user can fix."""
     try:
         yield
     except UserError as error:
@@ -77,7 +77,7 @@ def errors_in_a_line() -> Iterator[None]:
 
 
 def _printable(text: object) -> str:
-    """Without new lines, say, in the name of a file."""
+    """Without line breaks and the like, which a file name can have."""
     return re.sub(r"[\x00-\x1f\x7f]", lambda control: repr(control[0])[1:-1], str(text))
 
 
@@ -85,13 +85,13 @@ def _printable(text: object) -> str:
 
 
 def read_checkpoint(path: Path) -> Dict[str, Any]:
-    """A checkpoint of fairseq, on the CPU, nothing in it run.
+    """Read a fairseq checkpoint on the CPU without running any code in it.
 
     Returns:
-        what fairseq has saved; ``"model"`` are its parameters by name, all of them finite.
+        what fairseq has saved; ``"model"`` has the parameters by name, all finite.
 
     Raises:
-        UserError: there is no such file, it is damaged or something else, or training has diverged.
+        UserError: the file is missing, damaged or no checkpoint, or training has diverged.
     """
     try:
         with open(path, "rb") as file:
@@ -104,7 +104,7 @@ def read_checkpoint(path: Path) -> Dict[str, Any]:
         raise UserError(f"{path} is empty: it is no checkpoint")
     try:
         state = _load(path)
-    except Exception as error:  # whatever unpickling raises
+    except Exception as error:  # unpickling can raise anything
         what = "cannot be read as a checkpoint of fairseq (damaged, cut off, or something else)"
         raise UserError(f"{path} {what}: {_reason(error)}") from error
     parameters = entry(state, path, "model")
@@ -119,7 +119,7 @@ def read_checkpoint(path: Path) -> Dict[str, Any]:
 
 
 def entry(state: Any, path: Path, *keys: Any) -> Any:
-    """``state[key][key]…`` of what ``path`` holds, in dictionaries, lists and namespaces.
+    """``state[key][key]…`` of the contents of ``path``, through dictionaries, lists and namespaces.
 
     Raises:
         UserError: it has no such entry.
@@ -137,7 +137,7 @@ def entry(state: Any, path: Path, *keys: Any) -> Any:
 
 def _load(path: Path) -> Any:
     with open(path, "rb") as file:
-        if zipfile.is_zipfile(file):  # torch does not look at the checksums
+        if zipfile.is_zipfile(file):  # torch does not check the checksums
             with zipfile.ZipFile(file) as archive:
                 damaged = archive.testzip()
             if damaged:
@@ -146,14 +146,14 @@ def _load(path: Path) -> Any:
         trust_plain_records()
         safely = hasattr(torch.serialization, "add_safe_globals")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of what is no checkpoint at all
+            warnings.simplefilter("ignore")  # about files that are no checkpoint
             return torch.load(
                 file, map_location="cpu", **({"weights_only": True} if safely else {"pickle_module": _PLAIN_PICKLE})
             )
 
 
 def _reason(error: Exception) -> str:
-    """The line of an error that says what it is about: not torch's advice to run what is in the file all the same."""
+    """The line of an error that says what is wrong, without torch's advice to run the file's code anyway."""
     text = str(error)
     foreign = re.search(r"GLOBAL (\S+)", text)
     if foreign:
@@ -164,7 +164,7 @@ def _reason(error: Exception) -> str:
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    """For torch before 2.4, which loads only tensors or runs anything: tensors, and what fairseq saves beside."""
+    """Loads tensors and what fairseq saves with them; torch before 2.4 loads only tensors, or runs anything."""
 
     ALLOWED = {
         f"{function.__module__}.{function.__qualname__}": function
@@ -190,7 +190,7 @@ class _PlainUnpickler(pickle.Unpickler):
         return self.ALLOWED[wanted]
 
 
-_PLAIN_PICKLE = ModuleType("plain_pickle")  # in the form that torch.load takes
+_PLAIN_PICKLE = ModuleType("plain_pickle")  # for torch.load
 _PLAIN_PICKLE.Unpickler = _PlainUnpickler
 _PLAIN_PICKLE.load = lambda file, **kwargs: _PlainUnpickler(file, **kwargs).load()
 
@@ -199,10 +199,10 @@ _PLAIN_PICKLE.load = lambda file, **kwargs: _PlainUnpickler(file, **kwargs).load
 
 
 def check_output(path: Path) -> None:
-    """Raise where a file cannot be written, before the work that it is to hold.
+    """Check before the work that a file can be written.
 
     Raises:
-        UserError: it is a folder, or its folder is not there or not writable.
+        UserError: it is a folder, or its folder is missing or not writable.
     """
     if path.is_dir():
         raise UserError(f"{path} is a folder: name a file")
@@ -212,10 +212,10 @@ def check_output(path: Path) -> None:
 
 
 def check_output_folder(path: Path) -> None:
-    """The same for a folder, which need not be there yet.
+    """The same for a folder, which need not exist yet.
 
     Raises:
-        UserError: it cannot be made, or not be written to.
+        UserError: it cannot be made or written to.
     """
     there = next(folder for folder in (path, *path.absolute().parents) if os.path.lexists(folder))
     if not there.is_dir():
@@ -226,7 +226,7 @@ def check_output_folder(path: Path) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write to, which takes the place of ``path`` once it is whole and on the disk, and else is gone.
+    """A file to write to; it replaces ``path`` once it is whole and on the disk, and is removed on failure.
 
     Raises:
         UserError: it cannot be written: a full disk, say.
@@ -246,7 +246,7 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
 
 
 def _what_the_system_said(error: Optional[BaseException]) -> str:
-    """Of an error, or of those that led to it."""
+    """The system's message in an error, or in the errors that led to it."""
     reasons, seen = [], error
     while seen is not None:
         reasons += [seen.strerror] if isinstance(seen, OSError) and seen.strerror else []
@@ -255,7 +255,7 @@ def _what_the_system_said(error: Optional[BaseException]) -> str:
 
 
 def sync_folder(folder: Path) -> None:
-    """Put the names in a folder on the disk."""
+    """Flush a folder's file names to the disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""A model's attention over many sentences, measured in one pass that keeps sums, not attention."""
+"""Measures a model's attention over many sentences in one pass, keeping sums, not attention."""
 
 from dataclasses import dataclass, field
 from typing import Any, Dict, List, Optional, Sequence, Tuple
@@ -15,14 +15,14 @@ from .modulator import ModulatorParameters, falling_share, is_monotone, paramete
 from .rollout import attention_rollout, translation_rollout
 from .smoothing import mean_cosine_similarity
 
-# No score of a model that has been trained is as large: attention over it is one key, and means lose their digits.
+# Trained models have no score this large: attention would be on one key, and means would lose their digits.
 LARGEST_SCORE = 1e6
 
-# Tokens of a sentence that a heat map shows: more cannot be read at the width of a page.
+# Tokens of a sentence in a heat map: more cannot be read at the width of a page.
 MOST_TOKENS = 32
 
-# The rows of cross-attention that speak for a target word: those that predict its pieces, or those that read them
-# (one step later; Chen, Sun & Liu 2020 find the latter better).
+# The cross-attention rows of a target word: those that predict its pieces, or those that read them (one step later;
+# Chen, Sun & Liu 2020 find the latter better).
 ROWS = ("predicting", "reading")
 
 Site = Tuple[str, int]  # site, layer
@@ -36,8 +36,8 @@ class Example:
         index: of the sentence in the split.
         tokens: by site, the tokens of the rows and of the columns.
         attention: by site and layer, (num_heads, rows, columns).
-        rollout: by what it is a rollout of, (title of rows, title of columns, row tokens, column tokens, matrix).
-        is_cut: there were more than ``MOST_TOKENS`` tokens.
+        rollout: by its subject, (title of rows, title of columns, row tokens, column tokens, matrix).
+        is_cut: whether there were more than ``MOST_TOKENS`` tokens.
     """
 
     index: int
@@ -53,8 +53,8 @@ class ModuleReport:
 
     Attributes:
         mapping: its name, such as ``"multimax"``.
-        parameters: of a MultiMax modulator, else None.
-        alpha: of entmax, one a head or one for all, else None.
+        parameters: those of a MultiMax modulator, else None.
+        alpha: α of entmax, one for each head or one for all, else None.
     """
 
     site: str
@@ -65,7 +65,7 @@ class ModuleReport:
     alpha: Optional[List[float]] = None
 
     def numbers(self) -> Dict[str, Any]:
-        """All of it as plain numbers, for JSON; ``b1`` … ``g_d2`` are the modulator's."""
+        """Everything as plain numbers, for JSON; ``b1`` … ``g_d2`` are the modulator's."""
         histogram = self.histogram
         result = {
             "site": self.site,
@@ -95,8 +95,8 @@ class Measurement:
         subwords: how dictionaries mark pieces of words, for the gold alignments.
 
     Attributes:
-        compared: the measurements of a report, this one among them: they share one s for each site.
-        with_output: measure the output layer too.
+        compared: all measurements of the report, including this one; they share one s for each site.
+        with_output: whether to measure the output layer too.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class Measurement:
         self.modules: Dict[Site, ModuleReport] = {}
         for attention in attention_modules(loaded.model):
             self._expect((attention.site, attention.layer), attention.module.num_heads, attention.mapping)
-        # (side, layer) → sum of similarities, sentences that have one, sentences
+        # (side, layer) → sum of similarities, sentences with a similarity, all sentences
         self._similarity: Dict[Site, List[float]] = {}
         self._errors: Dict[Tuple[str, int, str], AlignmentError] = {}
         # decoder layers that attend to source and target together
@@ -129,10 +129,10 @@ class Measurement:
     # ------------------------------------------------------------------------------ gathering
 
     def update(self, sample: Dict[str, Any]) -> None:
-        """Run a batch of fairseq through the model and add what it did."""
+        """Run a fairseq batch through the model and add its measurements."""
         self._masks = token_masks(self.loaded.model, sample)
         self._sample = sample
-        self._means: Dict[str, List[Tensor]] = {}  # by site, attention averaged over heads, one a layer
+        self._means: Dict[str, List[Tensor]] = {}  # by site, each layer's attention averaged over heads
         self._shown = {
             row: self.examples[index] for row, index in enumerate(sample["id"].tolist()) if index in self.examples
         }
@@ -151,7 +151,7 @@ class Measurement:
     def _on_attention(self, attention: Attention) -> None:
         site = attention.site, attention.layer
         mask = self._masks[attention.site]
-        scores, probabilities = (  # (num_heads, rows, src_len), without padding's rows
+        scores, probabilities = (  # (num_heads, rows, src_len), without padding rows
             tensor.transpose(1, 2)[mask].transpose(0, 1) for tensor in (attention.scores, attention.probabilities)
         )
         self._add(site, f"{attention.site} layer {attention.layer + 1}", scores, probabilities)
@@ -167,7 +167,7 @@ class Measurement:
                 self._align(row, attention.layer, {**heads, "mean": attention.probabilities[row].mean(0)})
 
     def _add(self, site: Site, name: str, scores: Tensor, probabilities: Tensor) -> None:
-        """Rows of a site, (num_heads, rows, K) each."""
+        """Add rows of a site, (num_heads, rows, K) each."""
         are_there = (scores.abs() < LARGEST_SCORE) | (scores == float("-inf"))
         if not (are_there.all() and probabilities.isfinite().all()):
             raise UserError(
@@ -186,7 +186,7 @@ class Measurement:
         total[2] += len(similarity)
 
     def _on_rollout(self) -> None:
-        """Rollouts of the sentences to be drawn, and their alignment error."""
+        """Compute rollouts of the sentences to draw, and their alignment error."""
         if not self._means:
             return
         matrices = {}
@@ -208,13 +208,13 @@ class Measurement:
     # ------------------------------------------------------------------------------ tokens
 
     def _positions(self, site: str, row: int) -> Tuple[Tensor, Tensor]:
-        """Where the queries and the keys of a sentence are, without padding."""
+        """The positions of a sentence's queries and keys, without padding."""
         sides = {"cross": ["encoder"], "decoder": ["encoder", "decoder"][not self._cross_self :]}.get(site, [site])
         keys = torch.cat([self._masks[side][row] for side in sides])
         return self._masks[site][row].nonzero().flatten(), keys.nonzero().flatten()
 
     def _tokens_of(self, row: int) -> Tuple[Dict[str, Tuple[List[str], List[str]]], bool]:
-        """The tokens along the axes of each site; cross-attention's rows are what they are to predict."""
+        """The tokens along each site's axes; a cross-attention row is named by the token that it predicts."""
         net_input = self._sample["net_input"]
 
         def symbols(tokens: Tensor, dictionary) -> List[str]:
@@ -245,10 +245,10 @@ class Measurement:
         )
 
     def check_gold(self) -> None:
-        """Raise where gold alignments cannot be those of this split.
+        """Check that the gold alignments fit this split.
 
         Raises:
-            UserError: another number of sentences, or a link to a word that a sentence does not have.
+            UserError: the number of sentences differs, or a link is to a word that its sentence does not have.
         """
         if not self.loaded.is_translation:
             raise UserError(f"{self.loaded.path} is no translation model: it has nothing to align")
@@ -270,7 +270,7 @@ class Measurement:
                     )
 
     def _align(self, row: int, layer: int, attentions: Dict[str, Tensor]) -> None:
-        """Compare each (tgt_len, src_len) attention of a sentence with its gold alignment."""
+        """Compare each attention, (tgt_len, src_len), of a sentence with its gold alignment."""
         index = int(self._sample["id"][row])
         src_words, tgt_words = self.words_of(index)
         if not src_words or not tgt_words:
@@ -289,12 +289,12 @@ class Measurement:
     # ------------------------------------------------------------------------------ results
 
     def tail(self, site: str) -> float:
-        """The mean probability of an irrelevant entry at a site; NaN where there is none."""
+        """The mean probability of an irrelevant entry at a site; NaN if there is none."""
         tails = [means.sums["tail"] / means.defined["tail"] for at, means in self.heads.items() if at[0] == site]
         return torch.cat(tails).nanmean().item() if tails else float("nan")
 
     def head_rows(self) -> List[Dict[str, Any]]:
-        """A row of numbers for each head; that of the output layer, where it was measured, is the last."""
+        """A row of numbers for each head; last, if measured, the output layer's."""
         references = {site: common_reference(m.tail(site) for m in self.compared) for site, _ in self.heads}
         rows = []
         for (site, layer), means in self.heads.items():
@@ -305,19 +305,19 @@ class Measurement:
         return rows
 
     def site_rows(self) -> List[Dict[str, Any]]:
-        """A row of numbers for each site: means over its heads, and how many rows these leave out."""
+        """A row of numbers for each site: means over its heads, and how many rows they leave out."""
         heads, rows = self.head_rows(), []
         for site in dict.fromkeys(row["site"] for row in heads):
             at_site = [row for row in heads if row["site"] == site]
             row = {"site": site, "heads": len(at_site)}
-            for name in list(at_site[0])[3:]:  # behind site, layer and head
+            for name in list(at_site[0])[3:]:  # after site, layer and head
                 values = [head[name] for head in at_site]
                 row[name] = sum(values) if name == "rows" or name.endswith("_undefined") else mean(values)
             rows.append(row)
         return rows
 
     def layer_rows(self) -> List[Dict[str, Any]]:
-        """MAD and mean cosine similarity of each layer's output; layer 0 is what goes into the first."""
+        """MAD and mean cosine similarity of each layer's output; layer 0 is the first layer's input."""
         rows = []
         for (side, layer), (total, count, sentences) in self._similarity.items():
             similarity = total / count if count else None
@@ -370,6 +370,6 @@ def _describe(mapping: Optional[torch.nn.Module]) -> Dict[str, Any]:
 
 
 def mean(values: Sequence[Optional[float]]) -> Optional[float]:
-    """Of those that are there; None where none is."""
+    """The mean of the values that are not None; None if there are none."""
     there = [value for value in values if value is not None]
     return sum(there) / len(there) if there else None

@@ -1,7 +1,7 @@
-"""How sparse and how multi-modal distributions are, row by row, and means of that in bounded memory.
+"""Measures how sparse and how multi-modal distributions are, row by row, and their means in bounded memory.
 
 Sources: multi-modality and sparsity, Zhou, Fritz & Keuper 2024 (Definitions 3.2 and 3.3); the rest is textbook.
-A row is a vector of scores x, −inf where there is none, and the probabilities φ that a mapping made of it.
+A row is a vector of scores x (−inf: absent) and the probabilities φ that a mapping computes from it.
 """
 
 import math
@@ -12,14 +12,14 @@ from torch import Tensor
 
 from ..mappings import compute_dtype, is_absent
 
-# A score within this distance of the default threshold (in nats) is on neither side of it: the threshold is computed,
-# and in a row of equal scores, which all lie exactly on it, rounding would throw dice.
+# A score within this distance (nats) of the default threshold is on neither side. In a row of equal scores all lie
+# exactly on the threshold, and rounding would decide the side.
 RESOLUTION = 1e-5
 
-# Entries looked at together where a distribution is wide (a vocabulary): 64 MiB in fp32.
+# Entries processed at a time in wide distributions (a vocabulary): 64 MiB in fp32.
 CHUNK_SIZE = 2**24
 
-# k, where the k largest entries of a row are looked at.
+# k, for metrics of the k largest entries of a row.
 TOP_K = 5
 
 # Irrelevant probabilities are counted in bins of their logarithm, from 1 down to e^−32; smaller ones are in the last.
@@ -27,7 +27,7 @@ BINS_PER_NAT, NUM_BINS = 64, 2048
 
 
 class RowMetrics(NamedTuple):
-    """A tensor a metric, of the shape of the rows; NaN where a metric is not defined.
+    """One tensor for each metric, in the shape of the rows; NaN where undefined.
 
     Attributes:
         multimodality: M, see :func:`multimodality`.
@@ -57,7 +57,7 @@ def row_metrics(scores: Tensor, probabilities: Tensor) -> RowMetrics:
 
     Args:
         scores: (…, K); −inf marks an absent score.
-        probabilities: (…, K), what the mapping made of them.
+        probabilities: (…, K), from the mapping.
 
     Returns:
         metrics of shape (…), fp32 (fp64 for fp64 scores).
@@ -88,9 +88,9 @@ def multimodality(
     Args:
         scores: (…, K); −inf marks an absent score.
         probabilities: (…, K).
-        threshold: ε; by default log(1/K) + logsumexp(x), with K the number of scores that are there: what softmax
-            would give more than 1/K is relevant.
-        k: with it, the k largest scores are relevant (and all that equal the k-th), wherever ε lies.
+        threshold: ε; by default log(1/K) + logsumexp(x), with K the number of scores present: a score is relevant if
+            softmax would give it more than 1/K.
+        k: if given, the k largest scores (and all equal to the k-th) are relevant, whatever ε is.
 
     Returns:
         (…), in [0, 1]; NaN where no relevant score is below the largest (N = 0).
@@ -107,7 +107,7 @@ def sparsity(
     threshold: Optional[float] = None,
     reference: Optional[float] = None,
 ) -> Tensor:
-    """S(x) = (1/L) Σ_{x_l < ε} exp(−φ_l / s): 1 where irrelevant scores get nothing, less the more they get.
+    """S(x) = (1/L) Σ_{x_l < ε} exp(−φ_l / s): 1 if irrelevant scores get nothing, less the more they get.
 
     Args:
         scores, probabilities, threshold: as in :func:`multimodality`.
@@ -123,13 +123,13 @@ def sparsity(
 
 
 def common_reference(tails: Iterable[float]) -> Optional[float]:
-    """s for the sparsity of all models that are compared: the geometric mean of their tails.
+    """One s for the sparsity of all compared models: the geometric mean of their tails.
 
     Args:
-        tails: each model's mean probability of irrelevant entries. Those of 0 or NaN do not count.
+        tails: each model's mean probability of irrelevant entries; 0 and NaN do not count.
 
     Returns:
-        None where no tail counts: S is then 1, whatever s is.
+        s, or None if no tail counts: S is then 1 for any s.
     """
     logarithms = [math.log(tail) for tail in tails if tail > 0]
     return math.exp(sum(logarithms) / len(logarithms)) if logarithms else None
@@ -164,7 +164,7 @@ def _is_empty(p: Tensor) -> Tensor:
 
 
 def _prepare(scores: Tensor, probabilities: Tensor, threshold: Optional[float]):
-    """Scores and probabilities in the dtype to compute in, which scores are there, above ε, and below it."""
+    """Scores and probabilities in the dtype of the computation; masks of scores present, above ε, and below it."""
     if scores.shape != probabilities.shape:
         raise ValueError(
             f"scores and probabilities differ in shape: {tuple(scores.shape)}, {tuple(probabilities.shape)}"
@@ -185,7 +185,7 @@ def _largest(x: Tensor, present: Tensor, k: int) -> Tensor:
 
 
 def _mean(values: Tensor, where: Tensor) -> Tensor:
-    """Over those entries of each row; 0 / 0 is the NaN of an undefined row."""
+    """The mean of each row's entries in ``where``; 0 / 0 gives the NaN of an undefined row."""
     return values.masked_fill(~where, 0.0).sum(-1) / where.sum(-1)
 
 
@@ -199,10 +199,10 @@ def _sparsity(p: Tensor, present: Tensor, irrelevant: Tensor, reference: Optiona
 
 
 class MeanMetrics:
-    """Means of :class:`RowMetrics` over all rows seen, one for each head (or whatever the groups are).
+    """Means of :class:`RowMetrics` over all rows seen, for each head (or other group).
 
-    Keeps two numbers a metric and group, however many rows there are, and a histogram of irrelevant probabilities,
-    from which S follows for an s that is known only when all models have been seen, with an error below 2e-5.
+    Keeps two numbers for each metric and group, however many rows there are, and a histogram of irrelevant
+    probabilities. It gives S, with an error below 2e-5, for an s that is known only after all models have been seen.
 
     Args:
         num_groups: number of heads.
@@ -212,7 +212,7 @@ class MeanMetrics:
         self.rows = 0
         self.sums = {name: torch.zeros(num_groups, dtype=torch.float64) for name in RowMetrics._fields}
         self.defined = {name: torch.zeros(num_groups, dtype=torch.int64) for name in RowMetrics._fields}
-        # of each group and bin: the sum of weights (1/L, so that rows count alike), and that of weights times φ
+        # for each group and bin: the sum of weights (1/L, so that rows count equally), and of weights times φ
         self._tails = torch.zeros(num_groups, 2, NUM_BINS, dtype=torch.float64)
 
     def update(self, scores: Tensor, probabilities: Tensor) -> None:
@@ -237,7 +237,7 @@ class MeanMetrics:
                     row += bins.bincount(values, NUM_BINS).cpu()
 
     def result(self) -> List[Dict[str, Optional[float]]]:
-        """For each group the number of rows, each mean (None where no row defines it) and what M and S left out."""
+        """For each group: its rows, each mean (None if no row defines it), and the rows that M and S leave out."""
         results = []
         for group in range(len(self._tails)):
             result: Dict[str, Optional[float]] = {"rows": self.rows}
@@ -250,17 +250,17 @@ class MeanMetrics:
         return results
 
     def sparsity_at(self, reference: float) -> List[Optional[float]]:
-        """The mean of S with s = ``reference`` for each group, None where no row defines it."""
+        """The mean of S with s = ``reference`` for each group; None if no row defines it."""
         weights, moments = self._tails.unbind(1)
         means = (weights * (-moments / weights / reference).exp()).nansum(1) / weights.sum(1)
         return [None if mean.isnan() else mean.item() for mean in means]
 
 
 class ScoreHistogram:
-    """A histogram of scores whose range is not known beforehand, in a fixed number of bins.
+    """A histogram with a fixed number of bins, for scores of unknown range.
 
-    Bins are [k·w, (k+1)·w) for whole k. Where a score falls outside of the ``num_bins`` bins around those there are,
-    neighbours are merged and w doubles, so that a count never has to be guessed.
+    Bins are [k·w, (k+1)·w) for whole k. If the scores do not fit into ``num_bins`` bins, neighbours are merged and w
+    doubles, so counts stay exact.
 
     Attributes:
         width: w.
@@ -274,7 +274,7 @@ class ScoreHistogram:
         self._counts = torch.zeros(0, dtype=torch.int64)
 
     def update(self, scores: Tensor) -> None:
-        """Count scores of any shape; those that are not finite are not there."""
+        """Count scores of any shape, except those that are not finite."""
         for part in scores.flatten().split(CHUNK_SIZE):
             values = part[part.isfinite()].double().cpu()
             if values.numel():
@@ -303,7 +303,7 @@ class ScoreHistogram:
 
     @property
     def edges(self) -> List[float]:
-        """The borders of the bins, one more than there are counts."""
+        """The borders of the bins: one more than there are counts."""
         return [(self._first + k) * self.width for k in range(len(self._counts) + 1)]
 
     @property

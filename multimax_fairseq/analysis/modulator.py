@@ -1,4 +1,4 @@
-"""What a trained modulator is like on the scores that it sees: is σ monotone there, and how steep."""
+"""Is a trained modulator's σ monotone on the scores that it sees, and how steep is it?"""
 
 from typing import NamedTuple, Sequence
 
@@ -9,8 +9,7 @@ from ..mappings import MultiMax
 
 
 class ModulatorParameters(NamedTuple):
-    """Thresholds (b_n, d_n) and gains (g_b,n, g_d,n), each fp64 (N, 2), on the CPU; the gains of terms that are
-    not learned are 0."""
+    """Thresholds (b_n, d_n) and gains (g_b,n, g_d,n), each fp64 (N, 2), on the CPU; gains of fixed terms are 0."""
 
     thresholds: Tensor
     gains: Tensor
@@ -30,7 +29,7 @@ def slope(scores: Tensor, thresholds: Tensor, gains: Tensor) -> Tensor:
         thresholds, gains: (N, 2), as in :func:`multimax_fairseq.mappings.modulate`.
 
     Returns:
-        the shape of ``scores``: below 0 where a larger score is modulated to a smaller one.
+        the shape of ``scores``; below 0 where σ falls.
     """
     result = torch.ones_like(scores)
     for n, ((b, d), (gain_b, gain_d)) in enumerate(zip(thresholds, gains), start=1):
@@ -42,8 +41,8 @@ def slope(scores: Tensor, thresholds: Tensor, gains: Tensor) -> Tensor:
 def is_monotone(thresholds: Tensor, gains: Tensor, low: float, high: float) -> bool:
     """Whether σ rises all the way from ``low`` to ``high``.
 
-    σ' is linear between neighbouring thresholds (orders 1 and 2), so it is enough to look at the ends of each
-    stretch, from inside.
+    σ' is linear between neighbouring thresholds (orders 1 and 2), so checking both ends of each interval, from
+    inside, is enough.
     """
     inside = [float(x) for x in thresholds.flatten() if low < x < high]
     ends = torch.tensor(sorted([low, *inside, high]), dtype=torch.float64)
@@ -53,7 +52,7 @@ def is_monotone(thresholds: Tensor, gains: Tensor, low: float, high: float) -> b
 
 
 def falling_share(thresholds: Tensor, gains: Tensor, edges: Sequence[float], counts: Sequence[int]) -> float:
-    """The share of the scores of a histogram that lie where σ falls, judged at the middle of each bin."""
+    """The share of a histogram's scores where σ falls, judged at the middle of each bin."""
     edges = torch.tensor(edges, dtype=torch.float64)
     counts = torch.tensor(counts, dtype=torch.float64)
     falls = slope((edges[1:] + edges[:-1]) / 2, thresholds.double(), gains.double()) < 0

@@ -1,4 +1,4 @@
-"""A folder with figures (PNG and SVG), numbers (JSON and CSV), and one page that shows them and opens offline."""
+"""Writes a folder with figures (PNG and SVG), numbers (JSON and CSV), and a page that shows them offline."""
 
 import base64
 import csv
@@ -25,7 +25,7 @@ PAGE = "report.html"
 
 
 class Picture(NamedTuple):
-    """A figure that has been written: its file name without ending, caption, and PNG."""
+    """A written figure: its file name without extension, caption, and PNG."""
 
     name: str
     caption: str
@@ -85,8 +85,8 @@ def write_report(
     """Draw and write everything beside ``out``, then move it there.
 
     Args:
-        out: the folder to make; with ``replace``, one that an earlier report made may be there.
-        command: how to make this report again, for the page and the JSON.
+        out: the folder to make; with ``replace``, an earlier report may be there.
+        command: the command that makes this report, for the page and the JSON.
 
     Raises:
         UserError: it cannot be written: a full disk, say.
@@ -105,15 +105,15 @@ def write_report(
                     os.fsync(file.fileno())
             build.chmod(0o755)
             if out.exists() and replace and is_report(out):
-                os.replace(out, Path(staging, "replaced"))  # goes with the staging folder
-            os.replace(build, out)  # or an empty folder, which it may replace
+                os.replace(out, Path(staging, "replaced"))  # deleted with the staging folder
+            os.replace(build, out)  # this may also replace an empty folder
             sync_folder(out.parent)
     except OSError as error:
         raise UserError(f"could not write {out}: {error.strerror or error}") from error
 
 
 def is_report(folder: Path) -> bool:
-    """Whether a folder holds what :func:`write_report` makes, and nothing else."""
+    """Whether a folder holds only what :func:`write_report` makes."""
     known = {PAGE, "figures", "results.json", *(f"{name}.csv" for name in TABLES)}
     return (folder / PAGE).is_file() and {path.name for path in folder.iterdir()} <= known
 
@@ -124,7 +124,7 @@ TABLES = ("heads", "sites", "modules", "layers", "alignment", "output")
 
 
 def write_numbers(folder: Path, measurements: Sequence[Measurement], command: str) -> None:
-    """results.json with everything, and a CSV file a table, a column saying which model."""
+    """Write results.json with everything, and a CSV file for each table, with a column for the model."""
     results = [measurement.results() for measurement in measurements]
     document = {"command": command, "models": results}
     (folder / "results.json").write_text(json.dumps(document, indent=1, ensure_ascii=False), encoding="utf-8")
@@ -147,7 +147,7 @@ Section = Tuple[str, List[Picture]]
 
 
 def _draw_all(folder: Path, measurements: Sequence[Measurement], progress: bool) -> Dict[str, List[Section]]:
-    """All figures, written; by part of the page."""
+    """Write all figures; return them by part of the page."""
     # part, section, drawing
     plan = [("comparison", drawing[0], drawing) for drawing in figures.drawings_of(measurements)]
     taken: Set[str] = set()
@@ -182,7 +182,7 @@ def _draw_all(folder: Path, measurements: Sequence[Measurement], progress: bool)
 
 
 def _file_name(label: str, taken: Set[str]) -> str:
-    """What a model's files begin with: its label without spaces and the like, and not that of another model."""
+    """The start of a model's file names: its label without spaces and the like, distinct from other models'."""
     plain = "".join(character if character.isalnum() or character in "-._" else "-" for character in label)[:40]
     name, number = plain, 1
     while name in taken:
@@ -196,9 +196,9 @@ def _save(figure: Figure, path: Path, caption: str) -> Picture:
     FigureCanvasAgg(figure)
     pixels, png = io.BytesIO(), io.BytesIO()
     figure.savefig(pixels, format="png")
-    # A palette makes a third of the file, and no difference to be seen.
+    # A palette makes the file a third as large, with no visible difference.
     Image.open(pixels).convert("RGB").quantize(256).save(png, "png", optimize=True)
-    figure.set_layout_engine("none")  # everything has its place now; finding it again would take as long
+    figure.set_layout_engine("none")  # everything has its place now; laying it out again would take as long
     figure.savefig(path.with_name(path.name + ".svg"), format="svg", metadata={"Date": None})
     path.with_name(path.name + ".png").write_bytes(png.getvalue())
     return Picture(path.name, caption, png.getvalue(), round(figure.get_figwidth() * 110))
@@ -208,7 +208,7 @@ def _save(figure: Figure, path: Path, caption: str) -> Picture:
 
 
 def render_page(measurements: Sequence[Measurement], sections: Dict[str, List[Section]], command: str) -> str:
-    """The page, with everything in it."""
+    """The whole page, with the pictures in it."""
     labels = ", ".join(m.loaded.label for m in measurements)
     comparison = [picture for _, pictures in sections.get("comparison", []) for picture in pictures]
     by_name = {picture.name: picture for picture in comparison}
@@ -289,7 +289,7 @@ def _cell(value: Any) -> str:
 
 
 def _kind(value: Any) -> str:
-    """Words to the left, numbers to the right."""
+    """How to align a value: words left, numbers right."""
     return ' class="text"' if isinstance(value, str) and not value.endswith("%") else ""
 
 
@@ -324,7 +324,7 @@ METRIC_NAMES = {
 
 
 def _metrics_table(measurements: Sequence[Measurement], is_output: bool) -> List[Dict[str, Any]]:
-    """Means over the heads of each site (or of the output layer), and the share of rows that M and S leave out."""
+    """Means over each site's heads (or the output layer), and the share of rows that M and S leave out."""
     rows = []
     for m in measurements:
         for numbers in m.site_rows():

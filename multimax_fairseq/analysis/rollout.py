@@ -1,7 +1,7 @@
-"""Attention rollout: what a token's output is made of, attention and residual connections of all layers together.
+"""Attention rollout: each input token's share in an output, through all attention and residual connections.
 
-Source: Abnar & Zuidema, *Quantifying Attention Flow in Transformers*, ACL 2020: each layer passes on
-½ A + ½ I, where A is its attention averaged over heads, and layers multiply.
+Source: Abnar & Zuidema, *Quantifying Attention Flow in Transformers*, ACL 2020: the product over layers of
+½ A + ½ I, where A is a layer's attention averaged over heads.
 """
 
 from typing import Optional, Sequence, Tuple
@@ -11,11 +11,11 @@ from torch import Tensor
 
 
 def attention_rollout(attentions: Sequence[Tensor]) -> Tensor:
-    """Π over layers of ½ A + ½ I, rows normalised: self-attention of an encoder or a language model.
+    """Π over layers of ½ A + ½ I, rows normalised, for the self-attention of an encoder or a language model.
 
     Args:
-        attentions: one a layer, from the first to the last, (bsz, num_heads, length, length) or averaged over heads,
-            (bsz, length, length). A row of zeros (a padded query) passes its token on.
+        attentions: one for each layer, first to last: (bsz, num_heads, length, length), or averaged over heads,
+            (bsz, length, length). A row of zeros (a padded query) passes its token on unchanged.
 
     Returns:
         (bsz, length, length): row i says how much of output i comes from each input. Rows sum to 1.
@@ -32,21 +32,21 @@ def attention_rollout(attentions: Sequence[Tensor]) -> Tensor:
 def translation_rollout(
     decoder: Sequence[Optional[Tensor]], cross: Sequence[Tensor], encoder: Sequence[Tensor]
 ) -> Tuple[Tensor, Tensor]:
-    """The rollout of an encoder and a decoder: each self-attention and each cross-attention takes half.
+    """The rollout of an encoder and a decoder: each self-attention and each cross-attention has weight ½.
 
-    With E the encoder's rollout, a decoder layer turns what its inputs are made of, R, into ½ A R + ½ R by
-    self-attention and then into ½ C E + ½ R by cross-attention.
+    Let E be the encoder's rollout and R that of a decoder layer's inputs. Self-attention turns R into ½ A R + ½ R;
+    cross-attention then turns the new R into ½ C E + ½ R.
 
     Args:
         decoder: self-attention of each decoder layer, (bsz, num_heads, tgt_len, tgt_len) or averaged; with
-            ``--cross-self-attention`` (…, tgt_len, src_len + tgt_len), and its part over the source takes E.
+            ``--cross-self-attention`` (…, tgt_len, src_len + tgt_len), whose source part is multiplied by E.
         cross: cross-attention of each decoder layer, (bsz, num_heads, tgt_len, src_len) or averaged; none with
             ``--no-cross-attention``.
         encoder: self-attention of each encoder layer, (bsz, num_heads, src_len, src_len) or averaged.
 
     Returns:
-        how much of each output of the decoder comes from each source token, (bsz, tgt_len, src_len), and from each
-        target token that it has read, (bsz, tgt_len, tgt_len). Rows of the two together sum to 1.
+        how much of each decoder output comes from each source token, (bsz, tgt_len, src_len), and from each target
+        token read, (bsz, tgt_len, tgt_len). The two rows of an output together sum to 1.
     """
     if not decoder or len(cross) not in (0, len(decoder)):
         raise ValueError(f"decoder layers are alike; got {len(decoder)} self- and {len(cross)} cross-attentions")

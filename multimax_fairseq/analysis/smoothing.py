@@ -1,4 +1,4 @@
-"""Over-smoothing: how alike a layer's outputs of different tokens have become.
+"""Over-smoothing: how similar a layer's outputs for different tokens are.
 
 Source: Chen, Lin, Li, Li, Zhou & Sun, *Measuring and Relieving the Over-smoothing Problem for Graph Neural Networks*,
 AAAI 2020 (MAD, over all pairs of a sentence's tokens).
@@ -14,16 +14,16 @@ from ..mappings import compute_dtype
 
 
 def mean_cosine_similarity(hidden: Tensor, mask: Optional[Tensor] = None) -> Tensor:
-    """The mean over pairs i ≠ j of a sentence's tokens of cos(h_i, h_j).
+    """The mean of cos(h_i, h_j) over pairs i ≠ j of a sentence's tokens.
 
     With u_i = h_i / |h_i| it is (|Σ u_i|² − Σ |u_i|²) / (n (n − 1)), which needs no n × n matrix.
 
     Args:
-        hidden: (bsz, length, dim), a layer's output; a vector of zeros is similar to none.
-        mask: bool (bsz, length), true where there is a token; all of them by default.
+        hidden: (bsz, length, dim), a layer's output; a zero vector has similarity 0 with all others.
+        mask: bool (bsz, length), true for tokens; by default all true.
 
     Returns:
-        (bsz,), in [−1, 1]; NaN for a sentence of less than two tokens.
+        (bsz,), in [−1, 1]; NaN for a sentence of fewer than two tokens.
     """
     h = hidden.to(compute_dtype(hidden.dtype))
     units = F.normalize(h, dim=-1)
@@ -37,7 +37,7 @@ def mean_cosine_similarity(hidden: Tensor, mask: Optional[Tensor] = None) -> Ten
 
 
 def mean_average_distance(hidden: Tensor, mask: Optional[Tensor] = None) -> Tensor:
-    """MAD: the mean cosine distance 1 − cos(h_i, h_j) over pairs of a sentence's tokens; 0 where all are alike.
+    """MAD: the mean cosine distance 1 − cos(h_i, h_j) over pairs of a sentence's tokens; 0 if all point the same way.
 
     Args, Returns: as :func:`mean_cosine_similarity`, in [0, 2].
     """

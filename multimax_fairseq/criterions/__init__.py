@@ -1,4 +1,4 @@
-"""Losses; importing this folder registers them with fairseq, which does not import it by itself."""
+"""Losses. Importing this folder registers them with fairseq, which does not import it itself."""
 
 from . import entmax_loss
 from .chunked_cross_entropy import ChunkedCrossEntropyCriterion, ChunkedCrossEntropyCriterionConfig

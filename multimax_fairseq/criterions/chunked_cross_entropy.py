@@ -1,4 +1,4 @@
-"""Cross-entropy that never has the logits of all tokens, for any of fairseq's Transformers."""
+"""Cross-entropy that never holds the logits of all tokens, for any of fairseq's Transformers."""
 
 from dataclasses import dataclass, field
 from typing import Any, Dict, NamedTuple, Tuple
@@ -16,13 +16,13 @@ from ..kernels.chunked_loss import check_options
 from ..modules import MappedDecoder
 from ..modules.transformer import refuse_cross_entropy
 
-# What is known to be a projection, and for ours an output mapping after it, and nothing else.
+# Output layers known to be only a projection, followed in ours by an output mapping.
 OUTPUT_LAYERS = (TransformerDecoderBase.output_layer, MappedDecoder.output_layer)
 
 
 @dataclass
 class ChunkedCrossEntropyCriterionConfig(FairseqDataclass):
-    """Each is a field of a Hydra config and, written with dashes, an option of ``fairseq-train``."""
+    """Each field is a field of a Hydra config and, with dashes, an option of ``fairseq-train``."""
 
     label_smoothing: float = field(
         default=0.0, metadata={"help": "share of the probability that goes to all other words; 0 for none"}
@@ -38,18 +38,18 @@ class ChunkedCrossEntropyCriterionConfig(FairseqDataclass):
 
 @register_criterion("chunked_cross_entropy", dataclass=ChunkedCrossEntropyCriterionConfig)
 class ChunkedCrossEntropyCriterion(LabelSmoothedCrossEntropyCriterion):
-    """fairseq's ``label_smoothed_cross_entropy`` (``cross_entropy`` where that is 0), in a fraction of its memory.
+    """fairseq's ``label_smoothed_cross_entropy`` (``cross_entropy`` if smoothing is 0), in a fraction of its memory.
 
-    The model is asked for features; projection, output mapping and loss are then computed for a chunk of tokens at a
-    time (see :func:`..kernels.chunked_cross_entropy.chunked_cross_entropy`), of tokens that are not padding. The log
-    shows the same numbers.
+    The model computes features. Projection, output mapping and loss are then computed for one chunk of tokens at a
+    time, without padding (see :func:`..kernels.chunked_cross_entropy.chunked_cross_entropy`). The log shows the same
+    numbers.
 
     Args:
         sentence_avg, label_smoothing, chunk_tokens: as on the command line.
 
     Raises:
-        ValueError: ``label_smoothing`` or ``chunk_tokens`` is out of its range; in training, the model has no plain
-            projection.
+        ValueError: ``label_smoothing`` or ``chunk_tokens`` is out of range; in training, the model's output layer is
+            no plain projection.
     """
 
     def __init__(self, task, sentence_avg: bool, label_smoothing: float = 0.0, chunk_tokens: int = 0):
@@ -76,11 +76,11 @@ class ChunkedCrossEntropyCriterion(LabelSmoothedCrossEntropyCriterion):
 
         Args:
             model: one of fairseq's Transformers, or of this package's.
-            sample: a batch of fairseq's.
-            reduce: whether to return their sum, or a number for each token, 0 at padding, without a gradient.
+            sample: a fairseq batch.
+            reduce: return the sum; otherwise a loss for each token, 0 at padding, without a gradient.
 
         Returns:
-            loss in nat, () or (tokens,), sample size, and what is logged.
+            loss in nat, () or (tokens,); sample size; logging output.
         """
         self.check(model)
         features, *rest = model(**sample["net_input"], features_only=True)
@@ -96,7 +96,7 @@ class ChunkedCrossEntropyCriterion(LabelSmoothedCrossEntropyCriterion):
         return losses.loss, sample_size, logging_output
 
     def chunked_losses(self, decoder: nn.Module, features: Tensor, targets: Tensor, reduce: bool) -> NamedTuple:
-        """Losses of features, (tokens, D), and targets, (tokens,), of which some are padding."""
+        """Losses of features, (tokens, D), and targets, (tokens,), some of them padding."""
         words = targets.ne(self.padding_idx)
         losses = self.losses_of_words(decoder, features[words], targets[words], reduce)
         if reduce:
@@ -104,7 +104,7 @@ class ChunkedCrossEntropyCriterion(LabelSmoothedCrossEntropyCriterion):
         return type(losses)(*(kind.new_zeros(len(targets)).masked_scatter(words, kind) for kind in losses))
 
     def losses_of_words(self, decoder: nn.Module, features: Tensor, targets: Tensor, reduce: bool) -> NamedTuple:
-        """Losses of features, (words, D), and targets, (words,): the first is differentiated, all are logged."""
+        """Losses of features, (words, D), and targets, (words,); the first loss has a gradient, all are logged."""
         projection, mapping = decoder.output_projection, getattr(decoder, "output_mapping", None)
         return chunked_cross_entropy(
             features,
@@ -119,14 +119,14 @@ class ChunkedCrossEntropyCriterion(LabelSmoothedCrossEntropyCriterion):
         )
 
     def check(self, model: nn.Module) -> None:
-        """Raises ValueError, which says what to do, where this is no loss for a model."""
+        """Raise ValueError, saying what to do, if this loss does not fit a model."""
         check_output_layer(model)
         if getattr(model.decoder, "is_sparse", False):
             refuse_cross_entropy(type(model.decoder.output_mapping).__name__.lower())
 
 
 def check_output_layer(model: nn.Module, criterion: str = "chunked_cross_entropy") -> None:
-    """Raises ValueError, which says what to do, unless a model's output layer is a plain projection."""
+    """Raise ValueError, saying what to do, unless a model's output layer is a plain projection."""
     decoder = getattr(model, "decoder", None)
     if getattr(decoder, "adaptive_softmax", None) is not None:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""The loss of sparse mappings of the vocabulary, for this package's Transformers."""
+"""The loss of sparse output mappings, for this package's Transformers."""
 
 import functools
 from typing import Union
@@ -25,11 +25,11 @@ ALPHAS = {Sparsemax: 2.0, Entmax15: 1.5}
 class EntmaxLossCriterion(ChunkedCrossEntropyCriterion):
     """The Fenchel-Young loss of the model's ``--output-mapping``, sparsemax, entmax15 or entmax, in bounded memory.
 
-    See :func:`..kernels.chunked_entmax_loss.chunked_entmax_loss`. Logged, in training and validation, are ``loss`` a
-    token, in its own unit (neither bits nor nats); ``plain_loss``, the same without label smoothing; ``impossible``,
-    the share of tokens that have probability 0, in percent; ``support``, the types above 0 for a token.
+    See :func:`..kernels.chunked_entmax_loss.chunked_entmax_loss`. Training and validation log, per token: ``loss``,
+    in its own unit (neither bits nor nats); ``plain_loss``, the same without label smoothing; ``impossible``, the
+    percentage of tokens with probability 0; ``support``, the number of types above 0.
 
-    Args, Raises: as :class:`.ChunkedCrossEntropyCriterion`; in training, the model's output mapping is another.
+    Args, Raises: as :class:`.ChunkedCrossEntropyCriterion`; in training also if the model has another output mapping.
     """
 
     def losses_of_words(self, decoder: nn.Module, features: Tensor, targets: Tensor, reduce: bool) -> EntmaxLosses:
@@ -72,7 +72,7 @@ def alpha_of(mapping: nn.Module) -> Union[float, Tensor]:
 
 
 def refuse_entmax_loss() -> None:
-    """Raise the error of a model that :class:`EntmaxLossCriterion` is no loss for."""
+    """Raise the error for a model that :class:`EntmaxLossCriterion` does not fit."""
     raise ValueError(
         f"--criterion entmax_loss trains --output-mapping {', '.join(SPARSE)}, and this model has another one: use "
         "--criterion chunked_cross_entropy, label_smoothed_cross_entropy or cross_entropy"
@@ -80,9 +80,9 @@ def refuse_entmax_loss() -> None:
 
 
 def install() -> None:
-    """Let a criterion refuse a task whose model it is no loss for; does nothing the second time.
+    """Make a criterion refuse a task whose model it does not fit; does nothing the second time.
 
-    Criterions of fairseq's own know no model until the data are loaded; all are built here before.
+    fairseq's own criterions see no model before the data are loaded; this checks earlier, when they are built.
     """
     build = fairseq.criterions.build_criterion
     if hasattr(build, "refuses_models"):  # not __wrapped__: another plugin's wrapper has that too
@@ -92,7 +92,7 @@ def install() -> None:
     @option_errors()
     def build_criterion(cfg, task, *args, **kwargs) -> FairseqCriterion:
         criterion = build(cfg, task, *args, **kwargs)
-        output = getattr(task, "output_mapping", None)  # None: of a model that is not built yet, or not ours
+        output = getattr(task, "output_mapping", None)  # None: the model is not built yet, or not ours
         if output in SPARSE and not isinstance(criterion, EntmaxLossCriterion):
             refuse_cross_entropy(output)
         if output not in (None, *SPARSE) and isinstance(criterion, EntmaxLossCriterion):

@@ -1,10 +1,10 @@
-"""Models and architectures. Importing this folder registers them with fairseq, and the criterions with them: of a
-``--user-dir`` fairseq imports the package, ``models`` and ``tasks``.
+"""Models and architectures. Importing this folder registers them and the criterions with fairseq, which imports only
+the package, ``models`` and ``tasks`` of a ``--user-dir``.
 """
 
 from .. import compat
 
-compat.apply()  # before fairseq is asked for anything
+compat.apply()  # before any use of fairseq
 
 from .. import criterions  # noqa: E402, F401
 from . import backend_option, modulator_training, sparse_decoding  # noqa: E402

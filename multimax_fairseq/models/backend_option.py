@@ -1,8 +1,8 @@
-"""``--multimax-backend`` belongs to a run, not to a model: what a checkpoint says of it is not restored.
+"""``--multimax-backend`` belongs to a run, not to a model, so it is not restored from a checkpoint.
 
-fairseq saves every option of a model with it, and builds the model from them where it is loaded, perhaps on a machine
-without a compiler, or beside others that were trained with another backend. Whatever loads a model does so by
-``fairseq.checkpoint_utils.load_checkpoint_to_cpu``, so that is where this takes the option back.
+fairseq saves every option with a model and builds the loaded model from them, perhaps on a machine without a
+compiler, or beside models trained with another backend. Every model is loaded by
+``fairseq.checkpoint_utils.load_checkpoint_to_cpu``, so the option is reset there.
 """
 
 import functools
@@ -14,7 +14,7 @@ OPTION, DEFAULT = "multimax_backend", "auto"
 
 
 def install() -> None:
-    """Let fairseq load every checkpoint with the default; does nothing the second time."""
+    """Make fairseq load every checkpoint with the default; does nothing the second time."""
     load = checkpoint_utils.load_checkpoint_to_cpu
     if hasattr(load, OPTION):
         return
@@ -22,7 +22,7 @@ def install() -> None:
     @functools.wraps(load)
     def load_checkpoint_to_cpu(path: str, arg_overrides: Optional[Dict[str, Any]] = None, *args, **kwargs):
         state = load(path, arg_overrides, *args, **kwargs)
-        if OPTION not in (arg_overrides or {}):  # what --model-overrides says is of this run
+        if OPTION not in (arg_overrides or {}):  # --model-overrides belongs to this run
             for options in (state.get("args"), (state.get("cfg") or {}).get("model")):
                 if getattr(options, OPTION, None) is not None:
                     setattr(options, OPTION, DEFAULT)

@@ -20,36 +20,35 @@ SYMBOLS = ("b", "d", "g_b", "g_d")
 
 
 class MappedModelMixin:
-    """A base class, named before the stock class: loads checkpoints of a model, and logs its modulators."""
+    """Loads checkpoints and logs modulators; as a base class it is named before the stock class."""
 
     @classmethod
     def hub_models(cls) -> Dict[str, str]:
-        """None: those of fairseq are of the stock classes (start from them with --finetune-from-model)."""
+        """None: fairseq's are of the stock classes (start from them with --finetune-from-model)."""
         return {}
 
     def _load_from_state_dict(
         self, state_dict: Dict[str, Tensor], prefix: str, local_metadata: Dict[str, Any], *args, **kwargs
     ) -> None:
-        # Here, and not in fairseq's upgrade_state_dict, the layers have their final numbers
-        # (--encoder-layers-to-keep renumbers them in between).
+        # Not in fairseq's upgrade_state_dict: --encoder-layers-to-keep renumbers the layers after that.
         add_missing_mappings(self, state_dict, prefix)
-        self._trained_with = local_metadata.get("mappings", {})  # nothing in a checkpoint of stock fairseq
+        self._trained_with = local_metadata.get("mappings", {})  # absent from stock fairseq's checkpoints
         if self.training:
             loaded_models.add(self)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args, **kwargs)
 
     def _save_to_state_dict(self, destination: Dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        # Beside the version of each module, which torch keeps there: a checkpoint says what it was trained with
-        # where a run that goes on from it is told, and no parameter is added.
+        # Beside the module versions that torch keeps there, so a resumed run knows the mappings that its checkpoint
+        # was trained with, and no parameter is added.
         if hasattr(destination, "_metadata"):
             destination._metadata[prefix[:-1]]["mappings"] = self.mapping_choice.describe()
 
     def set_mapping_options(self, args: Any, choice: MappingChoice) -> None:
-        """Take the model's choice, and what ``args`` (with :class:`.options.MappingOptions`) says of modulators.
+        """Set the model's choice, and the modulator options of ``args`` (:class:`.options.MappingOptions`).
 
         Raises:
-            ValueError: a number out of its range, or training of modulators where there are none.
+            ValueError: a number is out of range, or modulators are to be trained and there are none.
         """
         self.mapping_choice = choice
         self.logged_modulators = getattr(args, "log_modulators", "site")
@@ -65,19 +64,19 @@ class MappedModelMixin:
 
     def set_num_updates(self, num_updates: int) -> None:
         super().set_num_updates(num_updates)
-        # fairseq calls this before each batch, of which an update can have many (--update-freq)
+        # fairseq calls this before each batch; an update can have many (--update-freq)
         previous = getattr(self, "_logged_update", None)
         if self.training and num_updates != previous:
-            if previous is not None:  # once is also what loading a checkpoint does, without an optimizer
+            if previous is not None:  # the first call can come from loading a checkpoint, without an optimizer
                 self.modulator_training.check_applied()
             self._logged_update = num_updates
             log_modulators(self, self.logged_modulators)
 
 
     def check_resumed(self) -> None:
-        """Raise ValueError where a run goes on with other mappings than its checkpoint was trained with.
+        """Raise ValueError if a resumed run has other mappings than its checkpoint was trained with.
 
-        To start a new run from such weights is a choice; it does not load the optimizer's state.
+        Starting a new run from such weights is allowed; it does not load the optimizer's state.
         """
         for flag, mapping in self.mapping_choice.describe().items():
             before = self._trained_with.get(flag, mapping)
@@ -89,15 +88,15 @@ class MappedModelMixin:
 
 
 def add_missing_mappings(model: nn.Module, state_dict: Dict[str, Tensor], prefix: str) -> None:
-    """Add the parameters of mappings that a state dict lacks, in place, and say so in one log line.
+    """Add mapping parameters that a state dict lacks, in place, and log it in one line.
 
-    Modulators that a checkpoint of stock fairseq does not have start as the identity, which is the softmax that
-    it was trained with; a learned α or scale starts where a new one does.
+    Missing modulators (the checkpoint is from stock fairseq) start as the identity: the softmax that it was trained
+    with. A learned α or scale starts as a new one does.
 
     Args:
-        model: the model that the state dict is to be loaded into.
+        model: the model to load the state dict into.
         state_dict: parameter names to tensors.
-        prefix: what the names of the model's own parameters start with: "", or such as "module.".
+        prefix: the start of the model's parameter names: "", or such as "module.".
     """
     missing = {}
     for module_name, module in model.named_modules():
@@ -117,7 +116,7 @@ def add_missing_mappings(model: nn.Module, state_dict: Dict[str, Tensor], prefix
 
 
 def modulators_by_site(model: nn.Module) -> Dict[str, List[MultiMax]]:
-    """The MultiMax modules of a model, in its order, by site: encoder, decoder, cross, output."""
+    """A model's MultiMax modules in model order, by site: encoder, decoder, cross, output."""
     modulators = defaultdict(list)
     for module in model.modules():
         if isinstance(module, MappedMultiheadAttention) and isinstance(module.mapping, MultiMax):
@@ -130,9 +129,9 @@ def modulators_by_site(model: nn.Module) -> Dict[str, List[MultiMax]]:
 def log_modulators(model: nn.Module, detail: str = "site") -> None:
     """Log the thresholds and gains of a model's modulators.
 
-    For each site the mean absolute thresholds (b, d) and gains (g_b, g_d) over its modules and orders, as
-    ``encoder_b``, ``encoder_d``, ``encoder_g_b``, …; for each module the numbers themselves, with the number of its
-    layer and the order, as ``encoder_0_b1``, …, ``encoder_0_g_d2``. They appear in fairseq's log and what reads it.
+    For each site: the mean absolute thresholds (b, d) and gains (g_b, g_d) over modules and orders, named
+    ``encoder_b``, ``encoder_d``, ``encoder_g_b``, …. For each module: the numbers themselves, named by layer and
+    order, ``encoder_0_b1``, …, ``encoder_0_g_d2``. They appear in fairseq's log.
 
     Args:
         detail: ``"module"`` (sites and modules), ``"site"`` or ``"none"``.
@@ -142,7 +141,7 @@ def log_modulators(model: nn.Module, detail: str = "site") -> None:
         return
     with torch.no_grad():
         groups = [torch.stack([torch.cat([m.thresholds, m.gains], dim=1) for m in g]) for g in modulators.values()]
-        numbers = torch.cat([group.flatten() for group in groups]).tolist()  # one transfer: a GPU is waited for once
+        numbers = torch.cat([group.flatten() for group in groups]).tolist()  # one transfer: one wait for a GPU
     start = 0
     for site, group in zip(modulators, groups):
         rows = [

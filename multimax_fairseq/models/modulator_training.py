@@ -1,18 +1,18 @@
-"""How modulators are trained apart from the other parameters: learning rate, weight decay and clipping of their own.
+"""Trains modulators apart from the other parameters: with their own learning rate, weight decay and clipping.
 
-A modulator has a few numbers whose gradient is a sum over all scores of a batch, and which have far to go. What suits
-matrices does not suit them; all three options are off by default, as in the paper. They need places inside fairseq's
-update that no model is asked about:
+A modulator has a few numbers, which have far to go; their gradient is a sum over all scores of a batch. Settings that
+suit matrices do not suit them. All three options are off by default, as in the paper. They change fairseq's update in
+places where no model has a say:
 
 - A model marks parameters (:meth:`ModulatorTraining.mark`).
-- Every path to an optimizer leads through ``fairseq.optim.build_optimizer``. There marked parameters get a parameter
-  group of their own, whose learning rate and weight decay are set before each step from those of the others. So it
-  does not matter which scheduler sets the rate, or what a checkpoint or ``--optimizer-overrides`` has put there.
-- ``FP16Optimizer`` and ``MemoryEfficientFP16Optimizer`` are given to fairseq as subclasses: the first carries marks
-  over to its copies in fp32, and both clip gradients that are still scaled.
+- Every optimizer comes from ``fairseq.optim.build_optimizer``. There, marked parameters get their own parameter
+  group. Before each step its learning rate and weight decay are set from those of the others. So neither the choice
+  of scheduler nor what a checkpoint or ``--optimizer-overrides`` has set matters.
+- fairseq gets subclasses of ``FP16Optimizer`` and ``MemoryEfficientFP16Optimizer``. The first copies the marks to its
+  fp32 parameters; both clip gradients that are still scaled.
 
-A checkpoint holds the optimizer's state as if nothing had been separated, so that a run can go on with these options
-switched on, off or changed.
+A checkpoint holds the optimizer's state as if the modulators were not apart, so a resumed run can switch these
+options on or off, or change them.
 """
 
 import functools
@@ -28,13 +28,13 @@ from fairseq.optim import FairseqOptimizer
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-MARK = "modulator_training"  # the attribute of a parameter that is a modulator's
-PART = "part_of_flat_copy"  # the attribute of a parameter that is a part of a longer one: its FlatPart
-PARTS = "modulator_parts"  # the attribute of the longer one: its parts
+MARK = "modulator_training"  # attribute of a modulator's parameter
+PART = "part_of_flat_copy"  # attribute of a parameter that is part of a longer one: its FlatPart
+PARTS = "modulator_parts"  # attribute of the longer one: its parts
 
 Slices = List[Tuple[int, int]]
 
-# Models in training that a checkpoint was loaded into: asked by ``check_resumed`` when an optimizer's state follows.
+# Models in training that loaded a checkpoint; if an optimizer's state is loaded too, ``check_resumed`` checks them.
 loaded_models: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
 
 
@@ -44,10 +44,10 @@ class ModulatorTraining:
 
     Attributes:
         weight_decay: of the modulators; None: that of the other parameters.
-        clip_norm: the largest norm of the gradient of all modulators together, which then has no part in
-            ``--clip-norm``; 0: no limit; None: inside ``--clip-norm`` with the other parameters.
-        lr_scale: learning rate of the modulators, times that of the other parameters.
-        applied: which of "step" and "clip" an optimizer has seen to.
+        clip_norm: the largest gradient norm of all modulators together, apart from ``--clip-norm``; 0: no limit;
+            None: part of ``--clip-norm``, with the other parameters.
+        lr_scale: the modulators' learning rate divided by that of the other parameters.
+        applied: which of "step" and "clip" an optimizer has applied.
     """
 
     weight_decay: Optional[float] = None
@@ -60,7 +60,7 @@ class ModulatorTraining:
         """Read ``--modulator-weight-decay``, ``--modulator-clip-norm`` and ``--modulator-lr-scale``.
 
         Raises:
-            ValueError: not a finite number, a negative one, or a scale of 0.
+            ValueError: a number is not finite or negative, or the scale is 0.
         """
         return cls(
             weight_decay=_number(args, "weight_decay", None),
@@ -75,7 +75,7 @@ class ModulatorTraining:
 
     @property
     def flags(self) -> List[str]:
-        """The options that ask for something."""
+        """The options that are not at their defaults."""
         chosen = {
             "--modulator-weight-decay": self.weight_decay is not None,
             "--modulator-clip-norm": self.clip_norm is not None,
@@ -84,16 +84,12 @@ class ModulatorTraining:
         return [flag for flag, is_chosen in chosen.items() if is_chosen]
 
     def mark(self, parameters: Iterable[Parameter]) -> None:
-        """Say of parameters that they are to be trained so; of modulators, but it goes for any few numbers."""
+        """Mark parameters to be trained this way: modulators, or any few numbers."""
         for parameter in parameters:
             setattr(parameter, MARK, self)
 
     def check_applied(self) -> None:
-        """Raise where a choice would be ignored.
-
-        Raises:
-            ValueError: after an update, no optimizer has done what was asked for.
-        """
+        """Raise ValueError if no optimizer has applied a chosen option after an update."""
         wanted = {"step"} if self.steps_apart else set()
         wanted |= {"clip"} if self.clip_norm is not None else set()
         if not wanted <= self.applied:
@@ -118,7 +114,7 @@ def _number(args: Any, name: str, default: Optional[float], above_zero: bool = F
 
 
 def install() -> None:
-    """Let every optimizer that fairseq builds see to marked parameters; does nothing the second time."""
+    """Make every optimizer that fairseq builds handle marked parameters; does nothing the second time."""
     build = fairseq.optim.build_optimizer
     if hasattr(build, MARK):
         return
@@ -138,7 +134,7 @@ def install() -> None:
 
 
 def _parts_of(optimizer: FairseqOptimizer) -> Iterable[FairseqOptimizer]:
-    """The optimizer, or those that ``--optimizer composite`` is made of."""
+    """The optimizer, or the parts of ``--optimizer composite``."""
     return getattr(optimizer, "optimizers", {"": optimizer}).values()
 
 
@@ -148,9 +144,9 @@ def _check_loaded_models(*_: Any) -> None:
 
 
 def separate_modulators(optimizer: FairseqOptimizer) -> None:
-    """Give the modulators among an optimizer's parameters what their :class:`ModulatorTraining` says.
+    """Apply their :class:`ModulatorTraining` to the modulators among an optimizer's parameters.
 
-    Where it says nothing, all that is added is the norm of their gradient in the log (``modulator_gnorm``).
+    Without any choice it only logs their gradient norm (``modulator_gnorm``).
 
     Raises:
         ValueError: a weight decay is chosen, and the optimizer has none.
@@ -169,7 +165,7 @@ def separate_modulators(optimizer: FairseqOptimizer) -> None:
 
 
 def _separate_steps(optimizer: FairseqOptimizer, modulators: List[Parameter], training: ModulatorTraining) -> None:
-    """Put the modulators into the last parameter group, which is set from the first before each step."""
+    """Put the modulators into the last parameter group; before each step it is set from the first group."""
     if training.weight_decay is not None and "weight_decay" not in optimizer.optimizer.defaults:
         raise ValueError(
             f"--modulator-weight-decay: {type(optimizer).__name__} has no weight decay; drop it, or choose another "
@@ -194,24 +190,24 @@ def _separate_steps(optimizer: FairseqOptimizer, modulators: List[Parameter], tr
 
 @dataclass
 class FlatPart:
-    """Of a flat copy of many parameters, the modulators or the others.
+    """One part of a flat copy of many parameters: the modulators, or the others.
 
     Attributes:
-        flat: the tensor as ``FP16Optimizer`` knows it, which begins with the others and ends with the modulators.
-        slices: where this part's numbers would be, in their order, if ``flat`` were in the order of the model.
+        flat: ``FP16Optimizer``'s tensor: first the others, then the modulators.
+        slices: the places of this part's numbers, in their order, if ``flat`` were in model order.
     """
 
     flat: Tensor
     slices: Slices
 
     def cut(self, value: Any) -> Any:
-        """What belongs to this part of something in the state of an optimizer of the whole."""
+        """This part's share of a value in the state of the whole."""
         if not torch.is_tensor(value) or value.numel() != self.flat.numel():
             return value
         return torch.cat([value[start:stop] for start, stop in self.slices])
 
     def join(self, value: Any, whole: Any) -> Any:
-        """Put what belongs to this part back; ``whole`` is what came of the part before, or None."""
+        """Put this part's share back; ``whole`` is the result of the part before, or None."""
         lengths = [stop - start for start, stop in self.slices]
         if not torch.is_tensor(value) or value.numel() != sum(lengths):
             return value
@@ -222,14 +218,14 @@ class FlatPart:
 
 
 class SavedLayout:
-    """Writes and reads the state of an optimizer as if its modulators were not apart.
+    """Saves and loads an optimizer's state as if its modulators were not apart.
 
-    Made before they are separated, and installed after.
+    Create it before they are separated; install it after.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, training: ModulatorTraining):
         self.optimizer, self.training = optimizer, training
-        self.numbers: Dict[Any, int] = {}  # of parameters, and of flat copies in the place of their parts
+        self.numbers: Dict[Any, int] = {}  # of parameters; a flat copy stands for its parts
         self.groups = []
         for group in optimizer.param_groups:
             wholes = dict.fromkeys(self._whole(parameter) for parameter in group["params"])
@@ -248,7 +244,7 @@ class SavedLayout:
         self.optimizer.register_state_dict_post_hook(lambda _, state: self.to_saved(state))
         self.optimizer.register_load_state_dict_pre_hook(lambda _, state: self.from_saved(state))
         self.optimizer.register_load_state_dict_post_hook(lambda _: self.keep_precision())
-        # What fairseq does about precision takes parameters to be in the order of the saved state.
+        # fairseq's own handling of precision assumes that the parameters are in the order of the saved state.
         self.optimizer.disable_mem_eff_fp16_loading_hack = True
 
     def to_saved(self, state: Dict[str, Any]) -> Dict[str, Any]:
@@ -266,7 +262,7 @@ class SavedLayout:
         saved = state["param_groups"]
         self.entries: Dict[int, Dict[str, Any]] = state["state"]
         if [len(group["params"]) for group in saved] != list(map(len, self.groups)):
-            return state  # version 0.1 wrote the groups as they were; what else it may be, torch complains of
+            return state  # version 0.1 wrote the groups as they were; torch reports anything else
         ids = [number for group in saved for number in group["params"]]
         self.entries = {}
         for number, parameter in enumerate(self._parameters()):
@@ -275,7 +271,7 @@ class SavedLayout:
                 part = getattr(parameter, PART, None)
                 self.entries[number] = {k: v if part is None else part.cut(v) for k, v in entry.items()}
         of_modulators = dict(saved[0])
-        if "lr_old" in of_modulators:  # nag's: the rate of the last step
+        if "lr_old" in of_modulators:  # of nag: the last step's learning rate
             of_modulators["lr_old"] *= self.training.lr_scale
         groups, start = [], 0
         for saved_group, group in zip([*saved, of_modulators], self.optimizer.param_groups):
@@ -285,7 +281,7 @@ class SavedLayout:
         return {**state, "state": self.entries, "param_groups": groups}
 
     def keep_precision(self) -> None:
-        """torch has cast the state to the type of its parameter, which for parameters in half precision is a loss."""
+        """Undo torch's cast of the state to its parameter's dtype, which loses digits in half precision."""
         for number, parameter in enumerate(self._parameters()):
             if parameter.dtype in (torch.float16, torch.bfloat16) and number in self.entries:
                 self.optimizer.state[parameter] = {
@@ -299,7 +295,7 @@ class SavedLayout:
 
 
 def _clip_apart(optimizer: FairseqOptimizer, parameters: List[Parameter]) -> None:
-    """Let ``optimizer.clip_grad_norm`` see to the marked ones among the parameters that are stepped."""
+    """Make ``optimizer.clip_grad_norm`` handle the marked parameters among those it steps."""
     if any(hasattr(parameter, MARK) for parameter in parameters):
         optimizer.clip_grad_norm = functools.partial(
             _clip_grad_norm, optimizer, parameters, optimizer.clip_grad_norm
@@ -313,13 +309,13 @@ def _clip_grad_norm(
     max_norm: float,
     aggregate_norm_fn: Optional[Callable[[Tensor], Tensor]] = None,
 ) -> Tensor:
-    """The optimizer's ``clip_grad_norm``, which logs the norm of the modulators' gradient and clips it if asked to.
+    """The optimizer's ``clip_grad_norm``; also logs the modulators' gradient norm, and clips it if asked to.
 
-    In half precision gradients are scaled, and clipping changes the factor that they are multiplied with later.
+    In half precision gradients are scaled; clipping changes the factor that later multiplies them.
 
     Returns:
-        the norm that fairseq logs as ``gnorm``: of all parameters, or of all but the modulators where these have
-        their own clip. One that is not finite is passed on, as fairseq stops at it.
+        the norm that fairseq logs as ``gnorm``: of all parameters, or without the modulators if they have their own
+        clip. A norm that is not finite is returned too: fairseq stops at it.
 
     Raises:
         OverflowError: in fp16, a gradient is not finite; fairseq then lowers its scale.
@@ -355,9 +351,9 @@ def _clip_grad_norm(
 
 
 def _multiply(optimizer: FairseqOptimizer, parameters: List[Parameter], ratio: Any) -> None:
-    """Multiply the gradients of modulators by ``ratio``, in relation to the others'.
+    """Multiply the modulators' gradients by ``ratio``, relative to the others'.
 
-    Scaled gradients in fp16 are near its largest number, so that none may grow: there the others are made smaller.
+    Scaled fp16 gradients are near the largest fp16 number, so none may grow: there the others shrink instead.
     """
     grows = any(parameter.dtype == torch.float16 for parameter in parameters) and ratio > 1
     if grows:
@@ -372,9 +368,9 @@ def _multiply(optimizer: FairseqOptimizer, parameters: List[Parameter], ratio: A
 
 
 class ClipsApart:
-    """To stand before fairseq's wrapper for half precision, which then clips modulators, and not what it wraps."""
+    """Put before fairseq's half-precision wrapper: the wrapper, not the wrapped optimizer, clips modulators."""
 
-    wrapped_name: str  # of the attribute that holds the optimizer
+    wrapped_name: str  # attribute that holds the wrapped optimizer
 
     @classmethod
     def build_optimizer(cls, cfg, params, **kwargs) -> FairseqOptimizer:
@@ -386,13 +382,13 @@ class ClipsApart:
 
 
 class FP16Optimizer(ClipsApart, fairseq.optim.FP16Optimizer):
-    """fairseq's, whose copies in fp32 keep the marks of what they are copies of."""
+    """fairseq's, whose fp32 copies keep the marks of the originals."""
 
     wrapped_name = "fp32_optimizer"
 
     @classmethod
     def build_fp32_params(cls, args, params, flatten=True):
-        """As fairseq's; with ``flatten``, modulators are put last in ``params``, the list that fairseq keeps."""
+        """As fairseq's; ``flatten`` also moves modulators to the end of ``params``, the list that fairseq keeps."""
         marked = [parameter for parameter in params if hasattr(parameter, MARK)]
         if not marked:
             return super().build_fp32_params(args, params, flatten)
@@ -420,7 +416,7 @@ class MemoryEfficientFP16Optimizer(ClipsApart, fairseq.optim.MemoryEfficientFP16
 
 
 def _cut(flat: Parameter, of_others: Slices, of_modulators: Slices, training: ModulatorTraining) -> List[Parameter]:
-    """The others and the modulators in a flat copy, as parameters that share its memory and its gradient's."""
+    """Split a flat copy into the others and the modulators: parameters that share its memory and its gradient's."""
     parts = []
     stop = 0
     for slices in filter(None, (of_others, of_modulators)):
@@ -434,7 +430,7 @@ def _cut(flat: Parameter, of_others: Slices, of_modulators: Slices, training: Mo
 
 
 def _with_parts(params: Iterable[Any]) -> List[Any]:
-    """What ``fairseq.optim.build_optimizer`` is given, with the parts of flat copies in their place."""
+    """The parameters for ``fairseq.optim.build_optimizer``, with each flat copy replaced by its parts."""
     params = list(params)
     if not all(isinstance(copies, dict) for copies in params):
         return params

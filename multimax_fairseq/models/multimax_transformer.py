@@ -20,14 +20,14 @@ class MultimaxTransformerModel(MappedModelMixin, TransformerModel):
     @classmethod
     def add_args(cls, parser) -> None:
         super().add_args(parser)
-        # No defaults here, as in the stock model: the architecture sets what the command line leaves open.
+        # No defaults, as in the stock model: the architecture sets what the command line leaves open.
         gen_parser_from_dataclass(parser, MappingOptions(), delete_default=True)
 
     @classmethod
     @option_errors()
     def build_model(cls, args, task):
-        # A copy, as a namespace: fairseq saves the original in the checkpoint, and fairseq-hydra-train gives a
-        # config to which the stock model could not add.
+        # A copy, as a namespace: fairseq saves the original in the checkpoint, and the stock model cannot add fields
+        # to the config of fairseq-hydra-train.
         namespace = Namespace(**(OmegaConf.to_container(args) if OmegaConf.is_config(args) else vars(args)))
         has_cross_attention = not getattr(namespace, "no_cross_attention", False)
         sites = SITES if has_cross_attention else tuple(site for site in SITES if site != "cross")
@@ -35,7 +35,7 @@ class MultimaxTransformerModel(MappedModelMixin, TransformerModel):
         model = super().build_model(namespace, task)
         task.output_mapping = namespace.mapping_choice.output[0]  # for the criterion, which is built next
         model.set_mapping_options(namespace, namespace.mapping_choice)
-        # What the checkpoint has to know: how many layers --encoder-layers-to-keep has left.
+        # The checkpoint has to know how many layers --encoder-layers-to-keep has left.
         args.encoder_layers, args.decoder_layers = namespace.encoder_layers, namespace.decoder_layers
         return model
 
@@ -50,7 +50,7 @@ class MultimaxTransformerModel(MappedModelMixin, TransformerModel):
 
 
 def known_fields() -> Set[str]:
-    """The fields of a config of this model: its options, and what fairseq's commands add."""
+    """The fields of this model's config: its options, and what fairseq's commands add."""
     parser = ArgumentParser()
     MultimaxTransformerModel.add_args(parser)
     return {action.dest for action in parser._actions} | {"_name", "arch", "base_layers"}

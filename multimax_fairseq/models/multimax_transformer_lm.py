@@ -26,7 +26,7 @@ class MultimaxTransformerLanguageModel(MappedModelMixin, TransformerLanguageMode
     @option_errors()
     def build_model(cls, args, task):
         choice = MappingChoice.from_options(args, available_sites=("decoder",))
-        # The stock build_model names its decoder's class where others ask a method.
+        # The stock build_model names its decoder's class; other models call a method to build it.
         model = super().build_model(args, task)
         MappedDecoder.adopt(model.decoder, choice)
         task.output_mapping = choice.output[0]  # for the criterion, which is built next
@@ -34,17 +34,17 @@ class MultimaxTransformerLanguageModel(MappedModelMixin, TransformerLanguageMode
         return model
 
     def prepare_for_inference_(self, cfg) -> None:
-        """Also lets ``fairseq-eval-lm`` have logits of a chunk of tokens at a time only.
+        """Also makes ``fairseq-eval-lm`` compute logits for one chunk of tokens at a time.
 
-        Its ``--softmax-batch`` bounds what comes after the output layer, and is unbounded by default; here it bounds
-        the output layer too (see :class:`.MappedDecoder`), and is a chunk by default, but in an ensemble, where it is
-        the other models' too. Commands ask for probabilities by ``get_normalized_probs``; whoever loads a model in
-        Python (and has no --path) may ask it for logits.
+        Stock ``--softmax-batch`` bounds only what follows the output layer, and is unbounded by default. Here it
+        also bounds the output layer (see :class:`.MappedDecoder`), and its default is one chunk, except in an
+        ensemble, where it also applies to the other models. Commands call ``get_normalized_probs``; a model loaded
+        in Python (without --path) may be asked for logits.
         """
         super().prepare_for_inference_(cfg)
         if self.decoder.adaptive_softmax is not None or cfg.common_eval.path is None:
             return
-        is_unbounded = cfg.eval_lm.softmax_batch == sys.maxsize  # not the user's
+        is_unbounded = cfg.eval_lm.softmax_batch == sys.maxsize  # the default, not the user's choice
         is_alone = len(utils.split_paths(cfg.common_eval.path)) == 1
         self.decoder.defers_output_layer = is_alone or not is_unbounded
         if is_alone and is_unbounded:

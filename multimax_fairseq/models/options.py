@@ -1,4 +1,4 @@
-"""What a user can choose about mappings: declared once, for translation and language models."""
+"""The options of mappings, declared once for translation and language models."""
 
 from argparse import Namespace
 from contextlib import contextmanager
@@ -26,12 +26,12 @@ SOFTMAX: Mapping = ("softmax", {})
 
 
 class OptionError(CompactHydraException, ValueError):
-    """A ValueError that ``fairseq-hydra-train`` shows without fifty lines of trace around it."""
+    """A ValueError that ``fairseq-hydra-train`` shows without fifty lines of traceback."""
 
 
 @contextmanager
 def option_errors() -> Iterator[None]:
-    """A decorator: makes each ValueError an :class:`OptionError`."""
+    """A decorator that turns each ValueError into an :class:`OptionError`."""
     try:
         yield
     except ValueError as error:
@@ -40,7 +40,7 @@ def option_errors() -> Iterator[None]:
 
 @dataclass
 class MappingOptions(FairseqDataclass):
-    """Each is a field of a Hydra config and, written with dashes, an option of ``fairseq-train``."""
+    """Each field is a field of a Hydra config and, with dashes, an option of ``fairseq-train``."""
 
     attention_mapping: str = field(
         default="multimax",
@@ -128,19 +128,19 @@ XFORMERS_OPTIONS = {
 def with_defaults(
     architecture: Callable[[Any], None], known_fields: Optional[Callable[[], Set[str]]] = None
 ) -> Callable[[Any], None]:
-    """An architecture function that also sets the options of mappings, so that a checkpoint names all of them.
+    """Wrap an architecture function so that it also sets the mapping options: a checkpoint then names all of them.
 
     Args:
         architecture: fairseq's.
-        known_fields: gives the fields of the model's config, if fairseq does not check them (a model without a
-            dataclass); raising ValueError at others is then done here.
+        known_fields: returns the fields of the model's config, for a model without a dataclass: fairseq does not
+            check its fields, so other fields raise ValueError here.
     """
 
     @option_errors()
     def architecture_with_mappings(args: Any) -> None:
         namespace = args
         if OmegaConf.is_config(args):
-            # In omegaconf 2.0 (fairseq 0.12.2) what a config lacks looks like None: work on what it has.
+            # In omegaconf 2.0 (fairseq 0.12.2) a missing field reads as None, so work on those that exist.
             given = OmegaConf.to_container(args)
             if known_fields is not None and not {option.name for option in MAPPING_OPTIONS} <= given.keys():
                 check_fields(given, known_fields() | vars(_defaults_of(architecture)).keys())  # not a checkpoint's
@@ -162,7 +162,7 @@ def _defaults_of(architecture: Callable[[Any], None]) -> Namespace:
 
 
 def check_fields(given: Dict[str, Any], known: Set[str]) -> None:
-    """Raise ValueError where a config has a field that is not ``known``, or null for an option of mappings."""
+    """Raise ValueError if a config has a field that is not ``known``, or a mapping option that is null."""
     for name in given:
         if name not in known:
             nearest = get_close_matches(name.replace("-", "_"), sorted(known), n=1, cutoff=0)
@@ -174,11 +174,11 @@ def check_fields(given: Dict[str, Any], known: Set[str]) -> None:
 
 @dataclass(frozen=True)
 class MappingChoice:
-    """:class:`MappingOptions`, checked, in the form that the modules ask for.
+    """:class:`MappingOptions`, checked, in the form that the modules use.
 
     Attributes:
         attention: the mapping of the attention modules at ``sites``.
-        sites: of ``SITES``; softmax everywhere else.
+        sites: some of ``SITES``; all others have softmax.
         output: the mapping of the output layer.
         scale: the ``--attention-scale`` at ``sites``.
     """
@@ -190,15 +190,15 @@ class MappingChoice:
 
     @classmethod
     def from_options(cls, args: Any, available_sites: Sequence[str] = SITES) -> "MappingChoice":
-        """Check what the user chose; a backend, which is the process's and not the model's, is set here.
+        """Check the user's choices. Also sets the backend, which belongs to the process, not to the model.
 
         Args:
-            args: has the attributes of :class:`MappingOptions` (one that is missing has its default) among those
-                of its model, as fairseq's namespaces and configs do.
+            args: fairseq's namespace or config of the model, with the attributes of :class:`MappingOptions`; a
+                missing one has its default.
             available_sites: the sites that the model has.
 
         Raises:
-            ValueError: a choice that does not exist or that this model cannot honour, with what to do instead.
+            ValueError: a choice does not exist, or this model cannot honour it; says what to do instead.
         """
         options = Namespace(**{o.name: getattr(args, o.name, o.default) for o in MAPPING_OPTIONS})
         _check_name("attention-mapping", options.attention_mapping, tuple(MAPPINGS))
@@ -216,12 +216,12 @@ class MappingChoice:
         own = parse_options(options.attention_mapping, options.mapping_options)
         if options.attention_mapping not in BUILT_IN:
             arguments[options.attention_mapping] = own
-        for name, wanted in arguments.items():  # chosen or not, what is wrong is an error
+        for name, wanted in arguments.items():  # a wrong option is an error even if it is not used
             build_mapping(name, **wanted)
         if (options.attention_mapping, options.attention_scale) != ("softmax", "none"):
             _check_attention(args, sites, available_sites)
         _check_output(args, options.output_mapping)
-        if options.multimax_backend != "auto":  # auto, as of every checkpoint, leaves what this run has chosen
+        if options.multimax_backend != "auto":  # auto, as in every checkpoint, keeps this run's choice
             set_backend(options.multimax_backend)
         return cls(
             attention=(options.attention_mapping, arguments.get(options.attention_mapping, {})),
@@ -235,7 +235,7 @@ class MappingChoice:
         return None if self.output == SOFTMAX else build_mapping(self.output[0], **self.output[1])
 
     def describe(self) -> Dict[str, str]:
-        """What the weights of a model are trained for, in words, by the flag that chooses it."""
+        """The mappings that the weights are trained for, in words, by flag."""
 
         def words(mapping: Mapping) -> str:
             name, options = mapping
@@ -259,7 +259,7 @@ class MappingChoice:
 
 
 def _names(flag: str, names: Union[str, Sequence[str]], choices: Sequence[str]) -> Tuple[str, ...]:
-    """The names in a comma-separated list (or, from a config file, a list), each one of ``choices``."""
+    """The names in a comma-separated list (from a config file: a list), each one of ``choices``."""
     names = tuple(name.strip() for name in (names.split(",") if isinstance(names, str) else names))
     for name in names:
         _check_name(flag, name, choices)

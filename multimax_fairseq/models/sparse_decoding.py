@@ -1,18 +1,18 @@
 """Search and scoring with models whose output mapping gives most words probability 0.
 
-fairseq's search takes a log-probability of −inf for a word that is not allowed, and relies on it that every
-hypothesis can end. Here that does not hold, so for models with a sparse output mapping, and for no others,
+fairseq's search reads a log-probability of −inf as "not allowed", and assumes that every hypothesis can end. Neither
+holds here. So for models with a sparse output mapping, and only for them,
 
-- a hypothesis goes on with words of probability above 0 alone, for as long as one of them is allowed. Where none is
-  (the length limit leaves only ``</s>``, a prefix only its next word), the softmax of the scores of those that are
-  takes the place of their probabilities: of a single word the logarithm is 0.
-- a sentence is done when nothing of it can go on, however few hypotheses that left.
-- the beam may have held every continuation of probability above 0: then what was found is provably the best, and how
-  often that was so is logged at the end.
-- ``fairseq-eval-lm``, whose perplexity would be that of the words of probability above 0, has ε-perplexity in its
-  place; it and other scores that stay finite are logged before it.
+- a hypothesis continues only with words of probability above 0, as long as one of them is allowed. If none is (the
+  length limit allows only ``</s>``, a prefix only its next word), the allowed words get the softmax of their scores
+  as probabilities; the logarithm for a single word is then 0.
+- a sentence is finished when none of its hypotheses can continue, however few have ended.
+- if the beam held every continuation of probability above 0, the result is provably the best; how often that
+  happened is logged at the end.
+- ``fairseq-eval-lm`` reports ε-perplexity, since its own perplexity would cover only the words of probability above
+  0. ε-perplexity and other scores that stay finite are logged first.
 
-Every path to a generator leads through ``FairseqTask.build_generator``, and to scores through ``SequenceScorer``.
+All generators come from ``FairseqTask.build_generator``, all scores from ``SequenceScorer``.
 """
 
 import functools
@@ -33,10 +33,10 @@ from ..modules.transformer import LOWEST_LOG
 
 logger = logging.getLogger(__name__)
 
-# How far from 1 the sum of a row of probabilities can be by rounding.
+# How far rounding can move the sum of a row of probabilities from 1.
 ROUNDING = 1e-5
 
-# Of the probability, ε-perplexity gives so much to all words alike: ε = SMOOTHING / V.
+# The mass that ε-perplexity spreads evenly over all words: ε = SMOOTHING / V.
 SMOOTHING = 0.01
 
 
@@ -46,7 +46,7 @@ def is_sparse(model: Any) -> bool:
 
 
 def install() -> None:
-    """Let fairseq search and score with sparse models as is said above; does nothing the second time."""
+    """Make fairseq search and score with sparse models as described above; does nothing the second time."""
     if not hasattr(FairseqTask.build_generator, "__wrapped__"):
         FairseqTask.build_generator = _with_sparse_generator(FairseqTask.build_generator)
         SequenceScorer.generate = _with_sparse_scores(SequenceScorer.generate)
@@ -70,7 +70,7 @@ def _with_sparse_generator(build):
             task, models, args, seq_gen_cls=seq_gen_cls, extra_gen_cls_kwargs=extra_gen_cls_kwargs, **others
         )
         if isinstance(generator, SequenceScorer):
-            generator.keeps_zeros = True  # a reference of probability 0 is said to have it
+            generator.keeps_zeros = True  # report a reference's probability of 0 as 0
         return generator
 
     return build_generator
@@ -89,20 +89,20 @@ def _ranked_zeros(models: Iterable[Any]) -> Iterator[None]:
 
 
 class SparseGenerator(SequenceGenerator):
-    """fairseq's generator, for models of which one or more are sparse; arguments as there."""
+    """fairseq's generator, for one or more sparse models (others may be among them); same arguments."""
 
-    fills_beams = False  # repeats the last hypothesis where there are fewer than the beam has room for
+    fills_beams = False  # whether to repeat the last hypothesis until the beam is full
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.watch = SearchWatch(self.search, self.eos, self.beam_size)
-        # The generator is not in a cycle of references, so this is when the command has used it for the last time.
+        # The generator is in no reference cycle, so this runs right after the command's last use of it.
         weakref.finalize(self, self.watch.log)
 
     def _generate(self, sample: Dict[str, Any], *args, **kwargs) -> List[List[Dict[str, Tensor]]]:
         with _ranked_zeros([*self.model.models, self.lm_model]):
             finalized = super()._generate(sample, *args, **kwargs)
-        # What ended a sentence that nothing else ended has steps of probability 0.
+        # A hypothesis that was added only to finish a sentence has steps of probability 0.
         found = [[hypo for hypo in hypos if hypo["positional_scores"].isfinite().all()] for hypos in finalized]
         if self.fills_beams:
             found = [hypos + (self.beam_size - len(hypos)) * [{**hypos[-1], "is_copy": True}] for hypos in found]
@@ -116,7 +116,7 @@ class SparseGenerator(SequenceGenerator):
 
 
 class SparseGeneratorWithAlignment(SequenceGeneratorWithAlignment, SparseGenerator):
-    """The same with ``--print-alignment``, which counts on as many hypotheses as the beam has room for."""
+    """The same with ``--print-alignment``, which needs a full beam of hypotheses."""
 
     fills_beams = True
 
@@ -129,21 +129,21 @@ class SearchWatch:
 
     Args:
         search: any of fairseq's strategies; its ``step`` is replaced.
-        eos: of the target dictionary.
-        beam_size: hypotheses that go on.
+        eos: its index in the target dictionary.
+        beam_size: number of hypotheses that continue.
 
     Attributes:
-        sentences, exact: finished, and of these searched to the end (0 where the strategy is not plain beam search).
+        sentences, exact: those finished, and those searched exhaustively (0 unless plain beam search).
     """
 
     def __init__(self, search: nn.Module, eos: int, beam_size: int):
         self.eos, self.beam_size = eos, beam_size
         self.is_plain = type(search) is BeamSearch
         self.sentences = self.exact = 0
-        # by the number of a sentence: whether a continuation was lost, and hypotheses that have ended
+        # by sentence number: whether a continuation was lost, and how many hypotheses have ended
         self._lost: Dict[int, bool] = {}
         self._ended: Dict[int, int] = {}
-        if isinstance(search, LengthConstrainedBeamSearch):  # which forbids words, and leaves the rest to another
+        if isinstance(search, LengthConstrainedBeamSearch):  # it forbids words, and calls another for the rest
             search = search.beam
         self._inner = search.step
         search.step = self.step
@@ -157,7 +157,7 @@ class SearchWatch:
             positive[stuck] = lprobs[stuck].log_softmax(-1)
         if self.is_plain:
             continues = positive.masked_fill(~alive.unsqueeze(-1), -math.inf)
-            before = (continues.logsumexp(-1).exp() < 1 - ROUNDING) & alive | stuck  # words are not allowed
+            before = (continues.logsumexp(-1).exp() < 1 - ROUNDING) & alive | stuck  # some words are not allowed
             continues = (continues[:, :1] if step == 0 else continues) > -math.inf  # (bsz, beam or 1, V)
         cand_scores, cand_indices, cand_beams = self._inner(step, positive, scores, *args, **kwargs)
         self._exhausted = (cand_scores == -math.inf).all(1).tolist()
@@ -169,7 +169,7 @@ class SearchWatch:
             kept = is_kept[:, : self.beam_size].sum(1)
             self._note(step, before.any(1).tolist(), ends.tolist(), kept.tolist())
         for sentence, is_exhausted in enumerate(self._exhausted):
-            if is_exhausted:  # a hypothesis that ends, or fairseq would not ask whether the sentence is finished
+            if is_exhausted:  # add an ending: else fairseq does not check whether the sentence is finished
                 cand_scores[sentence, 0] = torch.finfo(cand_scores.dtype).min
                 cand_indices[sentence, 0] = self.eos
                 cand_beams[sentence, 0] = 0
@@ -188,11 +188,11 @@ class SearchWatch:
             )
 
     def is_exhausted(self, sentence: int) -> bool:
-        """Whether nothing of a sentence of the batch could go on, in the last step."""
+        """Whether no hypothesis of this sentence of the batch could continue in the last step."""
         return self._exhausted[sentence]
 
     def count(self, sentence: int) -> None:
-        """A sentence of the batch is finished after the last step."""
+        """Count a sentence of the batch, finished after the last step."""
         self.sentences += 1
         if self.is_plain:
             number = self._numbers[sentence]
@@ -220,7 +220,7 @@ def _with_sparse_scores(generate):
         if not hasattr(scorer, "sparse_scores"):
             scorer.sparse_scores = SparseScores(len(model.decoder.dictionary))
             weakref.finalize(scorer, scorer.sparse_scores.log)
-        squares: List[Tensor] = []  # Σ p², of all tokens in their order
+        squares: List[Tensor] = []  # Σ p² of each token, in order
         normalized = model.get_normalized_probs
 
         def noting_squares(*args, **kwargs):
@@ -246,13 +246,13 @@ def _with_sparse_scores(generate):
 
 
 class SparseScores:
-    """What says how good a sparse model's probabilities of words are, and stays finite where one is 0.
+    """Scores of a sparse model's word probabilities that stay finite where one is 0.
 
-    With p the distribution and p_y the probability of the word that is there::
+    With p the distribution and p_y the probability of the correct word::
 
         ε-perplexity               exp − log((p_y + ε) / (1 + ε V)), mean over words inside exp
         sparsemax score            p_y + (1 − Σ p²) / 2, at most 1
-        Jensen-Shannon divergence  of p and the distribution that is all y: at least 0, at most log 2, nat
+        Jensen-Shannon divergence  of p and the distribution that is all y: between 0 and log 2, nat
 
     Source: Martins, Marinho & Martins 2020, *Sparse text generation* (EMNLP).
 
@@ -269,7 +269,7 @@ class SparseScores:
         return ((logs.exp() + self.epsilon) / (1 + SMOOTHING)).log()
 
     def update(self, logs: Tensor, squares: Tensor) -> None:
-        """Add words: log p_y and Σ p², (words,) each."""
+        """Add log p_y and Σ p² of some words, (words,) each."""
         p = logs.double().exp()
         m = (1 + p) / 2  # where the two distributions meet; elsewhere their mean is half of p
         divergence = ((1 - p) * math.log(2) + torch.xlogy(p, p / m) - m.log()) / 2
@@ -278,7 +278,7 @@ class SparseScores:
         self.sums += torch.stack(terms).sum(1).cpu()
 
     def results(self) -> Dict[str, float]:
-        """Means over words; the share of words of probability 0 in percent."""
+        """Means over words, and the percentage of words of probability 0."""
         log_probability, sparsemax, divergence, zero = (self.sums / self.tokens).tolist()
         return {
             "epsilon": self.epsilon,
