@@ -49,4 +49,4 @@ def test_a_python_that_fairseq_does_not_know(monkeypatch):
 def test_what_it_does_not_know_is_answered_with_help(monkeypatch, capsys):
     for arguments, status in ((["--help"], 0), (["--what"], 2)):
         monkeypatch.setattr(sys, "argv", ["multimax-doctor", *arguments])
-        assert doctor.main() == status and "Exit status 0" in capsys.readouterr().out
+        assert doctor.main() == status and "Exit status: 0" in capsys.readouterr().out
