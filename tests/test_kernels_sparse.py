@@ -80,10 +80,8 @@ def test_random_cases(name):
         assert sparse.LIBRARY.serves(scores)
         actual = gradients(mapping, inputs, upstream)
         expected = gradients(formula, [tensor.double() for tensor in inputs], upstream.double())
-        # The gradient of α is a sum over rows. With α between 1.5 and 2 gradients are steep where a score comes to
-        # the edge of the support: there the package has, in fp32, errors of up to 3e-5, and for α itself 2e-3.
-        edge = 3 if learned else 1
-        sizes = 1, edge * upstream.abs().max().clamp(min=1), edge * expected[-1].abs().max().clamp(min=1)
+        # the gradient of α is a sum over rows
+        sizes = 1, upstream.abs().max().clamp(min=1), expected[-1].abs().max().clamp(min=1)
         for result, oracle, size in zip(actual, expected, sizes):
             torch.testing.assert_close(result.double(), oracle, atol=float(atol * size), rtol=0)
         assert ((expected[0] > 0) == (actual[0] > 0))[expected[0] > 1e-12].all()

@@ -5,6 +5,8 @@
 
 #include "multimax.hpp"
 
+#include <algorithm>
+#include <cmath>
 #include <utility>
 #include <vector>
 
@@ -99,7 +101,9 @@ inline Vec expand(const float* from, uint32_t bits) {
 
 // The mappings, given c: the same in all lanes, or one row per lane. power(base) gives q = base^(1/c) and its slope,
 // base^(1/c-1). shrink(sum) is sum^-c. bend is (1 - c) / 2c, or 0 where its factor base^(1/c-2) may be infinite. near
-// is how near t must come to its root, relative to c t. slope_of(p) is p^(1-c), and 0 for p = 0.
+// is how near t must come to its root, relative to c t. slope_of(p) is p^(1-c), and 0 for p = 0; where c is large, it
+// falls so steeply to this 0 that fp32 has too few digits of a small p: a row with a base nearer to 0 than edge is
+// solved again in double precision.
 
 struct Sparsemax {
   static constexpr bool COSTLY = false, SPARSE = true;
@@ -121,10 +125,11 @@ struct Entmax15 {
 
 struct Entmax {
   static constexpr bool COSTLY = true, SPARSE = true;
-  const Vec c, reciprocal, bend, near;
+  const Vec c, reciprocal, bend, near, edge;
   explicit Entmax(Vec c)
       : c(c), reciprocal(1.f / c), bend(c > 0.55f ? Vec{} : 0.5f * (1.f - c) / c),
-        near(c > 0.55f ? all(1e-6f) : all(5e-4f)) {}
+        near(c > 0.55f ? all(1e-6f) : all(5e-4f)),
+        edge(c > 0.55f ? all(2e-3f) : c > 0.33f ? all(1e-4f) : all(-1.f)) {}
   Vec power(Vec base, Vec base_less_1, Vec inverse, Vec& slope) const {
     const Vec q = exp2(log2_1p(base_less_1, base) * reciprocal);
     slope = q * inverse;
@@ -193,6 +198,29 @@ struct Root {
   }
 };
 
+// Bits for the lanes where a score is near the edge of the support; d and ratio as in Root.
+inline uint32_t near_edge(Vec d, Vec ratio, Vec edge) {
+  const Vec base = 1.f + ratio * d;
+  return ~lanes_above(max(base, -base), edge) & ((1u << LANES) - 1);
+}
+
+// Probabilities of a row, for c < 1, from a t near the root.
+inline void solve_in_double(const float* scores, float* probabilities, int64_t width, double c, double t) {
+  const double largest = *std::max_element(scores, scores + width);
+  const auto base = [&](int64_t j) { return std::max(t + c * (scores[j] - largest), 0.); };
+  double change = 1;
+  for (int steps = 0; steps < MOST_STEPS && std::abs(change) > 1e-15; ++steps, t -= change) {
+    double sum = 0, slopes = 0;
+    for (int64_t j = 0; j < width; ++j) {
+      if (base(j) == 0) continue;
+      const double q = std::pow(base(j), 1 / c);
+      sum += q, slopes += q / base(j);
+    }
+    change = c * (sum - 1) / slopes;
+  }
+  for (int64_t j = 0; j < width; ++j) probabilities[j] = base(j) == 0 ? 0 : float(std::pow(base(j), 1 / c));
+}
+
 // `room` is scratch of 3 (width + LANES) numbers.
 template <class Mapping>
 void project_row(const float* scores, float* probabilities, int64_t width, float c, float* room) {
@@ -240,10 +268,14 @@ void project_row(const float* scores, float* probabilities, int64_t width, float
     if (j % SHORT_SUM == 0) root.carry();
   }
   const float total = sum(root.sum + root.earlier), factor = wrong ? NOT_A_NUMBER : total == 0 ? 0 : 1 / total;
+  uint32_t steep = 0;
   each(width, [&](int64_t j, auto lanes) {
-    const uint32_t above = lanes_above(load(scores + j, lanes, -INFINITE) - largest, all(limit));
+    const Vec d = load(scores + j, lanes, -INFINITE) - largest;
+    const uint32_t above = lanes_above(d, all(limit));
     store(probabilities + j, lanes, factor * expand(q, above)), q += __builtin_popcount(above);
+    if constexpr (Mapping::COSTLY) steep |= near_edge(d, root.ratio, root.mapping.edge);
   });
+  if (steep && !wrong) solve_in_double(scores, probabilities, width, c, root.t[0]);
 }
 
 // Swaps the off-diagonal blocks of HALF rows and HALF columns.
@@ -298,11 +330,19 @@ void project_rows_abreast(const float* scores, float* probabilities, int64_t wid
   root.sum = Vec{};
   for (int64_t j = 0; j < width; ++j) q[j] = root.settle(q[j], d[j], inverse[j]);
   const Vec factor = wrong ? all(NOT_A_NUMBER) : root.sum > 0.f ? 1.f / root.sum : Vec{};
+  uint32_t steep = 0;
+  if constexpr (Mapping::COSTLY) {
+    for (int64_t j = 0; j < width; ++j) steep |= near_edge(d[j], root.ratio, root.mapping.edge);
+  }
   for (int64_t start = 0; start < width; start += LANES) {
     const int lanes = width - start < LANES ? int(width - start) : LANES;
     for (int i = 0; i < LANES; ++i) q[start + i] *= factor;
     transpose(q + start);
     for (int i = 0; i < height; ++i) store(probabilities + i * width + start, lanes, q[start + i]);
+  }
+  for (int i = 0; i < height; ++i) {
+    if (!(steep >> i & 1) || wrong[i]) continue;
+    solve_in_double(scores + i * width, probabilities + i * width, width, c[i], root.t[i]);
   }
 }
 
