@@ -217,9 +217,6 @@ def test_the_weights_returned_are_those_before_dropout(monkeypatch):
     torch.testing.assert_close(trained, evaluated)
 
 
-@pytest.mark.skipif(
-    not hasattr(torch.compiler, "is_compiling"), reason="before torch 2.3 a context manager is no part of a graph"
-)
 def test_who_compiles_a_whole_model_sees_one_graph(monkeypatch, backend):
     monkeypatch.setattr(attention, "MIN_KEYS", 1)
     layer, mask = module().float(), torch.full((9, 9), -INF).triu(1)

@@ -1,6 +1,6 @@
 """Multi-head attention whose scores become probabilities by any mapping."""
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Dict, Iterator, Optional, Tuple, Union
 
@@ -103,7 +103,8 @@ class MappedMultiheadAttention(MultiheadAttention):
             ``need_head_weights``; else None.
         """
         wants_weights = need_weights or need_head_weights or before_softmax
-        with self._scaled(query, key, key_padding_mask, incremental_state, static_kv, attn_mask):
+        arguments = query, key, key_padding_mask, incremental_state, static_kv, attn_mask
+        with nullcontext() if self.scale is None else self._scaled(*arguments):
             if not wants_weights and incremental_state is None and self._goes_blockwise(query, key, attn_mask):
                 return self._attend_blockwise(query, key, value, key_padding_mask, attn_mask), None
 
@@ -143,9 +144,6 @@ class MappedMultiheadAttention(MultiheadAttention):
         attn_mask: Optional[Tensor],
     ) -> Iterator[None]:
         """While open, :attr:`scaling` includes the factor of ``scale`` for these arguments of :meth:`forward`."""
-        if self.scale is None:
-            yield
-            return
 
         def count_keys() -> Tensor:
             """(tgt_len or 1, bsz or 1)"""
