@@ -23,17 +23,18 @@ model=(
 )
 
 training=(
-    --task language_modeling --tokens-per-sample 256 --sample-break-mode none
+    --task language_modeling --criterion chunked_cross_entropy # in two thirds of the time of cross_entropy
+    --tokens-per-sample 256 --sample-break-mode none
     --optimizer adam --adam-betas '(0.9, 0.98)' --weight-decay 0.01
-    --lr 5e-3 --lr-scheduler inverse_sqrt --warmup-updates 400
+    --lr 6e-3 --lr-scheduler cosine --warmup-updates 200
     --num-workers 0 --log-interval 50
 )
-max_tokens=2048
-length=(--max-update 1500)
+max_tokens=1024
+length=(--max-update 5000)
 
 smoke_model=("${tiny_lm[@]}")
 smoke_length=(--max-update 40)
-smoke_training=(--warmup-updates 20)
+smoke_training=(--lr-scheduler inverse_sqrt --warmup-updates 20)
 
 prepare_smoke() {
     "$PYTHON" "$scripts/make_smoke_data.py" wikitext103 "$1.zip"
