@@ -7,13 +7,13 @@ import torch
 from conftest import needs_compiler
 from torch.nn import functional
 
-from multimax_fairseq.kernels import attention, blockwise_attention
+from multimax_fairseq.kernels import blockwise_attention
 from multimax_fairseq.kernels.attention import multimax_attention
 from multimax_fairseq.kernels.masks import Masks
 from multimax_fairseq.mappings.multimax import multimax_formula
 
 INF = float("inf")
-GRAD_FNS = {"C++": "CppMultiMaxBackward", "blocks": "BlockwiseMultiMaxBackward", "whole": "BmmBackward0"}
+GRAD_FNS = {"C++": "CppMultiMaxBackward", "blocks": "CatBackward0", "whole": "BmmBackward0"}
 # No score in half precision is one of these: there is no slope there, and either side's may be taken for it.
 THRESHOLDS = torch.tensor([[-0.51234, 0.47651], [0.01357, 1.02468]], dtype=torch.float64)
 GAINS = torch.tensor([[0.1, -0.2], [-0.05, 0.05]], dtype=torch.float64)
@@ -29,7 +29,7 @@ def path(request, monkeypatch):
 def choose(path, monkeypatch):
     monkeypatch.setenv("MULTIMAX_BACKEND", "compiled" if path == "C++" else "eager")
     if path == "whole":
-        monkeypatch.setattr(attention, "_fits_as_a_whole", lambda query, key: True)
+        monkeypatch.setattr(blockwise_attention, "fits_as_a_whole", lambda query, key: True)
     # several blocks, of several heads, in what are small problems here
     monkeypatch.setattr(blockwise_attention, "QUERIES", 32)
 
@@ -74,7 +74,7 @@ def results(attend, inputs, masks, upstream):
         ("compiled", torch.float32, 0.0, "C++"),
         ("compiled", torch.float32, 0.1, "C++"),
         ("eager", torch.float32, 0.0, "blocks"),
-        ("eager", torch.bfloat16, 0.1, "whole"),
+        ("eager", torch.bfloat16, 0.1, "blocks"),
     ],
 )
 def test_who_computes(backend, dtype, dropout, taken, monkeypatch):
@@ -87,14 +87,14 @@ def test_who_computes(backend, dtype, dropout, taken, monkeypatch):
 def test_a_gpu_has_the_whole_matrix_up_to_a_bound_and_then_blocks_of_many_queries():
     """By tensors without memory: there is no GPU here, and no number is asked for."""
     short, long = (torch.empty(32, length, 64, device="meta", dtype=torch.float16) for length in (512, 4_096))
-    assert attention._fits_as_a_whole(short, short) and not attention._fits_as_a_whole(long, long)
-    blocks = list(blockwise_attention._blocks(long, long, Masks()))
-    assert {(queries.stop - queries.start) for _, queries, _ in blocks} == {512}
-    assert all((heads.stop - heads.start) * 512 * 4_096 <= attention.WHOLE_ON_GPU * 2 for heads, _, _ in blocks)
+    fits = blockwise_attention.fits_as_a_whole
+    assert fits(short, short) and not fits(long, long)
+    heads, queries = blockwise_attention.block_size(long, long)
+    assert queries == 512 and heads * 512 * 4_096 == blockwise_attention.SCORES_ON_GPU
 
 
 def test_a_cpu_never_has_the_whole_matrix_of_long_rows():
-    assert not attention._fits_as_a_whole(torch.empty(1, 1, 1), torch.empty(1, 1, 1))
+    assert not blockwise_attention.fits_as_a_whole(torch.empty(1, 1, 1), torch.empty(1, 1, 1))
 
 
 @pytest.mark.parametrize("masks", [Masks(), Masks(causal=True), Masks(True, torch.zeros(3, 1, 40))])

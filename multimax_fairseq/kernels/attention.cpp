@@ -1,4 +1,4 @@
-// MultiMax attention in blocks, for fp32 on a CPU: BlockwiseMultiMax of blockwise_attention.py, and dropout. Each
+// MultiMax attention in blocks, for fp32 on a CPU: those of blockwise_attention.py. Each
 // thread works through blocks of its own, head after head, without waiting between products and mapping: a block of
 // scores stays in its cache from the first product to the last.
 

@@ -27,7 +27,7 @@ FAR = 2.0**50
 @kernel
 def multimax_rows(scores: Tensor, thresholds: Tensor, gains: Tensor) -> Tensor:
     """softmax(σ(x)) in the dtype of ``scores``; zeros in a row without scores."""
-    return normalised(scores, thresholds, gains)[0].to(scores.dtype)
+    return normalised(scores, thresholds, gains).to(scores.dtype)
 
 
 @kernel
@@ -40,7 +40,7 @@ def multimax_rows_backward(
     """
     grad = grad.to(compute_dtype(scores.dtype))
     if grad.dtype != scores.dtype:
-        probabilities = normalised(scores, thresholds, gains)[0]
+        probabilities = normalised(scores, thresholds, gains)
     upstream = probabilities * (grad - (grad * probabilities).sum(-1, keepdim=True))
     return sigma_backward(scores, upstream, thresholds, gains)
 
@@ -78,20 +78,13 @@ def present_sigma(scores: Tensor, thresholds: Tensor, gains: Tensor) -> Tensor:
     return sigma(x, thresholds, gains).masked_fill(is_absent(x), float("-inf"))
 
 
-def normalised(scores: Tensor, thresholds: Tensor, gains: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
-    """Probabilities exp(σ(x) − peak) · factor, in fp32 at least, and their normalisers.
-
-    Returns:
-        probabilities, (rows, width); peak = max σ and factor = 1 / Σ exp(σ − peak), (rows, 1), both 0 in a row
-        without scores.
-    """
+def normalised(scores: Tensor, thresholds: Tensor, gains: Tensor) -> Tensor:
+    """Probabilities, in fp32 at least; zeros in a row without scores."""
     modulated = present_sigma(scores, thresholds, gains)
     empty = is_absent(scores.amax(-1, keepdim=True))  # not by σ: a row whose σ all overflow to −inf is NaN
-    peak = modulated.amax(-1, keepdim=True).masked_fill(empty, 0.0)
-    exponentials = (modulated - peak).exp()
+    exponentials = (modulated - modulated.amax(-1, keepdim=True).masked_fill(empty, 0.0)).exp()
     total = exponentials.sum(-1, keepdim=True)  # keeps a row's NaN, which torch 2.2's amax can lose on a CPU
-    factor = 1 / total.masked_fill(total == 0, float("inf"))
-    return exponentials * factor, peak, factor
+    return exponentials / total.masked_fill(total == 0, float("inf"))
 
 
 def sigma_backward(
