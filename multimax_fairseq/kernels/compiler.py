@@ -127,7 +127,9 @@ def compile_function(function: Callable[..., Any], examples: Sequence[Tensor]) -
     from torch.fx.experimental.proxy_tensor import make_fx
 
     device = examples[0].device.type
-    with torch.no_grad(), torch.autocast(device, enabled=False):
+    # activation checkpointing counts what is saved, and must not count what tracing saves
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
+    with torch.no_grad(), torch.autocast(device, enabled=False), hooks:
         graph = make_fx(function, tracing_mode="symbolic")(*examples)
         inputs = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
         known = torch._inductor.list_options()
