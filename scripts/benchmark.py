@@ -50,7 +50,6 @@ from tqdm import tqdm
 
 import multimax_fairseq.models  # noqa: F401  registers the models
 from multimax_fairseq.analysis.files import UserError, import_user_dir
-from multimax_fairseq.criterions.entmax_loss import alpha_of
 from multimax_fairseq.kernels.attention import multimax_attention
 from multimax_fairseq.kernels.backend import compiled_graphs
 from multimax_fairseq.kernels.chunked_cross_entropy import chunked_cross_entropy
@@ -408,7 +407,7 @@ def output_side(name: str, mapping: str, tokens: int) -> Tuple[Callable[[], None
     sparse = build_mapping(name, **({"alpha": "learned"} if name == "entmax" else {})).to(DEVICE)
 
     def sparse_loss() -> None:
-        chunked_entmax_loss(features, weight, targets, sparse, alpha_of(sparse)).loss.backward()
+        chunked_entmax_loss(features, weight, targets, sparse, sparse.alpha).loss.backward()
 
     return sparse_loss, learned
 

@@ -1,5 +1,7 @@
 """Encoder and decoder: the output mapping, and what fairseq wraps around layers."""
 
+import math
+
 import pytest
 import reference
 import torch
@@ -44,6 +46,21 @@ def test_modulated_half_precision_logits_are_single(build):
         decoder.output_projection.weight.fill_(1.0)  # logits of 960: σ goes beyond 65504
         output = decoder.output_layer(features)
     assert output.dtype == torch.float32 and torch.isfinite(output).all() and output.max() > 65504
+
+
+@pytest.mark.parametrize("options", [[], ["--decoder-normalize-before"]])
+@pytest.mark.parametrize("arch", ["multimax_transformer", "multimax_transformer_lm"])
+@pytest.mark.parametrize("mapping, alpha", [("softmax", None), ("sparsemax", 2), ("entmax15", 1.5), ("entmax", 1.1)])
+def test_sparse_mappings_start_with_smaller_features(mapping, alpha, arch, options, build, batch):
+    """By 1 / ((α − 1) log V), where that is below 1: so fewer words that come next start with probability 0."""
+    output = ["--output-mapping", mapping, *(["--entmax-alpha", alpha] if mapping == "entmax" else [])]
+    plain, sparse = build(arch, *options), build(arch, *options, *output)
+    sample, decoder = batch(plain), sparse.model.decoder
+    norm = decoder.layer_norm or decoder.layers[-1].final_layer_norm
+    scale = min(1 / ((alpha - 1) * math.log(len(decoder.dictionary))), 1) if alpha else 1
+    assert norm.weight.tolist() == pytest.approx([scale] * len(norm.weight))
+    with torch.no_grad():
+        torch.testing.assert_close(logits(sparse, sample), scale * logits(plain, sample), atol=1e-6, rtol=1e-5)
 
 
 def test_layers_are_checkpointed_when_asked(build, batch, monkeypatch):

@@ -9,7 +9,6 @@ from fairseq.logging import metrics
 from torch import Tensor, nn
 
 from ..kernels.chunked_entmax_loss import EntmaxLosses, chunked_entmax_loss
-from ..mappings import Entmax, Entmax15, Sparsemax
 from ..models.options import option_errors
 from ..modules.transformer import SPARSE, refuse_cross_entropy
 from .chunked_cross_entropy import (
@@ -17,8 +16,6 @@ from .chunked_cross_entropy import (
     ChunkedCrossEntropyCriterionConfig,
     check_output_layer,
 )
-
-ALPHAS = {Sparsemax: 2.0, Entmax15: 1.5}
 
 
 @register_criterion("entmax_loss", dataclass=ChunkedCrossEntropyCriterionConfig)
@@ -39,7 +36,7 @@ class EntmaxLossCriterion(ChunkedCrossEntropyCriterion):
             projection.weight,
             targets,
             mapping,
-            alpha_of(mapping),
+            mapping.alpha,
             projection.bias,
             label_smoothing=self.eps,
             padding=self.padding_idx,
@@ -64,11 +61,6 @@ class EntmaxLossCriterion(ChunkedCrossEntropyCriterion):
         metrics.log_scalar("plain_loss", total("plain_loss") / tokens, tokens, round=3)
         metrics.log_scalar("impossible", 100 * total("impossible") / tokens, tokens, round=2)
         metrics.log_scalar("support", total("support") / tokens, tokens, round=1)
-
-
-def alpha_of(mapping: nn.Module) -> Union[float, Tensor]:
-    """The α of a sparse mapping, a tensor where it is learned."""
-    return mapping.alpha if isinstance(mapping, Entmax) else ALPHAS[type(mapping)]
 
 
 def refuse_entmax_loss() -> None:

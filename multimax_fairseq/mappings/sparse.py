@@ -119,7 +119,9 @@ def _project(scores: Tensor, projection: Callable[[Tensor], Tensor]) -> Tensor:
 
 
 class Sparsemax(nn.Module):
-    """:func:`sparsemax` over the last dimension."""
+    """:func:`sparsemax` over the last dimension: entmax with α = 2."""
+
+    alpha = 2.0
 
     def forward(self, scores: Tensor) -> Tensor:
         return sparsemax(scores)
@@ -127,6 +129,8 @@ class Sparsemax(nn.Module):
 
 class Entmax15(nn.Module):
     """:func:`entmax15` over the last dimension."""
+
+    alpha = 1.5
 
     def forward(self, scores: Tensor) -> Tensor:
         return entmax15(scores)

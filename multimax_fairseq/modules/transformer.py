@@ -1,5 +1,6 @@
 """Transformer encoder and decoder made of the layers of :mod:`.transformer_layer`."""
 
+import math
 from typing import Any, Dict, List, Optional, Tuple
 
 import torch
@@ -69,8 +70,7 @@ class MappedDecoder(TransformerDecoderBase):
 
     def __init__(self, cfg, dictionary, embed_tokens, no_encoder_attn=False, output_projection=None):
         super().__init__(cfg, dictionary, embed_tokens, no_encoder_attn, output_projection)
-        self.output_mapping = cfg.mapping_choice.build_output()
-        self.is_sparse = cfg.mapping_choice.output[0] in SPARSE
+        self._set_output_mapping(cfg.mapping_choice)
 
     @classmethod
     def adopt(cls, decoder: TransformerDecoderBase, choice: Any) -> "MappedDecoder":
@@ -80,9 +80,27 @@ class MappedDecoder(TransformerDecoderBase):
         for layer in decoder.layers.children():  # iterating over the list itself would drop layers
             if hasattr(layer, "self_attn"):  # a BASE layer has none
                 layer.self_attn = with_mapping(layer.self_attn, decoder.cfg, "decoder")
-        decoder.output_mapping = choice.build_output()
-        decoder.is_sparse = choice.output[0] in SPARSE
+        decoder._set_output_mapping(choice)
         return decoder
+
+    def _set_output_mapping(self, choice: Any) -> None:
+        self.output_mapping = choice.build_output()
+        self.is_sparse = choice.output[0] in SPARSE
+        if self.is_sparse:
+            self._shrink_features()
+
+    def _shrink_features(self) -> None:
+        """Start with smaller features, as sparse mappings need smaller logits, by the weight of the last layer norm.
+
+        One word has all probability as soon as its logit is 1 / (α − 1) above the others, where softmax needs some
+        log V for nearly all. With the logits of a new softmax model, most words that come next would start with
+        probability 0. Training would first shrink the embeddings, which the input may share.
+        """
+        last_layer = next(reversed(list(self.layers.children())), None)
+        norm = self.layer_norm or getattr(last_layer, "final_layer_norm", None)
+        if norm is not None:
+            alpha = float(self.output_mapping.alpha)
+            norm.weight.data.mul_(min(1 / ((alpha - 1) * math.log(len(self.dictionary))), 1))
 
     def build_decoder_layer(self, cfg: TransformerConfig, no_encoder_attn: bool = False) -> nn.Module:
         return wrap_layer(MappedDecoderLayer(cfg, no_encoder_attn), cfg)
