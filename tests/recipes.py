@@ -191,31 +191,14 @@ def siblings(out: Path) -> list[str]:
     return sorted(path.name for path in out.parent.iterdir() if path.name.startswith(out.name))
 
 
-def accepted_options(script: Path) -> set[str]:
-    """The options in the table that a recipe gives to parse_options."""
-    table = script.read_text().partition('OPTIONS="\n')[2].partition('\n"')[0]
-    return {line.split()[0] for line in table.splitlines()}
-
-
-def check_help(script: Path) -> tuple[set[str], str]:
-    """--help names every option of a recipe, and needs nothing installed; the options, and what it says."""
-    result = succeed(script, "--help", PYTHON="/nowhere/python")
-    options = accepted_options(script)
-    for option in options | {"--help"}:
-        assert f"  {option} " in result.stdout
-    return options, result.stdout
-
-
-def check_interruption(
-    tmp_path: Path, stand_in: dict[str, str], how: str, status: int, script: Path, *arguments: object
-) -> None:
-    """A recipe that is interrupted leaves nothing, and nothing is in the way of its next run."""
-    out = tmp_path / "out"
-    command = [script, *arguments, "--out", out]
-    assert interrupt(tmp_path, stand_in, how, *command) == status
-    assert siblings(out) == []
-    succeed(*command, **stand_in)
-    assert siblings(out) == ["out"]
+def check_second_run(command: list, options: list, message: str) -> None:
+    """A recipe that is run again does nothing, and refuses other settings."""
+    out = command[command.index("--out") + 1]
+    before = snapshot(out)
+    assert "already prepared" in succeed(*command).stdout
+    said = fail(*command, *options)
+    assert message in said and "--force" in said
+    assert snapshot(out) == before
 
 
 def fairseq_task(name: str, out: Path, *options: str):
