@@ -384,6 +384,21 @@ def test_force_replaces_a_report_and_nothing_else(checkpoints, corpus, tmp_path,
 # ---------------------------------------------------------------------- errors
 
 
+@pytest.fixture
+def refused(tmp_path, monkeypatch):
+    """refused(*arguments, message=…): the command ends with this error before any work."""
+
+    def refused(*arguments, message):
+        monkeypatch.setattr("multimax_fairseq.analysis.measure.Measurement.update", None)  # not reached
+        with pytest.raises(SystemExit) as stopped:
+            main(["--out", str(tmp_path / "out"), "--cpu", *map(str, arguments)])
+        error = str(stopped.value)
+        assert error.startswith("ERROR: ") and message in error
+        assert not (tmp_path / "out").exists()
+
+    return refused
+
+
 def changed_data(corpus, tmp_path, pattern, change):
     """The binarised data, with other contents of the files of this pattern; None: without them."""
     data = tmp_path / "data"
@@ -442,21 +457,6 @@ def test_wrong_options_are_named_before_any_work(others, options, message, check
     options = [option.format(folder=tmp_path, text=corpus / "text") for option in options]
     paths = [checkpoints[name] for name in ("stock", *others)]
     refused(*paths, "--data", corpus / "data-bin", *options, message=message)
-
-
-@pytest.fixture
-def refused(tmp_path, monkeypatch):
-    """refused(*arguments, message=…): the command ends with this error before any work."""
-
-    def refused(*arguments, message):
-        monkeypatch.setattr("multimax_fairseq.analysis.measure.Measurement.update", None)  # not reached
-        with pytest.raises(SystemExit) as stopped:
-            main(["--out", str(tmp_path / "out"), "--cpu", *map(str, arguments)])
-        error = str(stopped.value)
-        assert error.startswith("ERROR: ") and message in error
-        assert not (tmp_path / "out").exists()
-
-    return refused
 
 
 @pytest.mark.parametrize("factor", [1e12, 1e36])
