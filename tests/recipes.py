@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -199,6 +199,19 @@ def check_second_run(command: list, options: list, message: str) -> None:
     said = fail(*command, *options)
     assert message in said and "--force" in said
     assert snapshot(out) == before
+
+
+def check_bad_archive(
+    script: Path, make: Callable[[Path], object], message: str, archive: Path, stand_in: dict[str, str]
+) -> None:
+    """A recipe says what is wrong with the archive that `make` makes, leaves it as it is, and makes nothing."""
+    make(archive)
+    before, folder = archive.read_bytes(), archive.parent
+    said = fail(script, "--archive", archive, "--out", folder / "a" / "out", **stand_in)
+    assert f"ERROR: {archive} {message}" in said and "Put a good copy in its place" in said
+    assert archive.read_bytes() == before
+    assert list((folder / "a").iterdir()) == []
+    assert not reached(folder).exists()
 
 
 def fairseq_task(name: str, out: Path, *options: str):

@@ -17,6 +17,7 @@ import pytest
 from recipes import (
     IWSLT14,
     Prepared,
+    check_bad_archive,
     check_second_run,
     clear_error,
     environment,
@@ -40,7 +41,8 @@ TEST_SETS = ("TED.dev2010", "TEDX.dev2012", "TED.tst2010", "TED.tst2011", "TED.t
 
 HEADER = ("<url>http://www.ted.com/talks/1</url>", "<keywords>talks, brain</keywords>", "<talkid>1</talkid>")
 
-# Lines of train.tags in German and English, and of those that stay the tokens, as Moses' Perl scripts make them.
+# Lines of train.tags in German and English, and of those that stay the tokens, as Moses' Perl scripts make them;
+# more of both in test_iwslt14_text.py.
 TRAINING = [
     ((HEADER[0], HEADER[0]), None),
     ((HEADER[1], HEADER[1]), None),
@@ -51,26 +53,15 @@ TRAINING = [
      ("ted-talk : „ mit humor … “", "ted talk : &quot; with humor ... &quot;")),
     (("Vielen Dank, Chris & Co. (Gelächter)", "Thank you, Chris & Co. (Laughter)"),
      ("vielen dank , chris &amp; co. ( gelächter )", "thank you , chris &amp; co . ( laughter )")),
-    (("Das war 1990, z.B. am 3. Mai, um 10:30 Uhr usw.", "That was 1990, e.g. on May 3, at 10:30 a.m. etc."),
-     ("das war 1990 , z.b. am 3. mai , um 10 : 30 uhr usw .",
-      "that was 1990 , e.g. on may 3 , at 10 : 30 a.m. etc .")),
     (("[Musik] <i>Wie geht's?</i>", "[Music] <i>How's it going?</i>"),
      ("&#91; musik &#93; &lt; i &gt; wie geht &apos; s ? &lt; / i &gt;",
       "&#91; music &#93; &lt; i &gt; how &apos;s it going ? &lt; / i &gt;")),
-    (("3,5 Mio. Menschen | 1.000,50 €", "3.5 million people | €1,000.50"),
-     ("3,5 mio. menschen &#124; 1.000,50 €", "3.5 million people &#124; € 1,000.50")),
-    (("Das Zeichen 中文 – „ein Baum“.", "The character 中文 is “a tree.”"),
-     ("das zeichen 中文 – „ ein baum “ .", "the character 中文 is “ a tree . ”")),
     (("", "Nobody translated this."), None),
     (("Das hat niemand übersetzt.", " "), None),
     (("", ""), None),
     (("Ja.", "Yes, and much more than that."), None),
-    (("eins zwei", "one two three"), ("eins zwei", "one two three")),  # 1.5 times as long
-    (("eins zwei drei vier", "one two three four five six seven"), None),
-    (("ha " * 175, "ha " * 175), (("ha " * 175).strip(),) * 2),
-    (("ha " * 176, "ha " * 176), None),
     *(((f"Satz Nummer {n} .", f"Sentence number {n}."), (f"satz nummer {n} .", f"sentence number {n} ."))
-      for n in range(1, 41)),
+      for n in range(1, 46)),
 ]  # fmt: skip
 
 # Segments, apostrophes as typographers set them, and their tokens.
@@ -131,7 +122,7 @@ def iwslt14(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
     folder = tmp_path_factory.mktemp("iwslt14")
     archive = make_archive(folder / "de-en.tgz")
     out = folder / "parent" / "out"
-    return archive, out, succeed(IWSLT14, "--archive", archive, "--out", out, "--merges", 100)
+    return archive, out, succeed(IWSLT14, "--archive", archive, "--out", out, "--merges", 80)
 
 
 def expected_tokens(split: str, side: int) -> list[str]:
@@ -183,9 +174,9 @@ def test_subwords_are_those_of_the_subword_nmt_command(iwslt14, tmp_path):
         return subprocess.run(command, input=text, capture_output=True, check=True).stdout
 
     training = [line for language in LANGUAGES for line in without_bpe(out / "text" / f"train.{language}")]
-    codes = subword_nmt(training, "learn-bpe", "-s", 100)
+    codes = subword_nmt(training, "learn-bpe", "-s", 80)
     assert (out / "bpe.codes").read_bytes() == codes
-    assert codes.count(b"\n") == 101  # a version line first
+    assert codes.count(b"\n") == 81  # a version line first
 
     pieces = subword_nmt(without_bpe(out / "text" / "test.de"), "apply-bpe", "-c", out / "bpe.codes")
     assert (out / "text" / "test.de").read_bytes() == pieces
@@ -214,8 +205,8 @@ def test_layout_and_second_run(iwslt14):
     archive, out, _ = iwslt14
     assert sorted(path.name for path in out.iterdir()) == [".complete", "bpe.codes", "data-bin", "raw", "text"]
     assert siblings(out) == ["out"]
-    command = [IWSLT14, "--archive", archive, "--out", out, "--merges", 100]
-    check_second_run(command, ["--merges", 10000], "there: merges=100; asked for: merges=10000")
+    command = [IWSLT14, "--archive", archive, "--out", out, "--merges", 80]
+    check_second_run(command, ["--merges", 10000], "there: merges=80; asked for: merges=10000")
 
 
 def test_progress_is_shown_on_a_terminal_only(iwslt14, tmp_path, stand_in):
@@ -264,17 +255,9 @@ FAULTS = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_bad_archives_are_refused(tmp_path, stand_in, fault):
-    make, expected = FAULTS[fault]
-    archive = tmp_path / "de-en.tgz"
-    make(archive)
-    before = archive.read_bytes()
     (tmp_path / "thesis.tex").write_text("years of work")
-    message = fail(IWSLT14, "--archive", archive, "--out", tmp_path / "a" / "out", **stand_in)
-    assert f"ERROR: {archive} {expected}" in message and "Put a good copy in its place" in message
-    assert archive.read_bytes() == before  # the user's own file
+    check_bad_archive(IWSLT14, *FAULTS[fault], tmp_path / "de-en.tgz", stand_in)
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
-    assert list((tmp_path / "a").iterdir()) == []
-    assert not reached(tmp_path).exists()
 
 
 def test_an_archive_that_unpacks_to_too_much_is_refused(tmp_path, stand_in):

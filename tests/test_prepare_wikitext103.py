@@ -9,11 +9,11 @@ import pytest
 from recipes import (
     WIKITEXT,
     Prepared,
+    check_bad_archive,
     check_second_run,
     fail,
     fairseq_task,
     lines_of,
-    reached,
     siblings,
     succeed,
 )
@@ -149,15 +149,7 @@ FAULTS = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_bad_archives_are_refused(tmp_path, stand_in, fault):
-    make, expected = FAULTS[fault]
-    archive = tmp_path / "wikitext-103-v1.zip"
-    make(archive)
-    before = archive.read_bytes()
-    message = fail(WIKITEXT, "--archive", archive, "--out", tmp_path / "a" / "out", **stand_in)
-    assert f"ERROR: {archive} {expected}" in message
-    assert archive.read_bytes() == before
-    assert list((tmp_path / "a").iterdir()) == []
-    assert not reached(tmp_path).exists()
+    check_bad_archive(WIKITEXT, *FAULTS[fault], tmp_path / "wikitext-103-v1.zip", stand_in)
 
 
 # ---------------------------------------------------------------------- downloads
