@@ -107,7 +107,7 @@ def save_checkpoint(built, path):
     from omegaconf import OmegaConf
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    history = [{"num_updates": 0, "criterion_name": "", "optimizer_name": "", "lr_scheduler_state": {}}]
+    history = [{"num_updates": 1, "criterion_name": "", "optimizer_name": "", "lr_scheduler_state": {}}]
     scores = {"val_loss": 3.0, "best": 3.0, "previous_training_time": 1.0}
     state = {
         "args": None,
