@@ -107,13 +107,14 @@ def save_checkpoint(built, path):
     from omegaconf import OmegaConf
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    history = [{"num_updates": 0, "criterion_name": "", "optimizer_name": "", "lr_scheduler_state": {}}]
+    history = [{"num_updates": 1, "criterion_name": "", "optimizer_name": "", "lr_scheduler_state": {}}]
+    scores = {"val_loss": 3.0, "best": 3.0, "previous_training_time": 1.0}
     state = {
         "args": None,
         "cfg": OmegaConf.to_container(built.cfg, resolve=True, enum_to_str=True),
         "model": built.model.state_dict(),
         "optimizer_history": history,
-        "extra_state": {"epoch": 1, "train_iterator": {"epoch": 1}},
+        "extra_state": {"epoch": 1, "train_iterator": {"epoch": 1}, **scores},
         "last_optimizer_state": None,
     }
     checkpoint_utils.torch_persistent_save(state, str(path))
@@ -129,16 +130,22 @@ def seed():
         drawing._draws.state = None
 
 
+def demo_corpus(folder, **sizes):
+    """So many sentence pairs a split of the demo's grammar, binarised in data-bin; returns the folder of the text."""
+    text = folder / "text"
+    run(sys.executable, ROOT / "scripts" / "make_demo_corpus.py", "--out", text,
+        *(f"--{split}={size}" for split, size in sizes.items()))  # fmt: skip
+    run("fairseq-preprocess", "--source-lang", "de", "--target-lang", "en", "--joined-dictionary",
+        "--trainpref", text / "train", "--validpref", text / "valid", "--testpref", text / "test",
+        "--destdir", folder / "data-bin")  # fmt: skip
+    return text
+
+
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory):
     """600 / 60 / 40 sentence pairs of the demo's grammar, as text and binarised for both tasks."""
     folder = tmp_path_factory.mktemp("corpus")
-    run(sys.executable, ROOT / "scripts" / "make_demo_corpus.py", "--out", folder / "text",
-        "--train", 600, "--valid", 60, "--test", 40)  # fmt: skip
-    text = folder / "text"
-    run("fairseq-preprocess", "--source-lang", "de", "--target-lang", "en", "--joined-dictionary",
-        "--trainpref", text / "train", "--validpref", text / "valid", "--testpref", text / "test",
-        "--destdir", folder / "data-bin")  # fmt: skip
+    text = demo_corpus(folder, train=600, valid=60, test=40)
     run("fairseq-preprocess", "--only-source", "--trainpref", text / "train.en", "--validpref", text / "valid.en",
         "--testpref", text / "test.en", "--destdir", folder / "data-bin-lm")  # fmt: skip
     return folder

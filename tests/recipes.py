@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -191,31 +191,27 @@ def siblings(out: Path) -> list[str]:
     return sorted(path.name for path in out.parent.iterdir() if path.name.startswith(out.name))
 
 
-def accepted_options(script: Path) -> set[str]:
-    """The options in the table that a recipe gives to parse_options."""
-    table = script.read_text().partition('OPTIONS="\n')[2].partition('\n"')[0]
-    return {line.split()[0] for line in table.splitlines()}
+def check_second_run(command: list, options: list, message: str) -> None:
+    """A recipe that is run again does nothing, and refuses other settings."""
+    out = command[command.index("--out") + 1]
+    before = snapshot(out)
+    assert "already prepared" in succeed(*command).stdout
+    said = fail(*command, *options)
+    assert message in said and "--force" in said
+    assert snapshot(out) == before
 
 
-def check_help(script: Path) -> tuple[set[str], str]:
-    """--help names every option of a recipe, and needs nothing installed; the options, and what it says."""
-    result = succeed(script, "--help", PYTHON="/nowhere/python")
-    options = accepted_options(script)
-    for option in options | {"--help"}:
-        assert f"  {option} " in result.stdout
-    return options, result.stdout
-
-
-def check_interruption(
-    tmp_path: Path, stand_in: dict[str, str], how: str, status: int, script: Path, *arguments: object
+def check_bad_archive(
+    script: Path, make: Callable[[Path], object], message: str, archive: Path, stand_in: dict[str, str]
 ) -> None:
-    """A recipe that is interrupted leaves nothing, and nothing is in the way of its next run."""
-    out = tmp_path / "out"
-    command = [script, *arguments, "--out", out]
-    assert interrupt(tmp_path, stand_in, how, *command) == status
-    assert siblings(out) == []
-    succeed(*command, **stand_in)
-    assert siblings(out) == ["out"]
+    """A recipe says what is wrong with the archive that `make` makes, leaves it as it is, and makes nothing."""
+    make(archive)
+    before, folder = archive.read_bytes(), archive.parent
+    said = fail(script, "--archive", archive, "--out", folder / "a" / "out", **stand_in)
+    assert f"ERROR: {archive} {message}" in said and "Put a good copy in its place" in said
+    assert archive.read_bytes() == before
+    assert list((folder / "a").iterdir()) == []
+    assert not reached(folder).exists()
 
 
 def fairseq_task(name: str, out: Path, *options: str):

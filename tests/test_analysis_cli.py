@@ -384,53 +384,34 @@ def test_force_replaces_a_report_and_nothing_else(checkpoints, corpus, tmp_path,
 # ---------------------------------------------------------------------- errors
 
 
-def corrupt(checkpoints, corpus, tmp_path):
-    path = tmp_path / "corrupt.pt"
-    path.write_bytes(checkpoints["stock"].read_bytes()[:5000])
-    return [path], corpus / "data-bin"
+@pytest.fixture
+def refused(tmp_path, monkeypatch):
+    """refused(*arguments, message=…): the command ends with this error before any work."""
+
+    def refused(*arguments, message):
+        monkeypatch.setattr("multimax_fairseq.analysis.measure.Measurement.update", None)  # not reached
+        with pytest.raises(SystemExit) as stopped:
+            main(["--out", str(tmp_path / "out"), "--cpu", *map(str, arguments)])
+        error = str(stopped.value)
+        assert error.startswith("ERROR: ") and message in error
+        assert not (tmp_path / "out").exists()
+
+    return refused
 
 
-def other_file(checkpoints, corpus, tmp_path):
-    return [corpus / "text" / "test.de"], corpus / "data-bin"
-
-
-def no_checkpoint(checkpoints, corpus, tmp_path):
-    return [tmp_path / "absent.pt"], corpus / "data-bin"
-
-
-def no_data(checkpoints, corpus, tmp_path):
-    return [checkpoints["stock"]], tmp_path / "absent"
-
-
-def no_dictionary(checkpoints, corpus, tmp_path):
+def changed_data(corpus, tmp_path, pattern, change):
+    """The binarised data, with other contents of the files of this pattern; None: without them."""
     data = tmp_path / "data"
     data.mkdir()
     for path in (corpus / "data-bin").iterdir():
-        if path.name != "dict.de.txt":
+        if not path.match(pattern):
             (data / path.name).symlink_to(path)
-    return [checkpoints["stock"]], data
+        elif change:
+            (data / path.name).write_bytes(change(path.read_bytes()))
+    return data
 
 
-def no_pairs(checkpoints, corpus, tmp_path):
-    return [checkpoints["stock"]], corpus / "data-bin-lm"
-
-
-def other_dictionary(checkpoints, corpus, tmp_path):
-    data = tmp_path / "data"
-    data.mkdir()
-    for path in (corpus / "data-bin").iterdir():
-        if path.name.startswith("dict."):
-            (data / path.name).write_text("".join(path.read_text().splitlines(keepends=True)[:50]))
-        else:
-            (data / path.name).symlink_to(path)
-    return [checkpoints["stock"]], data
-
-
-def no_split(checkpoints, corpus, tmp_path):
-    return [checkpoints["stock"]], corpus / "data-bin", "--split", "dev"
-
-
-def empty_split(checkpoints, corpus, tmp_path):
+def empty_split(corpus, tmp_path):
     text = tmp_path / "text"
     text.mkdir()
     for language in ("de", "en"):
@@ -439,108 +420,43 @@ def empty_split(checkpoints, corpus, tmp_path):
     run("fairseq-preprocess", "--source-lang", "de", "--target-lang", "en", "--validpref", text / "nothing",
         "--srcdict", data / "dict.de.txt", "--tgtdict", data / "dict.en.txt",
         "--destdir", tmp_path / "data")  # fmt: skip
-    return [checkpoints["stock"]], tmp_path / "data"
+    return tmp_path / "data"
 
 
-def no_attention(checkpoints, corpus, tmp_path):
-    return [checkpoints["stock"], checkpoints["lstm"]], corpus / "data-bin"
-
-
-def twice(checkpoints, corpus, tmp_path):
-    return [checkpoints["stock"], checkpoints["stock"]], corpus / "data-bin"
-
-
-def too_few_labels(checkpoints, corpus, tmp_path):
-    return [checkpoints["stock"], checkpoints["multimax"]], corpus / "data-bin", "--labels", "one"
-
-
-def no_such_sentence(checkpoints, corpus, tmp_path):
-    return [checkpoints["stock"]], corpus / "data-bin", "--show", "60"
-
-
-def other_alignments(checkpoints, corpus, tmp_path):
-    return [checkpoints["stock"]], corpus / "data-bin", "--alignments", corpus / "text" / "test.align"
-
-
-def alignments_of_other_text(checkpoints, corpus, tmp_path):
-    path = tmp_path / "valid.align"
-    path.write_text("0-0\n0-0 99-0\n" + "0-0\n" * 58)
-    return [checkpoints["stock"]], corpus / "data-bin", "--alignments", path
-
-
-def no_alignments(checkpoints, corpus, tmp_path):
-    return [checkpoints["stock"]], corpus / "data-bin", "--alignments", tmp_path / "absent.align"
-
-
-def a_cut_split(checkpoints, corpus, tmp_path):
-    return [checkpoints["stock"]], changed_data(corpus, tmp_path, "valid.de-en.en.bin", lambda content: content[:900])
-
-
-def words_beyond_the_dictionary(checkpoints, corpus, tmp_path):
-    def change(content):
-        return content[:40] + b"\xff\x7f\x00\x00" + content[44:]
-
-    return [checkpoints["stock"]], changed_data(corpus, tmp_path, "valid.de-en.de.bin", change)
-
-
-def changed_data(corpus, tmp_path, name, change):
-    data = tmp_path / "data"
-    data.mkdir()
-    for path in (corpus / "data-bin").iterdir():
-        if path.name == name:
-            (data / name).write_bytes(change(path.read_bytes()))
-        else:
-            (data / path.name).symlink_to(path)
-    return data
-
-
-def no_folder_to_write_to(checkpoints, corpus, tmp_path):
-    (tmp_path / "file").write_text("")
-    return [checkpoints["stock"]], corpus / "data-bin", "--out", tmp_path / "file" / "out"
-
-
-def a_label_of_control_characters(checkpoints, corpus, tmp_path):
-    return [checkpoints["stock"]], corpus / "data-bin", "--labels", "a\nb"
-
-
-def not_a_number(checkpoints, corpus, tmp_path):
-    state = torch.load(checkpoints["stock"])
-    state["model"]["encoder.embed_tokens.weight"][5, 0] = float("nan")
-    torch.save(state, tmp_path / "nan.pt")
-    return [tmp_path / "nan.pt"], corpus / "data-bin"
-
-
-@pytest.mark.parametrize("arguments, message", [
-    (corrupt, "corrupt.pt cannot be read as a checkpoint of fairseq (damaged, cut off, or something else)"),
-    (other_file, "test.de cannot be read as a checkpoint of fairseq"),
-    (no_checkpoint, "there is no checkpoint"),
-    (no_data, "there is no folder"),
-    (no_dictionary, "has no dictionary dict.de.txt"),
-    (no_pairs, "its model cannot be built with the data in"),
-    (other_dictionary, "the vocabulary of"),
-    (no_split, "has no split 'dev' for this model; --split takes one of: test, train, valid"),
+# The data where they are others, of (corpus, tmp_path); and what is said.
+@pytest.mark.parametrize("data, message", [
+    (lambda corpus, folder: folder / "absent", "there is no folder"),
+    (lambda corpus, folder: corpus / "data-bin-lm", "its model cannot be built with the data in"),
+    (lambda *where: changed_data(*where, "dict.de.txt", None), "has no dictionary dict.de.txt"),
+    (lambda *where: changed_data(*where, "dict.*", lambda text: b"".join(text.splitlines(keepends=True)[:50])),
+     "the vocabulary of"),
+    (lambda *where: changed_data(*where, "valid.de-en.en.bin", lambda content: content[:900]),
+     "the split 'valid' of"),
+    (lambda *where: changed_data(*where, "valid.de-en.de.bin", lambda c: c[:40] + b"\xff\x7f\x00\x00" + c[44:]),
+     "has words that its dictionary lacks"),
     (empty_split, "is empty: there is nothing in it"),
-    (no_attention, "LSTMModel has no attention to analyse"),
-    (twice, "the same checkpoint is given twice"),
-    (too_few_labels, "2 checkpoints need as many different --labels"),
-    (no_such_sentence, "--show 60: sentences 0 to 59 are analysed"),
-    (other_alignments, "there are 40 gold alignments for the 60 sentence pairs"),
-    (alignments_of_other_text, "gold alignment 99-0 in line 2 is outside of its sentences"),
-    (no_alignments, "there is no file"),
-    (a_cut_split, "the split 'valid' of"),
-    (words_beyond_the_dictionary, "has words that its dictionary lacks"),
-    (no_folder_to_write_to, "is not a folder: choose another"),
-    (a_label_of_control_characters, "cannot be printed"),
-    (not_a_number, "has NaN or infinity in encoder.embed_tokens.weight: its training has diverged"),
 ])  # fmt: skip
-def test_what_is_wrong_is_said_before_any_work(arguments, message, checkpoints, corpus, tmp_path, monkeypatch):
-    paths, data, *options = arguments(checkpoints, corpus, tmp_path)
-    monkeypatch.setattr("multimax_fairseq.analysis.measure.Measurement.update", None)  # not reached
-    with pytest.raises(SystemExit) as stopped:
-        main([*map(str, paths), "--data", str(data), "--out", str(tmp_path / "out"), "--cpu", *map(str, options)])
-    error = str(stopped.value)
-    assert error.startswith("ERROR: ") and message in error
-    assert not (tmp_path / "out").exists()
+def test_wrong_data_are_named_before_any_work(data, message, checkpoints, corpus, tmp_path, refused):
+    refused(checkpoints["stock"], "--data", data(corpus, tmp_path), message=message)
+
+
+# The other checkpoints, and options after them; files are in {folder} and the corpus' {text}. What is said.
+@pytest.mark.parametrize("others, options, message", [
+    ([], ["--split", "dev"], "has no split 'dev' for this model; --split takes one of: test, train, valid"),
+    (["lstm"], [], "LSTMModel has no attention to analyse"),
+    (["stock"], [], "the same checkpoint is given twice"),
+    (["multimax"], ["--labels", "one"], "2 checkpoints need as many different --labels"),
+    ([], ["--show", "60"], "--show 60: sentences 0 to 59 are analysed"),
+    ([], ["--alignments", "{text}/test.align"], "there are 40 gold alignments for the 60 sentence pairs"),
+    ([], ["--alignments", "{folder}/valid.align"], "gold alignment 99-0 in line 2 is outside of its sentences"),
+    ([], ["--alignments", "{folder}/absent.align"], "there is no file"),
+    ([], ["--out", "{folder}/valid.align/out"], "is not a folder: choose another"),
+])  # fmt: skip
+def test_wrong_options_are_named_before_any_work(others, options, message, checkpoints, corpus, tmp_path, refused):
+    (tmp_path / "valid.align").write_text("0-0\n0-0 99-0\n" + "0-0\n" * 58)
+    options = [option.format(folder=tmp_path, text=corpus / "text") for option in options]
+    paths = [checkpoints[name] for name in ("stock", *others)]
+    refused(*paths, "--data", corpus / "data-bin", *options, message=message)
 
 
 @pytest.mark.parametrize("factor", [1e12, 1e36])

@@ -26,11 +26,17 @@ def logits(built, sample):
         return built.model(**sample["net_input"])[0]
 
 
-@pytest.mark.parametrize("arch, options", MODELS)
-def test_every_site_layer_and_head_is_there(arch, options, build, batch):
+@pytest.fixture(scope="module", params=MODELS, ids=lambda model: " ".join([model[0], *model[1]]))
+def case(request, build, batch):
+    """A model, a batch, and what is collected of them."""
+    arch, options = request.param
     built = build(arch, *options)
     sample = batch(built)
-    collected = collect(built.model, sample)
+    return arch, built, sample, collect(built.model, sample)
+
+
+def test_every_site_layer_and_head_is_there(case):
+    arch, _, _, collected = case
     assert [(a.site, a.layer) for site in sites(arch) for a in collected.at(site)] == [
         (site, layer) for site in sites(arch) for layer in (0, 1)
     ]
@@ -42,12 +48,9 @@ def test_every_site_layer_and_head_is_there(arch, options, build, batch):
         torch.testing.assert_close(rows.sum(-1), torch.ones(rows.shape[:-1]), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("arch, options", MODELS)
-def test_probabilities_are_the_mapping_of_the_scores(arch, options, build, batch):
+def test_probabilities_are_the_mapping_of_the_scores(case):
     """Two ways through the model: its forward pass with head weights, and its scores before the mapping."""
-    built = build(arch, *options)
-    sample = batch(built)
-    collected = collect(built.model, sample)
+    _, built, _, collected = case
     for module, attention in zip(
         sorted(attention_modules(built.model), key=lambda m: (m.site, m.layer)),
         sorted(collected.attention, key=lambda a: (a.site, a.layer)),
@@ -60,11 +63,8 @@ def test_probabilities_are_the_mapping_of_the_scores(arch, options, build, batch
         assert attention.probabilities[real][attention.scores[real] == float("-inf")].eq(0).all()
 
 
-@pytest.mark.parametrize("arch, options", MODELS)
-def test_padding_and_future_are_absent(arch, options, build, batch):
-    built = build(arch, *options)
-    sample = batch(built)
-    collected = collect(built.model, sample)
+def test_padding_and_future_are_absent(case):
+    arch, built, sample, collected = case
     pad = built.task.target_dictionary.pad()
     assert "_lm" in arch or sample["net_input"]["src_tokens"].eq(pad).any()
     for attention in collected.attention:
@@ -79,10 +79,8 @@ def test_padding_and_future_are_absent(arch, options, build, batch):
             assert torch.equal(absent, expected)
 
 
-@pytest.mark.parametrize("arch, options", MODELS)
-def test_the_model_computes_the_same_and_is_left_as_it_was(arch, options, build, batch):
-    built = build(arch, *options)
-    sample = batch(built)
+def test_the_model_computes_the_same_and_is_left_as_it_was(case):
+    _, built, sample, _ = case
     before = logits(built, sample)
     hooks = [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in built.model.modules()]
     checks = [m.skip_embed_dim_check for m in built.model.modules() if isinstance(m, MultiheadAttention)]
@@ -94,9 +92,7 @@ def test_the_model_computes_the_same_and_is_left_as_it_was(arch, options, build,
     assert hooks == [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in built.model.modules()]
     assert checks == [m.skip_embed_dim_check for m in built.model.modules() if isinstance(m, MultiheadAttention)]
     # with softmax where fairseq has a fused path of its own, the sums are taken in another order
-    torch.testing.assert_close(
-        collected.output.probabilities, before.float().softmax(-1), atol=1e-5, rtol=0
-    )
+    torch.testing.assert_close(collected.output.probabilities, before.float().softmax(-1), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("mapping", ["multimax", "entmax15"])

@@ -20,11 +20,6 @@ PACKAGE = {
 ALPHA = ["--entmax-alpha", "1.2"]
 
 
-@pytest.fixture(autouse=True)
-def eager(monkeypatch):
-    monkeypatch.setenv("MULTIMAX_BACKEND", "eager")
-
-
 def words_of(built, sample):
     """Logits and targets of what is not padding, (words, V) and (words,), and the logits that smoothing sees."""
     pad = built.task.target_dictionary.pad()

@@ -12,11 +12,6 @@ from multimax_fairseq.mappings.multimax import modulate_formula
 NAMES = ("features", "weight", "bias", "thresholds", "gains")
 
 
-@pytest.fixture(autouse=True)
-def eager(monkeypatch):
-    monkeypatch.setenv("MULTIMAX_BACKEND", "eager")
-
-
 def case(tokens=23, width=7, vocabulary=41, order=2, bias=True, dtype=torch.float64, seed=0):
     """Tensors by name, all of which want gradients, and targets; logits have a standard deviation of 2."""
     generator = torch.Generator().manual_seed(seed)
@@ -34,6 +29,18 @@ def case(tokens=23, width=7, vocabulary=41, order=2, bias=True, dtype=torch.floa
         with torch.no_grad():
             tensors["gains"] *= 0.1
     return tensors, torch.randint(vocabulary, (tokens,), generator=generator)
+
+
+def in_double(tensors):
+    return {name: tensor.detach().double().requires_grad_() for name, tensor in tensors.items()}
+
+
+def without_last_word(tensors):
+    """Copies of tensors without a word, whose logit in ``tensors`` is −inf from now on."""
+    with torch.no_grad():
+        tensors["bias"][-1] = float("-inf")
+    deleted = {**tensors, **{name: tensors[name][:-1] for name in ("weight", "bias")}}
+    return {name: tensor.detach().clone().requires_grad_() for name, tensor in deleted.items()}
 
 
 def whole(tensors, targets, smoothing=0.0):
@@ -70,7 +77,7 @@ def test_losses_and_gradients_are_those_of_the_whole_logits(chunk_tokens, order,
 
 def largest_error(tensors, targets, smoothing=0.0, chunk_tokens=0):
     """Of each gradient, against float64: the largest difference over the largest entry."""
-    exact = {name: tensor.detach().double().requires_grad_() for name, tensor in tensors.items()}
+    exact = in_double(tensors)
     expected = torch.autograd.grad(whole(exact, targets, smoothing)[0].sum(), list(exact.values()))
     actual = torch.autograd.grad(chunked(tensors, targets, smoothing, chunk_tokens).loss, list(tensors.values()))
     return {
@@ -101,22 +108,22 @@ def test_half_precision_gradients_stay_close_to_double(order, dtype, tolerance):
     assert max(errors.values()) < tolerance, errors
 
 
-def copies_unaligned_inputs(monkeypatch):
-    """Kernels run, eagerly, as Inductor's do on a GPU before torch 2.8: what is written to a copy is lost."""
+def run_as_on_a_gpu(monkeypatch, vocabulary):
+    """Kernels run, eagerly, on 3 rows as Inductor's on a GPU before torch 2.8: what is written to a copy is lost."""
 
     def run_compiled(kernel, arguments):
         return kernel.eager(*(a.clone() if a.data_ptr() % 16 else a.contiguous() for a in arguments))
 
+    block_rows = chunked_loss.block_rows
+    monkeypatch.setattr(chunked_loss, "block_rows", lambda _, width: block_rows("cuda", width))
+    monkeypatch.setattr(chunked_loss, "GPU_BLOCK", 3 * vocabulary)
     monkeypatch.setattr(compiler.Kernel, "compiles", lambda kernel, scores: min(scores.shape) > 1)
     monkeypatch.setattr(compiler.Kernel, "_run_compiled", run_compiled)
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float16, 5e-3), (torch.float32, 1e-5)])
 def test_what_a_gpus_kernels_write_is_never_written_to_a_copy(dtype, tolerance, monkeypatch):
-    copies_unaligned_inputs(monkeypatch)
-    block_rows = chunked_loss.block_rows
-    monkeypatch.setattr(chunked_loss, "block_rows", lambda _, width: block_rows("cuda", width))
-    monkeypatch.setattr(chunked_loss, "GPU_BLOCK", 3 * 41)
+    run_as_on_a_gpu(monkeypatch, vocabulary=41)
     tensors, targets = case(tokens=70, order=0, dtype=dtype)
     errors = largest_error(tensors, targets, 0.1, chunk_tokens=31)
     assert max(errors.values()) < tolerance, errors
@@ -127,7 +134,7 @@ def test_what_a_gpus_kernels_write_is_never_written_to_a_copy(dtype, tolerance, 
 def test_under_autocast_no_result_has_twice_the_error_of_plain_pytorch(features_dtype, order):
     tensors, targets = case(tokens=300, width=64, vocabulary=500, order=order, dtype=torch.float32)
     tensors["features"] = tensors["features"].detach().to(features_dtype).requires_grad_()
-    exact = {name: tensor.detach().double().requires_grad_() for name, tensor in tensors.items()}
+    exact = in_double(tensors)
 
     def results(losses, tensors):
         return [losses[0].detach(), *torch.autograd.grad(losses[0], list(tensors.values()))]
@@ -202,14 +209,9 @@ def test_a_second_backward_is_an_error():
         loss.backward()
 
 
-def test_logits_that_overflowed_to_minus_infinity_have_no_part(monkeypatch):
+def test_logits_that_overflowed_to_minus_infinity_have_no_part():
     tensors, targets = case()
-    targets = targets % 40
-    with torch.no_grad():
-        tensors["bias"][40] = float("-inf")
-    deleted = {name: tensor.detach().clone() for name, tensor in tensors.items()}
-    deleted.update({name: deleted[name][:40] for name in ("weight", "bias")})
-    deleted = {name: tensor.requires_grad_() for name, tensor in deleted.items()}
+    targets, deleted = targets % 40, without_last_word(tensors)
     loss = chunked(tensors, targets).loss
     torch.testing.assert_close(loss, whole(deleted, targets)[0].sum(), atol=1e-10, rtol=1e-12)
     loss.backward()

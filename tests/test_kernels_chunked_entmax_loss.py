@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_kernels_chunked_cross_entropy import Dtypes, Largest, case, copies_unaligned_inputs
+from test_kernels_chunked_cross_entropy import Dtypes, Largest, case, in_double, run_as_on_a_gpu, without_last_word
 from torch.autograd import Function
 from torch.nn import functional as F
 
@@ -20,11 +20,6 @@ PACKAGE = {
     1.2: lambda scores, targets: entmax_package.entmax_bisect_loss(scores, targets, 1.2),
 }
 PADDING = 1
-
-
-@pytest.fixture(autouse=True)
-def eager(monkeypatch):
-    monkeypatch.setenv("MULTIMAX_BACKEND", "eager")
 
 
 def whole(tensors, targets, alpha, smoothing=0.0):
@@ -137,16 +132,22 @@ def results(losses, tensors, alpha):
     return [losses.detach(), *torch.autograd.grad(losses, inputs)]
 
 
+def exact_results(tensors, targets, alpha):
+    exact, alpha = in_double(tensors), alpha.detach().double().requires_grad_()
+    return results(whole(exact, targets, alpha, 0.1).sum(), exact, alpha)
+
+
+def errors_against_double(tensors, targets, alpha):
+    alpha = torch.tensor(alpha, requires_grad=True)
+    actual = results(chunked(tensors, targets, alpha, 0.1, 32).loss, tensors, alpha)
+    return errors_of(actual, exact_results(tensors, targets, alpha))
+
+
 def test_compiled_kernels_in_single_precision_stay_close_to_double(monkeypatch):
     monkeypatch.setenv("MULTIMAX_BACKEND", "compiled")
     monkeypatch.setattr(chunked_loss, "CPU_BLOCK", 3 * 301)  # no multiple of 16 bytes
     tensors, targets = case(tokens=70, width=16, vocabulary=301, order=0, dtype=torch.float32)
-    alpha = torch.tensor(1.4, requires_grad=True)
-    exact = {name: tensor.detach().double().requires_grad_() for name, tensor in tensors.items()}
-    exact_alpha = alpha.detach().double().requires_grad_()
-    expected = results(whole(exact, targets, exact_alpha, 0.1).sum(), exact, exact_alpha)
-    actual = results(chunked(tensors, targets, alpha, 0.1, 32).loss, tensors, alpha)
-    errors = errors_of(actual, expected)
+    errors = errors_against_double(tensors, targets, 1.4)
     assert max(errors.values()) < 2e-5, errors
 
 
@@ -155,9 +156,7 @@ def test_under_autocast_no_result_has_twice_the_error_of_plain_pytorch(features_
     tensors, targets = case(tokens=300, width=64, vocabulary=500, order=0, dtype=torch.float32)
     tensors["features"] = tensors["features"].detach().to(features_dtype).requires_grad_()
     alpha = torch.tensor(1.5, requires_grad=True)
-    exact = {name: tensor.detach().double().requires_grad_() for name, tensor in tensors.items()}
-    exact_alpha = alpha.detach().double().requires_grad_()
-    expected = results(whole(exact, targets, exact_alpha, 0.1).sum(), exact, exact_alpha)
+    expected = exact_results(tensors, targets, alpha)
     with torch.autocast("cpu", torch.bfloat16):
         plain = whole(tensors, targets, alpha, 0.1).sum()
         with Dtypes() as dtypes:
@@ -173,27 +172,15 @@ def test_under_autocast_no_result_has_twice_the_error_of_plain_pytorch(features_
 @pytest.mark.parametrize("aligned", [True, False])
 def test_half_precision_gradients_stay_close_to_double(aligned, dtype, tolerance, monkeypatch):
     if not aligned:
-        copies_unaligned_inputs(monkeypatch)
-        block_rows = chunked_loss.block_rows
-        monkeypatch.setattr(chunked_loss, "block_rows", lambda _, width: block_rows("cuda", width))
-        monkeypatch.setattr(chunked_loss, "GPU_BLOCK", 3 * 301)
+        run_as_on_a_gpu(monkeypatch, vocabulary=301)
     tensors, targets = case(tokens=70, width=16, vocabulary=301, order=0, dtype=dtype)
-    alpha = torch.tensor(1.5, requires_grad=True)
-    exact = {name: tensor.detach().double().requires_grad_() for name, tensor in tensors.items()}
-    exact_alpha = alpha.detach().double().requires_grad_()
-    expected = results(whole(exact, targets, exact_alpha, 0.1).sum(), exact, exact_alpha)
-    actual = results(chunked(tensors, targets, alpha, 0.1, 32).loss, tensors, alpha)
-    errors = errors_of(actual, expected)
+    errors = errors_against_double(tensors, targets, 1.5)
     assert max(errors.values()) < tolerance, errors
 
 
 def test_logits_that_overflowed_to_minus_infinity_have_no_part():
     tensors, targets = case(order=0)
-    with torch.no_grad():
-        tensors["bias"][40] = float("-inf")
-    deleted = {name: tensor.detach().clone() for name, tensor in tensors.items()}
-    deleted.update({name: deleted[name][:40] for name in ("weight", "bias")})
-    deleted = {name: tensor.requires_grad_() for name, tensor in deleted.items()}
+    deleted = without_last_word(tensors)
     loss, expected = chunked(tensors, targets % 40, 1.5).loss, chunked(deleted, targets % 40, 1.5).loss
     torch.testing.assert_close(loss, expected, atol=1e-10, rtol=1e-12)
     loss.backward()

@@ -6,6 +6,7 @@ import math
 import os
 import sys
 import threading
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -31,18 +32,27 @@ def folder(tmp_path, monkeypatch):
     return tmp_path / "multimax_fairseq"
 
 
+@contextmanager
+def compiled_for(capability, module, name, folder):
+    """A module's library as compiled for processors with vectors of this length, if this one has them."""
+    best = torch.backends.cpu.get_cpu_capability()
+    if best not in CAPABILITIES or CAPABILITIES.index(best) < CAPABILITIES.index(capability):
+        pytest.skip(f"this processor has {best}")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MULTIMAX_BACKEND", "compiled")
+        patch.setenv("TORCH_EXTENSIONS_DIR", str(folder))
+        patch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+        library = getattr(module, name)
+        library = cpp.Library(library.source, library.signatures)
+        assert library.functions is not None
+        patch.setattr(module, name, library)
+        yield
+
+
 @pytest.fixture(scope="module", params=CAPABILITIES)
 def rows(request, tmp_path_factory):
     """The kernels as compiled for this processor and for lesser ones, whose vectors are shorter."""
-    best = torch.backends.cpu.get_cpu_capability()
-    if best not in CAPABILITIES or CAPABILITIES.index(best) < CAPABILITIES.index(request.param):
-        pytest.skip(f"this processor has {best}")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path_factory.mktemp("extensions")))
-        patch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: request.param)
-        library = new_library()
-        assert library.functions is not None
-        patch.setattr(cpp, "ROWS", library)
+    with compiled_for(request.param, cpp, "ROWS", tmp_path_factory.mktemp("extensions")):
         yield
 
 
@@ -175,12 +185,6 @@ def test_parameters_of_any_layout(rows):
     torch.testing.assert_close(cpp.multimax_rows(scores, wide[..., 0], wide[..., 1]), expected)
 
 
-@pytest.mark.parametrize("order", [0, 3])
-def test_an_order_that_it_does_not_know(order):
-    with pytest.raises(ValueError, match=r"order 1 or 2, rows \(below, above\); got \("):
-        multimax(torch.zeros(2, 3), torch.zeros(order, 2), torch.zeros(order, 2))
-
-
 @pytest.mark.parametrize("compiler", ["/no/such/compiler", "false", "c++ --no-such-option", "c++ 'unfinished"])
 def test_without_a_compiler_that_can_the_other_kernels_serve(compiler, folder, monkeypatch, caplog):
     library = new_library()
@@ -238,20 +242,17 @@ def use(library):
     assert probabilities.tolist() == [[0.25] * 4]
 
 
-@pytest.mark.parametrize("size", [0, 3_000, 12_000, 20_000, -1])
-def test_a_library_that_was_cut_short_is_made_anew(size, kept):
+@pytest.mark.parametrize("contents", [
+    *(lambda whole, size=size: whole[:size] for size in (0, 3_000, 12_000, 20_000, -1)),
+    lambda whole: b"of another system",
+    lambda whole: bytes(100),
+    lambda whole: whole[:9_000] + bytes([whole[9_000] ^ 1]) + whole[9_001:],
+])  # fmt: skip
+def test_a_library_that_was_cut_short_or_changed_is_made_anew(contents, kept):
     whole = kept.read_bytes()
-    kept.write_bytes(whole[:size])
+    kept.write_bytes(contents(whole))
     use(new_library())
     assert [kept] == list(kept.parent.iterdir()) and len(kept.read_bytes()) == len(whole)
-
-
-@pytest.mark.parametrize("contents", [b"of another system", bytes(100), "flipped"])
-def test_a_library_that_was_changed_is_made_anew(contents, kept):
-    whole = kept.read_bytes()
-    kept.write_bytes(whole[:9_000] + bytes([whole[9_000] ^ 1]) + whole[9_001:] if contents == "flipped" else contents)
-    use(new_library())
-    assert len(kept.read_bytes()) == len(whole)
 
 
 @pytest.fixture

@@ -1,11 +1,10 @@
 """Triton's attention without a GPU: interpreted, in a process of its own, and what happens where it cannot run."""
 
-import subprocess
 import sys
 
 import pytest
 import torch
-from conftest import ROOT, environment
+from conftest import ROOT, run
 
 from multimax_fairseq.kernels import triton_attention
 from multimax_fairseq.kernels.masks import Masks
@@ -17,10 +16,8 @@ TESTS = ROOT / "tests" / "interpreted_attention.py"
 @pytest.mark.skipif(triton_attention.version() is None, reason="needs Triton 3.9 (pip install triton==3.9.0)")
 def test_interpreted():
     """Triton has to be told before it is imported."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", str(TESTS)]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT,
-                            env={**environment(), "TRITON_INTERPRET": "1"})  # fmt: skip
-    assert result.returncode == 0 and " passed" in result.stdout, result.stdout + result.stderr
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", TESTS]
+    assert " passed" in run(*command, cwd=ROOT, env={"TRITON_INTERPRET": "1"}).stdout
 
 
 def test_importing_needs_no_triton_and_no_gpu():
@@ -31,8 +28,7 @@ def test_importing_needs_no_triton_and_no_gpu():
         "from multimax_fairseq.kernels import attention\n"
         "print('imported')"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=environment())
-    assert result.stdout.strip().endswith("imported") and result.returncode == 0, result.stderr
+    assert run(sys.executable, "-c", code, cwd=ROOT).stdout.strip().endswith("imported")
 
 
 def test_tensors_on_a_cpu_are_not_served(monkeypatch):

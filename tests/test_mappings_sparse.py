@@ -44,13 +44,6 @@ def test_sparsemax_by_hand(scores, expected):
     assert sparsemax(torch.tensor(scores)).tolist() == expected
 
 
-def test_sparsemax_is_the_nearest_point_of_the_simplex():
-    """⟨x − p, e_j − p⟩ ≤ 0 for each corner e_j: no way into the simplex comes nearer to x."""
-    scores = random_scores(50, 6, scale=1.0)
-    residual, probabilities = scores - sparsemax(scores), sparsemax(scores)
-    assert (residual - (residual * probabilities).sum(-1, keepdim=True)).max() < 1e-13
-
-
 @SPARSE
 def test_shift_of_a_row_changes_nothing(case):
     scores = masked_scores(4, 6)

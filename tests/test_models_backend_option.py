@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from conftest import save_checkpoint
 from fairseq import checkpoint_utils
-from omegaconf import OmegaConf
 
 from multimax_fairseq.kernels import backend, compiler, rows
 from multimax_fairseq.models import backend_option
@@ -22,15 +22,10 @@ def checkpoint(build, tmp_path, monkeypatch):
     """checkpoint(arch, chosen) → the path of one trained with this --multimax-backend, as if in another process."""
 
     def checkpoint(arch, chosen):
-        built = build(arch, "--multimax-backend", chosen)
+        path = save_checkpoint(build(arch, "--multimax-backend", chosen), tmp_path / f"{arch}-{chosen}.pt")
         assert backend.backend() == chosen
-        path = tmp_path / f"{arch}-{chosen}.pt"
-        history = [{"criterion_name": "cross_entropy", "num_updates": 0, "lr_scheduler_state": {}}]
-        cfg = OmegaConf.to_container(built.cfg)
-        torch.save({"args": None, "cfg": cfg, "model": built.model.state_dict(), "optimizer_history": history,
-                    "extra_state": {}, "task_state": {}}, path)  # fmt: skip
-        saved = cfg["model"]
-        assert (saved.get("multimax_backend") if isinstance(saved, dict) else saved.multimax_backend) == chosen
+        saved = torch.load(path)["cfg"]["model"]
+        assert (saved if isinstance(saved, dict) else vars(saved))["multimax_backend"] == chosen
         monkeypatch.setattr(backend, "_chosen", "auto")
         return str(path)
 

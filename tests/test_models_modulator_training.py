@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import fairseq.optim
 import pytest
 import torch
-from conftest import PLUGIN, TINY, parse, run
+from conftest import PLUGIN, TINY, run
 from fairseq.logging import metrics
 from fairseq.optim.lr_scheduler import build_lr_scheduler
 
@@ -306,10 +306,19 @@ def moved(trainer, precision, scale, updates=3, interrupted_after=None, **kwargs
 RATES = {"sgd": 1, "nag": 100, "adadelta": 10}
 
 
-def check_moves(trainer, precision, optimizer="adam", **kwargs):
-    kwargs.update(optimizer=optimizer, lr=RATES.get(optimizer, 0.01))
-    moves, rates = moved(trainer, precision, 1, **kwargs)
-    scaled, scaled_rates = moved(trainer, precision, 10, **kwargs)
+@pytest.mark.parametrize("precision, options", [
+    *((precision, {"optimizer": optimizer, "scheduler": "inverse_sqrt"})
+      for precision in ("fp32", "fp16", "fp16 in separate copies") for optimizer in ("adam", "sgd")),
+    *(("fp32", {"optimizer": optimizer, "interrupted_after": 2})
+      for optimizer in ("adagrad", "adadelta", "adamax", "nag", "adafactor")),
+    *(("fp32", {"scheduler": scheduler, "interrupted_after": 1}) for scheduler in SCHEDULES),
+])  # fmt: skip
+def test_modulators_move_ten_times_as_far(precision, options, trainer):
+    """In every precision, with every optimizer and every kind of schedule, and after resuming."""
+    options = {"optimizer": "adam", "decay": 0, **options}
+    options["lr"] = RATES.get(options["optimizer"], 0.01)
+    moves, rates = moved(trainer, precision, 1, **options)
+    scaled, scaled_rates = moved(trainer, precision, 10, **options)
     assert rates == scaled_rates
     assert any(".mapping." in name for name in moves)
     for name, move in moves.items():
@@ -319,22 +328,6 @@ def check_moves(trainer, precision, optimizer="adam", **kwargs):
         else:
             # the norm of the gradient, by which all is clipped, is a sum in another order
             torch.testing.assert_close(scaled[name], move, atol=2e-6, rtol=1e-5)
-
-
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "fp16 in separate copies"])
-@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
-def test_modulators_move_ten_times_as_far(optimizer, precision, trainer):
-    check_moves(trainer, precision, optimizer=optimizer, scheduler="inverse_sqrt", decay=0)
-
-
-@pytest.mark.parametrize("optimizer", ["adagrad", "adadelta", "adamax", "nag", "adafactor"])
-def test_with_every_optimizer(optimizer, trainer):
-    check_moves(trainer, "fp32", optimizer=optimizer, decay=0, interrupted_after=2)
-
-
-@pytest.mark.parametrize("scheduler", SCHEDULES)
-def test_with_every_kind_of_schedule_and_after_resuming(scheduler, trainer):
-    check_moves(trainer, "fp32", scheduler=scheduler, decay=0, interrupted_after=1)
 
 
 @pytest.mark.parametrize("precision", ["fp16", "fp16 without copies"])
@@ -407,12 +400,6 @@ def test_a_number_out_of_its_range_is_an_error(flag, value, message, build):
         build("multimax_transformer_lm", flag, value)
 
 
-@pytest.mark.parametrize("flag", ["--modulator-weight-decay", "--modulator-clip-norm", "--modulator-lr-scale"])
-def test_training_modulators_where_there_are_none_is_an_error(flag, build):
-    with pytest.raises(ValueError, match=f"^{flag}: this model has no modulators to train apart"):
-        build("multimax_transformer_lm", flag, "2", "--attention-mapping", "softmax")
-
-
 def test_a_config_files_null_or_text_is_an_error():
     for value in (None, "ten"):
         with pytest.raises(ValueError, match=f"--modulator-lr-scale takes a finite number above 0; got {value}"):
@@ -445,7 +432,7 @@ def test_another_plugins_wrapper_is_not_taken_for_ours(monkeypatch):
 
 
 @pytest.mark.slow
-def test_in_training(corpus, tmp_path):
+def test_in_training(build, corpus, tmp_path):
     """With a decay that takes every other parameter to nearly 0, modulators stay about where their gradient takes
     them: lr · updates at most."""
     command = ["fairseq-train", corpus / "data-bin", "--user-dir", PLUGIN, "--arch", "multimax_transformer", *TINY,
@@ -459,12 +446,8 @@ def test_in_training(corpus, tmp_path):
     assert "cross_g_d" in result.stdout + result.stderr
     state = torch.load(tmp_path / "checkpoint_last.pt")["model"]
     names = [name for name in state if ".mapping." in name]
-    start = parse([*map(str, command[1:])])  # the same seed: the modulators that training began with
-    from fairseq import tasks
-
-    torch.manual_seed(start[1].common.seed)
-    model = tasks.setup_task(start[1].task).build_model(start[1].model)
+    start = build("multimax_transformer", seed=1).model.state_dict()  # the same seed: what training began with
     assert names
     for name in names:
-        assert (state[name] - model.state_dict()[name]).abs().max() <= 4 * 0.01 * 1.1
+        assert (state[name] - start[name]).abs().max() <= 4 * 0.01 * 1.1
     assert state["encoder.layers.0.fc1.weight"].abs().max() < 0.05

@@ -5,7 +5,7 @@ import torch
 from conftest import parse
 from fairseq.models import ARCH_CONFIG_REGISTRY
 from omegaconf import OmegaConf
-from test_models_options import SITES
+from test_models_options import MAPPING_OPTIONS, SITES
 
 import multimax_fairseq.models  # noqa: F401
 from multimax_fairseq.mappings import MAPPINGS
@@ -25,11 +25,7 @@ def test_dimensions_and_defaults_are_those_of_the_stock_architecture(stock, corp
     expected, _ = parse([corpus / "data-bin", "--arch", stock])
     actual, _ = parse([corpus / "data-bin", "--arch", f"multimax_{stock}"])
     extra = set(vars(actual)) - set(vars(expected))
-    assert extra == {
-        "attention_mapping", "mapping_options", "attention_mapping_sites", "attention_scale", "output_mapping",
-        "multimax_order", "multimax_terms", "multimax_init", "entmax_alpha", "multimax_backend",
-        "modulator_lr_scale", "modulator_weight_decay", "modulator_clip_norm", "log_modulators",
-    }  # fmt: skip
+    assert extra == {option.name for option in MAPPING_OPTIONS}
     assert actual.attention_mapping == "multimax" and actual.attention_mapping_sites == ",".join(SITES)
     for name, value in vars(expected).items():
         assert name == "arch" or getattr(actual, name) == value
@@ -92,6 +88,7 @@ def test_quant_noise(build, batch):
     (["--attention-mapping", "softmin"], "there is no 'softmin'"),
     (["--output-mapping", "multimax", "--adaptive-softmax-cutoff", "10,20"], "adaptive"),
     (["--attention-mapping-sites", "cross", "--no-cross-attention"], "none of these; choose from: encoder, decoder"),
+    (["--attention-mapping-sites", "cross", "--no-cross-attention", "--cross-self-attention"], "none of these"),
 ])  # fmt: skip
 def test_a_wrong_choice_stops_at_model_build(options, message, build):
     with pytest.raises(ValueError, match=message):
@@ -118,9 +115,3 @@ def test_the_saved_configuration_is_plain(build):
 
 def test_hub_models_of_the_stock_class_are_not_offered():
     assert multimax_fairseq.models.MultimaxTransformerModel.hub_models() == {}
-
-
-def test_a_mapping_in_cross_attention_that_is_not_there_is_an_error(build):
-    options = ["--no-cross-attention", "--cross-self-attention", "--attention-mapping-sites", "cross"]
-    with pytest.raises(ValueError, match="this model has none of these; choose from: encoder, decoder"):
-        build("multimax_transformer", *options)

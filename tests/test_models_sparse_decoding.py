@@ -15,11 +15,6 @@ from multimax_fairseq.models.sparse_decoding import SparseScores
 SPARSE = ["sparsemax", "entmax15", "entmax"]
 
 
-@pytest.fixture(autouse=True)
-def eager(monkeypatch):
-    monkeypatch.setenv("MULTIMAX_BACKEND", "eager")
-
-
 def sharpened(built, factor):
     """The model with the logits of a trained one: so far apart that a few words have all of the probability."""
     with torch.no_grad():

@@ -4,26 +4,16 @@ import math
 
 import pytest
 import torch
-from fairseq.modules import MultiheadAttention
-from test_modules_attention import BSZ, EMBED_DIM, NUM_HEADS, PADDING, SRC_LEN, additive, inputs
+from test_modules_attention import BSZ, NUM_HEADS, PADDING, SRC_LEN, additive, inputs
+from test_modules_attention import make as make_attention
 
 from multimax_fairseq.kernels import blockwise_attention
-from multimax_fairseq.mappings import MAPPINGS, build_mapping
-from multimax_fairseq.modules import MappedMultiheadAttention, attention
+from multimax_fairseq.mappings import MAPPINGS
+from multimax_fairseq.modules import attention
 from multimax_fairseq.modules.scale import SCALES, LogLengthScale, build_scale, visible_keys
 
 CAUSAL = additive(float("-inf"))
 scaled = pytest.mark.parametrize("scale", [name for name in SCALES if name != "none"])
-
-
-def make(scale, mapping="multimax", **options):
-    torch.manual_seed(0)
-    stock = MultiheadAttention(EMBED_DIM, NUM_HEADS, **(options or {"self_attention": True}))
-    mapped = MappedMultiheadAttention.adopt(stock, build_mapping(mapping), "encoder", build_scale(scale, NUM_HEADS))
-    with torch.no_grad():
-        for parameter in mapped.scale.parameters():
-            parameter.copy_(torch.linspace(0.6, 1.4, parameter.numel()))
-    return mapped.eval()
 
 
 def causal_mask():
@@ -31,6 +21,11 @@ def causal_mask():
     mask = CAUSAL.clone()
     setattr(mask, attention.CAUSAL, True)
     return mask
+
+
+def make(scale, mapping="multimax", **options):
+    _, mapped = make_attention(mapping, scale, **options)
+    return mapped
 
 
 @pytest.mark.parametrize("padding", [None, PADDING, PADDING.flip(1)], ids=["whole", "right", "left"])
@@ -70,36 +65,6 @@ def test_nothing_changes_at_the_start_but_with_the_length():
 def test_a_scale_that_does_not_exist():
     with pytest.raises(ValueError, match="there is no 'sqrt'; choose from: none, learned, log-length"):
         build_scale("sqrt", 4)
-
-
-@scaled
-@pytest.mark.parametrize("name", MAPPINGS)
-def test_steps_with_a_cache_equal_the_full_forward(name, scale):
-    mapped = make(scale, name)
-    x, order, state, steps = inputs(), torch.tensor([2, 0, 0]), {}, []
-    for step in range(SRC_LEN):
-        if step == 3:
-            mapped.reorder_incremental_state(state, order)
-            x, steps = x[:, order], [previous[:, order] for previous in steps]
-        query = x[step : step + 1]
-        steps.append(mapped(query, query, query, incremental_state=state, need_weights=False)[0])
-    expected, _ = mapped(x, x, x, attn_mask=causal_mask(), need_weights=False)
-    torch.testing.assert_close(torch.cat(steps), expected, atol=1e-5, rtol=0)
-
-
-@scaled
-@pytest.mark.parametrize("name", MAPPINGS)
-def test_cached_keys_of_a_beam_equal_the_full_forward(name, scale):
-    beam = 4 if hasattr(MultiheadAttention, "set_beam_size") else 1
-    mapped = make(scale, name, encoder_decoder_attention=True)
-    query, encoder_out = inputs(length=2, bsz=BSZ * beam), inputs(seed=2).repeat_interleave(beam, dim=1)
-    common = dict(key_padding_mask=PADDING.repeat_interleave(beam, dim=0), static_kv=True)
-    expected, _ = mapped(query, encoder_out, encoder_out, **common)
-    if beam > 1:
-        mapped.set_beam_size(beam)
-    state = {}
-    steps = [mapped(q[None], encoder_out, encoder_out, incremental_state=state, **common)[0] for q in query]
-    torch.testing.assert_close(torch.cat(steps), expected, atol=1e-5, rtol=0)
 
 
 @scaled

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import math
 import os
-import subprocess
 import sys
-from pathlib import Path
 from types import ModuleType
 from xml.etree import ElementTree
 
 import pytest
-from conftest import load_script
+import torch
+from conftest import ROOT, load_script, run
 
 pytest.importorskip("matplotlib")
 
-ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "scripts" / "plot_modulator.py"
 
 
@@ -32,20 +30,12 @@ def masses(plot) -> list[tuple[list[float], float]]:
     return [([p[i] for i in modes], sum(p) - sum(p[i] for i in modes)) for p in rows]
 
 
-def run(*arguments: object, first_on_path: Path = ROOT) -> subprocess.CompletedProcess:
-    path = os.pathsep.join(filter(None, (str(first_on_path), str(ROOT), os.environ.get("PYTHONPATH"))))
-    command = [sys.executable, str(SCRIPT), *map(str, arguments)]
-    return subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
-
-
 def test_png(tmp_path):
     from matplotlib.colors import to_rgb
     from matplotlib.image import imread
 
     out = tmp_path / "new" / "picture.png"
-    result = run("--out", out)
-    assert result.returncode == 0, result.stderr
-    assert "DEBUG" not in result.stderr
+    assert "DEBUG" not in run(sys.executable, SCRIPT, "--out", out, env={"PYTHONPATH": str(ROOT)}).stderr
     pixels = imread(out)[..., :3]  # (height, width, 3), 0 to 1
     height, width = pixels.shape[:2]
     assert width == 1800 and 0.4 * width < height < 0.6 * width
@@ -82,7 +72,8 @@ def test_unknown_suffix(plot, tmp_path, capsys, name):
 
 def test_without_matplotlib(tmp_path):
     (tmp_path / "matplotlib.py").write_text("raise ImportError('not here')")
-    result = run("--out", tmp_path / "picture.png", first_on_path=tmp_path)
+    result = run(sys.executable, SCRIPT, "--out", tmp_path / "picture.png", check=False,
+                 env={"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])})  # fmt: skip
     assert result.returncode == 1
     assert "pip install matplotlib" in result.stderr and "Traceback" not in result.stderr
 
@@ -99,8 +90,6 @@ def test_multimax_is_computed_as_the_formula_says(plot):
 
 def test_slopes(plot):
     """Steeper than the identity below b, flatter above d, and never falling, at either order."""
-    import torch
-
     (b, d), step = plot.THRESHOLDS[0].tolist(), 1e-3
     x = torch.arange(*plot.X_RANGE, step, dtype=torch.float64)
     for order in (1, 2):

@@ -9,16 +9,12 @@ import pytest
 from recipes import (
     WIKITEXT,
     Prepared,
-    check_help,
-    clear_error,
+    check_bad_archive,
+    check_second_run,
     fail,
     fairseq_task,
-    interrupt,
     lines_of,
-    on_small_disk,
-    reached,
     siblings,
-    snapshot,
     succeed,
 )
 
@@ -125,54 +121,20 @@ def test_the_published_corpora_pass(tmp_path, stand_in, corpus):
         assert result.stderr == f"WARNING: {name}: {count - 1} {unit}, the published {corpus} has {count}\n"
 
 
-def test_second_run_does_nothing(wikitext):
+def test_second_run_and_other_settings(wikitext):
     archive, out, _ = wikitext
-    before = snapshot(out)
-    assert "already prepared" in succeed(WIKITEXT, "--archive", archive, "--out", out).stdout
-    message = fail(WIKITEXT, "--archive", archive, "--out", out, "--corpus", "wikitext-2")
-    assert "there: recipe=wikitext-103; asked for: recipe=wikitext-2" in message
-    assert snapshot(out) == before
-
-
-# ---------------------------------------------------------------------- options
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ([], "--out DIR is required"),
-        (["--out", "x", "--corpus", "wikitext"], "there is no 'wikitext'; choose from: wikitext-103 wikitext-2"),
-        (["--out", "x", "--archive", "nowhere.zip"], "--archive nowhere.zip: there is no such file"),
-        (["--out", "x", "--archive", "a", "--url", "b"], "--archive and --url exclude each other"),
-        (["--raw"], "unknown option '--raw'"),
-    ],
-)
-def test_bad_options(arguments, message):
-    assert message in fail(WIKITEXT, *arguments)
-
-
-def test_help_names_every_option():
-    options, _ = check_help(WIKITEXT)
-    assert len(options) == 7
+    command = [WIKITEXT, "--archive", archive, "--out", out]
+    check_second_run(command, ["--corpus", "wikitext-2"], "there: recipe=wikitext-103; asked for: recipe=wikitext-2")
 
 
 # ---------------------------------------------------------------------- bad archives
 
 
-def cut_short(path: Path) -> None:
-    path.write_bytes(make_archive(path).read_bytes()[:-100])
-
-
+# What is wrong with archives of any kind: test_prepare_iwslt14.py and test_unpack.py.
 FAULTS = {
-    "cut short": (cut_short, "is corrupt or cut short"),
-    "web page": (lambda path: path.write_text("<html>Sign in</html>"), "is a web page, not an archive"),
     "the raw version": (
         lambda path: make_archive(path, "wikitext-103-raw/wiki.{}.raw"),
         "lacks wiki.test.tokens, wiki.train.tokens, wiki.valid.tokens (it has wiki.test.raw, wiki.train.raw,",
-    ),
-    "path upwards": (
-        lambda path: make_archive(path, "wikitext-103/../../wiki.{}.tokens"),
-        "is not safe to unpack: 'wikitext-103/../../wiki.train.tokens' leads out of its folder",
     ),
     "empty text": (
         lambda path: make_archive(path, texts={**TEXTS, "valid": " \n"}),
@@ -187,15 +149,7 @@ FAULTS = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_bad_archives_are_refused(tmp_path, stand_in, fault):
-    make, expected = FAULTS[fault]
-    archive = tmp_path / "wikitext-103-v1.zip"
-    make(archive)
-    before = archive.read_bytes()
-    message = fail(WIKITEXT, "--archive", archive, "--out", tmp_path / "a" / "out", **stand_in)
-    assert f"ERROR: {archive} {expected}" in message
-    assert archive.read_bytes() == before
-    assert list((tmp_path / "a").iterdir()) == []
-    assert not reached(tmp_path).exists()
+    check_bad_archive(WIKITEXT, *FAULTS[fault], tmp_path / "wikitext-103-v1.zip", stand_in)
 
 
 # ---------------------------------------------------------------------- downloads
@@ -272,22 +226,3 @@ def test_a_web_page_is_called_so(tmp_path, server, stand_in):
     message = fail(WIKITEXT, "--url", url, "--out", tmp_path / "out", **stand_in)
     assert "wikitext-103-v1.zip, as downloaded, is a web page, not an archive" in message
 
-
-# ---------------------------------------------------------------------- interruption and full disks
-
-
-def test_an_interrupted_run_leaves_nothing(tmp_path, stand_in):
-    archive = make_archive(tmp_path / "wikitext-103-v1.zip")
-    arguments = [WIKITEXT, "--archive", archive, "--out", tmp_path / "out"]
-    assert interrupt(tmp_path, stand_in, "SIGTERM", *arguments) == 143
-    assert siblings(tmp_path / "out") == []
-
-
-def test_a_full_disk_is_named(tmp_path, stand_in):
-    texts = {**TEXTS, "train": "the cat sat .\n" * 100_000}  # 1.4 MB, and small when packed
-    archive = make_archive(tmp_path / "wikitext-103-v1.zip", texts=texts)
-    disk = tmp_path / "disk"
-    result, left = on_small_disk(disk, "1m", WIKITEXT, "--archive", archive, "--out", disk / "out", **stand_in)
-    message = clear_error(result)
-    assert f"could not unpack {archive}: " in message and "No space left on device" in message
-    assert left == []

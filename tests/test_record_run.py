@@ -5,7 +5,7 @@ from argparse import Namespace
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import load_script
 from omegaconf import OmegaConf
 
 BLEU = "BLEU|nrefs:1|case:lc|eff:no|tok:13a|smooth:exp|version:2.6.0 = 34.56 66.1/41.2/28.0/19.4 (BP = 0.98 …)\n"
@@ -22,12 +22,9 @@ epoch 003 | valid on 'valid' subset | loss 6.6 | nll_loss 6.1 | ppl 68.6 | wps 3
 """
 
 
-@pytest.fixture
-def record_run(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    import record_run
-
-    return record_run
+@pytest.fixture(scope="module")
+def record_run():
+    return load_script("record_run")
 
 
 def checkpoint(updates=118, metric="loss", value=6.53):
@@ -48,13 +45,6 @@ def test_scores_are_read_from_what_the_commands_print(record_run, tmp_path):
     scores = record_run.perplexities(tmp_path)
     assert list(scores) == ["test, context 400", "test, context 80", "test, context 0"]
     assert scores["test, context 400"] == {"perplexity": 29.0, "bits_per_token": 4.858, "tokens": 245569}
-
-
-@pytest.mark.parametrize("name, function", [("average.bleu", "bleu_scores"), ("test.context-0.eval", "perplexities")])
-def test_a_file_without_a_score_is_an_error(name, function, record_run, tmp_path):
-    (tmp_path / name).write_text("Traceback (most recent call last):\n")
-    with pytest.raises(record_run.UserError, match=rf"{name} is not what (sacrebleu|fairseq-eval-lm) prints"):
-        getattr(record_run, function)(tmp_path)
 
 
 def test_the_validation_of_the_best_checkpoint_is_found_in_the_log(record_run, tmp_path):
@@ -95,14 +85,10 @@ def test_hardware_names_no_machine(record_run):
     assert platform.node() not in text.split() and "cores" in text
 
 
-@pytest.mark.parametrize("files, message", [
-    ([], "has no checkpoint_best.pt: train first"),
-    (["checkpoint_best.pt", "checkpoint_last.pt"], "has no scores"),
-])  # fmt: skip
-def test_an_unfinished_run_has_no_record(files, message, record_run, tmp_path, monkeypatch):
-    for name in files:
+def test_a_run_without_scores_has_no_record(record_run, tmp_path, monkeypatch):
+    for name in ("checkpoint_best.pt", "checkpoint_last.pt"):
         torch.save({}, tmp_path / name)
     monkeypatch.setattr("sys.argv", ["record_run.py", str(tmp_path), "--experiment", "x"])
-    with pytest.raises(SystemExit, match=message):
+    with pytest.raises(SystemExit, match="has no scores"):
         record_run.main()
     assert not (tmp_path / "run.json").exists()

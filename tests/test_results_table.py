@@ -4,6 +4,7 @@ with the runs themselves."""
 import json
 import random
 import re
+import shutil
 import statistics
 
 import pytest
@@ -194,70 +195,53 @@ def test_what_cannot_be_compared_is_said(tmp_path):
     assert "WARNING: scored in different ways" in text
 
 
-def faulty(tmp_path, what):
-    """A folder of runs with one thing wrong."""
-    softmax, multimax = tmp_path / "softmax", tmp_path / "multimax"
-    write_run(softmax, hypotheses=translations(0.1, 1), attention_mapping="softmax")
-    if what == "other references":
-        write_run(multimax, hypotheses=REFERENCES[::-1], references=REFERENCES[::-1])
-        return
-    signature = SIGNATURE.replace("mixed", "lc") if what == "signature" else SIGNATURE
-    write_run(multimax, hypotheses=translations(0.1, 2), signature=signature)
-    if what == "twice":
-        write_run(tmp_path / "again", hypotheses=translations(0.1, 3))
-    elif what == "no hypotheses":
-        (multimax / "best.hypotheses").unlink()
-    elif what == "no JSON":
-        (multimax / "run.json").write_text("{")
-    elif what in DAMAGE:
-        record = json.loads((multimax / "run.json").read_text())
-        DAMAGE[what](record)
-        (multimax / "run.json").write_text(json.dumps(record))
-    elif what == "cut":
-        lines = (multimax / "best.hypotheses").read_text().splitlines(keepends=True)
-        (multimax / "best.hypotheses").write_text("".join(lines[:10]))
-    elif what == "empty":
-        (multimax / "best.hypotheses").write_text("")
-    elif what == "other translations":
-        (multimax / "best.hypotheses").write_text("\n".join(REFERENCES) + "\n")
-    elif what == "not UTF-8":
-        (multimax / "best.hypotheses").write_bytes(b"\xff\n" * 120)
+def again(run, **options):
+    shutil.rmtree(run)
+    write_run(run, **options)
 
 
-# run.json with one thing wrong.
-DAMAGE = {
-    "another format": lambda record: record.update(format=2),
-    "no scores": lambda record: record.update(scores={}),
-    "NaN": lambda record: record["scores"]["best"].update(bleu=float("nan")),
-    "a score without BLEU": lambda record: record["scores"]["best"].pop("bleu"),
-    "a path": lambda record: record["scores"]["best"].update(hypotheses="../softmax/best.hypotheses"),
-    "no seed": lambda record: record.pop("seed"),
-    "no mapping": lambda record: record["mapping"].pop("multimax_terms"),
-    "an infinite perplexity": lambda record: record["validation"].update(ppl=float("inf")),
-}
+def of_record(change):
+    """run.json with one thing wrong."""
+
+    def fault(run):
+        record = json.loads((run / "run.json").read_text())
+        change(record, record["scores"]["best"])
+        (run / "run.json").write_text(json.dumps(record))
+
+    return fault
 
 
-@pytest.mark.parametrize("what, message", [
-    ("other references", "have different references"),
-    ("signature", "are scored in different ways"),
-    ("twice", "are both iwslt14_de_en, MultiMax, seed 1"),
-    ("no hypotheses", "needs best.hypotheses beside it: No such file"),
-    ("cut", "multimax/best.hypotheses has 10 lines for 120 references"),
-    ("empty", "multimax/best.hypotheses has 1 lines for 120 references"),
-    ("other translations", "has BLEU 100.00, and run.json says"),
-    ("not UTF-8", "multimax/best.hypotheses is damaged: it is not UTF-8"),
-    ("no scores", "(scores is {})"),
-    ("NaN", "(best: bleu is nan)"),
-    ("a score without BLEU", "(best: perplexity is nothing)"),
-    ("a path", "(best: hypotheses is '../softmax"),
-    ("no seed", "(seed is nothing)"),
-    ("no mapping", "(mapping: multimax_terms is nothing)"),
-    ("an infinite perplexity", "(validation is {'ppl': inf})"),
-    ("no JSON", "is not, or no longer, a file of record_run.py"),
-    ("another format", "a file of record_run.py (format is 2)"),
+def of_hypotheses(content):
+    return lambda run: (run / "best.hypotheses").write_bytes(content)
+
+
+# What is done to the folder of a run beside that of softmax, and what is said.
+@pytest.mark.parametrize("fault, message", [
+    (lambda run: again(run, hypotheses=REFERENCES[::-1], references=REFERENCES[::-1]), "have different references"),
+    (lambda run: again(run, hypotheses=REFERENCES, signature=SIGNATURE.replace("mixed", "lc")),
+     "are scored in different ways"),
+    (lambda run: write_run(run.with_name("again"), hypotheses=translations(0.1, 3)),
+     "are both iwslt14_de_en, MultiMax, seed 1"),
+    (lambda run: (run / "best.hypotheses").unlink(), "needs best.hypotheses beside it: No such file"),
+    (of_hypotheses(b"a\n" * 10), "multimax/best.hypotheses has 10 lines for 120 references"),
+    (of_hypotheses(b""), "multimax/best.hypotheses has 1 lines for 120 references"),
+    (of_hypotheses("\n".join(REFERENCES).encode()), "has BLEU 100.00, and run.json says"),
+    (of_hypotheses(b"\xff\n" * 120), "multimax/best.hypotheses is damaged: it is not UTF-8"),
+    (lambda run: (run / "run.json").write_text("{"), "is not, or no longer, a file of record_run.py"),
+    (of_record(lambda record, _: record.update(format=2)), "a file of record_run.py (format is 2)"),
+    (of_record(lambda record, _: record.update(scores={})), "(scores is {})"),
+    (of_record(lambda _, best: best.update(bleu=float("nan"))), "(best: bleu is nan)"),
+    (of_record(lambda _, best: best.pop("bleu")), "(best: perplexity is nothing)"),
+    (of_record(lambda _, best: best.update(hypotheses="../softmax/best.hypotheses")),
+     "(best: hypotheses is '../softmax"),
+    (of_record(lambda record, _: record.pop("seed")), "(seed is nothing)"),
+    (of_record(lambda record, _: record["mapping"].pop("multimax_terms")), "(mapping: multimax_terms is nothing)"),
+    (of_record(lambda record, _: record["validation"].update(ppl=float("inf"))), "(validation is {'ppl': inf})"),
 ])  # fmt: skip
-def test_a_faulty_folder_is_an_error_that_names_it(what, message, tmp_path):
-    faulty(tmp_path, what)
+def test_a_faulty_folder_is_an_error_that_names_it(fault, message, tmp_path):
+    write_run(tmp_path / "softmax", hypotheses=translations(0.1, 1), attention_mapping="softmax")
+    write_run(tmp_path / "multimax", hypotheses=translations(0.1, 2))
+    fault(tmp_path / "multimax")
     result = results_table(tmp_path, check=False)
     assert result.returncode == 1 and not result.stdout
     assert message in result.stderr and str(tmp_path) in result.stderr and "Traceback" not in result.stderr

@@ -79,7 +79,7 @@ def test_the_hydra_config_is_the_recipe(experiment, tmp_path):
 @pytest.mark.parametrize("experiment, tokens", [
     ("iwslt14_de_en", 4096), ("wikitext103", 32768), ("multi30k_de_en", 1024), ("brown_lm", 1024),
 ])  # fmt: skip
-@pytest.mark.parametrize("processes", [1, 2, 4, 8, 32])
+@pytest.mark.parametrize("processes", [1, 4, 32])
 def test_an_update_sees_as_many_tokens_whatever_the_number_of_processes(experiment, tokens, processes):
     command = train_command(experiment, "--processes", processes)
     assert value(command, "--distributed-world-size") == str(processes)
@@ -316,7 +316,6 @@ SAYS = "cat >/dev/null; echo 'Traceback' >&2; echo '{}' >&2; exit 1"
 @pytest.mark.slow
 @pytest.mark.parametrize("stand_in, damaged, damage, status, message", [
     (SAYS.format("x"), f"{RUN}/checkpoint_best.pt", b"PK", 1, "checkpoint_best.pt cannot be read as a checkpoint"),
-    (SAYS.format("x"), f"{RUN}/checkpoint_best.pt", b"", 1, "checkpoint_best.pt is empty: it is no checkpoint"),
     (SAYS.format("x"), f"{DATA}/data-bin/dict.de.txt", None, 1, "data-bin has no dictionary dict.de.txt"),
     (SAYS.format("x"), f"{DATA}/data-bin/dict.de.txt", b"ja 1\n", 1, "is another one than that of"),
     (SAYS.format("ValueError: max_tokens"), None, None, 1, "line 1 is longer than the model or --max-tokens takes"),

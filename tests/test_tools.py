@@ -22,9 +22,6 @@ def intact(build, corpus, tmp_path_factory):
     """A folder as an evaluated run leaves it, of an untrained model."""
     folder = tmp_path_factory.mktemp("run")
     path = save_checkpoint(build("multimax_transformer"), folder / "checkpoint_best.pt")
-    state = torch.load(path)
-    state["extra_state"].update(val_loss=3.0, best=3.0, previous_training_time=1.0)
-    torch.save(state, path)
     shutil.copy(path, folder / "checkpoint_last.pt")
     shutil.copy(path, folder / "checkpoint1.pt")
     (folder / "best.bleu").write_text("BLEU|nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:2.6.0 = 1.00 1/1 (")
@@ -78,7 +75,7 @@ def a_folder(path):
 
 UNREADABLE = "cannot be read as a checkpoint of fairseq (damaged, cut off, or something else)"
 CHECKPOINTS = {
-    "absent": (lambda path: path.unlink(), "there is no checkpoint|no such file|has no checkpoint_best.pt"),
+    "absent": (lambda path: path.unlink(), "there is no checkpoint|no such file|has no checkpoint_best.pt: train"),
     "a folder": (a_folder, "cannot be read: Is a directory|no such file|has no checkpoint_best.pt"),
     "empty": (lambda path: path.write_bytes(b""), "is empty"),
     "cut": (cut, re.escape(UNREADABLE)),
@@ -127,6 +124,7 @@ def start(tool, arguments, monkeypatch):
 @pytest.mark.parametrize("what", CHECKPOINTS)
 def test_a_checkpoint_that_is_none(what, tool, folder, corpus, monkeypatch):
     monkeypatch.chdir(folder)
+    monkeypatch.setattr("multimax_fairseq.analysis.measure.Measurement.update", None)  # not reached
     damage, message = CHECKPOINTS[what]
     damage(folder / "checkpoint_best.pt")
     before = set(folder.rglob("*"))
@@ -169,6 +167,7 @@ def test_options_that_cannot_be(tool, options, message, folder, corpus, monkeypa
 @pytest.mark.parametrize("name, content, message", [
     ("best.bleu", b"BLEU|\xff = 1.0 ", "best.bleu is damaged: it is not UTF-8"),
     ("best.bleu", b"BLEU|x = 1.2.3 ", "best.bleu is not what sacrebleu prints"),
+    ("test.context-0.eval", b"Traceback\n", "test.context-0.eval is not what fairseq-eval-lm prints"),
     ("test.context-0.eval", b"Evaluated 0 tokens\nLoss (base 2): 0.0, Perplexity: 1.00\n", "no token was evaluated"),
     ("test.context-0.eval", b"Evaluated 9 tokens\nLoss (base 2): nan, Perplexity: nan\n", "of a finite perplexity"),
 ])  # fmt: skip
@@ -285,7 +284,6 @@ RUN = ["../examples/multi30k_de_en/run.sh"]
 
 @pytest.mark.parametrize("command, options, message", [
     (SCORE, ["--out", "-dash"], "a file of this name is ./-dash"),
-    (SCORE, ["--reference=-ref"], "a file of this name is ./-ref"),
     (SCORE, ["--checkpoint", "a::b"], "--checkpoint 'a::b' has an empty name"),
     (SCORE, ["--checkpoint", "{run}/checkpoint_best.pt:{run}/none.pt"], "none.pt: there is no such file"),
     (SCORE, ["--reference", "{corpus}/text/valid.en"], "60 lines in {corpus}/text/valid.en for the 40 sentences"),
@@ -296,8 +294,6 @@ RUN = ["../examples/multi30k_de_en/run.sh"]
     (SCORE, ["--out", "{run}/best.bleu/x"], "best.bleu cannot be made: "),
     (["translate.sh"], ["--data", "a:b", "--run", "{run}"], "fairseq takes ':' for what separates names"),
     (["translate.sh"], ["--data", "a\nb", "--run", "{run}"], "a name with control characters"),
-    (["translate.sh"], ["--data", "-data", "--run", "{run}"], "a file of this name is ./-data"),
-    (RUN, ["--entmax-alpha", "1.0"], "--entmax-alpha takes a number in (1, 2]"),
     (RUN, ["--entmax-alpha", "1.000"], "--entmax-alpha takes a number in (1, 2]"),
     (RUN, ["--epochs", "1", "--updates", "2"], "exclude each other"),
     (RUN, ["--out", "a:b"], "fairseq takes ':' for what separates names"),
