@@ -16,7 +16,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from . import cpp
-from .masks import Masks, length_first
+from .masks import Masks, length_first, without_gaps
 
 ADDRESS, INTEGER = cpp.ADDRESS, cpp.INTEGER
 
@@ -115,7 +115,7 @@ class CppMultiMax(Function):
         dropout: float,
         seed: int,
     ) -> Tensor:
-        query, key, value = (_without_gaps(tensor) for tensor in (query, key, value))
+        query, key, value = (without_gaps(tensor) for tensor in (query, key, value))
         normalisers = query.new_empty(*query.shape[:2], 2)
         saved = dict(zip(SAVED, (query, key, value, thresholds, gains, normalisers)))
         ctx.options = masks, dropout, seed
@@ -134,7 +134,7 @@ class CppMultiMax(Function):
             *ctx.options,
             **saved,
             **grads,
-            grad_output=_without_gaps(grad),
+            grad_output=without_gaps(grad),
         )
         return (*grads.values(), *grad_parameters.to(saved["gains"].dtype).unbind(), None, None, None)
 
@@ -184,7 +184,3 @@ def _call(
             setattr(problem, name, Matrices.of(tensor) if kind is Matrices else tensor.data_ptr())
     function(problem)
     return grads_of_parameters.sum(0)
-
-
-def _without_gaps(tensor: Tensor) -> Tensor:
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()

@@ -1,4 +1,4 @@
-"""What the attention backends share: their masks, and the memory layout of their results."""
+"""What the attention backends share: their masks, and the memory layouts of tensors."""
 
 from typing import NamedTuple, Optional, Tuple
 
@@ -40,3 +40,8 @@ def length_first(tensor: Tensor) -> Tensor:
     """An empty tensor of this shape, (heads, length, head_dim), with length first in memory, as in projections."""
     heads, length, head_dim = tensor.shape
     return tensor.new_empty(length, heads, head_dim).transpose(0, 1)
+
+
+def without_gaps(tensor: Tensor) -> Tensor:
+    """The same numbers, with the last dimension contiguous."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()

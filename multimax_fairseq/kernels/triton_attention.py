@@ -17,7 +17,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from .backend import backend, wants_compiled
-from .masks import Masks, length_first
+from .masks import Masks, length_first, without_gaps
 
 logger = logging.getLogger(__name__)
 
@@ -137,7 +137,7 @@ class _TritonMultiMax(Function):
         ctx, query: Tensor, key: Tensor, value: Tensor, thresholds: Tensor, gains: Tensor, masks: Masks,
         dropout: float, seed: int,
     ) -> Tensor:  # fmt: skip
-        query, key, value = (_without_gaps(tensor) for tensor in (query, key, value))
+        query, key, value = (without_gaps(tensor) for tensor in (query, key, value))
         output = length_first(query)
         peaks, factors = query.new_empty(2, *query.shape[:2], dtype=torch.float32)
         ctx.call = _Call(query, key, masks, len(gains), dropout, seed)
@@ -151,7 +151,7 @@ class _TritonMultiMax(Function):
         query, key, value, thresholds, gains, peaks, factors = ctx.saved_tensors
         inputs, order = (query, key, value, thresholds, gains), len(gains)
         grads = {f"grad_{name}": length_first(tensor) for name, tensor in zip(("query", "key", "value"), inputs)}
-        rows = {"peaks": peaks, "factors": factors, "expecteds": torch.empty_like(peaks), "grad": _without_gaps(grad)}
+        rows = {"peaks": peaks, "factors": factors, "expecteds": torch.empty_like(peaks), "grad": without_gaps(grad)}
         table = peaks.new_empty(ctx.call.programs("backward_queries"), 2, order, 2)
         ctx.call("backward_queries", *inputs, grad_query=grads["grad_query"], table=table, **rows)
         ctx.call("backward_keys", *inputs, grad_key=grads["grad_key"], grad_value=grads["grad_value"], **rows)
@@ -224,10 +224,6 @@ class _Call:
                 BLOCK_KEYS=blocks.keys,
                 **blocks.options(),
             )
-
-
-def _without_gaps(tensor: Tensor) -> Tensor:
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def version() -> Optional[str]:
