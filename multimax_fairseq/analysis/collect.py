@@ -4,16 +4,20 @@ Works for this plugin's and fairseq's own translation and language models. It re
 hooks ask each attention module for what it can already return.
 """
 
+from __future__ import annotations
+
 import inspect
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
+from typing import TYPE_CHECKING, Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
 import torch
-from fairseq.modules import MultiheadAttention
 from torch import Tensor, nn
 
 from ..mappings import additive_mask
+
+if TYPE_CHECKING:  # importing fairseq takes seconds, and many tools need only the files of this package
+    from fairseq.modules import MultiheadAttention
 
 
 class AttentionModule(NamedTuple):
@@ -102,6 +106,8 @@ def attention_modules(model: nn.Module) -> List[AttentionModule]:
     Raises:
         ValueError: it has no fairseq ``MultiheadAttention``, or one that never forms probabilities.
     """
+    from fairseq.modules import MultiheadAttention
+
     found, layers = [], {}
     for name, module in model.named_modules():
         if not isinstance(module, MultiheadAttention):
@@ -137,8 +143,10 @@ def recording(
 
     The model's results do not change. It has to see whole sentences (no decoding cache).
     """
+    found = attention_modules(model)
+    attentions = [attention.module for attention in found]
     with ExitStack() as stack:
-        for attention in attention_modules(model):
+        for attention in found:
             if on_attention is not None:
                 _report_attention(attention, on_attention, stack)
         numbers: Dict[str, int] = {}
@@ -146,7 +154,7 @@ def recording(
             if hasattr(module, "can_use_fastpath"):
                 # fairseq 0.12.2 evaluates its own encoder layers in one kernel that bypasses their attention modules
                 stack.enter_context(_attribute(module, "can_use_fastpath", False))
-            if on_layer is not None and isinstance(getattr(module, "self_attn", None), MultiheadAttention):
+            if on_layer is not None and getattr(module, "self_attn", None) in attentions:
                 side = _side(name)
                 numbers[side] = numbers.get(side, 0) + 1
                 _report_layer(side, numbers[side], module, on_layer, stack)
