@@ -286,6 +286,7 @@ def module_peak(name: str, bsz: int, length: int) -> int:
     def run(length: int) -> None:
         inputs = torch.randn(length, bsz, WIDTH, device=DEVICE, requires_grad=True)
         visible = mask[:length, :length]
+        setattr(visible, CAUSAL, True)
         module(inputs, inputs, inputs, attn_mask=visible, need_weights=False)[0].sum().backward()
 
     run(256)  # compiles, and allocates the weights' gradients
