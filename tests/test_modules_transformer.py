@@ -50,17 +50,27 @@ def test_modulated_half_precision_logits_are_single(build):
 
 @pytest.mark.parametrize("options", [[], ["--decoder-normalize-before"]])
 @pytest.mark.parametrize("arch", ["multimax_transformer", "multimax_transformer_lm"])
-@pytest.mark.parametrize("mapping, alpha", [("softmax", None), ("sparsemax", 2), ("entmax15", 1.5), ("entmax", 1.1)])
-def test_sparse_mappings_start_with_smaller_features(mapping, alpha, arch, options, build, batch):
+@pytest.mark.parametrize("mapping, alpha", [
+    ("softmax", None), ("sparsemax", 2), ("entmax15", 1.5), ("entmax", 1.1), ("entmax", "learned")
+])  # fmt: skip
+def test_sparse_mappings_start_with_smaller_features(mapping, alpha, arch, options, build, batch, recwarn):
     """By 1 / ((α − 1) log V), where that is below 1: so fewer words that come next start with probability 0."""
     output = ["--output-mapping", mapping, *(["--entmax-alpha", alpha] if mapping == "entmax" else [])]
     plain, sparse = build(arch, *options), build(arch, *options, *output)
+    assert not any("requires_grad" in str(warning.message) for warning in recwarn)
     sample, decoder = batch(plain), sparse.model.decoder
-    norm = decoder.layer_norm or decoder.layers[-1].final_layer_norm
+    norm = decoder.layer_norm if options else decoder.layers[-1].final_layer_norm
+    alpha = 1.5 if alpha == "learned" else alpha
     scale = min(1 / ((alpha - 1) * math.log(len(decoder.dictionary))), 1) if alpha else 1
     assert norm.weight.tolist() == pytest.approx([scale] * len(norm.weight))
     with torch.no_grad():
         torch.testing.assert_close(logits(sparse, sample), scale * logits(plain, sample), atol=1e-6, rtol=1e-5)
+
+
+def test_features_without_a_norm_are_left_as_they_are(build):
+    options = "--decoder-normalize-before", "--no-decoder-final-norm", "--output-mapping", "entmax15"
+    decoder = build("multimax_transformer", *options).model.decoder
+    assert all(layer.final_layer_norm.weight.eq(1).all() for layer in decoder.layers)
 
 
 def test_layers_are_checkpointed_when_asked(build, batch, monkeypatch):

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Multi30k German-English: 29,000 image descriptions, a Transformer of 2.3M parameters, half an hour or so on a CPU.
+# Multi30k German-English: 29,000 image descriptions, a Transformer of 2.1M parameters, a quarter of an hour of a CPU core.
 #
 #     examples/multi30k_de_en/run.sh --mapping multimax --seed 1
 #

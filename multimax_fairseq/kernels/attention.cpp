@@ -1,6 +1,6 @@
-// MultiMax attention in blocks, for fp32 on a CPU: those of blockwise_attention.py. Each
-// thread works through blocks of its own, head after head, without waiting between products and mapping: a block of
-// scores stays in its cache from the first product to the last.
+// MultiMax attention in blocks, for fp32 on a CPU: what blockwise_attention.py computes. Each thread works through
+// blocks of its own, head after head, without waiting between products and mapping: a block of scores stays in its
+// cache from the first product to the last.
 
 #include "multimax.hpp"
 

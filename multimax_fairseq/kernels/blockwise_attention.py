@@ -1,4 +1,4 @@
-"""MultiMax attention in plain PyTorch, by blocks where the whole matrix of scores would be large.
+"""MultiMax attention in plain PyTorch, by blocks; on a GPU, only where the whole matrix of scores would be large.
 
 A block has the scores of some heads and some queries against all the keys that these may see. The backward computes
 it again: one more forward, but nothing of size length² is kept, and no work is done on scores that the causal mask
@@ -37,12 +37,12 @@ def attend(
     query: Tensor, key: Tensor, value: Tensor, thresholds: Tensor, gains: Tensor, masks: Masks, dropout: float
 ) -> Tensor:
     """:func:`.attention.multimax_attention`, with the dropout of PyTorch."""
-    src_len, parameters = key.size(1), (thresholds, gains)
+    src_len = key.size(1)
     if fits_as_a_whole(query, key):
         everything = masks.block(slice(0, query.size(0)), slice(0, query.size(1)), src_len)
-        return _attend_block(query, key, value, *parameters, masks, everything, dropout)
-    # In half precision too, the gradients of keys and values are summed over blocks in fp32.
-    key, value = (tensor.to(compute_dtype(tensor.dtype)) for tensor in (key, value))
+        return _attend_block(query, key, value, thresholds, gains, masks, everything, dropout)
+    # In half precision too, their gradients are summed over blocks in fp32.
+    key, value, *parameters = (tensor.to(compute_dtype(tensor.dtype)) for tensor in (key, value, thresholds, gains))
     num_heads, num_queries = block_size(query, key)
     outputs = []
     for head, (queries, k, v) in enumerate(zip(*(tensor.split(num_heads) for tensor in (query, key, value)))):
@@ -61,7 +61,7 @@ def attend(
 
 
 def fits_as_a_whole(query: Tensor, key: Tensor) -> bool:
-    """Whether the matrix of scores is small enough to be kept."""
+    """Whether the matrix of scores is small enough to be kept; on a CPU it never is."""
     scores = query.size(0) * query.size(1) * key.size(1)
     return scores <= (0 if query.device.type == "cpu" else WHOLE_ON_GPU)
 

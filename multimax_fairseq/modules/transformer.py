@@ -94,13 +94,17 @@ class MappedDecoder(TransformerDecoderBase):
 
         One word has all probability as soon as its logit is 1 / (α − 1) above the others, where softmax needs some
         log V for nearly all. With the logits of a new softmax model, most words that come next would start with
-        probability 0. Training would first shrink the embeddings, which the input may share.
+        probability 0. Training would first shrink the embeddings, which the input may share. Nothing is done where
+        features come without a norm; where layer drop leaves out the last layer, they have their usual size.
         """
-        last_layer = next(reversed(list(self.layers.children())), None)
-        norm = self.layer_norm or getattr(last_layer, "final_layer_norm", None)
+        if self.cfg.decoder.normalize_before:
+            norm = self.layer_norm  # None with --no-decoder-final-norm
+        else:
+            norm = getattr(next(reversed(list(self.layers.children())), None), "final_layer_norm", None)
         if norm is not None:
-            alpha = float(self.output_mapping.alpha)
-            norm.weight.data.mul_(min(1 / ((alpha - 1) * math.log(len(self.dictionary))), 1))
+            with torch.no_grad():
+                c = float(self.output_mapping.alpha) - 1
+                norm.weight.mul_(min(1 / (c * math.log(len(self.dictionary))), 1))
 
     def build_decoder_layer(self, cfg: TransformerConfig, no_encoder_attn: bool = False) -> nn.Module:
         return wrap_layer(MappedDecoderLayer(cfg, no_encoder_attn), cfg)
