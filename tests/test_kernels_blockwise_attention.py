@@ -77,6 +77,21 @@ def test_output_and_gradients_are_those_of_the_formula(name, order, blocks):
         torch.testing.assert_close(grad / scale, expected_grad / scale, atol=1e-12, rtol=1e-12)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_gradients_are_summed_over_blocks_in_single_precision(dtype, monkeypatch):
+    """Those of half-precision thresholds and gains are those of single-precision ones, rounded once."""
+    monkeypatch.setattr(blockwise_attention, "QUERIES", 8)
+    *inputs, thresholds, gains = (tensor.detach().to(dtype) for tensor in case(200, 200))
+    grads = []
+    for parameters in ((thresholds, gains), (thresholds.float(), gains.float())):
+        parameters = [parameter.requires_grad_() for parameter in parameters]
+        output = multimax_attention(*inputs, *parameters, Masks())
+        grads.append(torch.autograd.grad(output.sum(), parameters))
+    for found, expected in zip(*grads):
+        torch.testing.assert_close(found, expected.to(dtype), atol=0, rtol=0, equal_nan=True)
+        assert expected.isfinite().all()
+
+
 # ---------------------------------------------------------------- as part of fairseq's attention
 
 
