@@ -167,7 +167,7 @@ def test_memory_is_kept_unless_the_user_has_chosen(chosen, kept):
 def test_a_list_is_run_with_each_seed():
     names = {}
     for experiment, file in (("multi30k_de_en", "mappings.txt"), ("iwslt14_de_en", "ablation.txt"),
-                             ("wikitext103", "wikitext103/rows.txt")):  # fmt: skip
+                             ("iwslt14_de_en", "sites.txt"), ("wikitext103", "wikitext103/rows.txt")):  # fmt: skip
         lines = run("bash", EXAMPLES / "run_list.sh", experiment, EXAMPLES / file, "--seeds", "1,2", "--runs", "r",
                     "--updates", 12, "--dry-run").stdout.splitlines()  # fmt: skip
         commands = list(map(shlex.split, lines))
@@ -182,6 +182,10 @@ def test_a_list_is_run_with_each_seed():
     assert names["ablation.txt"][::2] == [
         f"{name}-seed1"
         for name in ("softmax", "multimax-order1", "multimax", "multimax-below", "multimax-above")
+    ]
+    assert names["sites.txt"][::2] == [
+        f"{name}-seed1"
+        for name in ("softmax", "multimax", "multimax-encoder", "multimax-decoder", "multimax-cross")
     ]
     assert names["wikitext103/rows.txt"][::2] == [
         "softmax-seed1", "multimax-seed1", "multimax-output_multimax-seed1"

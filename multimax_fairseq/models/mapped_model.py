@@ -72,7 +72,6 @@ class MappedModelMixin:
             self._logged_update = num_updates
             log_modulators(self, self.logged_modulators)
 
-
     def check_resumed(self) -> None:
         """Raise ValueError if a resumed run has other mappings than its checkpoint was trained with.
 
