@@ -54,6 +54,7 @@ prepare_options=()
 arch=             # fairseq's architecture, with the prefix "multimax_" unless --mapping stock
 model=()          # its dimensions, if not the architecture's own
 training=()       # task, loss, optimiser, batches: settings that do not depend on the command line
+sparse_attention=() # after training, where attention is sparsemax or entmax
 max_tokens=       # in a batch, and
 update_freq=1     # batches in an update, for one process
 length=()         # --max-update N or --max-epoch N
@@ -213,6 +214,8 @@ compose_command() {
     else
         train_command+=(--no-epoch-checkpoints)
     fi
+    [[ $mapping != sparsemax && $mapping != entmax* ]] ||
+        train_command+=(${sparse_attention[@]+"${sparse_attention[@]}"})
     # Without label smoothing: it wants a little probability for every word, which takes a sparse mapping its zeros.
     [[ $output_mapping == softmax || $output_mapping == multimax ]] ||
         train_command+=(--criterion entmax_loss --label-smoothing 0)

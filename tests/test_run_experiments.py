@@ -140,6 +140,12 @@ def test_the_options_of_a_run_reach_its_model():
     assert value(train_command("iwslt14_de_en", "--mapping", "stock"), "--arch") == "transformer_iwslt_de_en"
 
 
+def test_sparse_attention_has_a_lower_learning_rate_unless_the_user_gives_one():
+    for options, lr in (("evsoftmax", "3e-3"), ("sparsemax", "1e-3"), ("entmax15", "1e-3"), ("entmax", "1e-3"),
+                        ("entmax15 -- --lr 2e-3", "2e-3")):  # fmt: skip
+        assert value(train_command("multi30k_de_en", "--mapping", *options.split()), "--lr") == lr
+
+
 def test_a_sparse_output_mapping_is_trained_with_its_own_loss():
     for name, loss in (("multimax", ("chunked_cross_entropy", 0.1)), ("entmax15", ("entmax_loss", 0))):
         args, _ = parse(train_command("multi30k_de_en", "--output-mapping", name)[1:])

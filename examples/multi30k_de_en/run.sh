@@ -28,6 +28,7 @@ training=(
     --optimizer adam --adam-betas '(0.9, 0.98)' --lr 3e-3 --lr-scheduler cosine --warmup-updates 800
     --num-workers 0 --log-interval 50
 )
+sparse_attention=(--lr 1e-3) # at 3e-3 it ends on a single key, whose probability of 1 has no gradient
 max_tokens=1024 # small batches: many updates
 length=(--max-update 4500)
 
