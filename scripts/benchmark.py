@@ -2,7 +2,7 @@
 
     python scripts/benchmark.py                                   # mapping, attention, step, output
     python scripts/benchmark.py mapping attention --rounds 21
-    python scripts/benchmark.py generate epoch --data data/multi30k/data-bin --path softmax/checkpoint_best.pt
+    python scripts/benchmark.py generate epoch --data data/multi30k_de_en/data-bin --path checkpoint_best.pt
 
 The sides of a comparison take turns in one process. Its figure is the median of their ratios to the first side:
 below 1 is faster, or less memory. Unlike times, ratios are reliable on a machine that is not quite idle.
