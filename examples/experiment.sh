@@ -18,8 +18,8 @@
 #   --precision NAME       fp32, fp16 or bf16
 #   --average N            keep the last N epochs, and score their average, too (0: neither; default: the recipe's)
 #   --data DIR             made by the prepare script, which is run if DIR has no data-bin (default: data/EXPERIMENT)
-#   --archive FILE         of the data: the prepare script takes it instead of a download
-#   --from DIR             the same with a folder, for Multi30k and Brown
+#   --archive FILE         of the data of IWSLT'14 and WikiText-103: taken instead of a download
+#   --from DIR             a folder with those of Multi30k or Brown, likewise
 #   --runs DIR             for checkpoints, logs and scores, one folder per run (default: runs/EXPERIMENT), or
 #   --out DIR              the folder of this run (default: MAPPING-seedN, with other choices in the name, in --runs)
 #   --only STAGE           only prepare, train or evaluate (default: those of the three that are not done yet)
@@ -51,6 +51,7 @@ help_files+=("$examples/experiment.sh")
 experiment=       # the name of its folder
 prepare_script=   # of scripts/: makes $data, with
 prepare_options=()
+source_option=    # of that script: where the data are, --archive or --from
 arch=             # fairseq's architecture, with the prefix "multimax_" unless --mapping stock
 model=()          # its dimensions, if not the architecture's own
 training=()       # task, loss, optimiser, batches: settings that do not depend on the command line
@@ -142,13 +143,27 @@ parse_run_options() {
     [[ $entmax_alpha =~ ^(learned|1\.[0-9]*[1-9][0-9]*|2(\.0+)?)$ ]] ||
         die "--entmax-alpha takes a number in (1, 2] or 'learned': got '$entmax_alpha'"
     [[ -z $epochs || -z $updates ]] || die "--epochs and --updates exclude each other; see --help"
-    [[ -z $archive || -z $from ]] || die "--archive and --from exclude each other; see --help"
+    [[ -z $archive || $source_option == --archive ]] || die "--archive: $experiment takes --from DIR instead"
+    [[ -z $from || $source_option == --from ]] || die "--from: $experiment takes --archive FILE instead"
     if [[ -n $epochs$updates ]]; then
         length=(${epochs:+--max-epoch "$epochs"} ${updates:+--max-update "$updates"})
         smoke_length=("${length[@]}")
         [[ -z $epochs || -n $smoke || " ${training[*]} " != *" --lr-scheduler cosine "* ]] ||
             die "--epochs: here the learning rate falls to 0 over the updates; say how many with --updates"
     fi
+}
+
+# sort_extra: options of fairseq-train that only say on which machines it runs go to placement, the others to choices.
+sort_extra() {
+    local word list=choices
+    placement=() choices=()
+    for word in ${extra[@]+"${extra[@]}"}; do
+        case $word in
+            --distributed-*) list=placement ;;
+            -[!0-9]*) list=choices ;;
+        esac
+        if [[ $list == placement ]]; then placement+=("$word"); else choices+=("$word"); fi
+    done
 }
 
 # ---------------------------------------------------------------- the command that trains
@@ -169,7 +184,8 @@ run_name() {
 
 mapping_options() {
     if [[ $mapping == stock ]]; then
-        [[ -z $sites$terms && "$output_mapping $init $lr_scale $scale" == "softmax normal 1 none" ]] ||
+        [[ -z $sites$terms && "$output_mapping $order $init $lr_scale $scale $entmax_alpha" == \
+            "softmax 2 normal 1 none 1.5" ]] ||
             die "--mapping stock is fairseq's own model: it has no --sites, --scale, --output-mapping, and no modulator"
         options=(--arch "$arch")
         return
@@ -248,7 +264,8 @@ prepare_data() {
 settings_of_run() {
     printf '%s\n' "experiment=$experiment${smoke:+ (smoke)}" "mapping=$mapping" "sites=${sites:-all}" \
         "output-mapping=$output_mapping" "order=$order" "terms=${terms:-both}" "init=$init" \
-        "lr-scale=$lr_scale" "scale=$scale" "entmax-alpha=$entmax_alpha" "seed=$seed" "precision=$precision" "options=$(quoted ${extra[@]+"${extra[@]}"})" | LC_ALL=C sort
+        "lr-scale=$lr_scale" "scale=$scale" "entmax-alpha=$entmax_alpha" "seed=$seed" "precision=$precision" \
+        "options=$(quoted ${choices[@]+"${choices[@]}"})" | LC_ALL=C sort
 }
 
 # Without a checkpoint nothing can be mixed up: fairseq-train may have refused an option.
@@ -263,11 +280,11 @@ check_settings() {
 
 has_checkpoints() { compgen -G "$run/checkpoint*.pt" >/dev/null; }
 
-# begin_run: from here on only we use the run's folder; but with --launch several machines may share it.
+# begin_run: from here on only we use the run's folder, or the machines that train it together.
 begin_run() {
     make_folder "$run"
     out=$(absolute_path "$run") # whose disk may be full
-    lock "$run/.lock" ${launch:+shared}
+    lock "$run/.lock" ${launch:+shared} ${placement[@]+shared}
     check_settings
 }
 
@@ -362,6 +379,7 @@ run_experiment() {
     local folder=$experiment command_line
     command_line=$(quoted "$0" "$@")
     parse_run_options "$@"
+    sort_extra
     if [[ -n $smoke ]]; then
         use_smoke_settings
         folder=smoke/$experiment

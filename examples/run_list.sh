@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs a list of experiments one after another, and prints the table of their results.
 #
-#     examples/run_list.sh multi30k_de_en examples/mappings.txt --epochs 12
+#     examples/run_list.sh multi30k_de_en examples/mappings.txt --updates 2000
 #     examples/run_list.sh iwslt14_de_en examples/ablation.txt --seeds 1,2,3
 #
 #   EXPERIMENT LIST   a folder of examples/, and a file with options of its run.sh, one line per run

@@ -4,7 +4,7 @@
 # 4 minutes on two cores.
 #
 #     scripts/demo.sh                      sentences from a grammar, no download
-#     scripts/demo.sh --data multi30k      image descriptions (downloads 1.3 MB; 20 minutes of training)
+#     scripts/demo.sh --data multi30k      image descriptions (downloads 1.3 MB; a quarter of an hour of training)
 #
 #   --data NAME       grammar or multi30k (default: grammar)
 #   --from DIR        take Multi30k's gzipped files from DIR and download nothing

@@ -118,6 +118,8 @@ def test_run_knows_the_choices_that_the_models_know(option, names):
     (["--order", "3"], "--order: there is no '3'"),
     (["--entmax-alpha", "2.5"], "--entmax-alpha takes a number in (1, 2] or 'learned'"),
     (["--mapping", "stock", "--sites", "cross"], "--mapping stock is fairseq's own model"),
+    (["--mapping", "stock", "--order", "1"], "--mapping stock is fairseq's own model"),
+    (["--archive", "x.zip"], "multi30k_de_en takes --from DIR instead"),
     (["--epochs", "3"], "say how many with --updates"),
     (["--processes", "3"], "1024 tokens cannot be shared among 3"),
     (["--seed"], "--seed takes a whole number"),
@@ -387,6 +389,15 @@ def test_an_option_that_fairseq_does_not_know_binds_nothing(tmp_path):
     (tmp_path / "disk/run/checkpoint_last.pt").write_bytes(b"x")
     result = train_with(says, tmp_path, "--", "--nonsense")
     assert result.returncode == 1 and "holds a run with other settings" in result.stderr
+
+
+def test_machines_train_a_run_together_and_any_goes_on_with_it(tmp_path):
+    rank = "-- --distributed-init-method tcp://localhost:1 --distributed-rank"
+    other = f"bash {EXAMPLES}/multi30k_de_en/run.sh --only train --data {tmp_path}/data --out $run {rank} 4"
+    together = f'case "$*" in *"rank 0"*) {other} || exit 1;; esac; touch $run/checkpoint_last.pt'
+    first = train_with(together, tmp_path, *f"{rank} 0".split())
+    assert first.returncode == 0, first.stderr
+    assert "already trained" in train_with(together, tmp_path).stdout  # no rank is a setting of the run
 
 
 def test_a_full_disk_is_named(tmp_path):

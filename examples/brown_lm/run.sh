@@ -14,6 +14,7 @@ source "$here/../experiment.sh"
 
 experiment=brown_lm
 prepare_script=prepare_text_lm.sh
+source_option=--from
 prepare_options=(--min-count 5) # 14,112 types
 arch=transformer_lm
 model=(

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# IWSLT'14 German-English as in the paper: 160,239 sentence pairs of TED talks, a Transformer of 38M parameters.
+# IWSLT'14 German-English as in the paper: 160,239 sentence pairs of TED talks, a Transformer of 39M parameters.
 #
 #     examples/iwslt14_de_en/run.sh --mapping multimax --seed 1
 #
@@ -14,6 +14,7 @@ source "$here/../experiment.sh"
 
 experiment=iwslt14_de_en
 prepare_script=prepare_iwslt14.sh
+source_option=--archive
 arch=transformer_iwslt_de_en # 6 + 6 layers of width 512, FFN 1024, 4 heads
 model=(--share-decoder-input-output-embed --dropout 0.3)
 

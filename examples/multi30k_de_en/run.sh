@@ -3,8 +3,7 @@
 #
 #     examples/multi30k_de_en/run.sh --mapping multimax --seed 1
 #
-# Scores the checkpoint with the lowest loss on validation, and the average of the last epochs, on test_2016_flickr:
-# beam 5, detokenised SacreBLEU.
+# Scores the checkpoint with the lowest loss on validation on test_2016_flickr: beam 5, detokenised SacreBLEU.
 
 set -euo pipefail
 
@@ -14,6 +13,7 @@ source "$here/../experiment.sh"
 
 experiment=multi30k_de_en
 prepare_script=prepare_multi30k.sh
+source_option=--from
 arch=transformer
 # 4 + 4 layers of width 128: 0.8M of the 2.1M parameters are the embeddings of the pieces.
 model=(

@@ -14,6 +14,7 @@ source "$here/../experiment.sh"
 
 experiment=wikitext103
 prepare_script=prepare_wikitext103.sh
+source_option=--archive
 arch=transformer_lm # 6 layers of width 512, FFN 2048, 8 heads
 model=(--share-decoder-input-output-embed --dropout 0.1)
 
