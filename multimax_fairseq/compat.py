@@ -1,4 +1,4 @@
-"""Lets fairseq run on torch ≥ 2.6 and numpy ≥ 2, which it was not written for."""
+"""Lets fairseq run on current torch and numpy, which it was not written for."""
 
 import argparse
 import importlib
@@ -16,9 +16,11 @@ def apply() -> None:
     """Restore what fairseq needs from older torch and numpy; does nothing if nothing is missing.
 
     - torch loads fairseq's checkpoints: :func:`trust_plain_records`.
+    - Encoder layers attend to padded batches: :func:`avoid_fused_layers`.
     - Only the three fairseq modules in ``OUTDATED`` see numpy through :class:`OldNumpy`.
     """
     trust_plain_records()
+    avoid_fused_layers()
     if not hasattr(numpy, "compat") or "interpolation" not in inspect.signature(numpy.percentile).parameters:
         for name in OUTDATED:
             importlib.import_module(name).np = OldNumpy("numpy")
@@ -32,6 +34,17 @@ def trust_plain_records() -> None:
     """
     if hasattr(torch.serialization, "add_safe_globals"):
         torch.serialization.add_safe_globals([argparse.Namespace, *_globals_of_arrays()])
+
+
+def avoid_fused_layers() -> None:
+    """Keep encoder layers of fairseq 0.12.2 out of torch's fused kernel, which since torch 2.0 refuses their masks.
+
+    Without it ``fairseq-generate`` of a model with softmax ends at the first batch that has padding.
+    """
+    from fairseq.modules.transformer_layer import TransformerEncoderLayerBase as Layer
+
+    if "can_use_fastpath" in Layer.__init__.__code__.co_names:
+        Layer.can_use_fastpath = property(lambda layer: False, lambda layer, value: None)
 
 
 class OldNumpy(types.ModuleType):

@@ -58,12 +58,13 @@ def learned_parameters(state: dict[str, Tensor]) -> dict[str, dict[str, list]]:
         state: the parameters of a checkpoint by name.
 
     Returns:
-        by module: ``thresholds`` and ``gains``, both (order, 2), or ``alpha_logits``, (heads,), with six decimals.
+        by module: ``thresholds`` and ``gains``, both (order, 2), or ``alpha_logits``, (heads,), or of a scale ``t``,
+        (1,), or ``s``, (heads,), with six decimals.
     """
     learned: dict[str, dict[str, list]] = {}
     for name, tensor in state.items():
         module, _, parameter = name.rpartition(".")
-        if parameter in ("thresholds", "gains", "alpha_logits"):
+        if parameter in ("thresholds", "gains", "alpha_logits") or module.endswith("_attn.scale"):
             learned.setdefault(module, {})[parameter] = tensor.double().mul(1e6).round().div(1e6).tolist()
     return learned
 

@@ -83,11 +83,10 @@ def row_name(mapping: dict[str, Any]) -> str:
     alpha = mapping["entmax_alpha"]
     alpha = ", α learned" if alpha == "learned" else f", α = {alpha}"
     name += alpha if attention == "entmax" else ""
-    if attention != "softmax":
-        sites = mapping["attention_mapping_sites"].split(",")
-        if not ALL_SITES <= set(sites):
-            name += f", {' and '.join(sites)} only"
     scale = mapping.get("attention_scale") or "none"  # version 0.1 did not have it
+    sites = mapping["attention_mapping_sites"].split(",")
+    if (attention, scale) != ("softmax", "none") and not ALL_SITES <= set(sites):
+        name += f", {' and '.join(sites)} only"
     name += {"none": "", "learned": ", learned temperature", "log-length": ", times log n"}[scale]
     if "multimax" in (attention, mapping["output_mapping"]):
         terms = mapping["multimax_terms"].split(",")

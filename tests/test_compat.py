@@ -39,6 +39,15 @@ def test_old_numpy_is_numpy_and_what_fairseq_asks_for():
     assert old.percentile(values, 40, method="higher") == 4
 
 
+def test_a_trained_encoder_attends_to_a_padded_batch(build, batch):
+    built = build("transformer")
+    built.model.load_state_dict(built.model.state_dict())  # after which fairseq 0.12.2 would take the fused kernel
+    inputs = batch(built)["net_input"]
+    assert inputs["src_tokens"].eq(built.task.source_dictionary.pad()).any()
+    with torch.no_grad():
+        assert torch.isfinite(built.model(**inputs)[0]).all()
+
+
 def test_other_libraries_see_numpy_as_it_is():
     before = vars(numpy).copy()
     compat.apply()

@@ -95,6 +95,15 @@ def test_modulators_and_others_are_clipped_apart(clip, modulators_after, max_nor
     assert norm_of(others) == pytest.approx(others_after, rel=1e-4)
 
 
+def test_an_update_without_layers_that_have_modulators_is_none_too_many(training):
+    """Layer drop may leave out all of them."""
+    built, optimizer = training("--modulator-clip-norm", "2")
+    modulators, others = split(built.model)
+    set_gradients(others, norm=3.0)
+    assert optimizer.clip_grad_norm(1.0).item() == pytest.approx(3.0, rel=1e-4)
+    getattr(modulators[0], modulator_training.MARK).check_applied()
+
+
 def test_by_default_all_are_clipped_together(training):
     built, optimizer = training()
     modulators, others = split(built.model)

@@ -48,6 +48,9 @@ def test_the_backend_is_set_for_the_process(monkeypatch):
     assert backend.backend() == "compiled"
     with pytest.raises(ValueError, match="--multimax-backend: there is no backend 'quick'"):
         choose(multimax_backend="quick")
+    monkeypatch.setenv("MULTIMAX_BACKEND", "swift")
+    with pytest.raises(ValueError, match="MULTIMAX_BACKEND: there is no backend 'swift'"):
+        choose()
 
 
 @pytest.mark.parametrize("name", MAPPINGS)
@@ -168,5 +171,12 @@ def test_a_choice_in_words():
     }
     scaled = choose(attention_mapping="softmax", attention_scale="learned").describe()
     assert scaled["--attention-scale"] == "learned" and scaled["--attention-mapping"].startswith("softmax in cross")
+    for one, other in [
+        ({"entmax_alpha": "1.50"}, {"entmax_alpha": 1.5}),
+        ({"attention_mapping": "multimax", "multimax_terms": "above,below"}, {"attention_mapping": "multimax"}),
+        ({"attention_mapping_sites": "cross,encoder,cross"}, {"attention_mapping_sites": ["encoder", "cross"]}),
+    ]:
+        same = [choose(**{"attention_mapping": "entmax", **options}).describe() for options in (one, other)]
+        assert same[0] == same[1]
     of_lm = [choose(("decoder",), attention_mapping_sites=s).describe() for s in ("decoder", "encoder,decoder,cross")]
     assert of_lm[0] == of_lm[1]

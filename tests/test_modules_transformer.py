@@ -7,8 +7,9 @@ import reference
 import torch
 from fairseq.modules.checkpoint_activations import CheckpointFunction
 
+from multimax_fairseq.kernels.attention import multimax_attention
 from multimax_fairseq.mappings import MultiMax
-from multimax_fairseq.modules import MappedDecoderLayer, MappedEncoderLayer, MappedMultiheadAttention
+from multimax_fairseq.modules import MappedDecoderLayer, MappedEncoderLayer, MappedMultiheadAttention, attention
 from multimax_fairseq.modules.attention import CAUSAL
 
 
@@ -87,6 +88,30 @@ def test_layers_are_checkpointed_when_asked(build, batch, monkeypatch):
         gradients.append({name: p.grad for name, p in built.model.named_parameters()})
     assert len(calls) == 4
     torch.testing.assert_close(gradients[1], gradients[0], atol=1e-4, rtol=1e-4)  # fp32 sums in another order
+
+
+@pytest.mark.parametrize("arch, options", [
+    ("multimax_transformer", []),
+    ("multimax_transformer_lm", []),
+    ("multimax_transformer_lm", ["--attention-scale", "log-length"]),
+    ("multimax_transformer", ["--attention-mapping", "softmax"]),
+    ("multimax_transformer", ["--cross-self-attention", "--encoder-embed-dim", "16"]),
+])  # fmt: skip
+def test_a_checkpointed_layer_of_long_rows_draws_the_same_dropout_again(arch, options, build, monkeypatch):
+    tokens = torch.randint(4, 20, (2, 260), generator=torch.Generator().manual_seed(1))
+    seen, gradients = [], []
+    spy = lambda *args: seen.append(args[5]) or multimax_attention(*args)  # noqa: E731
+    monkeypatch.setattr(attention, "multimax_attention", spy)
+    for checkpointing in ([], ["--checkpoint-activations"]):
+        built = build(arch, "--attention-dropout", "0.3", *options, *checkpointing)
+        built.model.train()
+        torch.manual_seed(0)
+        inputs = [tokens] if "_lm" in arch else [tokens, torch.full((2,), 260), tokens]
+        built.model(*inputs)[0].square().sum().backward()
+        gradients.append({name: p.grad for name, p in built.model.named_parameters()})
+    torch.testing.assert_close(gradients[1], gradients[0], atol=1e-3, rtol=1e-3)
+    if "_lm" in arch:
+        assert len(seen) == 2 + 4 and all(masks.causal for masks in seen)
 
 
 def test_the_mask_of_a_decoder_says_that_it_is_causal(build):

@@ -72,12 +72,14 @@ def test_what_is_learned_is_listed_by_module_and_shared_parameters_count_once(re
         "decoder.layers.0.self_attn.mapping.thresholds": torch.tensor([[0.1, 0.2], [0.3, 0.4]]),
         "decoder.layers.0.self_attn.mapping.gains": torch.tensor([[-0.1, 0.0], [0.0, 1e-9]]),
         "decoder.layers.1.self_attn.mapping.alpha_logits": torch.tensor([0.5]),
+        "decoder.layers.1.encoder_attn.scale.t": torch.tensor([0.25]),
     }
     assert record_run.learned_parameters(state) == {
         "decoder.layers.0.self_attn.mapping": {"thresholds": [[0.1, 0.2], [0.3, 0.4]], "gains": [[-0.1, 0], [0, 0]]},
         "decoder.layers.1.self_attn.mapping": {"alpha_logits": [0.5]},
+        "decoder.layers.1.encoder_attn.scale": {"t": [0.25]},
     }
-    assert sum(tensor.numel() for tensor in record_run.unique_storage(state)) == 40 + 4 + 4 + 1
+    assert sum(tensor.numel() for tensor in record_run.unique_storage(state)) == 40 + 4 + 4 + 1 + 1
 
 
 def test_hardware_names_no_machine(record_run):

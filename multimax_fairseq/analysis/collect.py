@@ -206,7 +206,7 @@ def _report_attention(attention: AttentionModule, report: Callable[[Attention], 
 def _scores(module: MultiheadAttention, arguments: Dict[str, Any]) -> Tensor:
     """Masked scores, (bsz · num_heads, tgt_len, src_len), from a second call without hooks."""
     mask = arguments["attn_mask"]
-    if mask is not None:
+    if isinstance(mask, Tensor):
         arguments = {**arguments, "attn_mask": additive_mask(mask, arguments["query"].dtype)}
     return module.forward(**{**arguments, "before_softmax": True})[0]
 

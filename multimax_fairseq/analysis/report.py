@@ -361,8 +361,8 @@ def _modules_table(measurement: Measurement) -> List[Dict[str, Any]]:
     rows = []
     for module in measurement.modules.values():
         numbers = module.numbers()
+        numbers["layer"] += 1
         if "is_monotone" in numbers:
-            numbers["layer"] += 1
             numbers["monotone there"] = numbers.pop("is_monotone")
             numbers["scores where σ falls"] = f"{numbers.pop('falling_share'):.2%}"
         elif module.alpha is not None:

@@ -326,7 +326,8 @@ def _clip_grad_norm(
     training: ModulatorTraining = getattr(modulators[0], MARK)
     kept = [parameter.grad for parameter in modulators]
     gradients = [gradient for gradient in kept if gradient is not None]
-    if not gradients:
+    if not gradients:  # layer drop has left out all layers with modulators
+        training.applied.add("clip")
         return clip(max_norm, aggregate_norm_fn)
     factor = getattr(optimizer, "_multiply_factor", 1.0)
     norm = torch.stack([gradient.detach().float().norm() for gradient in gradients]).norm() * factor

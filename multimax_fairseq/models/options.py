@@ -11,7 +11,7 @@ from hydra.errors import CompactHydraException
 from omegaconf import OmegaConf
 from torch import nn
 
-from ..kernels.backend import set_backend
+from ..kernels.backend import backend, set_backend
 from ..mappings import BUILT_IN, MAPPINGS, build_mapping, parse_options
 from ..mappings.multimax import TERMS
 from ..modules.scale import SCALES
@@ -221,14 +221,21 @@ class MappingChoice:
         if (options.attention_mapping, options.attention_scale) != ("softmax", "none"):
             _check_attention(args, sites, available_sites)
         _check_output(args, options.output_mapping)
+        if options.entmax_alpha != "learned":
+            arguments["entmax"]["alpha"] = float(options.entmax_alpha)
         if options.multimax_backend != "auto":  # auto, as in every checkpoint, keeps this run's choice
             set_backend(options.multimax_backend)
+        backend()  # or an error, if the environment names none
         return cls(
             attention=(options.attention_mapping, arguments.get(options.attention_mapping, {})),
             sites=tuple(site for site in sites if site in available_sites),
             scale=options.attention_scale,
             output=(options.output_mapping, arguments.get(options.output_mapping, {})),
         )
+
+    def is_stock_at(self, site: str) -> bool:
+        """Whether the attention modules at ``site`` stay fairseq's own."""
+        return site not in self.sites or (self.attention[0], self.scale) == ("softmax", "none")
 
     def build_output(self) -> Optional[nn.Module]:
         """The module of the output layer's mapping; None for softmax."""
@@ -259,11 +266,11 @@ class MappingChoice:
 
 
 def _names(flag: str, names: Union[str, Sequence[str]], choices: Sequence[str]) -> Tuple[str, ...]:
-    """The names in a comma-separated list (from a config file: a list), each one of ``choices``."""
+    """The names in a comma-separated list (from a config file: a list), in the order of ``choices``."""
     names = tuple(name.strip() for name in (names.split(",") if isinstance(names, str) else names))
     for name in names:
         _check_name(flag, name, choices)
-    return names
+    return tuple(name for name in choices if name in names)
 
 
 def _check_name(flag: str, name: str, choices: Sequence[str]) -> None:
@@ -290,5 +297,6 @@ def _check_output(args: Any, mapping: str) -> None:
     if mapping != "softmax" and getattr(args, "adaptive_softmax_cutoff", None) is not None:
         raise ValueError(
             f"--output-mapping {mapping}: an adaptive softmax never has the scores of all words; drop "
-            "--adaptive-softmax-cutoff (and --criterion adaptive_loss), or use --output-mapping softmax"
+            "--adaptive-softmax-cutoff (and --criterion adaptive_loss; take another --arch if it has one built in), "
+            "or use --output-mapping softmax"
         )

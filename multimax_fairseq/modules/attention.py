@@ -94,7 +94,8 @@ class MappedMultiheadAttention(MultiheadAttention):
             query: (tgt_len, bsz, embed_dim).
             key, value: (src_len, bsz, kdim), (src_len, bsz, vdim); None where they are cached.
             key_padding_mask: (bsz, src_len), true where a key is padding.
-            attn_mask: (tgt_len, src_len), bool or to be added to the scores; −1e4 and less hides a key.
+            attn_mask: (tgt_len, src_len), bool or to be added to the scores; −1e4 and less hides a key. In a tuple
+                where activation checkpointing would copy it, and lose the mark ``CAUSAL``.
             before_softmax: return the masked scores and the values instead.
 
         Returns:
@@ -102,6 +103,8 @@ class MappedMultiheadAttention(MultiheadAttention):
             fp32, (bsz, tgt_len, src_len) averaged over heads, or (num_heads, bsz, tgt_len, src_len) with
             ``need_head_weights``; else None.
         """
+        if isinstance(attn_mask, tuple):
+            (attn_mask,) = attn_mask
         wants_weights = need_weights or need_head_weights or before_softmax
         arguments = query, key, key_padding_mask, incremental_state, static_kv, attn_mask
         with nullcontext() if self.scale is None else self._scaled(*arguments):

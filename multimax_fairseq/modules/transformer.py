@@ -110,10 +110,15 @@ class MappedDecoder(TransformerDecoderBase):
         return wrap_layer(MappedDecoderLayer(cfg, no_encoder_attn), cfg)
 
     def buffered_future_mask(self, tensor: Tensor) -> Tensor:
-        """As the stock decoder's, marked as hiding what comes after each query, and nothing else."""
+        """As the stock decoder's, marked as hiding what comes after each query, and nothing else.
+
+        ``--checkpoint-activations`` copies tensors without their marks. The recomputed attention would take another
+        path, and draw other dropout than the forward pass had; so mapped attention gets the mask in a tuple.
+        """
         mask = super().buffered_future_mask(tensor)
         setattr(mask, CAUSAL, True)
-        return mask
+        is_copied = self.cfg.checkpoint_activations and not self.cfg.cross_self_attention
+        return (mask,) if is_copied and not self.cfg.mapping_choice.is_stock_at("decoder") else mask
 
     def forward(
         self,

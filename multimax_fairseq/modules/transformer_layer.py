@@ -11,10 +11,11 @@ from .scale import build_scale
 
 def with_mapping(attention: MultiheadAttention, cfg: TransformerConfig, site: str) -> MultiheadAttention:
     """fairseq's ``attention`` with the mapping and scale of ``site``; as it is where they are softmax and none."""
-    (name, options), scale_name = cfg.mapping_choice.attention_at(site), cfg.mapping_choice.scale_at(site)
-    scale = build_scale(scale_name, attention.num_heads)
-    if name == "softmax" and scale is None:
+    choice = cfg.mapping_choice
+    if choice.is_stock_at(site):
         return attention
+    name, options = choice.attention_at(site)
+    scale = build_scale(choice.scale_at(site), attention.num_heads)
     if "num_heads" in arguments_of(MAPPINGS[name]):
         options = {**options, "num_heads": attention.num_heads}
     return MappedMultiheadAttention.adopt(attention, build_mapping(name, **options), site, scale)
