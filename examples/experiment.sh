@@ -159,6 +159,7 @@ sort_extra() {
     placement=() choices=()
     for word in ${extra[@]+"${extra[@]}"}; do
         case $word in
+            --distributed-world-size*) list=choices ;; # it changes the tokens in an update
             --distributed-*) list=placement ;;
             -[!0-9]*) list=choices ;;
         esac
@@ -186,7 +187,7 @@ mapping_options() {
     if [[ $mapping == stock ]]; then
         [[ -z $sites$terms && "$output_mapping $order $init $lr_scale $scale $entmax_alpha" == \
             "softmax 2 normal 1 none 1.5" ]] ||
-            die "--mapping stock is fairseq's own model: it has no --sites, --scale, --output-mapping, and no modulator"
+            die "--mapping stock is fairseq's own model: it has no --sites, --scale, --output-mapping, no modulator and no α"
         options=(--arch "$arch")
         return
     fi

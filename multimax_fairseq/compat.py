@@ -1,6 +1,7 @@
 """Lets fairseq run on current torch and numpy, which it was not written for."""
 
 import argparse
+import functools
 import importlib
 import inspect
 import types
@@ -37,14 +38,23 @@ def trust_plain_records() -> None:
 
 
 def avoid_fused_layers() -> None:
-    """Keep encoder layers of fairseq 0.12.2 out of torch's fused kernel, which since torch 2.0 refuses their masks.
+    """Keep encoder layers of fairseq 0.12.2 out of torch's fused kernel.
 
-    Without it ``fairseq-generate`` of a model with softmax ends at the first batch that has padding.
+    It has softmax inside, and since torch 2.0 it refuses the masks that fairseq gives it: ``fairseq-generate`` would
+    end at the first batch that has padding.
     """
     from fairseq.modules.transformer_layer import TransformerEncoderLayerBase as Layer
 
-    if "can_use_fastpath" in Layer.__init__.__code__.co_names:
-        Layer.can_use_fastpath = property(lambda layer: False, lambda layer, value: None)
+    build = Layer.__init__
+    if "can_use_fastpath" not in build.__code__.co_names or hasattr(build, "__wrapped__"):  # or done before
+        return
+
+    @functools.wraps(build)
+    def build_unfused(layer, *args, **kwargs):
+        build(layer, *args, **kwargs)
+        layer.can_use_fastpath = False
+
+    Layer.__init__ = build_unfused
 
 
 class OldNumpy(types.ModuleType):

@@ -1,7 +1,7 @@
 """Transformer encoder and decoder made of the layers of :mod:`.transformer_layer`."""
 
 import math
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, List, Optional, Tuple, Union
 
 import torch
 from fairseq.distributed import fsdp_wrap
@@ -109,11 +109,12 @@ class MappedDecoder(TransformerDecoderBase):
     def build_decoder_layer(self, cfg: TransformerConfig, no_encoder_attn: bool = False) -> nn.Module:
         return wrap_layer(MappedDecoderLayer(cfg, no_encoder_attn), cfg)
 
-    def buffered_future_mask(self, tensor: Tensor) -> Tensor:
+    def buffered_future_mask(self, tensor: Tensor) -> Union[Tensor, Tuple[Tensor]]:
         """As the stock decoder's, marked as hiding what comes after each query, and nothing else.
 
         ``--checkpoint-activations`` copies tensors without their marks. The recomputed attention would take another
-        path, and draw other dropout than the forward pass had; so mapped attention gets the mask in a tuple.
+        path, and draw other dropout than the forward pass had; so mapped attention gets the mask in a tuple. With
+        ``--cross-self-attention`` the layer appends to the mask, and no attention ever sees the mark.
         """
         mask = super().buffered_future_mask(tensor)
         setattr(mask, CAUSAL, True)

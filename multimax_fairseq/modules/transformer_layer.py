@@ -24,12 +24,6 @@ def with_mapping(attention: MultiheadAttention, cfg: TransformerConfig, site: st
 class MappedEncoderLayer(TransformerEncoderLayerBase):
     """fairseq's encoder layer; ``cfg.mapping_choice`` says what its self-attention maps with."""
 
-    def __init__(self, cfg: TransformerConfig, return_fc: bool = False):
-        super().__init__(cfg, return_fc)
-        if isinstance(self.self_attn, MappedMultiheadAttention):
-            # fairseq 0.12.2 evaluates this layer by one fused kernel, with softmax inside, unless told not to.
-            self.can_use_fastpath = False
-
     def build_self_attention(self, embed_dim: int, cfg: TransformerConfig) -> MultiheadAttention:
         return with_mapping(super().build_self_attention(embed_dim, cfg), cfg, "encoder")
 
