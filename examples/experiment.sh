@@ -55,7 +55,8 @@ source_option=    # of that script: where the data are, --archive or --from
 arch=             # fairseq's architecture, with the prefix "multimax_" unless --mapping stock
 model=()          # its dimensions, if not the architecture's own
 training=()       # task, loss, optimiser, batches: settings that do not depend on the command line
-sparse_attention=() # after training, where attention is sparsemax or entmax
+sparsemax=()      # after training, where attention is sparsemax, or
+entmax=()         # 1.5- or α-entmax
 max_tokens=       # in a batch, and
 update_freq=1     # batches in an update, for one process
 length=()         # --max-update N or --max-epoch N
@@ -231,8 +232,10 @@ compose_command() {
     else
         train_command+=(--no-epoch-checkpoints)
     fi
-    [[ $mapping != sparsemax && $mapping != entmax* ]] ||
-        train_command+=(${sparse_attention[@]+"${sparse_attention[@]}"})
+    case $mapping in
+        sparsemax) train_command+=(${sparsemax[@]+"${sparsemax[@]}"}) ;;
+        entmax*) train_command+=(${entmax[@]+"${entmax[@]}"}) ;;
+    esac
     # Without label smoothing: it wants a little probability for every word, which takes a sparse mapping its zeros.
     [[ $output_mapping == softmax || $output_mapping == multimax ]] ||
         train_command+=(--criterion entmax_loss --label-smoothing 0)

@@ -143,8 +143,8 @@ def test_the_options_of_a_run_reach_its_model():
 
 
 def test_sparse_attention_has_a_lower_learning_rate_unless_the_user_gives_one():
-    for options, lr in (("evsoftmax", "3e-3"), ("sparsemax", "1e-3"), ("entmax15", "1e-3"), ("entmax", "1e-3"),
-                        ("entmax15 -- --lr 2e-3", "2e-3")):  # fmt: skip
+    for options, lr in (("evsoftmax", "3e-3"), ("sparsemax", "1e-3"), ("entmax15", "2e-3"), ("entmax", "2e-3"),
+                        ("entmax15 -- --lr 5e-4", "5e-4")):  # fmt: skip
         assert value(train_command("multi30k_de_en", "--mapping", *options.split()), "--lr") == lr
 
 

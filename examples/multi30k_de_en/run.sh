@@ -28,7 +28,9 @@ training=(
     --optimizer adam --adam-betas '(0.9, 0.98)' --lr 3e-3 --lr-scheduler cosine --warmup-updates 800
     --num-workers 0 --log-interval 50
 )
-sparse_attention=(--lr 1e-3) # at 3e-3 it ends on a single key, whose probability of 1 has no gradient
+# Sparse attention at a high rate ends on a single key, whose probability of 1 has no gradient.
+sparsemax=(--lr 1e-3)
+entmax=(--lr 2e-3)
 max_tokens=1024 # small batches: many updates
 length=(--max-update 4500)
 
