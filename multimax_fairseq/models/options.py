@@ -235,7 +235,7 @@ class MappingChoice:
 
     def is_stock_at(self, site: str) -> bool:
         """Whether the attention modules at ``site`` stay fairseq's own."""
-        return site not in self.sites or (self.attention[0], self.scale) == ("softmax", "none")
+        return self.attention_at(site) == SOFTMAX and self.scale_at(site) == "none"
 
     def build_output(self) -> Optional[nn.Module]:
         """The module of the output layer's mapping; None for softmax."""
@@ -248,8 +248,7 @@ class MappingChoice:
             name, options = mapping
             return " ".join([name, *(f"{key}={value}" for key, value in sorted(options.items()) if key != "init")])
 
-        is_stock = self.attention == SOFTMAX and self.scale == "none"
-        sites = "" if is_stock else f" in {', '.join(sorted(self.sites))}"
+        sites = "" if all(map(self.is_stock_at, SITES)) else f" in {', '.join(sorted(self.sites))}"
         return {
             "--attention-mapping": words(self.attention) + sites,
             "--attention-scale": self.scale,
