@@ -210,7 +210,7 @@ class MappedMultiheadAttention(MultiheadAttention):
             keys=None if key_padding_mask is None else self._hidden_keys(key_padding_mask, queries.dtype),
             scores=None if causal or attn_mask is None else additive_mask(attn_mask, queries.dtype),
         )
-        thresholds, gains = self.mapping.thresholds, self.mapping.effective_gains
+        thresholds, gains = self.mapping.coefficients()
         drops = self.training or self.dropout_module.apply_during_inference
         dropout = self.dropout_module.p if drops else 0.0
         output = multimax_attention(queries, keys, values, thresholds, gains, masks, dropout)
