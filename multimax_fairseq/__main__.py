@@ -1,4 +1,4 @@
-"""``python -m multimax_fairseq`` prints the folder to give to ``--user-dir``; with ``--help``, the plugin's options."""
+"""``python -m multimax_fairseq`` prints the folder for ``--user-dir``; with ``--help``, the plugin's options."""
 
 import argparse
 import sys
@@ -16,8 +16,8 @@ def print_options() -> None:
     parser = argparse.ArgumentParser(
         prog='fairseq-train DATA --user-dir "$(python -m multimax_fairseq)" --arch multimax_transformer',
         add_help=False,
-        description="The options of the plugin; fairseq's own: fairseq-train --help. In a Hydra config they are fields "
-        "of model: and criterion:, with _ for -.",
+        description="The options of the plugin; fairseq's own: fairseq-train --help. In a Hydra config they are "
+        "fields of model: and criterion:, with _ for -.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     gen_parser_from_dataclass(parser.add_argument_group("model"), MappingOptions())

@@ -1,4 +1,4 @@
-"""--modulator-lr-scale 10: modulators move ten times as far, all else equal, by fairseq's own optimizers and schedules."""
+"""--modulator-lr-scale 10: modulators move ten times as far, by fairseq's own optimizers and schedules."""
 
 import io
 

@@ -7,7 +7,7 @@ import torch
 from hydra._internal.utils import run_and_report
 from omegaconf import OmegaConf
 
-from multimax_fairseq.mappings import MAPPINGS
+from multimax_fairseq.mappings import MAPPINGS, parse_options
 from multimax_fairseq.models import MappingChoice, MappingOptions
 from multimax_fairseq.models.multimax_transformer import MultimaxTransformerModel
 from multimax_fairseq.models.multimax_transformer_lm import MultimaxTransformerLanguageModel
@@ -16,10 +16,8 @@ from multimax_fairseq.models.options import (
     SITES,
     available_sites,
     describe,
-    parse_options,
     with_defaults,
 )
-
 
 LM = {"encoder_layers": None}
 
@@ -171,7 +169,7 @@ def test_a_config_that_is_known_and_one_from_a_checkpoint():
 
 
 def test_mappings_in_words():
-    stock = {"--attention-mapping": "softmax", "--attention-scale": "none", "--output-mapping": "softmax"}
+    stock = dict.fromkeys(["--attention-mapping", "--output-mapping"], "softmax") | {"--attention-scale": "none"}
     assert describe(Namespace(encoder_layers=6)) == stock  # fairseq's own model
     for same in [{}, {"attention_mapping_sites": "decoder"}, {"multimax_init": "identity"}, {"modulator_lr_scale": 2}]:
         assert in_words(attention_mapping="softmax", **same) == stock
@@ -186,7 +184,8 @@ def test_mappings_in_words():
         ({"attention_mapping": "multimax", "multimax_terms": "above,below"}, {"attention_mapping": "multimax"}),
         ({"attention_mapping_sites": "cross,encoder,cross"}, {"attention_mapping_sites": ["encoder", "cross"]}),
     ]:
-        assert in_words(**{"attention_mapping": "entmax", **one}) == in_words(**{"attention_mapping": "entmax", **other})
+        same = [in_words(**{"attention_mapping": "entmax", **options}) for options in (one, other)]
+        assert same[0] == same[1]
     of_lm = [in_words(**LM, attention_mapping_sites=sites) for sites in ("decoder", "encoder,decoder,cross")]
     assert of_lm[0] == of_lm[1]
 

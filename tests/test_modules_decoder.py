@@ -163,7 +163,7 @@ def test_the_gradient_of_a_vocabularys_modulator_is_divided_by_the_root_of_its_s
     built.model.train()
     mapping, gradients = built.model.decoder.output_mapping, []
     assert mapping.gradient_scale == len(built.task.target_dictionary) ** -0.5
-    for mapping.gradient_scale in (1, mapping.gradient_scale):
+    for mapping.gradient_scale in (1, mapping.gradient_scale):  # noqa: B020
         built.model.zero_grad()
         loss = logits(built, batch(built)).logsumexp(-1).sum()
         loss.backward()

@@ -7,7 +7,7 @@ from fairseq.logging import metrics
 from torch import Tensor, nn
 
 from ..kernels.chunked_entmax_loss import EntmaxLosses, chunked_entmax_loss
-from ..mappings.registry import SPARSE
+from ..mappings import SPARSE
 from .chunked_cross_entropy import (
     ChunkedCrossEntropyCriterion,
     ChunkedCrossEntropyCriterionConfig,

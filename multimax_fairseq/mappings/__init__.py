@@ -7,12 +7,14 @@ makes from its name. :func:`register_mapping` adds your own.
 from .evsoftmax import EvSoftmax, evsoftmax
 from .masking import additive_mask, compute_dtype, is_absent
 from .multimax import MultiMax, modulate, multimax
-from .registry import MAPPINGS, build_mapping, register_mapping
+from .registry import BUILT_IN, MAPPINGS, SPARSE, arguments_of, build_mapping, parse_options, register_mapping
 from .softmax import Softmax, softmax
 from .sparse import Entmax, Entmax15, Sparsemax, entmax, entmax15, sparsemax
 
 __all__ = [
+    "BUILT_IN",
     "MAPPINGS",
+    "SPARSE",
     "Entmax",
     "Entmax15",
     "EvSoftmax",
@@ -20,6 +22,7 @@ __all__ = [
     "Softmax",
     "Sparsemax",
     "additive_mask",
+    "arguments_of",
     "build_mapping",
     "compute_dtype",
     "entmax",
@@ -28,6 +31,7 @@ __all__ = [
     "is_absent",
     "modulate",
     "multimax",
+    "parse_options",
     "register_mapping",
     "softmax",
     "sparsemax",

@@ -136,14 +136,13 @@ class MultiMax(nn.Module):
         ValueError: an order, initialisation, term or scale that does not exist.
     """
 
-    # Of the command line
     options = (
         Option("multimax_order", "order", "order N of MultiMax's modulator: 1 or 2"),
         Option("multimax_terms", "terms", "comma-separated sides of the modulator that are learned: below, above"),
         Option("multimax_init", "init", "start of the modulator: normal (std 0.02, as in the paper), identity "
                "(softmax at step 0), or shaped (steeper below, flatter above)", may_change=True),
-        Option("modulator_lr_scale", "lr_scale", "learning rate of the modulators, times that of the other parameters",
-               may_change=True),
+        Option("modulator_lr_scale", "lr_scale", "learning rate of the modulators, times that of the other "
+               "parameters", may_change=True),
     )  # fmt: skip
 
     def __init__(

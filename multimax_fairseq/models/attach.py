@@ -7,8 +7,7 @@ from fairseq.distributed import FullyShardedDataParallel
 from fairseq.modules import MultiheadAttention
 from torch import nn
 
-from ..mappings import MAPPINGS, build_mapping
-from ..mappings.registry import arguments_of
+from ..mappings import MAPPINGS, arguments_of, build_mapping
 from ..modules import MappedDecoder, MappedMultiheadAttention
 from ..modules.scale import build_scale
 from .options import MappingChoice

@@ -10,8 +10,7 @@ from fairseq.logging import metrics
 from fairseq.tasks import FairseqTask
 from torch import Tensor, nn
 
-from ..mappings import MAPPINGS, MultiMax
-from ..mappings.registry import SPARSE
+from ..mappings import MAPPINGS, SPARSE, MultiMax
 from ..modules.scale import LearnedScale, LogLengthScale
 from .attach import attach, attention_sites
 from .options import MappingChoice

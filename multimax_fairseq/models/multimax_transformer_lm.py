@@ -33,8 +33,8 @@ class MultimaxTransformerLanguageModel(MappedModelMixin, TransformerLanguageMode
         """Also makes ``fairseq-eval-lm`` compute logits for one chunk of tokens at a time.
 
         Stock ``--softmax-batch`` bounds only what follows the output layer, and is unbounded by default. Here it
-        also bounds the output layer (see :class:`..modules.MappedDecoder`), and its default is one chunk, except in an
-        ensemble, where it also applies to the other models. Commands call ``get_normalized_probs``; a model loaded
+        also bounds the output layer (see :class:`..modules.MappedDecoder`), and its default is one chunk, except in
+        an ensemble, where it also applies to the other models. Commands call ``get_normalized_probs``; a model loaded
         in Python (without --path) may be asked for logits.
         """
         super().prepare_for_inference_(cfg)

@@ -11,7 +11,7 @@ from fairseq.dataclass import FairseqDataclass
 from hydra.errors import CompactHydraException
 from omegaconf import OmegaConf
 
-from ..mappings.registry import BUILT_IN, MAPPINGS, SPARSE, arguments_of, build_mapping, check_name
+from ..mappings import BUILT_IN, MAPPINGS, SPARSE, arguments_of, build_mapping, parse_options
 from ..modules.scale import SCALES
 
 SITES = ("encoder", "decoder", "cross")
@@ -230,35 +230,6 @@ def available_sites(args: Any) -> Tuple[str, ...]:
     if getattr(args, "encoder_layers", None) is None:
         return ("decoder",)
     return SITES[:2] if getattr(args, "no_cross_attention", False) else SITES
-
-
-def parse_options(name: str, text: str) -> Dict[str, Any]:
-    """The arguments of a registered mapping from a command line: ``k=8,temperature=0.5``.
-
-    Raises:
-        ValueError: there is no such mapping, it has no such argument, or a value is not of its type.
-    """
-    pairs = [pair.partition("=") for pair in text.split(",") if pair.strip()]
-    check_name(name)
-    if name in BUILT_IN and pairs:
-        raise ValueError(
-            f"{name} has options of its own (see python -m multimax_fairseq --help), and no --mapping-options; "
-            f"got {text!r}"
-        )
-    known = {} if name in BUILT_IN else arguments_of(MAPPINGS[name])
-    known.pop("num_heads", None)
-    options = {}
-    for key, _, value in pairs:
-        key, value = key.strip(), value.strip()
-        if key not in known:
-            raise ValueError(f"--mapping-options: {name} has no {key!r}; it takes: {', '.join(known) or 'none'}")
-        kind = known[key].annotation
-        try:
-            options[key] = {"true": True, "false": False}[value] if kind is bool else kind(value)
-        except (KeyError, ValueError):
-            message = f"--mapping-options: {key} of {name} is of type {kind.__name__}; got {value!r}"
-            raise ValueError(message) from None
-    return options
 
 
 def _mapping(name: str, options: Any) -> Mapping:

@@ -14,9 +14,9 @@ from .attention import CAUSAL, MappedMultiheadAttention
 # Key in what a decoder returns besides its output: the output is features, and the output layer is still to come.
 DEFERRED = "output_layer_deferred"
 
-# What stands for the logarithm of 0 is between LOG_ZERO − DEPTH and LOG_ZERO, by the word's score. Twice that is still
-# the logarithm of an fp32 number, so that sampling can draw such a word where nothing else is allowed, also where the
-# logarithms of two models are added.
+# What stands for the logarithm of 0 is between LOG_ZERO − DEPTH and LOG_ZERO, by the word's score. Twice that is
+# still the logarithm of an fp32 number, so that sampling can draw such a word where nothing else is allowed, also
+# where the logarithms of two models are added.
 LOG_ZERO, DEPTH = -32.0, 8.0
 
 
