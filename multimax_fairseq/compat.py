@@ -5,7 +5,9 @@ import collections
 import functools
 import importlib
 import inspect
+import logging
 import types
+import warnings
 from typing import Any, Callable, Set, Tuple
 
 import numpy
@@ -15,6 +17,17 @@ import torch
 # fairseq modules that use what numpy has removed.
 OUTDATED = ("fairseq.data.token_block_dataset", "fairseq.data.language_pair_dataset", "fairseq.data.data_utils")
 
+
+# How the warnings begin that fairseq's calls of hydra and torch cause.
+OUTDATED_CALLS = (
+    r"hydra\.experimental\.(initialize|compose)\(\) is no longer experimental",
+    r"\nThe version_base parameter is not specified",
+    r"In 'config': Usage of deprecated keyword in package header",
+    r"\n'config' is validated against ConfigStore schema",
+    r"\nThe strict flag in the compose API is deprecated",
+    r"`torch\.cuda\.amp\.",
+    r"Support for mismatched key_padding_mask and attn_mask is deprecated",
+)
 
 # What :func:`replace` has replaced in this process: owner and name.
 REPLACED: Set[Tuple[str, str]] = set()
@@ -36,15 +49,33 @@ def replace(owner: Any, name: str, make: Callable[[Any], Any]) -> None:
 def apply() -> None:
     """Restore what fairseq needs from older torch and numpy; does nothing if nothing is missing.
 
+    - Logging and warnings: :func:`import_quietly`.
     - torch loads fairseq's checkpoints: :func:`trust_plain_records`.
     - Encoder layers attend to padded batches: :func:`avoid_fused_layers`.
     - Only the three fairseq modules in ``OUTDATED`` see numpy through :class:`OldNumpy`.
     """
+    import_quietly()
     trust_plain_records()
     avoid_fused_layers()
     if not hasattr(numpy, "compat") or "interpolation" not in inspect.signature(numpy.percentile).parameters:
         for name in OUTDATED:
             replace(importlib.import_module(name), "np", lambda _: OldNumpy("numpy"))
+
+
+def import_quietly() -> None:
+    """Import fairseq without what one of its models does to logging, and silence warnings that nobody can act on.
+
+    That model sets the root logger to DEBUG unless it has a handler. The warnings are about how fairseq, which has no
+    newer version, calls hydra and torch; each command would print twenty lines of them.
+    """
+    root, handler = logging.getLogger(), logging.NullHandler()
+    root.addHandler(handler)
+    try:
+        importlib.import_module("fairseq.tasks")
+    finally:
+        root.removeHandler(handler)
+    for message in OUTDATED_CALLS:
+        warnings.filterwarnings("ignore", message)
 
 
 def trust_plain_records() -> None:

@@ -4,12 +4,14 @@ import argparse
 import ast
 import functools
 import io
+import re
 import sys
+from pathlib import Path
 
 import numpy
 import pytest
 import torch
-from conftest import ROOT, run, save_checkpoint
+from conftest import PLUGIN, ROOT, TINY, run, save_checkpoint
 from fairseq import checkpoint_utils
 from fairseq.distributed.utils import _split_tensors_from_obj
 from omegaconf import OmegaConf
@@ -136,3 +138,14 @@ def test_a_checkpoint_that_one_process_sends_another(build, tmp_path):
     torch.save(_split_tensors_from_obj(state, tensors), file)
     file.seek(0)
     assert torch.load(file)["cfg"] == state["cfg"] and tensors
+
+
+def test_the_root_logger_stays_as_it_is_and_a_command_starts_without_warnings(corpus):
+    code = "import logging, multimax_fairseq.models; root = logging.getLogger(); print(root.level, root.handlers)"
+    result = run(sys.executable, "-c", code)
+    assert (result.stdout, result.stderr) == ("30 []\n", "")
+    command = [Path(sys.executable).parent / "fairseq-train", corpus / "data-bin", "--user-dir", PLUGIN, "--arch",
+               "multimax_transformer", *TINY, "--optimizer", "adam", "--max-tokens", 500, "--max-update", 1,
+               "--no-save", "--cpu", "--num-workers", 0, "--disable-validation"]  # fmt: skip
+    log = run(*command)
+    assert not re.search("hydra|deprecat", log.stdout.split("begin training")[0] + log.stderr, re.I), log.stderr

@@ -169,9 +169,9 @@ def test_a_config_that_is_known_and_one_from_a_checkpoint():
 
 
 def test_mappings_in_words():
-    stock = dict.fromkeys(["--attention-mapping", "--output-mapping"], "softmax") | {"--attention-scale": "none"}
+    stock = {"--attention-mapping": "softmax", "--attention-scale": "none", "--output-mapping": "softmax"}
     assert describe(Namespace(encoder_layers=6)) == stock  # fairseq's own model
-    for same in [{}, {"attention_mapping_sites": "decoder"}, {"multimax_init": "identity"}, {"modulator_lr_scale": 2}]:
+    for same in [{}, {"attention_mapping_sites": "decoder"}, {"multimax_init": "shaped"}, {"modulator_lr_scale": 2}]:
         assert in_words(attention_mapping="softmax", **same) == stock
     assert in_words(attention_mapping="entmax", attention_mapping_sites="cross,decoder") == {
         **stock, "--attention-mapping": "entmax alpha=1.5 in cross, decoder",
