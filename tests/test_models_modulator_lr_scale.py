@@ -91,8 +91,9 @@ def assert_ten_times(scaled, plain, is_half=False):
     assert any(".mapping." in name for name in plain[0])
     for name, move in plain[0].items():
         factor = 10 if ".mapping." in name else 1
-        # without copies fairseq rounds every number to fp16
-        torch.testing.assert_close(scaled[0][name], factor * move, atol=factor * 2e-4 if is_half else 1e-6, rtol=1e-4)
+        # without copies fairseq rounds every number to fp16: weights of 1, and modulators of some 0.02
+        tolerance = (3e-4 if factor == 10 else 1e-3) if is_half else 1e-6
+        torch.testing.assert_close(scaled[0][name], factor * move, atol=tolerance, rtol=1e-4)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

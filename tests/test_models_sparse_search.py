@@ -3,13 +3,17 @@
 import functools
 import logging
 import math
+import shutil
 from argparse import Namespace
 
 import pytest
 import torch
+from conftest import TINY_LM, parse
+from fairseq import tasks
 from fairseq.sequence_generator import SequenceGenerator
 from fairseq.sequence_scorer import SequenceScorer
 from fairseq.tasks import FairseqTask
+from fairseq.token_generation_constraints import pack_constraints
 
 from multimax_fairseq.models.sparse_search import SparseScores, SparseSearch
 
@@ -112,8 +116,11 @@ def test_an_ensemble_of_a_sparse_and_a_dense_model(build, batch):
 @pytest.mark.parametrize("how", [{"beam": 3}, {"beam": 3, "sampling": True}], ids=str)
 @pytest.mark.parametrize("weight", [-0.3, 0.0, 0.005, 0.3, 1.0])
 @pytest.mark.parametrize("output", ["softmax", "sparsemax"])
-def test_a_sparse_language_model_beside_another_model(output, weight, how, build, batch):
-    lm = sharpened(build("multimax_transformer_lm", "--output-mapping", "sparsemax"), 30).model
+def test_a_sparse_language_model_beside_another_model(output, weight, how, build, batch, corpus, tmp_path):
+    shutil.copy(corpus / "data-bin" / "dict.en.txt", tmp_path / "dict.txt")
+    _, cfg = parse([tmp_path, "--task", "language_modeling", "--arch", "multimax_transformer_lm", *TINY_LM,
+                    "--output-mapping", "sparsemax"])  # fmt: skip
+    lm = sharpened(Namespace(model=tasks.setup_task(cfg.task).build_model(cfg.model).eval()), 30).model
     built = sharpened(build("multimax_transformer", "--output-mapping", output), 3)
     sample = batch(built, size=3)
     results = []
@@ -147,7 +154,7 @@ def test_a_search_that_may_only_find_the_reference_finds_it(output, build, batch
 def test_the_words_of_lexical_constraints_can_have_probability_0(build, batch):
     built = sharpened(build("multimax_transformer", "--output-mapping", "sparsemax"), 50)
     sample = batch(built, size=2)
-    constraints = torch.tensor([[1, 1, 9, 0], [1, 1, 12, 0]])
+    constraints = pack_constraints([[torch.tensor([9])], [torch.tensor([12])]])
     args = Namespace(beam=4, max_len_b=8, constraints="ordered")
     generator = built.task.build_generator([built.model], args)
     found = built.task.inference_step(generator, [built.model], sample, constraints=constraints)

@@ -165,6 +165,7 @@ def test_the_gradient_of_a_vocabularys_modulator_is_divided_by_the_root_of_its_s
     assert mapping.gradient_scale == len(built.task.target_dictionary) ** -0.5
     for mapping.gradient_scale in (1, mapping.gradient_scale):  # noqa: B020
         built.model.zero_grad()
+        torch.manual_seed(0)
         loss = logits(built, batch(built)).logsumexp(-1).sum()
         loss.backward()
         gradients.append([p.grad.clone() for p in built.model.parameters()] + [loss.detach()])

@@ -125,24 +125,12 @@ def log_modulators(model: nn.Module, detail: str = "site") -> None:
     Args:
         detail: ``"module"`` (sites and modules), ``"site"`` or ``"none"``.
     """
-    modulators = modulators_by_site(model) if detail != "none" else {}
-    if not modulators:
-        return
-    with torch.no_grad():
-        groups = [torch.stack([torch.cat(m.coefficients(), dim=1) for m in g]) for g in modulators.values()]
-        numbers = torch.cat([group.flatten() for group in groups]).tolist()  # one transfer: one wait for a GPU
-    start = 0
-    for site, group in zip(modulators, groups):
-        rows = [
-            numbers[i : i + 4] for i in range(start, start + group.numel(), 4)
-        ]  # modules · orders of b, d, g_b, g_d
-        start += group.numel()
-        for symbol, column in zip(SYMBOLS, zip(*rows)):
-            mean = sum(map(abs, column)) / len(column)
+    for site, group in modulators_by_site(model).items() if detail != "none" else ():
+        rows = torch.stack([torch.cat(m.coefficients(), dim=1).detach() for m in group]).cpu()  # (modules, orders, 4)
+        for symbol, mean in zip(SYMBOLS, rows.abs().mean((0, 1)).tolist()):
             metrics.log_scalar(f"{site}_{symbol}", mean, priority=1000, round=4)
-        if detail == "module":
-            for number, row in enumerate(rows):
-                layer, order = divmod(number, group.size(1))
-                name = site if site == "output" else f"{site}_{layer}"
-                for symbol, value in zip(SYMBOLS, row):
-                    metrics.log_scalar(f"{name}_{symbol}{order + 1}", value, priority=1001, round=4)
+        for number, orders in enumerate(rows.tolist() if detail == "module" else ()):
+            name = site if site == "output" else f"{site}_{number}"
+            for order, values in enumerate(orders, start=1):
+                for symbol, value in zip(SYMBOLS, values):
+                    metrics.log_scalar(f"{name}_{symbol}{order}", value, priority=1001, round=4)
