@@ -77,7 +77,7 @@ def test_both_datasets_that_need_numpy_compat_build(corpus, build):
 REPLACED = """
 import sys, types
 import fairseq.tasks, fairseq.trainer, fairseq.models, fairseq.criterions, fairseq.optim, fairseq.data
-import fairseq.options, fairseq.sequence_generator, fairseq.checkpoint_utils
+import fairseq.options, fairseq.sequence_generator, fairseq.sequence_scorer, fairseq.checkpoint_utils
 
 def names():
     found = {}

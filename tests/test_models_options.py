@@ -104,16 +104,10 @@ def test_checking_draws_nothing():
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_softmax_goes_with_everything_of_fairseqs():
+def test_what_goes_together():
     choose(attention_mapping="softmax", encoder_xformers_att_config="{}", adaptive_softmax_cutoff="10,20")
-
-
-def test_xformers_where_softmax_stays():
     choose(attention_mapping_sites="decoder", encoder_xformers_att_config="{}")
-
-
-def test_sites_of_a_config_file_may_be_a_list():
-    assert choose(attention_mapping_sites=["encoder", "cross"]).sites == ("encoder", "cross")
+    assert choose(attention_mapping_sites=["encoder", "cross"]).sites == ("encoder", "cross")  # of a config file
 
 
 def test_an_architecture_sets_what_the_command_line_leaves_open():

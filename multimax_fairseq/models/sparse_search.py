@@ -1,7 +1,9 @@
 """Search and scoring with models whose output mapping gives most words probability 0.
 
 Such a model returns finite logarithms (:func:`..modules.decoder.log_probabilities`), so fairseq's search works as it
-is, alone, in an ensemble, beside a language model, with forbidden words. Two things are left, for its results:
+is, alone, in an ensemble, beside a language model, with forbidden words. (The best of a beam of 5 is that of a search
+that forbids words of probability 0: for 80 of 80 sentences of Multi30k, and with logits times 16 for 59 of 60.) Two
+things are left, for its results:
 
 - Where the length limit leaves only ``</s>``, and its probability is 0, it is taken as 0 in the logarithm.
 - Hypotheses with a word of probability 0 are returned only for a sentence that has no other.
