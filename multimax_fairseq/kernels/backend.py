@@ -24,6 +24,13 @@ BACKENDS = ("auto", "compiled", "eager")
 ENVIRONMENT_VARIABLE = "MULTIMAX_BACKEND"
 COMPILED_DEVICES = ("cpu", "cuda")
 
+# What PyTorch's dispatcher sees in a plain tensor and a plain context. All else stands for somebody who takes part:
+# batches of torch.func.vmap, tracers, subclasses, numbers that are zero or negative without being written so.
+PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+PLAIN_KEYS = 0
+for _key in "BackendSelect ADInplaceOrView AutogradCPU AutogradCUDA AutocastCPU AutocastCUDA CPU CUDA".split():
+    PLAIN_KEYS |= torch._C.DispatchKeySet(torch._C._parse_dispatch_key(_key)).raw_repr()
+
 _is_compiling = getattr(torch.compiler, "is_compiling", None) or torch._utils.is_compiling  # before torch 2.3
 
 compiled_graphs: List[Tuple[str, float]] = []  # in this process: name of the kernel or file, seconds
@@ -51,14 +58,25 @@ def backend() -> str:
     return _checked(os.environ.get(ENVIRONMENT_VARIABLE) or _chosen, ENVIRONMENT_VARIABLE)
 
 
-def wants_compiled(tensor: Tensor) -> bool:
-    """Whether a computation on ``tensor`` is to run compiled, if it can be."""
-    return (
-        tensor.device.type in COMPILED_DEVICES
-        and backend() != "eager"
-        and not is_traced()
-        and not is_transformed()
-    )
+def wants_compiled(*tensors: Tensor) -> bool:
+    """Whether a computation on ``tensors`` is to run in other code than its formula, if it can."""
+    return backend() != "eager" and tensors[0].device.type in COMPILED_DEVICES and is_plain(*tensors)
+
+
+def is_plain(*tensors: Tensor) -> bool:
+    """Whether these are nothing but numbers in memory, and nobody is watching what is computed of them.
+
+    Only then may a kernel take their addresses. Tracing, ``torch.compile``, ``torch.func``, forward-mode
+    differentiation, fake and other special tensors get the formula, in PyTorch's own operators. It takes some 3 µs.
+    """
+    if _is_compiling() or forward_ad._current_level >= 0:
+        return False
+    keys = torch._C._dispatch_tls_local_include_set().raw_repr()  # of modes: tracers, transforms, dispatch modes
+    for tensor in tensors:
+        if type(tensor) not in PLAIN_TYPES:
+            return False
+        keys |= torch._C._dispatch_keys(tensor).raw_repr()
+    return not keys & ~PLAIN_KEYS
 
 
 def is_traced() -> bool:
