@@ -12,7 +12,7 @@ from torch.autograd import Function
 
 from . import cpp
 from .backend import is_traced, is_transformed
-from .rows import modulate_rows, modulate_rows_backward, multimax_rows, multimax_rows_backward
+from .rows.compiled import modulate_rows, modulate_rows_backward, multimax_rows, multimax_rows_backward
 
 
 class FusedMultiMax(Function):

@@ -17,8 +17,8 @@ from typing import Tuple
 import torch
 from torch import Tensor
 
-from .compiler import kernel
-from .scores import compute_dtype, is_absent
+from ..compiler import kernel
+from ..scores import compute_dtype, is_absent
 
 # Gradients clamp scores to ± this: the square stays finite, so that 0 times it is 0.
 FAR = 2.0**50
