@@ -158,7 +158,8 @@ def multimax_rows_backward(
     scores: Tensor, probabilities: Tensor, grad: Tensor, thresholds: Tensor, gains: Tensor
 ) -> Tuple[Tensor, Tensor, Tensor]:
     """Likewise ∂L/∂x, ∂L/∂thresholds and ∂L/∂gains from ∂L/∂p."""
-    scores, grad, (thresholds, gains) = scores.contiguous(), grad.contiguous(), parameters(thresholds, gains)
+    scores, probabilities, grad = (tensor.contiguous() for tensor in (scores, probabilities, grad))
+    thresholds, gains = parameters(thresholds, gains)
     grads = tuple(map(torch.empty_like, (scores, thresholds, gains)))
     tensors = scores, probabilities, grad, *grads, thresholds, gains
     ROWS.functions.multimax_rows_backward(*_sizes(scores, gains), *map(Tensor.data_ptr, tensors))
