@@ -75,8 +75,8 @@ def _masked(
 ):  # fmt: skip
     """Scores with the mask added; −inf beyond the last query and key.
 
-    ``queries`` and ``keys`` are the indices from ``query`` and ``key`` on; they broadcast. ``MASK``: 0 for none, 1 for
-    one row for all queries, 2 for a row for each.
+    ``queries`` and ``keys`` are the indices from ``query`` and ``key`` on; they broadcast. ``MASK``: 0 for none, 1
+    for one row for all queries, 2 for a row for each.
     """
     present = (queries < tgt_len) & (keys < src_len)
     if MASK == 1:  # only the common offset is in 64 bits, as in _at
