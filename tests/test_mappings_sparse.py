@@ -6,6 +6,7 @@ import entmax as entmax_package
 import pytest
 import reference
 import torch
+from conftest import needs_compiler
 from mapping_cases import (
     ALPHA,
     CASES,
