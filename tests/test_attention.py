@@ -176,14 +176,19 @@ def test_random_cases(number):
 # ---------------------------------------------------------------- as torch's own operators
 
 
-def rows_case(name):
-    mapping = make(name)
-    return mapping, torch.randn(3, 8), lambda x, mapping=mapping: probabilities_by(mapping)(x)
+class Attends(nn.Module):
+    """A mapping over rows, or attention of its argument to so many keys."""
 
+    def __init__(self, name, keys):
+        super().__init__()
+        self.mapping, self.keys = make(name), keys
+        self.register_buffer("key", torch.randn(1, 1, keys, 4))
 
-def attention_case(name, keys):
-    mapping, key, value = make(name), torch.randn(1, 1, keys, 4), torch.randn(1, 1, keys, 4)
-    return mapping, torch.randn(1, 1, 3, 4), lambda x: mapped_attention(x, key, value, mapping)
+    def forward(self, x):
+        return mapped_attention(x, self.key, self.key.cos(), self.mapping) if self.keys else self.mapping(x)
+
+    def case(self):
+        return self, torch.randn(1, 1, 3, 4)
 
 
 def exact(function):
@@ -229,15 +234,11 @@ def batched(f, x):
 def made(f, x):
     from torch.fx.experimental.proxy_tensor import make_fx
 
-    return make_fx(f)(x.sin())(x)
+    return make_fx(lambda x: f(x))(x.sin())(x)
 
 
 def exported(f, x):
-    class Module(nn.Module):
-        def forward(self, x):
-            return f(x)
-
-    return torch.export.export(Module(), (x,), strict=True).module()(x)
+    return torch.export.export(f, (x,), strict=True).module()(x)
 
 
 def fake(f, x):
@@ -276,7 +277,7 @@ TRANSFORMS = {
 @pytest.mark.parametrize("name", MAPPINGS)
 def test_torch_transforms_it_as_its_own_operators(name, keys, transform):
     """At no length does the answer to "does this work?" change."""
-    mapping, x, function = attention_case(name, keys) if keys else rows_case(name)
+    function, x = Attends(name, keys).case()
     right = exact(partial(TRANSFORMS[transform], function))(x)
     torch._dynamo.reset()
     found = TRANSFORMS[transform](function, x)
@@ -300,7 +301,8 @@ def test_saved_tensors_may_come_back_with_other_strides_and_dtypes(name, kind):
             return tensor.mT.contiguous().mT if tensor.dim() > 1 else tensor
         return tensor.double()
 
-    for _, x, function in (rows_case(name), attention_case(name, 64)):
+    for keys in (0, 64):
+        function, x = Attends(name, keys).case()
         x = x.requires_grad_()
         weights = torch.randn_like(function(x))
         (right,) = torch.autograd.grad((function(x) * weights).sum(), x)
