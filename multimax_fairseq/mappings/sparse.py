@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..kernels.rows import Rows
 from ..kernels.rows.mapped import map_rows
 from .masking import compute_dtype, is_absent
+from .option import Option
 
 LEARNED_ALPHA_MIN = 1.01
 
@@ -218,6 +219,11 @@ class Entmax(nn.Module):
     Raises:
         ValueError: α is neither ``"learned"`` nor a number in (1, 2].
     """
+
+    options = (
+        Option("entmax_alpha", "alpha", "α of entmax: a number in (1, 2], or learned (one a head, one for the "
+               "vocabulary)"),
+    )  # fmt: skip
 
     def __init__(self, alpha: Union[float, str] = 1.5, num_heads: Optional[int] = None):
         super().__init__()
