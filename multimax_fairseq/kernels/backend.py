@@ -13,7 +13,7 @@ Both are on by default where there is a compiler. The environment variable ``MUL
 import logging
 import os
 from contextlib import nullcontext
-from typing import Callable, ContextManager, List, Optional, Sequence, Tuple
+from typing import Any, Callable, ContextManager, List, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -78,6 +78,17 @@ def is_plain(*tensors: Tensor) -> bool:
             return False
         keys |= torch._C._dispatch_keys(tensor).raw_repr()
     return not keys & ~PLAIN_KEYS
+
+
+def keep(ctx: Any, *tensors: Optional[Tensor]) -> None:
+    """Save tensors for the backward, where :func:`kept` gives them back."""
+    ctx.save_for_backward(*tensors)
+    ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in tensors]
+
+
+def kept(ctx: Any) -> List[Optional[Tensor]]:
+    """What :func:`keep` was given, in its dtypes, whatever saved-tensor hooks have made of it; to be read once."""
+    return [tensor if tensor is None else tensor.to(dtype) for tensor, dtype in zip(ctx.saved_tensors, ctx.dtypes)]
 
 
 def gradients_of(

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from ..backend import gradients_of, is_plain, wants_compiled
+from ..backend import gradients_of, is_plain, keep, kept, wants_compiled
 from ..scores import HALF
 from . import Rows, cpu
 
@@ -34,13 +34,13 @@ class _Rows(Function):
     def forward(ctx, name: str, formula: Callable[..., Tensor], scores: Tensor, *numbers: Tensor) -> Tensor:
         ctx.name, ctx.formula = name, formula
         probabilities = cpu.forward(Rows(name, numbers), scores)
-        ctx.save_for_backward(scores, probabilities, *numbers)
+        keep(ctx, scores, probabilities, *numbers)
         return probabilities
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
-        scores, probabilities, *numbers = ctx.saved_tensors  # read once: checkpointing allows no second read
+        scores, probabilities, *numbers = kept(ctx)
         if torch.is_grad_enabled() or not is_plain(grad, scores):
             return None, None, *gradients_of(ctx.formula, (scores, *numbers), ctx.needs_input_grad[2:], grad)
         rows = Rows(ctx.name, tuple(numbers))
-        return None, None, *cpu.backward(rows, scores.to(grad), probabilities.to(grad), grad)
+        return None, None, *cpu.backward(rows, scores, probabilities, grad)
