@@ -9,7 +9,7 @@ from fairseq.models.transformer import TransformerConfig, TransformerDecoderBase
 from fairseq.modules.checkpoint_activations import checkpoint_wrapper
 from torch import Tensor, nn
 
-from ..kernels.chunked_loss import default_chunk_tokens
+from ..kernels.loss import default_chunk_tokens
 from ..mappings import compute_dtype
 from .attention import CAUSAL
 from .transformer_layer import MappedDecoderLayer, MappedEncoderLayer, with_mapping

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from multimax_fairseq.kernels import chunked_loss
-from multimax_fairseq.kernels.chunked_loss import (
+from multimax_fairseq.kernels.loss import chunks
+from multimax_fairseq.kernels.loss.chunks import (
     blocks_of_rows,
     check_options,
     default_chunk_tokens,
@@ -19,14 +19,14 @@ def test_default_chunk(vocabulary, tokens):
 
 @pytest.mark.parametrize("width", [1, 41, 50_265, 267_744, 2**25])
 def test_blocks_of_a_gpu_start_at_multiples_of_16_bytes(width, monkeypatch):
-    rows = chunked_loss.block_rows("cuda", width)
+    rows = chunks.block_rows("cuda", width)
     assert rows > 0 and rows * width * torch.finfo(torch.float16).bits // 8 % 16 == 0
     if width < 2**18:
-        assert chunked_loss.GPU_BLOCK // 2 <= rows * width <= chunked_loss.GPU_BLOCK
+        assert chunks.GPU_BLOCK // 2 <= rows * width <= chunks.GPU_BLOCK
 
 
 def test_blocks_are_all_rows_in_their_order(monkeypatch):
-    monkeypatch.setattr(chunked_loss, "CPU_BLOCK", 3 * 41)
+    monkeypatch.setattr(chunks, "CPU_BLOCK", 3 * 41)
     logits, targets = torch.randn(10, 41), torch.arange(10)
     blocks = list(blocks_of_rows(logits, targets))
     assert len(blocks) > 1

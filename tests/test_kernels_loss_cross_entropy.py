@@ -5,8 +5,8 @@ import torch
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from multimax_fairseq.kernels import chunked_loss, compiler
-from multimax_fairseq.kernels.chunked_cross_entropy import chunked_cross_entropy
+from multimax_fairseq.kernels.loss import chunks
+from multimax_fairseq.kernels.loss import chunked_cross_entropy
 from multimax_fairseq.mappings.multimax import modulate_formula
 
 NAMES = ("features", "weight", "bias", "thresholds", "gains")
@@ -90,7 +90,7 @@ def largest_error(tensors, targets, smoothing=0.0, chunk_tokens=0):
 @pytest.mark.parametrize("backend", ["eager", "compiled"])
 def test_single_precision_gradients_stay_close_to_double(backend, order, vocabulary, smoothing, monkeypatch):
     monkeypatch.setenv("MULTIMAX_BACKEND", backend)
-    monkeypatch.setattr(chunked_loss, "CPU_BLOCK", 3 * vocabulary)
+    monkeypatch.setattr(chunks, "CPU_BLOCK", 3 * vocabulary)
     tensors, targets = case(tokens=70, width=16, vocabulary=vocabulary, order=order, dtype=torch.float32)
     errors = largest_error(tensors, targets, smoothing, chunk_tokens=32)
     assert max(errors.values()) < 1e-5, errors
@@ -114,9 +114,9 @@ def run_as_on_a_gpu(monkeypatch, vocabulary):
     def run_compiled(kernel, arguments):
         return kernel.eager(*(a.clone() if a.data_ptr() % 16 else a.contiguous() for a in arguments))
 
-    block_rows = chunked_loss.block_rows
-    monkeypatch.setattr(chunked_loss, "block_rows", lambda _, width: block_rows("cuda", width))
-    monkeypatch.setattr(chunked_loss, "GPU_BLOCK", 3 * vocabulary)
+    block_rows = chunks.block_rows
+    monkeypatch.setattr(chunks, "block_rows", lambda _, width: block_rows("cuda", width))
+    monkeypatch.setattr(chunks, "GPU_BLOCK", 3 * vocabulary)
     monkeypatch.setattr(compiler.Kernel, "compiles", lambda kernel, scores: min(scores.shape) > 1)
     monkeypatch.setattr(compiler.Kernel, "_run_compiled", run_compiled)
 

@@ -5,12 +5,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_kernels_chunked_cross_entropy import Dtypes, Largest, case, in_double, run_as_on_a_gpu, without_last_word
+from test_kernels_loss_cross_entropy import Dtypes, Largest, case, in_double, run_as_on_a_gpu, without_last_word
 from torch.autograd import Function
 from torch.nn import functional as F
 
-from multimax_fairseq.kernels import chunked_loss
-from multimax_fairseq.kernels.chunked_entmax_loss import chunked_entmax_loss
+from multimax_fairseq.kernels.loss import chunks
+from multimax_fairseq.kernels.loss import chunked_entmax_loss
 from multimax_fairseq.mappings import entmax, entmax15, sparsemax
 
 MAPPINGS = {2.0: sparsemax, 1.5: entmax15, 1.2: lambda scores: entmax(scores, 1.2)}
@@ -145,7 +145,7 @@ def errors_against_double(tensors, targets, alpha):
 
 def test_compiled_kernels_in_single_precision_stay_close_to_double(monkeypatch):
     monkeypatch.setenv("MULTIMAX_BACKEND", "compiled")
-    monkeypatch.setattr(chunked_loss, "CPU_BLOCK", 3 * 301)  # no multiple of 16 bytes
+    monkeypatch.setattr(chunks, "CPU_BLOCK", 3 * 301)  # no multiple of 16 bytes
     tensors, targets = case(tokens=70, width=16, vocabulary=301, order=0, dtype=torch.float32)
     errors = errors_against_double(tensors, targets, 1.4)
     assert max(errors.values()) < 2e-5, errors
