@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import threading
 import time
 from typing import Any, Callable, Dict, List, Sequence, Tuple
 
@@ -35,6 +36,7 @@ MOST_SCORES = 2**31 - 1  # up to here a GPU's kernel counts in 32 bits
 EAGER_BLOCK = 2**17
 
 _failure = ""  # why compiling is not tried again
+_lock = threading.RLock()  # PyTorch traces in one thread at a time
 
 
 class Kernel:
@@ -54,8 +56,8 @@ class Kernel:
         self.parameters = parameters
         self._compiled: Dict[Tuple, Callable[..., Any]] = {}
 
-    def compiles(self, scores: Tensor) -> bool:
-        """Whether a call with these ``scores`` runs compiled.
+    def compiles(self, scores: Tensor, *others: Tensor) -> bool:
+        """Whether a call with these arguments runs compiled.
 
         Rows of one score, and single rows, stay eager: there is little to compute, and the compiler would make
         another kernel for them.
@@ -63,12 +65,12 @@ class Kernel:
         return (
             min(scores.shape) > 1
             and scores.numel() <= MOST_SCORES
-            and wants_compiled(scores)
+            and wants_compiled(scores, *others)
             and not (_failure and backend() == "auto")
         )
 
     def __call__(self, *arguments: Tensor) -> Any:
-        if self.compiles(arguments[0]):
+        if self.compiles(*arguments):
             return self._run_compiled(arguments)
         return self.eager(*arguments)
 
@@ -76,7 +78,7 @@ class Kernel:
         """Results for tensors of one shape, (…, width): one for all rows, or one for each block where eager."""
         width = rows[0].shape[-1]
         flat = [tensor.reshape(-1, width) for tensor in rows]
-        if self.compiles(flat[0]):
+        if self.compiles(*flat, *parameters):
             return [self._run_compiled((*flat, *parameters))]
         if flat[0].device.type != "cpu":
             return [self.eager(*flat, *parameters)]
@@ -89,7 +91,8 @@ class Kernel:
         variant = (*kinds, *shapes, arguments[0].size(1) > WIDE, torch.get_num_threads())
         compiled = self._compiled.get(variant)
         if compiled is None:
-            compiled = self._compiled[variant] = self._compile(arguments)
+            with _lock:
+                compiled = self._compiled[variant] = self._compiled.get(variant) or self._compile(arguments)
         return compiled(*(tensor.contiguous() for tensor in arguments))
 
     def _compile(self, arguments: Sequence[Tensor]) -> Callable[..., Any]:
