@@ -12,7 +12,8 @@ Both are on by default where there is a compiler. The environment variable ``MUL
 
 import logging
 import os
-from typing import List, Tuple
+from contextlib import nullcontext
+from typing import Callable, ContextManager, List, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -60,7 +61,7 @@ def backend() -> str:
 
 def wants_compiled(*tensors: Tensor) -> bool:
     """Whether a computation on ``tensors`` is to run in other code than its formula, if it can."""
-    return backend() != "eager" and tensors[0].device.type in COMPILED_DEVICES and is_plain(*tensors)
+    return is_plain(*tensors) and tensors[0].device.type in COMPILED_DEVICES and backend() != "eager"
 
 
 def is_plain(*tensors: Tensor) -> bool:
@@ -77,6 +78,38 @@ def is_plain(*tensors: Tensor) -> bool:
             return False
         keys |= torch._C._dispatch_keys(tensor).raw_repr()
     return not keys & ~PLAIN_KEYS
+
+
+def gradients_of(
+    function: Callable[..., Tensor], inputs: Sequence[Tensor], needed: Sequence[bool], grad: Tensor
+) -> Tuple[Optional[Tensor], ...]:
+    """Autograd's gradients of ``function(*inputs)``, for the backward of a kernel that may not run, or not only once.
+
+    Where grad mode is on, as under ``create_graph=True``, they can be differentiated again.
+    """
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        if not again:
+            inputs = [tensor.detach().requires_grad_(is_needed) for tensor, is_needed in zip(inputs, needed)]
+        wanted = [tensor for tensor, is_needed in zip(inputs, needed) if is_needed]
+        found = iter(torch.autograd.grad(function(*inputs), wanted, grad, create_graph=again, allow_unused=True))
+    return tuple(next(found) if is_needed else None for is_needed in needed)
+
+
+def autocast_dtype(tensor: Tensor) -> Optional[torch.dtype]:
+    """What autocast makes of ``tensor`` before a product; None where it is off, and for fp64, which it leaves."""
+    device = tensor.device.type
+    if hasattr(torch, "get_autocast_dtype"):
+        is_on = torch.is_autocast_enabled(device)
+        return torch.get_autocast_dtype(device) if is_on and tensor.dtype != torch.float64 else None
+    is_on = torch.is_autocast_cpu_enabled() if device == "cpu" else torch.is_autocast_enabled()  # before torch 2.4
+    dtype = torch.get_autocast_cpu_dtype() if device == "cpu" else torch.get_autocast_gpu_dtype()
+    return dtype if is_on and tensor.dtype != torch.float64 else None
+
+
+def no_autocast(tensor: Tensor) -> ContextManager:
+    """A context without autocast on the device of ``tensor``."""
+    return nullcontext() if autocast_dtype(tensor) is None else torch.autocast(tensor.device.type, enabled=False)
 
 
 def is_traced() -> bool:
