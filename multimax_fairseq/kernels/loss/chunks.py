@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn import functional as F
 
-from ..backend import is_plain
+from ..backend import autocast_dtype, is_plain, no_autocast
 from ..compiler import Kernel
 from ..scores import compute_dtype
 
@@ -107,11 +107,11 @@ def chunked_loss(
     """
     tensors = (features, weight, bias, *loss.parameters)
     differentiable = reduce and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    dtype = product_dtype(features)
+    dtype = autocast_dtype(features) or features.dtype
     if dtype == torch.float16 and not has_wide_products(features):
         dtype = torch.float32
     problem = loss, dtype, targets
-    with torch.autocast(features.device.type, enabled=False), torch.set_grad_enabled(differentiable):
+    with no_autocast(features), torch.set_grad_enabled(differentiable):
         if not is_plain(targets, *(tensor for tensor in tensors if tensor is not None)):
             numbers = whole_losses(*problem, *tensors)
             numbers = numbers[0], *(kind.detach() for kind in numbers[1:])
@@ -121,18 +121,6 @@ def chunked_loss(
             return loss.kinds(*_ChunkedLoss.apply(problem, chunk_tokens, *tensors))
         numbers, _ = _over_chunks(*problem, chunk_tokens, None, *tensors[:3])
         return loss.kinds(*(_sums(numbers) if reduce else numbers))
-
-
-def product_dtype(tensor: Tensor) -> torch.dtype:
-    """The dtype that products with ``tensor`` are computed in: autocast's where it is on, else its own."""
-    device = tensor.device.type
-    if tensor.dtype == torch.float64:  # which autocast leaves alone
-        return tensor.dtype
-    if hasattr(torch, "get_autocast_dtype"):
-        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensor.dtype
-    if device == "cpu":  # before torch 2.4
-        return torch.get_autocast_cpu_dtype() if torch.is_autocast_cpu_enabled() else tensor.dtype
-    return torch.get_autocast_gpu_dtype() if torch.is_autocast_enabled() else tensor.dtype
 
 
 def has_wide_products(tensor: Tensor) -> bool:

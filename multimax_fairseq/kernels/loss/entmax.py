@@ -134,7 +134,7 @@ class _EntmaxLoss(RowsLoss):
                 block[:, self.padding] = p[:, self.padding].to(block.dtype)
             # The target's own is overwritten, as what is stored is rounded: 1 − ε taken from it would leave 0.
             target_p = p.gather(1, block_targets)
-            share = torch.where(block_targets == self.padding, 0.0, smoothing) if self.padding is not None else smoothing
+            share = smoothing if self.padding is None else smoothing * (block_targets != self.padding)
             block.scatter_(1, block_targets, (target_p - 1 + (self.label_smoothing - share)).to(block.dtype))
             smoothed = loss + self.label_smoothing * target_logits - smoothing * (total - padding_logits)
             rows.append((smoothed, loss, (target_p == 0).to(dtype), support, grad_alpha))
