@@ -120,8 +120,8 @@ def _attend(
 ) -> Tensor:
     """:func:`mapped_attention` of (batch, heads, length, dim), scaled: chooses who computes."""
     rows = rows_of(mapping)
-    tensors = (query, key, value) if mask is None else (query, key, value, mask)
-    is_free = wants_compiled(*tensors)
+    numbers, masks = () if rows is None else rows.numbers, () if mask is None else (mask,)
+    is_free = wants_compiled(query, key, value, *numbers, *masks)
     if is_free and rows is not None and not (mask is not None and mask.requires_grad):
         kernels = kernels_for(query, key, value, rows, mask, is_causal, dropout_p)
         if kernels is not None:

@@ -65,7 +65,7 @@ def check_backends() -> List[Finding]:
     from .kernels import backend
     from .kernels.rows import cpu
 
-    findings = [(True, f"backend: {backend.backend()} ({backend.ENVIRONMENT_VARIABLE}, or --multimax-backend)")]
+    findings = [(True, f"backend: {backend.backend()} ({backend.ENVIRONMENT_VARIABLE})")]
     with messages() as said:
         compiled = cpu.LIBRARY.functions is not None
     capability = torch.backends.cpu.get_cpu_capability()

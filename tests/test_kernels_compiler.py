@@ -13,7 +13,6 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from multimax_fairseq.kernels import backend, compiler
-from multimax_fairseq.kernels.backend import set_backend
 from multimax_fairseq.kernels.compiler import Kernel
 from multimax_fairseq.kernels.rows.compiled import modulate_rows, modulate_rows_backward
 from multimax_fairseq.mappings import modulate
@@ -22,7 +21,6 @@ from multimax_fairseq.mappings import modulate
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch):
     monkeypatch.delenv("MULTIMAX_BACKEND", raising=False)
-    monkeypatch.setattr(backend, "_chosen", "auto")
     monkeypatch.setattr(compiler, "_failure", "")
 
 
@@ -53,7 +51,7 @@ def test_without_a_compiler_one_warning_and_plain_pytorch(monkeypatch, caplog):
 
 def test_without_a_compiler_but_told_to_compile(monkeypatch):
     monkeypatch.setattr(compiler, "compile_function", fail)
-    set_backend("compiled")
+    os.environ["MULTIMAX_BACKEND"] = "compiled"  # until the fixture puts it back
     with pytest.raises(RuntimeError, match="no C"):
         Kernel(double)(*ARGUMENTS)
 
@@ -76,21 +74,21 @@ def test_a_machine_that_cannot_compile(environment):
 
 def test_eager_never_compiles(monkeypatch):
     monkeypatch.setattr(compiler, "compile_function", fail)
-    set_backend("eager")
+    os.environ["MULTIMAX_BACKEND"] = "eager"  # until the fixture puts it back
     assert torch.equal(Kernel(double)(*ARGUMENTS), 2 * ARGUMENTS[0])
 
 
 @pytest.mark.parametrize("shape", [(1, 5), (5, 1)])
 def test_single_scores_and_rows_stay_eager(shape, monkeypatch):
     monkeypatch.setattr(compiler, "compile_function", fail)
-    set_backend("compiled")
+    os.environ["MULTIMAX_BACKEND"] = "compiled"  # until the fixture puts it back
     scores = torch.randn(shape)
     assert torch.equal(Kernel(double)(scores, *ARGUMENTS[1:]), 2 * scores)
 
 
 def test_one_kernel_for_all_shapes():
     """What an epoch and a generation run see: batches of any size, rows that grow from 1."""
-    set_backend("compiled")
+    os.environ["MULTIMAX_BACKEND"] = "compiled"  # until the fixture puts it back
     before = None
     for shape in [(7, 5), (8, 4, 6, 6), (2, 300, 17), (64, 1, 33), (1, 1, 9), (3, 2), (2, 2), (40, 1), (160, 160)]:
         scores = torch.randn(shape, requires_grad=True)
@@ -103,7 +101,7 @@ def test_one_kernel_for_all_shapes():
 @pytest.mark.parametrize("rows", [2, 3, 64])
 def test_a_kernel_fits_every_shape(rows, width):
     """Nobody looks at a call again: what holds for the shape that was compiled for has to hold for all."""
-    set_backend("compiled")
+    os.environ["MULTIMAX_BACKEND"] = "compiled"  # until the fixture puts it back
     scores, grad = torch.randn(2, rows, width)
     parameters = torch.randn(2, 2, 2).mul_(0.1).unbind()
     torch.testing.assert_close(modulate_rows(scores, *parameters), modulate_rows.eager(scores, *parameters))
@@ -113,21 +111,21 @@ def test_a_kernel_fits_every_shape(rows, width):
 
 
 def test_rows_that_are_not_contiguous():
-    set_backend("compiled")
+    os.environ["MULTIMAX_BACKEND"] = "compiled"  # until the fixture puts it back
     scores, parameters = torch.randn(12, 7).T, ARGUMENTS[1:]
     torch.testing.assert_close(modulate_rows(scores, *parameters), modulate_rows.eager(scores, *parameters))
 
 
 def test_scores_of_the_shape_of_parameters():
     """What is compiled for is scores of another shape, and these very parameters."""
-    set_backend("compiled")
+    os.environ["MULTIMAX_BACKEND"] = "compiled"  # until the fixture puts it back
     kernel = Kernel(scaled)
     for scores in (torch.ones(2, 2), torch.ones(3, 5)):
         assert torch.equal(kernel(scores, torch.zeros(2, 2), torch.full((2, 2), 3.0)), 12 * scores)
 
 
 def test_the_first_call_is_announced(caplog):
-    set_backend("compiled")
+    os.environ["MULTIMAX_BACKEND"] = "compiled"  # until the fixture puts it back
     with caplog.at_level(logging.INFO):
         Kernel(double)(*ARGUMENTS)
         assert "compiling double" in caplog.text and "compiled double in" in caplog.text
@@ -169,7 +167,7 @@ def test_a_kernel_for_each_number_of_threads(monkeypatch):
         return function
 
     monkeypatch.setattr(compiler, "compile_function", compile_function)
-    set_backend("compiled")
+    os.environ["MULTIMAX_BACKEND"] = "compiled"  # until the fixture puts it back
     compiled_for, kernel, before = [], Kernel(double), torch.get_num_threads()
     try:
         for threads in (1, 2, 1):

@@ -92,7 +92,7 @@ class Kernel:
             _failure = str(error).strip().partition("\n")[0] or type(error).__name__
             logger.warning(
                 "MultiMax runs in plain PyTorch, which is slower, as compiling it failed: %s "
-                "(--multimax-backend eager, or %s=eager, says so from the start)", _failure, ENVIRONMENT_VARIABLE
+                "(%s=eager says so from the start)", _failure, ENVIRONMENT_VARIABLE
             )
             return self.eager
         note_compiled(self.__name__, time.perf_counter() - start)
