@@ -175,10 +175,11 @@ def _project(scores: Tensor, projection: Callable[[Tensor], Tensor]) -> Tensor:
     peak = x.detach().amax(-1, keepdim=True)
     # Subtracting the peak changes no projection, but saves digits where scores are large. A row of nothing but −inf,
     # or with NaN or +inf, gets scores of 0, and its result is replaced.
-    absent = is_absent(x)
+    absent, is_number = is_absent(x), peak < math.inf
     d = (x - peak).masked_fill(~peak.isfinite() | absent, 0.0).masked_fill(absent & peak.isfinite(), -1e30)
-    probabilities = projection(d)
-    return probabilities.masked_fill(absent, 0.0).masked_fill(~(peak < math.inf), math.nan).to(scores.dtype)
+    probabilities = projection(d).masked_fill(absent, 0.0)
+    no_number = x.masked_fill(is_number, 0.0) * math.nan  # nor has it a gradient
+    return torch.where(is_number, probabilities, no_number).to(scores.dtype)
 
 
 class Sparsemax(nn.Module):
