@@ -13,7 +13,7 @@ from fairseq.logging import metrics
 from torch.nn.parallel import DistributedDataParallel
 
 from multimax_fairseq.criterions.chunked_cross_entropy import check_output_layer
-from multimax_fairseq.kernels.chunked_cross_entropy import chunked_cross_entropy
+from multimax_fairseq.kernels.loss import chunked_cross_entropy
 
 TIED = ["--share-decoder-input-output-embed"]
 

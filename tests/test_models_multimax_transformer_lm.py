@@ -9,7 +9,7 @@ from conftest import parse
 from fairseq.sequence_scorer import SequenceScorer
 
 import multimax_fairseq.models  # noqa: F401
-from multimax_fairseq.kernels.chunked_loss import default_chunk_tokens
+from multimax_fairseq.kernels.loss import default_chunk_tokens
 from multimax_fairseq.mappings import MAPPINGS
 from multimax_fairseq.models import MappingOptions
 from multimax_fairseq.modules import MappedDecoder

@@ -12,8 +12,7 @@ from fairseq.modules.quantization.scalar.modules import IntLinear
 from omegaconf import II
 from torch import Tensor, nn
 
-from ..kernels.chunked_cross_entropy import chunked_cross_entropy
-from ..kernels.chunked_loss import check_options
+from ..kernels.loss import check_options, chunked_cross_entropy
 from ..modules import MappedDecoder
 from ..modules.decoder import refuse_cross_entropy
 
@@ -42,7 +41,7 @@ class ChunkedCrossEntropyCriterion(LabelSmoothedCrossEntropyCriterion):
     """fairseq's ``label_smoothed_cross_entropy`` (``cross_entropy`` if smoothing is 0), in a fraction of its memory.
 
     The model computes features. Projection, output mapping and loss are then computed for one chunk of tokens at a
-    time, without padding (see :func:`..kernels.chunked_cross_entropy.chunked_cross_entropy`). The log shows the same
+    time, without padding (see :func:`..kernels.loss.cross_entropy.chunked_cross_entropy`). The log shows the same
     numbers.
 
     Args:

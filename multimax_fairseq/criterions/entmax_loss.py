@@ -6,7 +6,7 @@ from fairseq.criterions import register_criterion
 from fairseq.logging import metrics
 from torch import Tensor, nn
 
-from ..kernels.chunked_entmax_loss import EntmaxLosses, chunked_entmax_loss
+from ..kernels.loss import EntmaxLosses, chunked_entmax_loss
 from ..mappings import SPARSE
 from .chunked_cross_entropy import (
     ChunkedCrossEntropyCriterion,
@@ -19,7 +19,7 @@ from .chunked_cross_entropy import (
 class EntmaxLossCriterion(ChunkedCrossEntropyCriterion):
     """The Fenchel-Young loss of the model's ``--output-mapping``, sparsemax, entmax15 or entmax, in bounded memory.
 
-    See :func:`..kernels.chunked_entmax_loss.chunked_entmax_loss`. Training and validation log, per token: ``loss``,
+    See :func:`..kernels.loss.entmax.chunked_entmax_loss`. Training and validation log, per token: ``loss``,
     in its own unit (neither bits nor nats); ``plain_loss``, the same without label smoothing; ``impossible``, the
     percentage of tokens with probability 0; ``support``, the number of types above 0.
 

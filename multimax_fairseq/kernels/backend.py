@@ -1,18 +1,18 @@
-"""The one place that chooses the backend.
+"""Who may compute: the one guard of all kernels.
 
-PyTorch's compiler makes one function for all shapes of each of the :mod:`.rows`: C++ on a CPU and Triton on a GPU.
-For fp32 on a CPU some are also written in C++ (:mod:`.cpp`); the compiler's serve where that cannot be compiled.
-Both are on by default where there is a compiler. The environment variable ``MULTIMAX_BACKEND`` comes first, then
-:func:`set_backend` (``--multimax-backend``), then ``auto``::
+The formulas are in :mod:`multimax_fairseq.mappings` and :mod:`multimax_fairseq.attention`. Kernels (C++ on a CPU, Triton
+on a GPU, PyTorch's compiler for σ of a vocabulary and for losses) compute the same from plain tensors in a plain context
+(:func:`is_plain`), unless the environment variable ``MULTIMAX_BACKEND`` says otherwise::
 
-    auto      compiled; eager, with one warning that says why, where compiling fails
-    compiled  compiled; an error where that fails
-    eager     plain PyTorch
+    auto      kernels; where they cannot be compiled the formula, with one warning that says why (the default)
+    compiled  kernels; an error where they cannot be compiled
+    eager     the formulas, differentiated by autograd
 """
 
 import logging
 import os
-from typing import List, Tuple
+from contextlib import nullcontext
+from typing import Any, Callable, ContextManager, List, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -24,22 +24,16 @@ BACKENDS = ("auto", "compiled", "eager")
 ENVIRONMENT_VARIABLE = "MULTIMAX_BACKEND"
 COMPILED_DEVICES = ("cpu", "cuda")
 
+# What PyTorch's dispatcher sees in a plain tensor and a plain context. All else stands for somebody who takes part:
+# batches of torch.func.vmap, tracers, subclasses, numbers that are zero or negative without being written so.
+PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+PLAIN_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.Undefined)
+for _key in "BackendSelect ADInplaceOrView AutogradCPU AutogradCUDA AutocastCPU AutocastCUDA CPU CUDA".split():
+    PLAIN_KEYS = PLAIN_KEYS | torch._C.DispatchKeySet(torch._C._parse_dispatch_key(_key))
+
 _is_compiling = getattr(torch.compiler, "is_compiling", None) or torch._utils.is_compiling  # before torch 2.3
 
 compiled_graphs: List[Tuple[str, float]] = []  # in this process: name of the kernel or file, seconds
-
-_chosen = "auto"
-
-
-def set_backend(name: str) -> None:
-    """Choose the backend of this process; the environment variable overrides it.
-
-    Raises:
-        ValueError: ``name``, or the environment variable, is not in ``BACKENDS``.
-    """
-    global _chosen
-    _chosen = _checked(name, "--multimax-backend")
-    backend()
 
 
 def backend() -> str:
@@ -48,36 +42,77 @@ def backend() -> str:
     Raises:
         ValueError: the environment variable is not in ``BACKENDS``.
     """
-    return _checked(os.environ.get(ENVIRONMENT_VARIABLE) or _chosen, ENVIRONMENT_VARIABLE)
+    name = os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
+    if name not in BACKENDS:
+        raise ValueError(f"{ENVIRONMENT_VARIABLE}: there is no backend {name!r}; choose from: {', '.join(BACKENDS)}")
+    return name
 
 
-def wants_compiled(tensor: Tensor) -> bool:
-    """Whether a computation on ``tensor`` is to run compiled, if it can be."""
-    return (
-        tensor.device.type in COMPILED_DEVICES
-        and backend() != "eager"
-        and not is_traced()
-        and not is_transformed()
-    )
+def wants_compiled(*tensors: Tensor) -> bool:
+    """Whether a computation on ``tensors`` is to run in other code than its formula, if it can."""
+    return is_plain(*tensors) and tensors[0].device.type in COMPILED_DEVICES and backend() != "eager"
 
 
-def is_traced() -> bool:
-    """Whether a whole model is being traced or compiled: the trace is to have the formula, not these kernels."""
-    return torch.jit.is_tracing() or _is_compiling()
+def is_plain(*tensors: Tensor) -> bool:
+    """Whether these are nothing but numbers in memory, and nobody is watching what is computed of them.
+
+    Only then may a kernel take their addresses. Tracing, ``torch.compile``, ``torch.func``, forward-mode
+    differentiation, fake and other special tensors get the formula, in PyTorch's own operators. It takes some 5 µs.
+    """
+    if _is_compiling() or forward_ad._current_level >= 0:
+        return False
+    keys = torch._C._dispatch_tls_local_include_set()  # of modes: tracers, transforms, dispatch modes
+    for tensor in tensors:
+        if type(tensor) not in PLAIN_TYPES:
+            return False
+        keys = keys | torch._C._dispatch_keys(tensor)
+    return (keys - PLAIN_KEYS).highestPriorityTypeId() == torch._C.DispatchKey.Undefined
 
 
-def is_transformed() -> bool:
-    """Whether ``torch.func`` or forward-mode differentiation is active: both need the formula."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+def keep(ctx: Any, *tensors: Optional[Tensor]) -> None:
+    """Save tensors for the backward, where :func:`kept` gives them back."""
+    ctx.save_for_backward(*tensors)
+    ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in tensors]
+
+
+def kept(ctx: Any) -> List[Optional[Tensor]]:
+    """What :func:`keep` was given, in its dtypes, whatever saved-tensor hooks have made of it; to be read once."""
+    return [tensor if tensor is None else tensor.to(dtype) for tensor, dtype in zip(ctx.saved_tensors, ctx.dtypes)]
+
+
+def gradients_of(
+    function: Callable[..., Tensor], inputs: Sequence[Tensor], needed: Sequence[bool], grad: Tensor
+) -> Tuple[Optional[Tensor], ...]:
+    """Autograd's gradients of ``function(*inputs)``, for the backward of a kernel that may not run, or not only once.
+
+    Where grad mode is on, as under ``create_graph=True``, they can be differentiated again.
+    """
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        if not again:
+            inputs = [tensor.detach().requires_grad_(is_needed) for tensor, is_needed in zip(inputs, needed)]
+        wanted = [tensor for tensor, is_needed in zip(inputs, needed) if is_needed]
+        found = iter(torch.autograd.grad(function(*inputs), wanted, grad, create_graph=again, allow_unused=True))
+    return tuple(next(found) if is_needed else None for is_needed in needed)
+
+
+def autocast_dtype(tensor: Tensor) -> Optional[torch.dtype]:
+    """What autocast makes of ``tensor`` before a product; None where it is off, and for fp64, which it leaves."""
+    device = tensor.device.type
+    if hasattr(torch, "get_autocast_dtype"):
+        is_on = torch.is_autocast_enabled(device)
+        return torch.get_autocast_dtype(device) if is_on and tensor.dtype != torch.float64 else None
+    is_on = torch.is_autocast_cpu_enabled() if device == "cpu" else torch.is_autocast_enabled()  # before torch 2.4
+    dtype = torch.get_autocast_cpu_dtype() if device == "cpu" else torch.get_autocast_gpu_dtype()
+    return dtype if is_on and tensor.dtype != torch.float64 else None
+
+
+def no_autocast(tensor: Tensor) -> ContextManager:
+    """A context without autocast on the device of ``tensor``."""
+    return nullcontext() if autocast_dtype(tensor) is None else torch.autocast(tensor.device.type, enabled=False)
 
 
 def note_compiled(name: str, seconds: float) -> None:
     """Record that something has been compiled."""
     compiled_graphs.append((name, seconds))
     logger.info("compiled %s in %.1f s", name, seconds)
-
-
-def _checked(name: str, where: str) -> str:
-    if name not in BACKENDS:
-        raise ValueError(f"{where}: there is no backend {name!r}; choose from: {', '.join(BACKENDS)}")
-    return name

@@ -5,13 +5,14 @@ makes from its name. :func:`register_mapping` adds your own.
 """
 
 from .evsoftmax import EvSoftmax, evsoftmax
-from .masking import additive_mask, compute_dtype, is_absent
+from .masking import ABSENT, additive_mask, compute_dtype, is_absent
 from .multimax import MultiMax, modulate, multimax
 from .registry import BUILT_IN, MAPPINGS, SPARSE, arguments_of, build_mapping, parse_options, register_mapping
 from .softmax import Softmax, softmax
 from .sparse import Entmax, Entmax15, Sparsemax, entmax, entmax15, sparsemax
 
 __all__ = [
+    "ABSENT",
     "BUILT_IN",
     "MAPPINGS",
     "SPARSE",

@@ -31,9 +31,9 @@ def register_mapping(name: str) -> Callable[[Module], Module]:
     """Class decorator: registers a module of yours as a mapping with a name.
 
     The module gets scores, (…, width), and returns probabilities over the last dimension, of the same shape and
-    dtype; a score of −inf is absent and must get probability 0. Its constructor takes ``int``, ``float``, ``str`` or
-    ``bool`` arguments, annotated and with a default. An argument ``num_heads`` gets the number of heads, for mappings
-    with parameters per head: scores of attention are (bsz, num_heads, tgt_len, src_len).
+    dtype; absent scores come as ``ABSENT``, and get probability 0 whatever it returns. Its constructor takes ``int``,
+    ``float``, ``str`` or ``bool`` arguments, annotated and with a default. An argument ``num_heads`` gets the number
+    of heads, for mappings with parameters per head: scores of attention are (bsz, num_heads, tgt_len, src_len).
 
     ``--attention-mapping name --mapping-options "argument=value,…"`` then chooses it, and a checkpoint remembers it.
     To load the checkpoint, import the file with the class first, as ``--user-dir`` does.

@@ -7,7 +7,7 @@ from fairseq import utils
 from fairseq.models import ARCH_CONFIG_REGISTRY, register_model, register_model_architecture
 from fairseq.models.transformer_lm import TransformerLanguageModel, TransformerLanguageModelConfig
 
-from ..kernels.chunked_loss import default_chunk_tokens
+from ..kernels.loss import default_chunk_tokens
 from .mapped_model import MappedModelMixin
 from .options import MappingChoice, MappingOptions, option_errors, with_defaults
 

@@ -7,7 +7,7 @@ import torch
 from fairseq.models.transformer import TransformerDecoderBase
 from torch import Tensor, nn
 
-from ..kernels.chunked_loss import default_chunk_tokens
+from ..kernels.loss import default_chunk_tokens
 from ..mappings import MultiMax, compute_dtype
 from .attention import CAUSAL, MappedMultiheadAttention
 
