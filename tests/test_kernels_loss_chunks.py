@@ -38,7 +38,7 @@ def test_options_out_of_range(options, message):
 
 
 def whole_cross_entropy(features, weight, targets, thresholds=None, gains=None, smoothing=0.0):
-    """From the definition: the part ε / (V − 1) on each other word; logits in the dtype of the features, as a model's."""
+    """From the definition: ε / (V − 1) on each other word; logits in the dtype of the features, as a model's."""
     logits = F.linear(features, weight)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if gains is not None:
@@ -79,8 +79,9 @@ def gradients(loss, tensors, *arguments, scale=1.0, **options):
 
 def errors(loss, whole, tensors, targets, **options):
     """Of each gradient against float64, (ours, plain PyTorch's), relative norms."""
-    exact = gradients(whole, [tensor.double() for tensor in tensors], targets, smoothing=options.get("smoothing", 0.0))
-    plain = gradients(whole, tensors, targets, smoothing=options.get("smoothing", 0.0))
+    smoothing = options.get("smoothing", 0.0)
+    exact = gradients(whole, [tensor.double() for tensor in tensors], targets, smoothing=smoothing)
+    plain = gradients(whole, tensors, targets, smoothing=smoothing)
     ours = gradients(loss, tensors, targets, **options)
     return [tuple(((a - e).norm() / e.norm()).item() for a in pair) for *pair, e in zip(ours, plain, exact)]
 
