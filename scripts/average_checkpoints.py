@@ -13,7 +13,7 @@ from typing import Any, Dict, List
 import torch
 from torch import Tensor
 
-from multimax_fairseq.analysis.files import (
+from multimax_fairseq.tools import (
     ArgumentParser,
     UserError,
     check_output,

@@ -49,7 +49,6 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import multimax_fairseq.models  # noqa: F401  registers the models
-from multimax_fairseq.analysis.files import UserError, import_user_dir
 from multimax_fairseq.attention import mapped_attention
 from multimax_fairseq.kernels.backend import compiled_graphs
 from multimax_fairseq.kernels.loss import chunked_cross_entropy, chunked_entmax_loss
@@ -57,6 +56,7 @@ from multimax_fairseq.mappings import BUILT_IN, MAPPINGS, SPARSE, MultiMax, buil
 from multimax_fairseq.mappings.multimax import multimax_formula
 from multimax_fairseq.modules import MappedMultiheadAttention
 from multimax_fairseq.modules.attention import CAUSAL
+from multimax_fairseq.tools import UserError, import_user_dir
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 Rows = List[Dict[str, Any]]

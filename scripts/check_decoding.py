@@ -16,8 +16,10 @@ from fairseq import utils
 from fairseq.models import BaseFairseqModel
 from torch import Tensor
 
-from multimax_fairseq.analysis.checkpoint import check_sentences, load_model, load_split
-from multimax_fairseq.analysis.files import ArgumentParser, UserError, errors_in_a_line, positive
+from multimax_fairseq.analysis.checkpoint import batches, check_sentences, fitting, load_model, load_split
+from multimax_fairseq.tools import ArgumentParser, UserError, errors_in_a_line, positive
+
+MAX_TOKENS = 600  # in a batch
 
 
 def log_softmax(logits: Tensor) -> Tensor:
@@ -59,12 +61,12 @@ def check(checkpoint: Path, data: Path, split: str, sentences: int, fp64: bool) 
     if not hasattr(model, "encoder") or not hasattr(model, "decoder"):
         raise UserError(f"{checkpoint} is no translation model: there is no beam search to compare with")
     model = model.double() if fp64 else model
-    dataset = load_split(task, data, split)
-    number = min(sentences, len(dataset))
-    check_sentences(task, dataset, range(number), f"the split {split!r} of {data}")
+    dataset, where = load_split(task, data, split), f"the split {split!r} of {data}"
+    indices = range(min(sentences, len(dataset)))
+    check_sentences(task, dataset, indices, where)
+    indices = fitting(task, dataset, indices, [model], where)
     largest = 0.0
-    for start in range(0, number, 20):
-        batch = dataset.collater([dataset[index] for index in range(start, min(start + 20, number))])
+    for batch in batches(dataset, indices, MAX_TOKENS, torch.device("cpu")):
         largest = max(largest, largest_difference(model, batch["net_input"]))
     if not math.isfinite(largest):
         raise UserError(f"{checkpoint} computes NaN or infinity on sentences of {split!r}: its training has diverged")

@@ -9,7 +9,7 @@ prints how many tokens a source sentence may have.
 from pathlib import Path
 
 from multimax_fairseq.analysis.checkpoint import check_sentences, load_model, load_split
-from multimax_fairseq.analysis.files import ArgumentParser, UserError, errors_in_a_line
+from multimax_fairseq.tools import ArgumentParser, UserError, errors_in_a_line
 
 
 def check(checkpoints: list[Path], data: Path, split: str | None) -> int | None:

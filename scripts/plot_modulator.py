@@ -30,6 +30,7 @@ import torch  # noqa: E402
 from matplotlib import pyplot  # noqa: E402
 from PIL import Image  # noqa: E402  (matplotlib depends on it)
 
+from multimax_fairseq.analysis.style import BLUE, GREY, ORANGE, VERMILLION  # noqa: E402
 from multimax_fairseq.mappings import modulate, multimax, softmax  # noqa: E402
 
 SCORES = torch.tensor([0.6, 2.2, 0.1, 0.8, 3.2, 0.4, -0.1, 0.7, 1.9, 0.3], dtype=torch.float64)
@@ -37,9 +38,6 @@ THRESHOLDS = torch.tensor([[1.6, 1.8], [1.6, 1.8]], dtype=torch.float64)  # (ord
 GAINS = torch.tensor([[-2.0, -0.6], [-1.0, -0.1]], dtype=torch.float64)  # order 1 is the first row alone
 LOW_TEMPERATURE = 0.5
 X_RANGE = (-0.5, 3.5)  # σ is monotone here
-
-# Okabe and Ito's palette, which colour-blind readers can tell apart.
-GREY, ORANGE, BLUE, VERMILLION = "#595959", "#E69F00", "#0072B2", "#D55E00"
 STYLE = {
     "font.size": 10,
     "axes.titlesize": 11,

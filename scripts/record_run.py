@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 import multimax_fairseq
-from multimax_fairseq.analysis.files import (
+from multimax_fairseq.tools import (
     ArgumentParser,
     UserError,
     entry,

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from multimax_fairseq.analysis.files import ArgumentParser, UserError, errors_in_a_line, positive
+from multimax_fairseq.tools import ArgumentParser, UserError, errors_in_a_line, positive
 
 FORMAT = 1  # of run.json, as record_run.py writes it
 

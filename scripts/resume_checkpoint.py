@@ -11,7 +11,7 @@ import shutil
 from pathlib import Path
 from typing import Any, Dict, NamedTuple, Optional
 
-from multimax_fairseq.analysis.files import (
+from multimax_fairseq.tools import (
     ArgumentParser,
     UserError,
     entry,

@@ -1,23 +1,27 @@
 """multimax-analyze on real checkpoints: its numbers against loops over single sentences, its files, its errors."""
 
+import copy
 import csv
 import json
 import math
 import re
+import shutil
 import sys
+from argparse import Namespace
 from xml.etree import ElementTree
 
+import matplotlib
 import pytest
 import reference
 import torch
-from conftest import ROOT, run, save_checkpoint
+from conftest import ROOT, call, run, save_checkpoint
 from fairseq import checkpoint_utils
 from PIL import Image
 
-from multimax_fairseq.analysis import collect, figures
-from multimax_fairseq.analysis.checkpoint import batches, load
+from multimax_fairseq.analysis import collect, figures, page
 from multimax_fairseq.analysis.cli import main
 from multimax_fairseq.analysis.measure import Measurement
+from multimax_fairseq.mappings import MAPPINGS
 
 SENTENCES = 12
 
@@ -30,6 +34,7 @@ def checkpoints(build, tmp_path_factory):
     for name, arch, options in [
         ("stock", "transformer", []),
         ("multimax", "multimax_transformer", []),
+        ("no-cross", "multimax_transformer", ["--cross-self-attention", "--no-cross-attention"]),
         ("lm", "multimax_transformer_lm", ["--output-mapping", "multimax"]),
         ("lstm", "tiny_lstm", []),
     ]:
@@ -47,8 +52,6 @@ def checkpoints(build, tmp_path_factory):
 
 def build_lstm(build):
     """A model of fairseq whose attention is no MultiheadAttention."""
-    from argparse import Namespace
-
     from conftest import parse
     from fairseq import tasks
 
@@ -63,7 +66,7 @@ def report(checkpoints, corpus, tmp_path_factory):
     """A report of a stock model and one with MultiMax, on the first sentences of the validation set."""
     out = tmp_path_factory.mktemp("report") / "report"
     main([str(checkpoints["stock"]), str(checkpoints["multimax"]), "--data", str(corpus / "data-bin"),
-          "--out", str(out), "--max-sentences", str(SENTENCES), "--cpu", "--no-progress-bar", "--show",
+          "--out", str(out), "--max-sentences", str(SENTENCES), "--cpu", "--no-progress-bar", "--show", "3",
           "--alignments", str(corpus / "text" / "valid.align")])  # fmt: skip
     return out
 
@@ -228,84 +231,134 @@ def test_the_output_layer_of_a_language_model(lm_report, checkpoints):
 # ---------------------------------------------------------------------- figures
 
 
+def table(path):
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def drawn(results, name, width=None):
+    """The table and the figure of this name."""
+    (plan,) = [plan for plan in figures.plans_of(results) if plan.name == name]
+    with matplotlib.rc_context(figures.STYLE):
+        return plan.rows(), plan.draw(plan.rows(), width)
+
+
 @pytest.fixture(scope="session")
-def measurement(checkpoints, corpus):
-    """Of the model with MultiMax, keeping sentence 3 for heat maps."""
-    cpu = torch.device("cpu")
-    loaded = load(checkpoints["multimax"], "multimax", corpus / "data-bin", "valid", SENTENCES, cpu)
-    measurement = Measurement(loaded, examples=[3])
-    for sample in batches(loaded, max_tokens=100, device=cpu):
-        measurement.update(sample)
-    return measurement
+def document(report):
+    return json.loads((report / "results.json").read_text())
 
 
-def test_a_sentence_to_be_drawn(measurement, collected, corpus):
+def test_a_sentence_to_be_drawn(document, collected, corpus):
     """Taken out of a padded batch, it is what the sentence gives by itself, with its words beside it."""
-    (example,) = measurement.examples.values()
+    (example,) = document["models"][1]["examples"]
     german, english = (
         [*(corpus / "text" / f"valid.{language}").read_text().splitlines()[3].split(), "</s>"]
         for language in ("de", "en")
     )
-    known = set(measurement.loaded.source_dictionary.symbols)
+    known = {line.split()[0] for line in (corpus / "data-bin" / "dict.de.txt").read_text().splitlines()} | {"</s>"}
     german, english = ([word if word in known else "<unk>" for word in words] for words in (german, english))
     written = ["</s>", *english[:-1]]
-    assert example.tokens == {"encoder": (german, german), "decoder": (written, written), "cross": (english, german)}
-    for (site, layer), attention in example.attention.items():
-        torch.testing.assert_close(attention, collected[3].at(site)[layer].probabilities[0], atol=1e-5, rtol=0)
-    assert example.rollout["cross"].shape == (len(english), len(german))
+    axes = {"encoder": [german, german], "decoder": [written, written], "cross": [english, german]}
+    assert example["tokens"] == axes
+    for attention in example["attention"]:
+        expected = collected[3].at(attention["site"])[attention["layer"]].probabilities[0]
+        torch.testing.assert_close(torch.tensor(attention["heads"]), expected, atol=2e-5, rtol=0)
 
-    figure = figures.draw_attention(example, "cross", 1)
-    for head, axes in enumerate(figure.axes[:2]):
-        assert [label.get_text() for label in axes.get_yticklabels()] == english
+    # a head of both models side by side
+    rows, figure = drawn(document, "sentence3-cross-layer2-head1")
+    assert [axes.get_title() for axes in figure.axes[:2]] == ["stock", "multimax"]
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == english
+    for axes in figure.axes[:2]:
         assert [label.get_text() for label in axes.get_xticklabels()] == german
-        drawn = torch.tensor(axes.images[0].get_array().data)
-        torch.testing.assert_close(drawn, example.attention["cross", 1][head], check_dtype=False)
+    expected = collected[3].at("cross")[1].probabilities[0, 0]
+    picture = torch.tensor(figure.axes[1].images[0].get_array().data).float()
+    torch.testing.assert_close(picture, expected, atol=2e-5, rtol=0)
+    assert [row["share"] for row in rows if row["model"] == "multimax"] == pytest.approx(expected.flatten(), abs=2e-5)
 
 
-def test_points_and_lines_are_the_numbers(measurement):
-    figure = figures.draw_sparsity_and_multimodality([measurement])
+def test_what_is_drawn_are_the_numbers_of_the_table(report, results, document):
+    rows, figure = drawn(document, "sparsity-multimodality")
+    assert [(row["model"], row["head"], row["sparsity"]) for row in rows] == [
+        (label, row["head"], row["sparsity"]) for label, model in results.items() for row in model["heads"]
+    ]
+    assert [float(row["sparsity"]) for row in table(report / "figures" / "sparsity-multimodality.csv")] == [
+        row["sparsity"] for row in rows
+    ]
     for number, axes in enumerate(figure.axes):
-        site = ("encoder", "decoder", "cross")[number % 3]
-        names = ("sparsity", "multimodality") if number < 3 else ("common_sparsity", "top_multimodality")
-        rows = [row for row in measurement.head_rows() if row["site"] == site]
-        points = axes.collections[0].get_offsets().tolist()
-        assert points == [[row[name] for name in names] for row in rows]
-        (middle,) = axes.collections[1].get_offsets().tolist()
-        assert middle == pytest.approx([mean([row[name] for row in rows]) for name in names])
-        named = f"= {rows[0]['common_reference']:.2g}" if number >= 3 else "1/K"
-        assert named in axes.get_xlabel() and axes.get_title() == (figures.SITE_NAMES[site] if number < 3 else "")
-    figure = figures.draw_smoothing([measurement])
-    for axes, side in zip(figure.axes, ("encoder", "decoder")):
-        expected = [(row["layer"], row["mad"]) for row in measurement.layer_rows() if row["side"] == side]
-        assert list(zip(*axes.lines[0].get_data())) == expected
+        site, names = ("encoder", "decoder", "cross")[number % 3], figures.METRICS[number // 3]
+        for points, means, label in zip(axes.collections, axes.containers, results):
+            here = [row for row in rows if (row["site"], row["model"]) == (site, label)]
+            of_model = [[row[name] for name in names] for row in here]
+            assert points.get_offsets().tolist() == of_model
+            assert [*zip(*means[0].get_data())] == [pytest.approx([mean(axis) for axis in zip(*of_model)])]
+    for row in table(report / "figures" / "over-smoothing.csv"):
+        (expected,) = [
+            layer["mad"] for layer in results[row["model"]]["layers"]
+            if (layer["side"], str(layer["layer"])) == (row["side"], row["layer"])
+        ]  # fmt: skip
+        assert float(row["mad"]) == expected and not row["standard_deviation"]
 
 
-def test_sigma_is_drawn_by_the_formula_over_the_scores(measurement):
-    modules = [module for module in measurement.modules.values() if module.site == "cross"]
-    figure = figures.draw_modulators(modules, "multimax")
-    for axes, module in zip(figure.axes, modules):
-        identity, sigma = axes.lines
-        x, y = (values.tolist() for values in sigma.get_data())
-        assert y == pytest.approx(reference.modulator(x, *(rows.tolist() for rows in module.parameters)), abs=1e-9)
-        assert module.histogram.low - module.histogram.width <= x[0] < x[-1] <= (
-            module.histogram.high + module.histogram.width
-        )
-        assert identity.get_xdata().tolist() == identity.get_ydata().tolist()
+def test_sigma_is_the_formula_over_the_scores(report, results):
+    rows = table(report / "figures" / "multimax-modulators.csv")
+    for module in results["multimax"]["modules"]:
+        place = [row for row in rows if (row["site"], row["layer"]) == (module["site"], str(module["layer"]))]
+        x, y = ([float(row[axis]) for row in place if row["curve"] == "sigma"] for axis in "xy")
+        thresholds, gains = ([[module[f"{a}{n}"], module[f"{b}{n}"]] for n in (1, 2)]
+                             for a, b in (("b", "d"), ("g_b", "g_d")))  # fmt: skip
+        assert y == pytest.approx(reference.modulator(x, thresholds, gains), abs=1e-9)
+        width = module["histogram"]["edges"][1] - module["histogram"]["edges"][0]
+        assert module["lowest_score"] - width <= x[0] < x[-1] <= module["highest_score"] + width
+        density = [float(row["y"]) for row in place if row["curve"] == "density"]
+        assert sum(density) * width == pytest.approx(1, abs=2e-3)  # but for the outermost scores
+    assert {row["curve"] for row in table(report / "figures" / "stock-modulators.csv")} == {"density"}
 
 
-def test_the_simplex_shows_what_mappings_make_of_the_three_scores():
-    softmax, others, ours = figures.draw_simplex().axes[:3]
-    for line, temperature in zip([line for line in softmax.lines if line.get_label()[0] == "T"], (0.25, 0.5, 1, 2)):
-        p = reference.softmax([1.5 / temperature, 1.5 / temperature, 0.0])  # the end, where t = 1.5
-        end = [values[-1] for values in line.get_data()]
-        assert end == pytest.approx([p[1] + p[2] / 2, p[2] * math.sqrt(3) / 2])
-    named = {line.get_label(): line for line in [*others.lines, *ours.lines]}
-    assert {"softmax", "1.5-entmax", "sparsemax", "EvSoftMax", "MultiMax, illustrative"} <= set(named)
-    # sparse and bimodal at the end: the middle of the lower edge
-    for name in ("1.5-entmax", "sparsemax", "EvSoftMax"):
-        assert [values[-1] for values in named[name].get_data()] == pytest.approx([0.5, 0])
-    x, y = (values[-1] for values in named["MultiMax, illustrative"].get_data())
-    assert x == pytest.approx(0.5) and 0 < y < named["softmax"].get_ydata()[-1] / 2
+def test_the_simplex_shows_what_mappings_make_of_three_scores(report, results):
+    rows = table(report / "figures" / "simplex.csv")
+    ends = {row["name"]: [float(row[p]) for p in ("p1", "p2", "p3")] for row in rows}
+    for temperature in (0.25, 0.5, 1, 2):
+        expected = reference.softmax([1.5 / temperature, 1.5 / temperature, 0.0])  # at the end t = 1.5
+        assert ends[f"T = {temperature:g}"] == pytest.approx(expected)
+    for name in ("entmax15", "sparsemax", "evsoftmax"):
+        assert ends[name] == pytest.approx([0.5, 0.5, 0])  # sparse and bimodal
+    module = next(m for m in results["multimax"]["modules"] if (m["site"], m["layer"]) == ("cross", 1))
+    (name,) = [name for name in ends if name.startswith("cross 2")]
+    high, low = map(float, re.findall(r"-?\d+\.\d", name))
+    thresholds, gains = ([[module[f"{a}{n}"], module[f"{b}{n}"]] for n in (1, 2)]
+                         for a, b in (("b", "d"), ("g_b", "g_d")))  # fmt: skip
+    assert ends[name] == pytest.approx(reference.multimax([high, high, low], thresholds, gains), abs=0.05)
+
+
+def test_a_mapping_has_one_colour_and_names_fit(document):
+    """In whatever place, and however long names are; models with the same mapping differ in shade."""
+    first = {model["label"]: figures._looks(document)[model["label"]] for model in document["models"]}
+    stock, multimax = ({**model, "label": model["label"] + " of a long name" * 6} for model in document["models"])
+    turned = {**document, "models": [multimax, stock, {**stock, "label": "again"}]}
+    looks = figures._looks(turned)
+    for model, label in zip(turned["models"], ("multimax", "stock")):
+        assert looks[model["label"]]["color"] == first[label]["color"]
+    assert looks["again"]["color"] not in [look["color"] for look in first.values()]
+    for name in ("sparsity-multimodality", "over-smoothing"):
+        for width in (8.4 / 2.54, None):
+            _, figure = drawn(turned, name, width)
+            figure.draw_without_rendering()
+            box = figure.legends[0].get_window_extent()
+            assert 0 <= box.x0 < box.x1 <= figure.bbox.width and box.y1 <= figure.bbox.height
+
+
+def test_seeds_of_one_model_are_a_mean_with_its_deviation(document):
+    seeds = copy.deepcopy(document)
+    seeds["models"].append(copy.deepcopy(seeds["models"][1]))
+    for layer in seeds["models"][2]["layers"]:
+        layer["mad"] += 0.1
+    rows, figure = drawn(seeds, "over-smoothing")
+    for row, layer in zip([row for row in rows if row["model"] == "multimax"], seeds["models"][1]["layers"]):
+        assert row["mad"] == pytest.approx(layer["mad"] + 0.05)
+        assert row["standard_deviation"] == pytest.approx(0.1 / math.sqrt(2))
+    assert [container.has_yerr for container in figure.axes[0].containers] == [False, True]
+    text = page.render_page(seeds, [])
+    assert "± 0.000" in text and "multimax (2)" in text and "<td>2</td>" in text
 
 
 # ---------------------------------------------------------------------- files
@@ -320,24 +373,23 @@ def test_the_page_needs_no_other_file_and_no_network(report):
     assert "multimax" in page and "Word alignment" in page
 
 
-def test_every_figure_is_there_as_png_and_svg(report, lm_report):
-    sentence = {path.stem for path in (lm_report / "figures").glob("ours-0-*.svg")}
-    assert sentence == {"ours-0-decoder-layer1", "ours-0-decoder-layer2", "ours-0-decoder-rollout"}
-    assert "ours, sentence 0" in (lm_report / "report.html").read_text()
-    pictures = sorted((report / "figures").glob("*.png"))
-    names = {path.stem for path in pictures}
-    assert names == {path.stem for path in (report / "figures").glob("*.svg")}
-    assert {"simplex", "orders", "over-smoothing", "sparsity-multimodality", "alignment"} <= names
-    assert {"stock-modulators", "multimax-modulators"} <= names
-    for path in pictures:
-        with Image.open(path) as image:
+def test_every_figure_is_there_as_picture_and_table(report):
+    names = {"simplex", "over-smoothing", "sparsity-multimodality", "alignment", "stock-modulators",
+             "multimax-modulators", *(f"sentence3-{name}" for name in ("encoder-rollout", "cross-rollout",
+             "cross-layer2"))}  # fmt: skip
+    files = {path.name for path in (report / "figures").iterdir()}
+    assert files == {f"{name}.{kind}" for name in names for kind in ("png", "svg", "pdf", "csv")}
+    for name in names:
+        with Image.open(report / "figures" / f"{name}.png") as image:
             assert image.width <= 1400  # 7 inch, the width of a page, at 200 dpi
-        ElementTree.parse(path.with_suffix(".svg"))
+        ElementTree.parse(report / "figures" / f"{name}.svg")
+    texts = ElementTree.parse(report / "figures" / "over-smoothing.svg").iter("{http://www.w3.org/2000/svg}text")
+    assert {"stock", "multimax", "encoder"} <= {text.text for text in texts}  # text as text
+    assert b"/FontFile2" in (report / "figures" / "over-smoothing.pdf").read_bytes()  # TrueType, not outlines
 
 
 def test_csv_holds_the_numbers_of_json(report, results):
-    with open(report / "heads.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = table(report / "heads.csv")
     expected = [(label, row) for label, model in results.items() for row in model["heads"]]
     assert len(rows) == len(expected) == 2 * 6 * 2
     # both models saw the same sentences: none of fairseq's own layers has got around its attention module
@@ -348,26 +400,44 @@ def test_csv_holds_the_numbers_of_json(report, results):
     assert {path.name for path in report.glob("*.csv")} == tables
 
 
+def test_drawn_again_from_the_file_alone(report, tmp_path):
+    """Without the models, fairseq and torch; figures that are not asked for stay."""
+    out = shutil.copytree(report, tmp_path / "report")
+    before = {path.name: path.read_bytes() for path in out.rglob("*.png")}
+    code = "from multimax_fairseq.analysis.cli import main, sys; main(); print({'torch', 'fairseq'} & {*sys.modules})"
+    names = "over-smoothing,sentence3-cross-layer?-head2"
+    result = run(sys.executable, "-c", code, "--redraw", out, "--figures", names, "--width", "8.4", cwd=ROOT)
+    assert result.stdout.splitlines()[-1] == "set()"
+    after = {path.name: path.read_bytes() for path in out.rglob("*.png")}
+    new = {"over-smoothing.png", "sentence3-cross-layer1-head2.png", "sentence3-cross-layer2-head2.png"}
+    assert {name for name in after if after[name] != before.get(name)} == new
+    for name in new:
+        with Image.open(out / "figures" / name) as image:
+            assert abs(image.width - 8.4 / 2.54 * 200) < 1
+        assert name[:-4] in (out / "report.html").read_text()
+    assert (out / "results.json").read_bytes() == (report / "results.json").read_bytes()
+
+
 def analyze(checkpoint, data, out, *options):
     main([str(checkpoint), "--data", str(data), "--out", str(out), "--cpu", "--no-progress-bar", "--show",
-          "--max-sentences", "3", *map(str, options)])  # fmt: skip
+          "--max-sentences", "3", "--figures", "over-smoothing", *map(str, options)])  # fmt: skip
 
 
 def test_a_failure_leaves_nothing_behind(checkpoints, corpus, tmp_path, monkeypatch):
     def fail(*_):
         raise RuntimeError("no space left")
 
-    monkeypatch.setattr(figures, "draw_simplex", fail)
+    monkeypatch.setattr(figures, "_draw_smoothing", fail)
     with pytest.raises(RuntimeError, match="no space left"):
         analyze(checkpoints["multimax"], corpus / "data-bin", tmp_path / "new" / "out")
     assert not list((tmp_path / "new").iterdir())
 
 
-def test_force_replaces_a_report_and_nothing_else(checkpoints, corpus, tmp_path, monkeypatch):
-    monkeypatch.setattr(figures, "drawings_of", lambda measurements: [])  # takes the time, and is seen elsewhere
+def test_force_replaces_a_report_and_nothing_else(checkpoints, corpus, tmp_path, capsys):
     out = tmp_path / "out"
     out.mkdir()
-    analyze(checkpoints["multimax"], corpus / "data-bin", out)
+    analyze(checkpoints["multimax"], corpus / "data-bin", out, "--figures", "over-smoothing,none")
+    assert "WARNING: --figures: there is no none; choose from: sparsity-multimodality, " in capsys.readouterr().err
     first = (out / "results.json").read_text()
     with pytest.raises(SystemExit, match="is not empty: --force replaces it"):
         analyze(checkpoints["multimax"], corpus / "data-bin", out)
@@ -381,6 +451,60 @@ def test_force_replaces_a_report_and_nothing_else(checkpoints, corpus, tmp_path,
     assert (out / "notes.txt").read_text() == "mine"
 
 
+# ---------------------------------------------------------------------- other models
+
+
+def test_models_that_differ_in_their_sites(checkpoints, corpus, tmp_path):
+    """One has no cross-attention; its decoder attends to source and target together."""
+    main([*(str(checkpoints[name]) for name in ("multimax", "no-cross")), "--data", str(corpus / "data-bin"), "--out",
+          str(tmp_path / "out"), "--cpu", "--no-progress-bar", "--max-sentences", "3", "--show", "1", "--labels",
+          "l" * 300, "no cross", "--figures", "*layer?,*rollout,sparsity*,over*,*modulators,simplex"])  # fmt: skip
+    first, second = json.loads((tmp_path / "out" / "results.json").read_text())["models"]
+    assert [{row["site"] for row in model["heads"]} for model in (first, second)] == [
+        {"encoder", "decoder", "cross"}, {"encoder", "decoder"},
+    ]  # fmt: skip
+    rows = {name: table(tmp_path / "out" / "figures" / f"sentence1-{name}.csv")
+            for name in ("cross-layer1", "decoder-layer1", "cross-rollout")}  # fmt: skip
+    models = {name: len({row["model"] for row in of_name}) for name, of_name in rows.items()}
+    assert models == {"cross-layer1": 1, "decoder-layer1": 2, "cross-rollout": 2}
+
+
+def test_sentences_longer_than_learned_positions_are_left_out(build, corpus, tmp_path):
+    """As in training; they are in the counts, and no heat map is drawn of them."""
+    lengths = [1 + max(len(line.split()) for line in lines) for lines in zip(
+        *((corpus / "text" / f"valid.{language}").read_text().splitlines() for language in ("de", "en"))
+    )]  # fmt: skip
+    longest = sorted(lengths)[len(lengths) // 2]
+    options = [f"--{side}-learned-pos" for side in ("encoder", "decoder")]
+    options += [f"--max-{side}-positions={longest}" for side in ("source", "target")]
+    path = save_checkpoint(build("multimax_transformer", *options), tmp_path / "run" / "checkpoint_best.pt")
+    analyze(path, corpus / "data-bin", tmp_path / "out", "--max-sentences", 60)
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["models"][0]["sentences"] == sum(length <= longest for length in lengths) < 60
+    assert results["skipped"] == 60 - results["models"][0]["sentences"]
+    with pytest.raises(SystemExit, match="is too long for a model"):
+        longest = ["--show", lengths.index(max(lengths))]
+        analyze(path, corpus / "data-bin", tmp_path / "other", "--max-sentences", 60, *longest)
+    checked = call("check_decoding", "--path", path, corpus / "data-bin", "--split", "valid", "--sentences", 60)
+    assert float(checked.stdout.split()[-2]) < 1e-4
+
+
+def test_the_numbers_of_a_mapping_of_ones_own_are_in_the_report(monkeypatch):
+    class Tempered(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.temperature = torch.nn.Parameter(torch.tensor([0.5, 2.0]).view(2, 1, 1))
+
+    monkeypatch.setitem(MAPPINGS, "tempered", Tempered)
+    measurement = Measurement(Namespace(model=torch.nn.Identity()))
+    scores = torch.randn(2, 5, 4)
+    measurement._add(("cross", 0), "cross layer 1", Tempered(), scores, scores.softmax(-1))
+    module = measurement._module(("cross", 0))
+    assert module["mapping"] == "tempered" and module["temperature"] == [0.5, 2.0]
+    (row,) = page._modules({"one's own": [{"modules": [module]}]})
+    assert row["temperature"] == "0.500, 2.000" and row["layer"] == 1
+
+
 # ---------------------------------------------------------------------- errors
 
 
@@ -389,7 +513,7 @@ def refused(tmp_path, monkeypatch):
     """refused(*arguments, message=…): the command ends with this error before any work."""
 
     def refused(*arguments, message):
-        monkeypatch.setattr("multimax_fairseq.analysis.measure.Measurement.update", None)  # not reached
+        monkeypatch.setattr("multimax_fairseq.analysis.measure.Measurement.run", None)  # not reached
         with pytest.raises(SystemExit) as stopped:
             main(["--out", str(tmp_path / "out"), "--cpu", *map(str, arguments)])
         error = str(stopped.value)
@@ -445,7 +569,8 @@ def test_wrong_data_are_named_before_any_work(data, message, checkpoints, corpus
     ([], ["--split", "dev"], "has no split 'dev' for this model; --split takes one of: test, train, valid"),
     (["lstm"], [], "LSTMModel has no attention to analyse"),
     (["stock"], [], "the same checkpoint is given twice"),
-    (["multimax"], ["--labels", "one"], "2 checkpoints need as many different --labels"),
+    (["multimax"], ["--labels", "one"], "2 checkpoints need as many --labels"),
+    (["multimax"], ["--labels", "one", "one"], "models called 'one' differ in more than the seed"),
     ([], ["--show", "60"], "--show 60: sentences 0 to 59 are analysed"),
     ([], ["--alignments", "{text}/test.align"], "there are 40 gold alignments for the 60 sentence pairs"),
     ([], ["--alignments", "{folder}/valid.align"], "gold alignment 99-0 in line 2 is outside of its sentences"),
@@ -471,18 +596,15 @@ def test_scores_that_no_trained_model_has_are_an_error(factor, checkpoints, corp
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("options", [["--cross-self-attention"], ["--cross-self-attention", "--no-cross-attention"]])
-def test_decoders_that_attend_to_source_and_target_together(options, build, corpus, tmp_path, monkeypatch):
-    monkeypatch.setattr(figures, "drawings_of", lambda measurements: [])  # takes the time, and is seen elsewhere
-    path = save_checkpoint(build("transformer", *options), tmp_path / "run" / "checkpoint_best.pt")
-    main([str(path), "--data", str(corpus / "data-bin"), "--out", str(tmp_path / "out"), "--cpu",
-          "--no-progress-bar", "--show", "1", "--max-sentences", "3", "--labels", "l" * 300])  # fmt: skip
-    (model,) = json.loads((tmp_path / "out" / "results.json").read_text())["models"]
-    assert {row["site"] for row in model["heads"]} == {"encoder", "decoder", "cross"} - (
-        {"cross"} if len(options) > 1 else set()
-    )
-    assert list((tmp_path / "out" / "figures").glob("*-1-decoder-layer1.png"))
-    assert list((tmp_path / "out" / "figures").glob("*-1-cross-rollout.png"))
+@pytest.mark.parametrize("arguments, message", [
+    (["--redraw", "{folder}"], "is no report: there is no results.json in it"),
+    (["--redraw", "{report}", "x.pt"], "--redraw needs no checkpoints"),
+    (["--redraw", "{report}", "--figures", "other"], "there is no other; choose from: sparsity-multimodality, "),
+    (["--out", "{folder}/out", "x.pt"], "give checkpoints and --data, or --redraw"),
+])  # fmt: skip
+def test_wrong_ways_to_draw(arguments, message, report, tmp_path):
+    with pytest.raises(SystemExit, match=message):
+        main([argument.format(folder=tmp_path, report=report) for argument in arguments])
 
 
 @pytest.mark.parametrize("name, data", [("multimax", "data-bin"), ("lm", "data-bin-lm")])

@@ -1,4 +1,4 @@
-"""multimax_fairseq/analysis/metrics.py against hand-computed rows, and slow float64 oracles on any."""
+"""multimax_fairseq/analysis/metrics.py against hand-computed values, and slow float64 oracles on any."""
 
 import math
 
@@ -8,9 +8,21 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from multimax_fairseq.analysis import metrics
-from multimax_fairseq.analysis.metrics import MeanMetrics, ScoreHistogram, row_metrics
-from multimax_fairseq.mappings import build_mapping
+from multimax_fairseq.analysis import (
+    MeanMetrics,
+    ScoreHistogram,
+    attention_rollout,
+    falling_share,
+    is_monotone,
+    mean_average_distance,
+    mean_cosine_similarity,
+    metrics,
+    row_metrics,
+    slope,
+    translation_rollout,
+)
+from multimax_fairseq.analysis.measure import coefficients
+from multimax_fairseq.mappings import MultiMax, build_mapping
 
 ABSENT = -math.inf
 
@@ -63,21 +75,6 @@ def test_a_uniform_row():
     assert result.support == 7 and result.top_share == pytest.approx(1 / 7)
 
 
-def test_a_one_hot_row():
-    result = row_metrics(row(9.0, 0.0, 0.0, 0.0), row(1.0, 0.0, 0.0, 0.0))
-    assert result.multimodality.isnan()  # no second relevant score
-    assert result.sparsity == 1
-    assert (result.entropy, result.effective_support, result.support, result.top_share) == (0, 1, 1, 1)
-
-
-def test_one_mode_where_there_were_two_is_not_multimodal():
-    assert metrics.multimodality(row(5.0, 4.9, -5.0, -5.0), row(1.0, 0.0, 0.0, 0.0)) == 0
-
-
-def test_two_equal_modes_are_as_multimodal_as_can_be():
-    assert metrics.multimodality(row(5.0, 4.9, -5.0, -5.0), row(0.5, 0.5, 0.0, 0.0)) == 1
-
-
 @pytest.mark.parametrize("present", [0, 1])
 def test_rows_without_a_choice_are_undefined(present):
     scores = row(2.0, ABSENT, ABSENT) if present else row(ABSENT, ABSENT, ABSENT)
@@ -85,11 +82,6 @@ def test_rows_without_a_choice_are_undefined(present):
     result = row_metrics(scores, probabilities)
     assert result.multimodality.isnan() and result.sparsity.isnan()
     assert result.entropy.isnan() == (not present) and result.top_share.isnan() == (not present)
-
-
-def test_the_top_k_share():
-    assert metrics.top_share(row(0.1, 0.5, 0.4), k=2) == pytest.approx(0.9)
-    assert metrics.top_share(row(0.1, 0.5, 0.4), k=9) == pytest.approx(1)
 
 
 def test_shapes_that_differ_are_refused():
@@ -211,3 +203,141 @@ def test_a_histogram_counts_every_score_in_its_bin(batches):
         assert (histogram.low, histogram.high) == (min(values), max(values))
         for low, high, count in zip(edges, edges[1:], counts):
             assert count == sum(low <= x < high for x in values)
+
+
+def test_the_bulk_of_a_histogram_leaves_the_tails_out():
+    histogram = ScoreHistogram(num_bins=64, width=1.0)
+    histogram.update(torch.tensor([-20.0] + [0.5] * 50 + [1.5] * 48 + [30.0]))
+    assert histogram.bulk(0.02, 0.02) == (0, 2) and histogram.bulk(0.0, 0.0) == (-20, 31)
+    assert histogram.bulk(0.5, 0.01) == (0, 2)  # 51 % lie below 1
+
+
+# ---------------------------------------------------------------------- layers
+
+
+@pytest.fixture
+def hidden():
+    return torch.randn(4, 6, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+def test_mad_against_the_loop_over_pairs(hidden):
+    mask = torch.arange(6) < torch.tensor([[6], [4], [2], [3]])
+    computed = mean_average_distance(hidden, mask)
+    for sentence, length in enumerate((6, 4, 2, 3)):
+        expected = reference.mean_average_distance(hidden[sentence, :length].tolist())
+        assert computed[sentence].item() == pytest.approx(expected, abs=1e-12)
+    assert mean_average_distance(hidden[:, :1]).isnan().all()  # one token
+
+
+def test_mad_by_hand():
+    hidden = torch.tensor([[[1.0, 0.0], [0.0, 2.0], [-3.0, 0.0]]])  # cosines 0, −1, 0
+    assert mean_cosine_similarity(hidden).item() == pytest.approx(-1 / 3)
+    assert mean_average_distance(hidden).item() == pytest.approx(4 / 3)
+
+
+def test_what_padding_holds_does_not_matter(hidden):
+    mask = torch.tensor([True, True, False, True, False, True])
+    expected = mean_average_distance(hidden[:, mask])
+    hidden[:, ~mask] = 1e6
+    torch.testing.assert_close(mean_average_distance(hidden, mask.expand(4, 6)), expected)
+
+
+# ---------------------------------------------------------------------- rollout
+
+
+def attention(*shape, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64).softmax(-1)
+
+
+def test_rollout_against_the_product_of_plain_lists():
+    layers = [attention(2, 3, 5, 5, seed=seed) for seed in range(3)]
+    computed = attention_rollout(layers)
+    for sentence in range(2):
+        expected = reference.attention_rollout([layer[sentence].tolist() for layer in layers])
+        torch.testing.assert_close(computed[sentence], torch.tensor(expected, dtype=torch.float64))
+
+
+def test_a_padded_query_passes_its_token_on():
+    layer = attention(1, 2, 4, 4)
+    layer[:, :, 3] = 0
+    rollout = attention_rollout([layer, layer])
+    torch.testing.assert_close(rollout.sum(-1), torch.ones(1, 4, dtype=torch.float64))
+    torch.testing.assert_close(rollout[0, 3], torch.eye(4, dtype=torch.float64)[3])
+
+
+def test_rollout_of_translation_by_hand():
+    """One layer on each side: half of ½ A + ½ I stays with the target, the other half is C (½ E + ½ I)."""
+    encoder, decoder, cross = (attention(1, 2, *shape) for shape in [(4, 4), (3, 3), (3, 4)])
+    over_source, over_target = translation_rollout([decoder], [cross], [encoder])
+    encoded = (encoder.mean(1)[0] + torch.eye(4)) / 2
+    torch.testing.assert_close(over_target[0], (decoder.mean(1)[0] + torch.eye(3)) / 4)
+    torch.testing.assert_close(over_source[0], cross.mean(1)[0] @ encoded / 2)
+
+
+def test_source_and_target_together_sum_to_one():
+    decoder, cross, encoder = (
+        [attention(2, 2, *shape, seed=seed) for seed in range(3)] for shape in [(5, 5), (5, 7), (7, 7)]
+    )
+    over_source, over_target = translation_rollout(decoder, cross, encoder)
+    torch.testing.assert_close(over_source.sum(-1) + over_target.sum(-1), torch.ones(2, 5, dtype=torch.float64))
+    # each cross-attention halves what has come from the target before
+    torch.testing.assert_close(over_target.sum(-1), torch.full((2, 5), 1 / 8, dtype=torch.float64))
+
+
+def test_rollout_of_attention_to_source_and_target_by_hand():
+    """--cross-self-attention, with and without cross-attention: what A has of the source goes through its rollout."""
+    encoder, decoder, cross = (attention(1, 2, *shape) for shape in [(4, 4), (3, 7), (3, 4)])
+    encoded, means = (encoder.mean(1)[0] + torch.eye(4)) / 2, decoder.mean(1)[0]
+    over_source, over_target = translation_rollout([decoder], [], [encoder])
+    torch.testing.assert_close(over_source[0], means[:, :4] @ encoded / 2)
+    torch.testing.assert_close(over_target[0], (means[:, 4:] + torch.eye(3)) / 2)
+    both_source, both_target = translation_rollout([decoder], [cross], [encoder])
+    torch.testing.assert_close(both_source, (over_source + cross.mean(1) @ encoded) / 2)
+    torch.testing.assert_close(both_target, over_target / 2)
+
+
+def test_without_layers_there_is_no_rollout():
+    with pytest.raises(ValueError, match="at least one layer"):
+        attention_rollout([])
+    for layers in ([attention(1, 3, 3)] * 2, []):
+        with pytest.raises(ValueError, match="decoder layers are alike"):
+            translation_rollout(layers, [attention(1, 3, 4)], [attention(1, 4, 4)])
+
+
+# ---------------------------------------------------------------------- modulators
+
+NUMBERS = st.floats(-1.5, 1.5, width=32)
+PARAMETERS = st.integers(1, 2).flatmap(
+    lambda order: st.tuples(*[st.lists(st.tuples(NUMBERS, NUMBERS), min_size=order, max_size=order)] * 2)
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(PARAMETERS)
+def test_slope_and_monotonicity_are_those_of_the_formula_on_a_fine_grid(parameters):
+    low, high, step = -3.0, 3.0, 1e-3
+    grid = [low + step * i for i in range(6001)]
+    sigma = torch.tensor(reference.modulator(grid, *parameters), dtype=torch.float64)
+    steps, places = sigma.diff(), [x for pair in parameters[0] for x in pair]
+    thresholds, gains = (torch.tensor(numbers, dtype=torch.float64) for numbers in parameters)
+    middle = torch.tensor(grid[:-1], dtype=torch.float64) + step / 2
+    far = torch.tensor([all(abs(x - place) > step for place in places) for x in middle.tolist()])
+    torch.testing.assert_close(slope(middle, thresholds, gains)[far], steps[far] / step, atol=1e-6, rtol=0)
+    assume(steps.abs().min() > 1e-6)  # a slope of about 0 is either
+    # a stretch shorter than the grid's step cannot be seen on it
+    assume(all(abs(a - b) > 2 * step or a == b for a in [low, high, *places] for b in places))
+    assert is_monotone(thresholds, gains, low, high) == bool((steps > 0).all())
+
+
+def test_the_share_of_scores_where_sigma_falls():
+    thresholds, gains = torch.tensor([[0.0, 1.0]]), torch.tensor([[0.0, -1.5]])  # above 1 the slope is −1/2
+    assert not is_monotone(thresholds, gains, 0.0, 2.0) and is_monotone(thresholds, gains, 0.0, 0.9)
+    assert falling_share(thresholds, gains, edges=[0, 0.5, 1, 1.5, 2], counts=[1, 2, 3, 4]) == pytest.approx(0.7)
+
+
+def test_a_term_that_is_not_learned_has_no_gain():
+    module = MultiMax(terms=["above"])
+    with torch.no_grad():
+        module.gains.fill_(3.0)
+    assert coefficients(module)[1].tolist() == [[0.0, 3.0], [0.0, 3.0]]

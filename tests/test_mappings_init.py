@@ -213,7 +213,7 @@ for name in MAPPINGS:
     assert build_mapping(name)(scores).sum().isclose(torch.tensor(1.0)), name
 loaded = [module for module in sys.modules if module.split(".")[0] in ("fairseq", "hydra", "omegaconf")]
 assert not loaded, loaded
-import multimax_fairseq.analysis.files  # of tools that need no model, and start in half the time
+import multimax_fairseq.tools  # of tools that need no model, and start in half the time
 print("works")
 """
 

@@ -12,7 +12,7 @@ import torch
 from conftest import ROOT, load_script, run, save_checkpoint
 
 from multimax_fairseq.analysis.cli import main as analyze
-from multimax_fairseq.analysis.files import UserError, read_checkpoint, replacing
+from multimax_fairseq.tools import UserError, read_checkpoint, replacing
 
 SCRIPTS = ROOT / "scripts"
 
@@ -124,7 +124,7 @@ def start(tool, arguments, monkeypatch):
 @pytest.mark.parametrize("what", CHECKPOINTS)
 def test_a_checkpoint_that_is_none(what, tool, folder, corpus, monkeypatch):
     monkeypatch.chdir(folder)
-    monkeypatch.setattr("multimax_fairseq.analysis.measure.Measurement.update", None)  # not reached
+    monkeypatch.setattr("multimax_fairseq.analysis.measure.Measurement.run", None)  # not reached
     damage, message = CHECKPOINTS[what]
     damage(folder / "checkpoint_best.pt")
     before = set(folder.rglob("*"))

@@ -39,17 +39,18 @@ from torch.nn.functional import normalize
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # in a checkout that is not installed
-from multimax_fairseq.analysis.figures import (  # noqa: E402
+from multimax_fairseq.analysis.style import (  # noqa: E402
     BLACK,
     GREY,
-    MODEL_COLOURS,
-    MODEL_LINES,
-    MODEL_MARKERS,
+    LINES,
+    MARKERS,
     STYLE,
     TWO_COLUMNS,
     VERMILLION,
+    colour_of,
 )
-from multimax_fairseq.analysis.files import (  # noqa: E402
+from multimax_fairseq.mappings import BUILT_IN, build_mapping, parse_options  # noqa: E402
+from multimax_fairseq.tools import (  # noqa: E402
     ArgumentParser,
     UserError,
     errors_in_a_line,
@@ -57,12 +58,11 @@ from multimax_fairseq.analysis.files import (  # noqa: E402
     positive,
     replacing,
 )
-from multimax_fairseq.mappings import BUILT_IN, build_mapping, parse_options  # noqa: E402
-from multimax_fairseq.modules.scale import LogLengthScale, build_scale  # noqa: E402
 
 PROJECTED = 32  # numbers of a projected query or key
 UPDATES, BATCH, LEARNING_RATE = 1_500, 128, 3e-3
 TEST_BATCHES = 16
+SCALES = {"none": 1.0, "learned": 1.0, "log-length": 1 / math.log(64)}  # --attention-scale, and where it starts
 DEFAULT_ROWS = (
     "softmax,softmax:scale=learned,sparsemax,entmax15,entmax:alpha=learned,evsoftmax,multimax:order=1,multimax:order=2,"
     "multimax:order=1:init=shaped:lr_scale=10,multimax:order=2:init=shaped:lr_scale=10"
@@ -114,16 +114,18 @@ class Layer(nn.Module):
         super().__init__()
         self.query, self.key = nn.Linear(dimensions, PROJECTED), nn.Linear(dimensions, PROJECTED)
         self.mapping = build_mapping(row.mapping, **row.mapping_options())
-        self.scale = build_scale(row.option("scale", "none"), num_heads=1)
+        self.kind_of_scale = row.option("scale", "none")
+        if self.kind_of_scale not in SCALES:
+            raise ValueError(f"there is no scale {self.kind_of_scale!r}; choose from: {', '.join(SCALES)}")
+        self.scale = nn.Parameter(torch.tensor(SCALES[self.kind_of_scale]))
         self.lr_scale = float(row.option("lr_scale", "1"))
 
     def scores(self, query: Tensor, keys: Tensor) -> Tensor:
         """(batch, d) and (batch, length, d) → (batch, length)."""
         scores = torch.einsum("bd,bld->bl", self.query(query), self.key(keys)) / math.sqrt(PROJECTED)
-        if self.scale is None:
+        if self.kind_of_scale == "none":
             return scores
-        counts = [torch.full((1, 1, 1, 1), float(keys.size(1)))] if isinstance(self.scale, LogLengthScale) else []
-        return scores * self.scale(*counts).view(-1)
+        return scores * self.scale * (math.log(keys.size(1)) if self.kind_of_scale == "log-length" else 1)
 
     def forward(self, query: Tensor, keys: Tensor, values: Tensor) -> Tuple[Tensor, Tensor]:
         """The output, (batch, d), and the probabilities, (batch, length)."""
@@ -286,9 +288,8 @@ def draw_errors(results: List[Dict[str, Any]], rows: List[Row], lengths: List[in
     by_length, by_matches = figure.subplots(1, 2, sharey=True)
     matches = range(1, task.matches + 1)
     for number, row in enumerate(rows):
-        looks = {"color": MODEL_COLOURS, "marker": MODEL_MARKERS, "linestyle": MODEL_LINES}
-        style = {name: choices[number % len(choices)] for name, choices in looks.items()}
-        if number >= len(MODEL_COLOURS):
+        style = {"color": colour_of(row.mapping), "marker": MARKERS[number % 8], "linestyle": LINES[number % 8]}
+        if number >= 8:
             style["markerfacecolor"] = "white"
         means = [statistics.mean(errors_of(results, row, length)) for length in lengths]
         by_length.plot(lengths, means, label=label_of(row), markersize=3.5, **style)

@@ -4,26 +4,27 @@ import glob
 import os
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, NamedTuple, Sequence, Tuple
+from unittest.mock import patch
 
+import numpy
 import torch
 from fairseq import checkpoint_utils, utils
-from fairseq.data import Dictionary, FairseqDataset
+from fairseq.data import FairseqDataset
 from fairseq.tasks import FairseqTask
 from torch import nn
 
 from .. import models  # noqa: F401  registers the models, so that fairseq can load them
-from .collect import attention_modules
-from .files import UserError, read_checkpoint
+from ..tools import UserError, read_checkpoint
+from .hooks import attention_modules
 
 
 class LoadedModel(NamedTuple):
     """A model in evaluation mode, and the data to analyse it with.
 
     Attributes:
-        label: its name in figures and tables.
+        label: its name in figures and tables; checkpoints with one label are seeds of one model.
         path: its checkpoint.
         architecture: its ``--arch``.
-        indices: the sentences (language model: samples) to analyse, in the order of the split.
     """
 
     label: str
@@ -32,28 +33,10 @@ class LoadedModel(NamedTuple):
     model: nn.Module
     task: FairseqTask
     dataset: FairseqDataset
-    indices: List[int]
 
     @property
     def is_translation(self) -> bool:
         return hasattr(self.model, "encoder") and hasattr(self.model, "decoder")
-
-    @property
-    def source_dictionary(self) -> Dictionary:
-        return self.task.source_dictionary
-
-    @property
-    def target_dictionary(self) -> Dictionary:
-        return self.task.target_dictionary
-
-
-def labels_of(paths: Sequence[Path]) -> List[str]:
-    """A short name for each checkpoint: its folder's name, or its path if folder names are not distinct."""
-    for name in (lambda path: path.parent.name or path.stem, lambda path: f"{path.parent.name}/{path.stem}", str):
-        labels = [name(path.absolute()) for path in paths]
-        if len(set(labels)) == len(labels):
-            return labels
-    raise UserError("the same checkpoint is given twice")
 
 
 def load(path: Path, label: str, data: Path, split: str, max_sentences: int, device: torch.device) -> LoadedModel:
@@ -69,10 +52,9 @@ def load(path: Path, label: str, data: Path, split: str, max_sentences: int, dev
     except ValueError as error:
         raise UserError(f"{path}: {error}") from None
     dataset = load_split(task, data, split)
-    indices = list(range(len(dataset)))[:max_sentences]
-    check_sentences(task, dataset, indices, f"the split {split!r} of {data}")
+    check_sentences(task, dataset, range(min(len(dataset), max_sentences)), f"the split {split!r} of {data}")
     architecture = str(getattr(cfg.model, "arch", None) or getattr(cfg.model, "_name", None) or type(model).__name__)
-    return LoadedModel(label, path, architecture, model.to(device), task, dataset, indices)
+    return LoadedModel(label, path, architecture, model.to(device), task, dataset)
 
 
 def load_model(path: Path, data: Path) -> Tuple[nn.Module, Any, FairseqTask]:
@@ -85,9 +67,10 @@ def load_model(path: Path, data: Path) -> Tuple[nn.Module, Any, FairseqTask]:
         raise UserError(f"there is no folder {data}")
     if os.pathsep in str(data):
         raise UserError(f"{data}: fairseq takes {os.pathsep!r} for what separates folders: give one without it")
-    read_checkpoint(path)  # for checks that fairseq does not make
+    content = read_checkpoint(path)  # with checks that fairseq does not make
     try:
-        state = checkpoint_utils.load_checkpoint_to_cpu(str(path), {"data": str(data)})
+        with patch.object(torch, "load", lambda *_, **__: content):  # so fairseq need not read it again
+            state = checkpoint_utils.load_checkpoint_to_cpu(str(path), {"data": str(data)})
         (model,), cfg, task = checkpoint_utils.load_model_ensemble_and_task([str(path)], state=state)
     except FileNotFoundError as error:
         raise UserError(
@@ -155,23 +138,35 @@ def check_sentences(task: FairseqTask, dataset: FairseqDataset, indices: Sequenc
             )
 
 
+def fitting(
+    task: FairseqTask, dataset: FairseqDataset, indices: Sequence[int], fit: Sequence[nn.Module], where: str
+) -> List[int]:
+    """The sentences that are no longer than the models' positions (``--max-source-positions`` …).
+
+    Raises:
+        UserError: there are none.
+    """
+    longest = utils.resolve_max_positions(task.max_positions(), *(model.max_positions() for model in fit))
+    taken, _ = dataset.filter_indices_by_size(numpy.array(indices), longest)
+    if not len(taken):
+        raise UserError(f"all sentences of {where} are longer than the positions of the model, {longest}")
+    return taken.tolist()
+
+
 def _first_line(error: Exception, containing: str = "") -> str:
     lines = [line.strip() for line in str(error).splitlines() if containing in line and line.strip()]
     return lines[0] if lines else ""
 
 
-def batches(loaded: LoadedModel, max_tokens: int, device: torch.device) -> Iterator[Dict[str, Any]]:
+def batches(
+    dataset: FairseqDataset, indices: Sequence[int], max_tokens: int, device: torch.device
+) -> Iterator[Dict[str, Any]]:
     """Batches of sentences of similar length on the device: at most ``max_tokens`` tokens, or a single sentence."""
-    by_length = sorted(loaded.indices, key=loaded.dataset.num_tokens)
-    group: List[int] = []
-    for index in by_length:
-        if group and (len(group) + 1) * loaded.dataset.num_tokens(index) > max_tokens:
-            yield _batch(loaded, group, device)
-            group = []
-        group.append(index)
-    yield _batch(loaded, group, device)
-
-
-def _batch(loaded: LoadedModel, indices: List[int], device: torch.device) -> Dict[str, Any]:
-    sample = loaded.dataset.collater([loaded.dataset[index] for index in indices])
-    return utils.apply_to_sample(lambda tensor: tensor.to(device), sample)
+    groups: List[List[int]] = [[]]
+    for index in sorted(indices, key=dataset.num_tokens):
+        if groups[-1] and (len(groups[-1]) + 1) * dataset.num_tokens(index) > max_tokens:
+            groups.append([])
+        groups[-1].append(index)
+    for group in groups:
+        sample = dataset.collater([dataset[index] for index in group])
+        yield utils.apply_to_sample(lambda tensor: tensor.to(device), sample)

@@ -1,35 +1,55 @@
 """``multimax-analyze``: reports what the attention of one or more checkpoints does on a split of the data.
 
     multimax-analyze softmax/checkpoint_best.pt multimax/checkpoint_best.pt --data DATA_BIN --split valid --out FOLDER
+    multimax-analyze --redraw FOLDER --figures 'sentence*-cross-layer2' --width 8.4
 
-FOLDER gets report.html (one file, opens offline), figures/ (PNG and SVG), results.json and a CSV file for each table.
+FOLDER gets report.html (one file, opens offline), figures/ (PNG, SVG, PDF, and a CSV file of what is drawn),
+results.json with everything, and a CSV file for each table. --redraw makes figures and page of that results.json.
+
+Checkpoints with the same label are seeds of one model: --labels softmax softmax multimax multimax
 """
 
 import argparse
+import json
 import logging
+import re
 import shlex
+import shutil
 import sys
 from pathlib import Path
-from typing import List, Optional, Sequence
+from typing import Any, Dict, List, Optional, Sequence
 
-import torch
-import tqdm
+from ..tools import (
+    ArgumentParser,
+    UserError,
+    check_output_folder,
+    errors_in_a_line,
+    import_user_dir,
+    positive,
+    replacing_folder,
+    write_table,
+)
 
-from .alignment import SUBWORDS, GoldAlignment, guess_subwords, read_alignments
-from .checkpoint import LoadedModel, batches, labels_of, load
-from .files import ArgumentParser, UserError, check_output_folder, errors_in_a_line, import_user_dir, positive
-from .measure import MOST_TOKENS, Measurement
+PAGE = "report.html"
+TABLES = ("heads", "sites", "modules", "layers", "alignment", "output")
+SUBWORDS = ("none", "subword-nmt", "sentencepiece")
 
 
 def parser() -> ArgumentParser:
     parser = ArgumentParser(__doc__, prog="multimax-analyze")
     add = parser.add_argument
-    add("checkpoints", nargs="+", type=Path, metavar="CHECKPOINT", help="of this plugin or of fairseq")
-    add("--data", type=Path, required=True, help="the folder that fairseq-preprocess made")
+    add("checkpoints", nargs="*", type=Path, metavar="CHECKPOINT", help="of this plugin or of fairseq")
+    add("--data", type=Path, help="the folder that fairseq-preprocess made")
     add("--split", default="valid", help="of the data (default: valid)")
-    add("--out", type=Path, required=True, help="folder for the report")
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--out", type=Path, help="folder for the report")
+    where.add_argument("--redraw", type=Path, metavar="FOLDER", help="of a report: draw it again, without its models")
     add("--force", action="store_true", help="replace a report that is in the folder")
-    add("--labels", nargs="+", metavar="NAME", help="names of the models (default: their folders')")
+    text = "names of the models (default: their folders'); the same name: seeds of one model"
+    add("--labels", nargs="+", metavar="NAME", help=text)
+    text = "only these figures, a comma list; * stands for anything (default: the usual ones)"
+    add("--figures", metavar="NAMES", help=text)
+    add("--width", type=_width, metavar="CM", help="of the figures (default: 8.4 to 17.8, columns of a paper)")
     text = "analyse the first N sentences (language models: samples) of the split (default: 1000)"
     add("--max-sentences", type=positive, default=1000, metavar="N", help=text)
     text = "tokens in a batch; fewer take less memory (default: 1024)"
@@ -46,97 +66,130 @@ def parser() -> ArgumentParser:
     return parser
 
 
+def _width(text: str) -> float:
+    if re.fullmatch(r"\d+(\.\d+)?", text) and 4 <= float(text) <= 60:
+        return float(text) / 2.54
+    raise argparse.ArgumentTypeError(f"{text!r} is not a width of 4 to 60 cm")
+
+
 def main(arguments: Optional[Sequence[str]] = None) -> None:
     args = parser().parse_args(arguments)
-    _quiet()
     with errors_in_a_line():
         analyze(args, command=shlex.join(["multimax-analyze", *(arguments or sys.argv[1:])]))
 
 
-def _quiet() -> None:
-    """Log only warnings and errors; importing fairseq sets the root logger to DEBUG."""
-    for name in (None, "fairseq", "matplotlib", "PIL"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-
-
 def analyze(args: argparse.Namespace, command: str) -> None:
-    """Check all that can be checked, then measure, then write.
+    """Measure (or read what was measured), draw, write the page: beside the folder, which is then replaced.
 
     Raises:
         UserError: something that the user can fix; raised before long work.
     """
     try:
-        from .report import is_report, write_report
+        from . import figures
     except ImportError as error:
         raise UserError(f"figures are drawn with matplotlib: pip install matplotlib ({error})") from error
-    if args.out.exists() and not args.out.is_dir():
-        raise UserError(f"{args.out} is a file; --out takes a folder")
-    if args.out.is_dir() and any(args.out.iterdir()) and not (args.force and is_report(args.out)):
-        hint = "--force replaces it" if is_report(args.out) else "choose another, or empty it"
-        raise UserError(f"the folder {args.out} is not empty: {hint}")
-    check_output_folder(args.out)
-    labels = args.labels or labels_of(args.checkpoints)
-    if len(set(labels)) != len(args.checkpoints):
-        raise UserError(f"{len(args.checkpoints)} checkpoints need as many different --labels")
-    for label in labels:
+    from .page import Picture, render_page
+
+    out = args.redraw or args.out
+    if args.redraw:
+        results = _read(args)
+    else:
+        _check(args)
+        results = {"command": command, **_measure(args)}
+    plans = figures.plans_of(results)
+    drawn, unknown = figures.chosen(plans, args.figures)
+    if unknown:
+        text = f"--figures: there is no {', '.join(unknown)}; choose from: {', '.join(plan.name for plan in plans)}"
+        if args.redraw:
+            raise UserError(text)
+        print(f"WARNING: {text}", file=sys.stderr)  # what was measured is worth more
+    with replacing_folder(out, replace=args.redraw or args.force) as build:
+        if args.redraw:
+            shutil.copytree(out, build, dirs_exist_ok=True)
+        else:
+            (build / "figures").mkdir()
+            _write_numbers(build, results)
+        figures.draw_all(drawn, build / "figures", args.width)
+        pictures = [Picture(plan.part, plan.caption, build / "figures" / f"{plan.name}.png") for plan in plans]
+        page = render_page(results, [picture for picture in pictures if picture.path.exists()])
+        (build / PAGE).write_text(page, encoding="utf-8")
+    print(out / PAGE)
+
+
+def _check(args: argparse.Namespace) -> None:
+    """What can be checked without a model."""
+    out = args.out
+    if not args.checkpoints or not args.data:
+        raise UserError("give checkpoints and --data, or --redraw with the folder of a report")
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file; --out takes a folder")
+    if out.is_dir() and any(out.iterdir()):
+        known = {PAGE, "figures", "results.json", *(f"{name}.csv" for name in TABLES)}
+        is_report = (out / PAGE).is_file() and {path.name for path in out.iterdir()} <= known
+        if not (args.force and is_report):
+            hint = "--force replaces it" if is_report else "choose another, or empty it"
+            raise UserError(f"the folder {out} is not empty: {hint}")
+    check_output_folder(out)
+    args.labels = args.labels or _labels_of(args.checkpoints)
+    if len(args.labels) != len(args.checkpoints):
+        raise UserError(f"{len(args.checkpoints)} checkpoints need as many --labels")
+    if len({path.absolute() for path in args.checkpoints}) < len(args.checkpoints):
+        raise UserError("the same checkpoint is given twice")
+    for label in args.labels:
         if not label.strip() or not label.isprintable():
             raise UserError(f"--labels: {label!r} cannot be printed")
-    gold = _gold(args.alignments)
+
+
+def _labels_of(paths: Sequence[Path]) -> List[str]:
+    """A short name for each checkpoint: its folder's name, or its path if folder names are not distinct."""
+    for name in (lambda path: path.parent.name or path.stem, lambda path: f"{path.parent.name}/{path.stem}", str):
+        labels = [name(path.absolute()) for path in paths]
+        if len(set(labels)) == len(labels):
+            break
+    return labels
+
+
+def _measure(args: argparse.Namespace) -> Dict[str, Any]:
+    logging.getLogger("fairseq").setLevel(logging.WARNING)
     import_user_dir(args.user_dir)
-    device = torch.device("cuda" if torch.cuda.is_available() and not args.cpu else "cpu")
-    models = [
-        load(path, label, args.data, args.split, args.max_sentences, device)
-        for path, label in zip(args.checkpoints, labels)
-    ]
-    measurements = [_prepare(loaded, args, gold) for loaded in models]
-    with_output = any(measurement.with_output for measurement in measurements)
-    for measurement in measurements:
-        measurement.compared, measurement.with_output = measurements, with_output
-        _measure(measurement, args, device)
-    write_report(args.out, measurements, command, replace=args.force, progress=not args.no_progress_bar)
-    print(f"{args.out / 'report.html'}")
+    from .measure import measure  # here, since it imports fairseq, which takes seconds
+
+    logging.getLogger().setLevel(logging.WARNING)  # fairseq has set it to DEBUG
+    return measure(
+        args.checkpoints, args.labels, args.data, args.split, args.max_sentences, args.max_tokens, args.show,
+        args.alignments, args.subwords, args.cpu, not args.no_progress_bar,
+    )  # fmt: skip
 
 
-def _gold(path: Optional[Path]) -> Optional[List[GoldAlignment]]:
-    if path is None:
-        return None
+# ---------------------------------------------------------------------- numbers
+
+
+def _read(args: argparse.Namespace) -> Dict[str, Any]:
+    """The results of the report to draw again."""
+    path = args.redraw / "results.json"
+    if args.checkpoints:
+        raise UserError("--redraw needs no checkpoints: it draws what is in results.json")
     try:
-        return read_alignments(path)
+        results = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(results["simplex"], list):
+            raise TypeError
     except FileNotFoundError:
-        raise UserError(f"there is no file {path}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is no text in UTF-8: alignments are lines such as 0-0 1-2") from None
-    except ValueError as error:
-        raise UserError(str(error)) from error
+        raise UserError(f"{args.redraw} is no report: there is no results.json in it") from None
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path} is damaged, or of an earlier version: measure again with --out") from None
+    check_output_folder(args.redraw)
+    return results
 
 
-def _prepare(loaded: LoadedModel, args: argparse.Namespace, gold: Optional[List[GoldAlignment]]) -> Measurement:
-    """Set up a measurement and check that its options fit the model and the data."""
-    shown = args.show if args.show is not None else _middling(loaded)
-    absent = [index for index in shown if index not in range(len(loaded.indices))]
-    if absent:
-        raise UserError(f"--show {absent[0]}: sentences 0 to {len(loaded.indices) - 1} are analysed")
-    subwords = args.subwords or guess_subwords(loaded.target_dictionary.symbols)
-    measurement = Measurement(loaded, shown, gold, subwords)
-    if gold is not None:
-        measurement.check_gold()
-    return measurement
-
-
-def _middling(loaded: LoadedModel) -> List[int]:
-    """The sentence whose length is nearest to 12 tokens: long enough to be interesting, short enough to read."""
-    return [min(loaded.indices, key=lambda index: abs(loaded.dataset.num_tokens(index) - min(12, MOST_TOKENS)))]
-
-
-def _measure(measurement: Measurement, args: argparse.Namespace, device: torch.device) -> None:
-    loaded = measurement.loaded
-    with tqdm.tqdm(
-        total=len(loaded.indices), desc=loaded.label, unit="sentence", disable=args.no_progress_bar
-    ) as bar:
-        for sample in batches(loaded, args.max_tokens, device):
-            measurement.update(sample)
-            bar.update(len(sample["id"]))
-
-
-if __name__ == "__main__":
-    main()
+def _write_numbers(folder: Path, results: Dict[str, Any]) -> None:
+    """Write results.json, a list of numbers a line, and a CSV file for each table."""
+    text = json.dumps(results, indent=1, ensure_ascii=False)
+    text = re.sub(r"\[[^][{}]*\]", lambda numbers: re.sub(r"\n\s*", " ", numbers[0]), text)
+    (folder / "results.json").write_text(text, encoding="utf-8")
+    for table in TABLES:
+        rows = []
+        for model in results["models"]:
+            of_model = [model[table]] if isinstance(model[table], dict) else model[table] or []
+            rows += [{"model": model["label"], "checkpoint": model["checkpoint"], **row} for row in of_model]
+        if rows:
+            write_table(folder / f"{table}.csv", rows, without=("histogram", "sigma", "bulk"))

@@ -1,19 +1,43 @@
-"""Measures a model's attention over many sentences in one pass, keeping sums, not attention."""
+"""Measures what the attention of models does over many sentences: sums, not attention; then a plain dictionary.
 
-from dataclasses import dataclass, field
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+The dictionary is what ``results.json`` holds, and all that figures and the page are made of. Layers and heads count
+from 0 in it.
+"""
+
+import os
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
+from unittest.mock import patch
 
 import torch
-from torch import Tensor
+import tqdm
+from torch import Tensor, nn
 
-from ..mappings import MAPPINGS, MultiMax
-from .alignment import AlignmentError, GoldAlignment, hard_alignment, word_attention, words_of_tokens
-from .checkpoint import LoadedModel, UserError
-from .collect import Attention, LayerOutput, attention_modules, output_mapping, run, token_masks
-from .metrics import MeanMetrics, ScoreHistogram, common_reference
-from .modulator import ModulatorParameters, falling_share, is_monotone, parameters_of
-from .rollout import attention_rollout, translation_rollout
-from .smoothing import mean_cosine_similarity
+from ..mappings import MAPPINGS, MultiMax, build_mapping, modulate, multimax, softmax
+from ..tools import UserError
+from .alignment import (
+    AlignmentError,
+    GoldAlignment,
+    guess_subwords,
+    hard_alignment,
+    read_alignments,
+    word_attention,
+    words_of_tokens,
+)
+from .checkpoint import LoadedModel, batches, fitting, load
+from .hooks import Attention, LayerOutput, Output, attention_modules, output_mapping, recording, token_masks
+from .metrics import (
+    TOP_K,
+    MeanMetrics,
+    ScoreHistogram,
+    attention_rollout,
+    common_reference,
+    falling_share,
+    is_monotone,
+    mean_cosine_similarity,
+    translation_rollout,
+)
 
 # Trained models have no score this large: attention would be on one key, and means would lose their digits.
 LARGEST_SCORE = 1e6
@@ -25,148 +49,168 @@ MOST_TOKENS = 32
 # Chen, Sun & Liu 2020 find the latter better).
 ROWS = ("predicting", "reading")
 
+MOST_NUMBERS = 32  # of a parameter of a registered mapping, for a table
+
 Site = Tuple[str, int]  # site, layer
 
 
-@dataclass
-class Example:
-    """The attention of one sentence, to be drawn.
+def measure(
+    paths: Sequence[Path],
+    labels: Sequence[str],
+    data: Path,
+    split: str = "valid",
+    max_sentences: int = 1000,
+    max_tokens: int = 1024,
+    show: Optional[Sequence[int]] = None,
+    alignments: Optional[Path] = None,
+    subwords: Optional[str] = None,
+    cpu: bool = False,
+    progress: bool = False,
+) -> Dict[str, Any]:
+    """Run models over the same sentences of a split; what the arguments mean, ``multimax-analyze --help`` says.
 
-    Attributes:
-        index: of the sentence in the split.
-        tokens: by site, the tokens of the rows and of the columns.
-        attention: by site and layer, (num_heads, rows, columns).
-        rollout: by its subject, (title of rows, title of columns, row tokens, column tokens, matrix).
-        is_cut: whether there were more than ``MOST_TOKENS`` tokens.
+    Raises:
+        UserError: something that the user can fix; before long work, but for scores that no trained model has.
     """
-
-    index: int
-    tokens: Dict[str, Tuple[List[str], List[str]]] = field(default_factory=dict)
-    attention: Dict[Site, Tensor] = field(default_factory=dict)
-    rollout: Dict[str, Tensor] = field(default_factory=dict)
-    is_cut: bool = False
-
-
-@dataclass
-class ModuleReport:
-    """One attention module (or the output layer): its mapping, and the scores that it saw.
-
-    Attributes:
-        mapping: its name, such as ``"multimax"``.
-        parameters: those of a MultiMax modulator, else None.
-        alpha: α of entmax, one for each head or one for all, else None.
-    """
-
-    site: str
-    layer: int
-    mapping: str
-    histogram: ScoreHistogram
-    parameters: Optional[ModulatorParameters] = None
-    alpha: Optional[List[float]] = None
-
-    def numbers(self) -> Dict[str, Any]:
-        """Everything as plain numbers, for JSON; ``b1`` … ``g_d2`` are the modulator's."""
-        histogram = self.histogram
-        result = {
-            "site": self.site,
-            "layer": self.layer,
-            "mapping": self.mapping,
-            "lowest_score": histogram.low,
-            "highest_score": histogram.high,
+    gold = None if alignments is None else _gold(alignments)
+    device = torch.device("cuda" if torch.cuda.is_available() and not cpu else "cpu")
+    loaded = [load(path, label, data, split, max_sentences, device) for path, label in zip(paths, labels)]
+    first = loaded[0]
+    there = range(min(len(model.dataset) for model in loaded))[:max_sentences]
+    indices = fitting(first.task, first.dataset, there, [model.model for model in loaded], f"the split {split!r}")
+    if show is None:  # long enough to be interesting, short enough to read
+        show = [min(indices, key=lambda index: abs(first.dataset.num_tokens(index) - 12))]
+    absent = [index for index in show if index not in indices]
+    if absent:
+        why = "is too long for a model" if absent[0] in there else f"sentences 0 to {there[-1]} are analysed"
+        raise UserError(f"--show {absent[0]}: {why}")
+    if gold is not None:
+        subwords = subwords or guess_subwords(first.task.target_dictionary.symbols)
+    measurements = [Measurement(model, show, gold, subwords) for model in loaded]
+    _check_seeds(loaded)
+    for measurement in measurements:
+        measurement.check_gold(indices)
+    with_output = any(not model.is_translation or output_mapping(model.model) is not None for model in loaded)
+    for measurement in measurements:
+        measurement.run(indices, max_tokens, device, with_output, progress)
+    # one s for all models at each site: see sparsity_at
+    sites = dict.fromkeys(site for measurement in measurements for site, _ in measurement.heads)
+    references = {site: common_reference(m.tail(site) for m in measurements) for site in sites}
+    with _in_plain_pytorch():
+        return {
+            "top_k": TOP_K,
+            "skipped": len(there) - len(indices),
+            "models": [measurement.results(references) for measurement in measurements],
+            "simplex": _simplex(measurements),
         }
-        if self.alpha is not None:
-            result["alpha"] = self.alpha
-        if self.parameters is not None:
-            thresholds, gains = self.parameters
-            for n, ((b, d), (gain_b, gain_d)) in enumerate(zip(thresholds.tolist(), gains.tolist()), start=1):
-                result.update({f"b{n}": b, f"d{n}": d, f"g_b{n}": gain_b, f"g_d{n}": gain_d})
-            result["is_monotone"] = is_monotone(thresholds, gains, histogram.low, histogram.high)
-            result["falling_share"] = falling_share(thresholds, gains, histogram.edges, histogram.counts)
-        return result
+
+
+def _gold(path: Path) -> List[GoldAlignment]:
+    try:
+        return read_alignments(path)
+    except FileNotFoundError:
+        raise UserError(f"there is no file {path}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is no text in UTF-8: alignments are lines such as 0-0 1-2") from None
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def _check_seeds(loaded: Sequence[LoadedModel]) -> None:
+    """Models of one label are to have the same attention: their numbers are averaged."""
+    kinds: Dict[str, List] = {}
+    for model in loaded:
+        kind = [
+            (site, layer, attention.num_heads, type(getattr(attention, "mapping", None)))
+            for site, layer, attention in attention_modules(model.model)
+        ]
+        if kinds.setdefault(model.label, kind) != kind:
+            raise UserError(f"models called {model.label!r} differ in more than the seed: give them other --labels")
+
+
+@contextmanager
+def _in_plain_pytorch() -> Iterator[None]:
+    """For a few hundred rows of three scores, which are not worth half a minute of compiling."""
+    with patch.dict(os.environ, MULTIMAX_BACKEND="eager"):
+        yield
 
 
 class Measurement:
-    """What one model does, gathered batch by batch with :meth:`update`.
-
-    Args:
-        loaded: the model and its data.
-        examples: indices of the sentences to keep for heat maps.
-        gold: gold alignments, one for each sentence of the split.
-        subwords: how dictionaries mark pieces of words, for the gold alignments.
-
-    Attributes:
-        compared: all measurements of the report, including this one; they share one s for each site.
-        with_output: whether to measure the output layer too.
-    """
+    """What one model does, summed batch by batch."""
 
     def __init__(
         self,
         loaded: LoadedModel,
-        examples: Sequence[int] = (),
+        shown: Sequence[int] = (),
         gold: Optional[Sequence[GoldAlignment]] = None,
-        subwords: str = "none",
+        subwords: Optional[str] = None,
     ):
-        self.loaded = loaded
-        self.compared: Sequence[Measurement] = [self]
+        self.loaded, self.gold, self.subwords = loaded, gold, subwords
         self.sentences = self.tokens = 0
-        self.gold, self.subwords = gold, subwords
-        self.examples = {index: Example(index) for index in examples}
+        self.examples: Dict[int, Dict[str, Any]] = {index: {} for index in shown}
         self.heads: Dict[Site, MeanMetrics] = {}
-        self.modules: Dict[Site, ModuleReport] = {}
-        for attention in attention_modules(loaded.model):
-            self._expect((attention.site, attention.layer), attention.module.num_heads, attention.mapping)
+        self.histograms: Dict[Site, ScoreHistogram] = {}
+        self.mappings: Dict[Site, Optional[nn.Module]] = {}
         # (side, layer) → sum of similarities, sentences with a similarity, all sentences
         self._similarity: Dict[Site, List[float]] = {}
         self._errors: Dict[Tuple[str, int, str], AlignmentError] = {}
         # decoder layers that attend to source and target together
         self._cross_self = bool(getattr(getattr(loaded.model, "decoder", None), "cross_self_attention", False))
-        self.with_output = not loaded.is_translation or output_mapping(loaded.model) is not None
-
-    def _expect(self, site: Site, num_heads: int, mapping: Optional[torch.nn.Module]) -> None:
-        self.heads[site] = MeanMetrics(num_heads)
-        self.modules[site] = ModuleReport(*site, **_describe(mapping), histogram=ScoreHistogram())
 
     # ------------------------------------------------------------------------------ gathering
 
-    def update(self, sample: Dict[str, Any]) -> None:
-        """Run a fairseq batch through the model and add its measurements."""
-        self._masks = token_masks(self.loaded.model, sample)
-        self._sample = sample
+    def run(
+        self, indices: Sequence[int], max_tokens: int, device: torch.device, with_output: bool, progress: bool
+    ) -> None:
+        """Measure these sentences."""
+        model, listener = self.loaded.model, self._on_output if with_output else None
+        with tqdm.tqdm(total=len(indices), desc=self.loaded.label, unit="sentence", disable=not progress) as bar:
+            with torch.no_grad(), recording(model, self._on_attention, self._on_layer, listener):
+                for sample in batches(self.loaded.dataset, indices, max_tokens, device):
+                    self._begin(sample)
+                    model(**sample["net_input"])
+                    self._on_rollout()
+                    bar.update(len(sample["id"]))
+
+    def _begin(self, sample: Dict[str, Any]) -> None:
+        self._sample, self._masks = sample, token_masks(self.loaded.model, sample)
         self._means: Dict[str, List[Tensor]] = {}  # by site, each layer's attention averaged over heads
         self._shown = {
             row: self.examples[index] for row, index in enumerate(sample["id"].tolist()) if index in self.examples
         }
         for row, example in self._shown.items():
-            example.tokens, example.is_cut = self._tokens_of(row)
-        output = run(self.loaded.model, sample, self._on_attention, self._on_layer, self.with_output)
-        if output is not None:
-            if ("output", 0) not in self.heads:
-                self._expect(("output", 0), 1, output_mapping(self.loaded.model))
-            scores, probabilities = (tensor[self._masks["decoder"]].unsqueeze(0) for tensor in output)
-            self._add(("output", 0), "the output layer", scores, probabilities)
-        self._on_rollout()
+            tokens = self._tokens_of(row)
+            example["sentence"] = int(sample["id"][row])
+            example["is_cut"] = any(len(axis) > MOST_TOKENS for axes in tokens.values() for axis in axes)
+            example["tokens"] = {site: [axis[:MOST_TOKENS] for axis in axes] for site, axes in tokens.items()}
+            example.update(attention=[], rollout={})
         self.sentences += len(sample["id"])
         self.tokens += sample["ntokens"]
 
     def _on_attention(self, attention: Attention) -> None:
-        site = attention.site, attention.layer
-        mask = self._masks[attention.site]
-        scores, probabilities = (  # (num_heads, rows, src_len), without padding rows
-            tensor.transpose(1, 2)[mask].transpose(0, 1) for tensor in (attention.scores, attention.probabilities)
+        site, layer, probabilities = attention.site, attention.layer, attention.probabilities
+        mask = self._masks[site]
+        rows = (  # (num_heads, rows, src_len), without padding rows
+            tensor.transpose(1, 2)[mask].transpose(0, 1) for tensor in (attention.scores, probabilities)
         )
-        self._add(site, f"{attention.site} layer {attention.layer + 1}", scores, probabilities)
+        self._add((site, layer), f"{site} layer {layer + 1}", attention.mapping, *rows)
         if self._shown or self.gold is not None:
-            self._means.setdefault(attention.site, []).append(attention.probabilities.mean(1))
+            self._means.setdefault(site, []).append(probabilities.mean(1))
         for row, example in self._shown.items():
-            rows, columns = self._positions(attention.site, row)
-            cut = attention.probabilities[row][:, rows][:, :, columns]
-            example.attention[site] = cut[:, :MOST_TOKENS, :MOST_TOKENS].float().cpu()
-        if self.gold is not None and attention.site == "cross":
+            heads = self._cut(site, row, probabilities[row])
+            example["attention"].append({"site": site, "layer": layer, "heads": heads})
+        if self.gold is not None and site == "cross":
             for row in range(len(mask)):
-                heads = {f"head {head}": attention.probabilities[row, head] for head in range(scores.size(0))}
-                self._align(row, attention.layer, {**heads, "mean": attention.probabilities[row].mean(0)})
+                heads = {str(head): of_head for head, of_head in enumerate(probabilities[row])}
+                self._align(row, layer, {**heads, "mean": probabilities[row].mean(0)})
 
-    def _add(self, site: Site, name: str, scores: Tensor, probabilities: Tensor) -> None:
+    def _on_output(self, output: Output) -> None:
+        rows = (tensor[self._masks["decoder"]].unsqueeze(0) for tensor in output)
+        self._add(("output", 0), "the output layer", output_mapping(self.loaded.model), *rows)
+
+    def _add(
+        self, site: Site, name: str, mapping: Optional[nn.Module], scores: Tensor, probabilities: Tensor
+    ) -> None:
         """Add rows of a site, (num_heads, rows, K) each."""
         are_there = (scores.abs() < LARGEST_SCORE) | (scores == float("-inf"))
         if not (are_there.all() and probabilities.isfinite().all()):
@@ -174,8 +218,11 @@ class Measurement:
                 f"{self.loaded.path}: scores of {name} are NaN, infinite or beyond {LARGEST_SCORE:g} on these data: "
                 "its parameters are too large, so its training has diverged; take an earlier checkpoint"
             )
+        if site not in self.heads:
+            self.mappings[site], self.histograms[site] = mapping, ScoreHistogram()
+            self.heads[site] = MeanMetrics(len(scores))
         self.heads[site].update(scores, probabilities)
-        self.modules[site].histogram.update(scores)
+        self.histograms[site].update(scores)
 
     def _on_layer(self, output: LayerOutput) -> None:
         similarity = mean_cosine_similarity(output.hidden, self._masks[output.side]).double()
@@ -189,18 +236,15 @@ class Measurement:
         """Compute rollouts of the sentences to draw, and their alignment error."""
         if not self._means:
             return
-        matrices = {}
         if self.loaded.is_translation:
             decoder, cross, encoder = (self._means.get(site, []) for site in ("decoder", "cross", "encoder"))
             over_source, _ = translation_rollout(decoder, cross, encoder)
-            matrices = {"encoder": attention_rollout(self._means["encoder"]), "cross": over_source}
+            matrices = {"encoder": attention_rollout(encoder), "cross": over_source}
         else:
-            (side,) = self._means
-            matrices = {side: attention_rollout(self._means[side])}
+            matrices = {side: attention_rollout(layers) for side, layers in self._means.items()}
         for row, example in self._shown.items():
             for site, matrix in matrices.items():
-                rows, columns = self._positions(site, row)
-                example.rollout[site] = matrix[row][rows][:, columns][:MOST_TOKENS, :MOST_TOKENS].cpu()
+                example["rollout"][site] = self._cut(site, row, matrix[row])
         if self.gold is not None:
             for row in range(len(self._sample["id"])):
                 self._align(row, len(self._means["cross"]) - 1, {"rollout": matrices["cross"][row]})
@@ -213,54 +257,56 @@ class Measurement:
         keys = torch.cat([self._masks[side][row] for side in sides])
         return self._masks[site][row].nonzero().flatten(), keys.nonzero().flatten()
 
-    def _tokens_of(self, row: int) -> Tuple[Dict[str, Tuple[List[str], List[str]]], bool]:
+    def _cut(self, site: str, row: int, probabilities: Tensor) -> List[Any]:
+        """What can be read of a sentence's probabilities, (…, tgt_len, src_len), to five digits."""
+        rows, columns = (positions[:MOST_TOKENS] for positions in self._positions(site, row))
+        return (probabilities[..., rows, :][..., columns].double().cpu() * 1e5).round().div(1e5).tolist()
+
+    def _tokens_of(self, row: int) -> Dict[str, Tuple[List[str], List[str]]]:
         """The tokens along each site's axes; a cross-attention row is named by the token that it predicts."""
-        net_input = self._sample["net_input"]
+        net_input, task = self._sample["net_input"], self.loaded.task
 
         def symbols(tokens: Tensor, dictionary) -> List[str]:
             return [dictionary[token] for token in tokens[row].tolist() if token != dictionary.pad()]
 
-        source, target = self.loaded.source_dictionary, self.loaded.target_dictionary
-        read = symbols(net_input["src_tokens"], source)
-        tokens = {"encoder" if self.loaded.is_translation else next(iter(self._masks)): (read, read)}
-        if self.loaded.is_translation:
-            written = symbols(net_input["prev_output_tokens"], target)
-            tokens["decoder"] = (written, [*read, *written] if self._cross_self else written)
-            tokens["cross"] = (symbols(self._sample["target"], target), read)
-        is_cut = any(len(axis) > MOST_TOKENS for axes in tokens.values() for axis in axes)
-        return {site: (rows[:MOST_TOKENS], columns[:MOST_TOKENS]) for site, (rows, columns) in tokens.items()}, is_cut
+        read = symbols(net_input["src_tokens"], task.source_dictionary)
+        if not self.loaded.is_translation:
+            return {side: (read, read) for side in self._masks}
+        written = symbols(net_input["prev_output_tokens"], task.target_dictionary)
+        predicted = symbols(self._sample["target"], task.target_dictionary)
+        keys = [*read, *written] if self._cross_self else written
+        return {"encoder": (read, read), "decoder": (written, keys), "cross": (predicted, read)}
 
     # ------------------------------------------------------------------------------ alignment
 
-    def words_of(self, index: int) -> Tuple[List[int], List[int]]:
+    def _words_of(self, index: int) -> Tuple[List[int], List[int]]:
         """The word of each token of a sentence, source and target, without ``</s>``."""
-        pair = self.loaded.dataset[index]
-        sides = (
-            (pair["source"], self.loaded.source_dictionary),
-            (pair["target"], self.loaded.target_dictionary),
-        )
+        pair, task = self.loaded.dataset[index], self.loaded.task
+        sides = (pair["source"], task.source_dictionary), (pair["target"], task.target_dictionary)
         return tuple(
             words_of_tokens([d[token] for token in tokens.tolist() if token != d.eos()], self.subwords)
             for tokens, d in sides
         )
 
-    def check_gold(self) -> None:
-        """Check that the gold alignments fit this split.
+    def check_gold(self, indices: Sequence[int]) -> None:
+        """Check that the gold alignments, if any, fit these sentences.
 
         Raises:
             UserError: the number of sentences differs, or a link is to a word that its sentence does not have.
         """
+        if self.gold is None:
+            return
         if not self.loaded.is_translation:
             raise UserError(f"{self.loaded.path} is no translation model: it has nothing to align")
-        if not any(site == "cross" for site, _ in self.heads):
+        if not any(site == "cross" for site, _, _ in attention_modules(self.loaded.model)):
             raise UserError(f"{self.loaded.path} has no cross-attention: it has nothing to align")
         if len(self.gold) != len(self.loaded.dataset):
             raise UserError(
                 f"there are {len(self.gold)} gold alignments for the {len(self.loaded.dataset)} sentence pairs of "
                 "the split: give those of the same split, a line a pair"
             )
-        for index in self.loaded.indices:
-            counts = [words[-1] + 1 if words else 0 for words in self.words_of(index)]
+        for index in indices:
+            counts = [words[-1] + 1 if words else 0 for words in self._words_of(index)]
             for link in self.gold[index].possible:
                 if link[0] >= counts[0] or link[1] >= counts[1]:
                     raise UserError(
@@ -272,12 +318,11 @@ class Measurement:
     def _align(self, row: int, layer: int, attentions: Dict[str, Tensor]) -> None:
         """Compare each attention, (tgt_len, src_len), of a sentence with its gold alignment."""
         index = int(self._sample["id"][row])
-        src_words, tgt_words = self.words_of(index)
+        src_words, tgt_words = self._words_of(index)
         if not src_words or not tgt_words:
             return
-        _, source = self._positions("cross", row)
-        is_word = self._sample["net_input"]["src_tokens"][row][source] != self.loaded.source_dictionary.eos()
-        rows = self._positions("cross", row)[0]
+        rows, source = self._positions("cross", row)
+        is_word = self._sample["net_input"]["src_tokens"][row][source] != self.loaded.task.source_dictionary.eos()
         stacked = torch.stack(list(attentions.values()))[:, :, source[is_word]]
         for shift, name in enumerate(ROWS):
             taken = rows[shift : shift + len(tgt_words)]
@@ -293,83 +338,136 @@ class Measurement:
         tails = [means.sums["tail"] / means.defined["tail"] for at, means in self.heads.items() if at[0] == site]
         return torch.cat(tails).nanmean().item() if tails else float("nan")
 
-    def head_rows(self) -> List[Dict[str, Any]]:
-        """A row of numbers for each head; last, if measured, the output layer's."""
-        references = {site: common_reference(m.tail(site) for m in self.compared) for site, _ in self.heads}
-        rows = []
-        for (site, layer), means in self.heads.items():
-            common, s = means.sparsity_at(references[site] or 1.0), references[site]
-            for head, (numbers, sparsity) in enumerate(zip(means.result(), common)):
-                place = {"site": site, "layer": layer, "head": head}
-                rows.append({**place, **numbers, "common_sparsity": sparsity, "common_reference": s})
-        return rows
-
-    def site_rows(self) -> List[Dict[str, Any]]:
-        """A row of numbers for each site: means over its heads, and how many rows they leave out."""
-        heads, rows = self.head_rows(), []
-        for site in dict.fromkeys(row["site"] for row in heads):
-            at_site = [row for row in heads if row["site"] == site]
-            row = {"site": site, "heads": len(at_site)}
-            for name in list(at_site[0])[3:]:  # after site, layer and head
-                values = [head[name] for head in at_site]
-                row[name] = sum(values) if name == "rows" or name.endswith("_undefined") else mean(values)
-            rows.append(row)
-        return rows
-
-    def layer_rows(self) -> List[Dict[str, Any]]:
-        """MAD and mean cosine similarity of each layer's output; layer 0 is the first layer's input."""
-        rows = []
-        for (side, layer), (total, count, sentences) in self._similarity.items():
-            similarity = total / count if count else None
-            rows.append({
-                "side": side,
-                "layer": layer,
-                "mad": None if similarity is None else 1 - similarity,
-                "cosine_similarity": similarity,
-                "sentences": sentences,
-                "undefined": sentences - count,
-            })  # fmt: skip
-        return rows
-
-    def alignment_rows(self) -> List[Dict[str, Any]]:
-        """AER of each cross-attention head, of each layer's mean, and of the rollout."""
-        return [
-            {"layer": layer, "head": head.replace("head ", ""), "rows": rows, "aer": error.rate()}
-            for (head, layer, rows), error in self._errors.items()
-        ]
-
-    def results(self) -> Dict[str, Any]:
-        """All numbers, ready for JSON."""
-        sites = self.site_rows()
+    def results(self, references: Dict[str, Optional[float]]) -> Dict[str, Any]:
+        """All numbers; ``references``: the common s of each site."""
+        heads = self._heads(references)
+        sites = [_mean_of_rows(heads, site) for site in dict.fromkeys(row["site"] for row in heads)]
         return {
             "label": self.loaded.label,
             "checkpoint": str(self.loaded.path),
             "architecture": self.loaded.architecture,
+            "is_translation": self.loaded.is_translation,
             "parameters": sum(parameter.numel() for parameter in self.loaded.model.parameters()),
             "sentences": self.sentences,
             "target_tokens": self.tokens,
-            "heads": [row for row in self.head_rows() if row["site"] != "output"],
+            "heads": [row for row in heads if row["site"] != "output"],
             "sites": sites,
-            "modules": [{**module.numbers(), "histogram": module.histogram.bins} for module in self.modules.values()],
-            "layers": self.layer_rows(),
-            "alignment": self.alignment_rows(),
+            "modules": [self._module(site) for site in self.heads],
+            "layers": self._layers(),
+            "alignment": [
+                {"layer": layer, "head": head, "rows": rows, "aer": error.rate()}
+                for (head, layer, rows), error in self._errors.items()
+            ],
             "output": next((row for row in sites if row["site"] == "output"), None),
+            "examples": list(self.examples.values()),
         }
 
+    def _heads(self, references: Dict[str, Optional[float]]) -> List[Dict[str, Any]]:
+        rows = []
+        for (site, layer), means in self.heads.items():
+            s = references[site]
+            for head, (numbers, sparsity) in enumerate(zip(means.result(), means.sparsity_at(s or 1.0))):
+                place = {"site": site, "layer": layer, "head": head}
+                rows.append({**place, **numbers, "common_sparsity": sparsity, "common_reference": s})
+        return rows
 
-def _describe(mapping: Optional[torch.nn.Module]) -> Dict[str, Any]:
-    """Name and learned numbers of a mapping; None is fairseq's own softmax."""
-    name = next((name for name, kind in MAPPINGS.items() if isinstance(mapping, kind)), "softmax")
-    description: Dict[str, Any] = {"mapping": name}
-    if isinstance(mapping, MultiMax):
-        description["parameters"] = parameters_of(mapping)
-    elif name == "entmax":
-        alpha = mapping.alpha
-        description["alpha"] = alpha.detach().tolist() if isinstance(alpha, Tensor) else [float(alpha)]
-    return description
+    def _module(self, site: Site) -> Dict[str, Any]:
+        """An attention module (or the output layer): its mapping, the scores it saw, and what it has learned."""
+        mapping, histogram = self.mappings[site], self.histograms[site]
+        low, high = histogram.bulk()
+        module = {
+            "site": site[0],
+            "layer": site[1],
+            "mapping": next((name for name, kind in MAPPINGS.items() if type(mapping) is kind), "softmax"),
+            "lowest_score": histogram.low,
+            "highest_score": histogram.high,
+        }
+        if isinstance(mapping, MultiMax):
+            thresholds, gains = coefficients(mapping)
+            for n, ((b, d), (gain_b, gain_d)) in enumerate(zip(thresholds.tolist(), gains.tolist()), start=1):
+                module.update({f"b{n}": b, f"d{n}": d, f"g_b{n}": gain_b, f"g_d{n}": gain_d})
+            module["is_monotone"] = is_monotone(thresholds, gains, histogram.low, histogram.high)
+            module["falling_share"] = falling_share(thresholds, gains, histogram.edges, histogram.counts)
+            x = torch.linspace(low, high, 201, dtype=torch.float64)
+            module["sigma"] = {"x": x.tolist(), "y": modulate(x, thresholds, gains).tolist()}
+        elif module["mapping"] == "entmax":
+            module["alpha"] = torch.as_tensor(mapping.alpha, dtype=torch.float64).flatten().tolist()
+        elif mapping is not None:  # one's own
+            few = {name: p for name, p in mapping.named_parameters() if p.numel() <= MOST_NUMBERS}
+            module = {name: p.detach().double().flatten().tolist() for name, p in few.items()} | module
+        module["bulk"] = [low, high]  # without the outermost 0.05 % on either side
+        module["histogram"] = {"edges": histogram.edges, "counts": histogram.counts}
+        return module
+
+    def _layers(self) -> List[Dict[str, Any]]:
+        """MAD and mean cosine similarity of each layer's output; layer 0 is the first layer's input."""
+        rows = []
+        for (side, layer), (total, count, sentences) in self._similarity.items():
+            similarity = total / count if count else None
+            mad = None if similarity is None else 1 - similarity
+            row = {"side": side, "layer": layer, "mad": mad, "cosine_similarity": similarity}
+            rows.append({**row, "sentences": sentences, "undefined": sentences - count})
+        return rows
 
 
-def mean(values: Sequence[Optional[float]]) -> Optional[float]:
-    """The mean of the values that are not None; None if there are none."""
-    there = [value for value in values if value is not None]
-    return sum(there) / len(there) if there else None
+def coefficients(mapping: MultiMax) -> Tuple[Tensor, Tensor]:
+    """Thresholds and gains as σ uses them, fp64 on the CPU; gains of fixed terms are 0."""
+    known = getattr(mapping, "coefficients", lambda: (mapping.thresholds, mapping.effective_gains))
+    return tuple(tensor.detach().double().cpu() for tensor in known())
+
+
+def _mean_of_rows(rows: Sequence[Dict[str, Any]], site: str) -> Dict[str, Any]:
+    """Means over a site's heads, and how many rows they leave out."""
+    at_site = [row for row in rows if row["site"] == site]
+    means: Dict[str, Any] = {"site": site, "heads": len(at_site)}
+    for name in list(at_site[0])[3:]:  # after site, layer and head
+        values = [row[name] for row in at_site if row[name] is not None]
+        is_count = name == "rows" or name.endswith("_undefined")
+        means[name] = sum(values) if is_count else sum(values) / len(values) if values else None
+    return means
+
+
+# ---------------------------------------------------------------------- mappings by themselves
+
+# Drawn if no model has a learned modulator.
+ILLUSTRATION = [[0.7, 0.8], [0.7, 0.8]], [[-2.0, -0.6], [-1.0, -0.2]]
+SIMPLEX_SCORES = (1.5, 0.0)  # the largest and smallest of three; the third moves between them
+
+
+def _simplex(measurements: Sequence[Measurement]) -> List[Dict[str, Any]]:
+    """Paths of mappings on the simplex for three scores (h, t, l), as t rises from l to h.
+
+    At the start one score stands out; at the end two are equal. A sparse and multi-modal mapping follows the lower
+    edge, where the smallest score gets nothing, to its middle. Learned modulators are those of the last layer of each
+    site of the first model that has any, each on scores of its own range: the median and the 99th percentile.
+    """
+    high, low = SIMPLEX_SCORES
+    given, of = _rising(high, low), f"({high:g}, t, {low:g})"
+    paths = [(f"softmax of {of} / T", f"T = {t:g}", "softmax", softmax(given / t)) for t in (0.25, 0.5, 1, 2)]
+    for name in ("softmax", "entmax15", "sparsemax", "evsoftmax"):
+        paths.append((f"mappings of {of}", name, name, build_mapping(name).eval()(given)))
+    for measurement in measurements:
+        last = {at: m for (at, _), m in measurement.mappings.items() if isinstance(m, MultiMax) and at != "output"}
+        for (site, layer), mapping in measurement.mappings.items():
+            if mapping is not None and last.get(site) is mapping:
+                ends = measurement.histograms[site, layer].bulk(0.5, 0.01)[::-1]
+                scores, panel = _rising(*ends), "learned MultiMax"
+                name = f"{site} {layer + 1} ({ends[0]:.1f}, t, {ends[1]:.1f})"
+                paths.append((panel, name, "multimax", multimax(scores, *coefficients(mapping))))
+                paths.append((panel, f"softmax, {site} {layer + 1}", "softmax", softmax(scores)))
+        if last:
+            break
+    else:
+        path = multimax(given, *(torch.tensor(numbers, dtype=torch.float64) for numbers in ILLUSTRATION))
+        paths.append((f"MultiMax of {of}", "softmax", "softmax", softmax(given)))
+        paths.append((f"MultiMax of {of}", "MultiMax, illustrative", "multimax", path))
+    return [
+        {"panel": panel, "name": name, "mapping": mapping, "probabilities": probabilities.tolist()}
+        for panel, name, mapping, probabilities in paths
+    ]
+
+
+def _rising(high: float, low: float) -> Tensor:
+    """Scores (h, t, l) with t from l to h, (steps, 3)."""
+    t = torch.linspace(low, high, 101, dtype=torch.float64)
+    return torch.stack([torch.full_like(t, high), t, torch.full_like(t, low)], dim=1)

@@ -1,16 +1,18 @@
-"""Measures how sparse and how multi-modal distributions are, row by row, and their means in bounded memory.
+"""What is measured, from tensors: distributions row by row and their means, layers, rollouts, modulators.
 
-Sources: multi-modality and sparsity, Zhou, Fritz & Keuper 2024 (Definitions 3.2 and 3.3); the rest is textbook.
-A row is a vector of scores x (−inf: absent) and the probabilities φ that a mapping computes from it.
+Sources: multi-modality and sparsity, Zhou, Fritz & Keuper 2024 (Definitions 3.2 and 3.3); MAD, Chen et al. 2020;
+rollout, Abnar & Zuidema 2020; the rest is textbook. A row is a vector of scores x (−inf: absent) and the
+probabilities φ that a mapping computes from it.
 """
 
 import math
-from typing import Dict, Iterable, List, NamedTuple, Optional
+from typing import Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from ..mappings import compute_dtype, is_absent
+from ..mappings import compute_dtype, is_absent, modulate
 
 # A score within this distance (nats) of the default threshold is on neither side. In a row of equal scores all lie
 # exactly on the threshold, and rounding would decide the side.
@@ -310,6 +312,153 @@ class ScoreHistogram:
     def counts(self) -> List[int]:
         return self._counts.tolist()
 
-    @property
-    def bins(self) -> Dict[str, List[float]]:
-        return {"edges": self.edges, "counts": self.counts}
+    def bulk(self, low: float = 5e-4, high: float = 5e-4) -> Tuple[float, float]:
+        """The range of the scores without the lowest and the highest share of them, to the width of a bin."""
+        shares, last = self._counts.cumsum(0) / self._counts.sum(), len(self._counts) - 1
+        first, end = int((shares <= low).sum()), int((shares < 1 - high).sum())
+        return self.edges[min(first, last)], self.edges[min(end, last) + 1]
+
+
+# ---------------------------------------------------------------------- layers
+
+
+def mean_cosine_similarity(hidden: Tensor, mask: Optional[Tensor] = None) -> Tensor:
+    """The mean of cos(h_i, h_j) over pairs i ≠ j of a sentence's tokens.
+
+    With u_i = h_i / |h_i| it is (|Σ u_i|² − Σ |u_i|²) / (n (n − 1)), which needs no n × n matrix.
+
+    Args:
+        hidden: (bsz, length, dim), a layer's output; a zero vector has similarity 0 with all others.
+        mask: bool (bsz, length), true for tokens; by default all true.
+
+    Returns:
+        (bsz,), in [−1, 1]; NaN for a sentence of fewer than two tokens.
+    """
+    h = hidden.to(compute_dtype(hidden.dtype))
+    units = F.normalize(h, dim=-1)
+    if mask is None:
+        mask = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
+    units = units.masked_fill(~mask.unsqueeze(-1), 0.0)
+    count = mask.sum(1).to(h.dtype)
+    pairs = count * (count - 1)
+    total = units.sum(1).square().sum(-1) - units.square().sum((1, 2))
+    return torch.where(pairs > 0, total / pairs, torch.full_like(total, float("nan")))
+
+
+def mean_average_distance(hidden: Tensor, mask: Optional[Tensor] = None) -> Tensor:
+    """MAD: the mean cosine distance 1 − cos(h_i, h_j) over pairs of a sentence's tokens; 0 if all point the same way.
+
+    Args, Returns: as :func:`mean_cosine_similarity`, in [0, 2].
+    """
+    return 1 - mean_cosine_similarity(hidden, mask)
+
+
+# ---------------------------------------------------------------------- all layers together
+
+
+def attention_rollout(attentions: Sequence[Tensor]) -> Tensor:
+    """Π over layers of ½ A + ½ I, rows normalised, for the self-attention of an encoder or a language model.
+
+    Args:
+        attentions: one for each layer, first to last: (bsz, num_heads, length, length), or averaged over heads,
+            (bsz, length, length). A row of zeros (a padded query) passes its token on unchanged.
+
+    Returns:
+        (bsz, length, length): row i says how much of output i comes from each input. Rows sum to 1.
+    """
+    if not attentions:
+        raise ValueError("a rollout needs the attention of at least one layer")
+    rollout = None
+    for attention in map(_mean_of_heads, attentions):
+        step = (attention + torch.eye(attention.size(-1), dtype=attention.dtype, device=attention.device)) / 2
+        step = step / step.sum(-1, keepdim=True)
+        rollout = step if rollout is None else step @ rollout
+    return rollout
+
+
+def translation_rollout(
+    decoder: Sequence[Tensor], cross: Sequence[Tensor], encoder: Sequence[Tensor]
+) -> Tuple[Tensor, Tensor]:
+    """The rollout of an encoder and a decoder: each self-attention and each cross-attention has weight ½.
+
+    Let E be the encoder's rollout and R that of a decoder layer's inputs. Self-attention turns R into ½ A R + ½ R;
+    cross-attention then turns the new R into ½ C E + ½ R.
+
+    Args:
+        decoder: self-attention of each decoder layer, (bsz, num_heads, tgt_len, tgt_len) or averaged; with
+            ``--cross-self-attention`` (…, tgt_len, src_len + tgt_len), whose source part is multiplied by E.
+        cross: cross-attention of each decoder layer, (bsz, num_heads, tgt_len, src_len) or averaged; none with
+            ``--no-cross-attention``.
+        encoder: self-attention of each encoder layer, (bsz, num_heads, src_len, src_len) or averaged.
+
+    Returns:
+        how much of each decoder output comes from each source token, (bsz, tgt_len, src_len), and from each target
+        token read, (bsz, tgt_len, tgt_len). The two rows of an output together sum to 1.
+    """
+    if not decoder or len(cross) not in (0, len(decoder)):
+        raise ValueError(f"decoder layers are alike; got {len(decoder)} self- and {len(cross)} cross-attentions")
+    encoded = attention_rollout(encoder)
+    bsz, src_len, _ = encoded.shape
+    tgt_len = decoder[0].size(-2)
+    over_source = encoded.new_zeros(bsz, tgt_len, src_len)
+    over_target = torch.eye(tgt_len, dtype=encoded.dtype, device=encoded.device).expand(bsz, -1, -1)
+    for layer, attention in enumerate(map(_mean_of_heads, decoder)):
+        of_source, of_target = attention.split([attention.size(-1) - tgt_len, tgt_len], dim=-1)
+        step = of_target + torch.eye(tgt_len, dtype=attention.dtype, device=attention.device)
+        over_source, over_target = step @ over_source, step @ over_target
+        if of_source.size(-1):
+            over_source = over_source + of_source @ encoded
+        over_source, over_target = _normalised(over_source, over_target)
+        if cross:
+            over_source = over_source + _mean_of_heads(cross[layer]) @ encoded
+            over_source, over_target = _normalised(over_source, over_target)
+    return over_source, over_target
+
+
+def _normalised(over_source: Tensor, over_target: Tensor) -> Tuple[Tensor, Tensor]:
+    total = (over_source.sum(-1) + over_target.sum(-1)).unsqueeze(-1)
+    return over_source / total, over_target / total
+
+
+def _mean_of_heads(attention: Tensor) -> Tensor:
+    attention = attention.to(compute_dtype(attention.dtype))
+    return attention.mean(1) if attention.dim() == 4 else attention
+
+
+# ---------------------------------------------------------------------- modulators
+
+
+def slope(scores: Tensor, thresholds: Tensor, gains: Tensor) -> Tensor:
+    """σ'(x), by autograd of :func:`multimax_fairseq.mappings.modulate`.
+
+    Args:
+        scores: any shape.
+        thresholds, gains: (N, 2), as in :func:`multimax_fairseq.mappings.modulate`.
+
+    Returns:
+        the shape of ``scores``; below 0 where σ falls.
+    """
+    with torch.enable_grad():
+        x = scores.detach().requires_grad_()
+        return torch.autograd.grad(modulate(x, thresholds.detach(), gains.detach()).sum(), x)[0]
+
+
+def is_monotone(thresholds: Tensor, gains: Tensor, low: float, high: float) -> bool:
+    """Whether σ rises all the way from ``low`` to ``high``.
+
+    σ' is linear between neighbouring thresholds (orders 1 and 2), so checking both ends of each interval, from
+    inside, is enough.
+    """
+    inside = [float(x) for x in thresholds.flatten() if low < x < high]
+    ends = torch.tensor(sorted([low, *inside, high]), dtype=torch.float64)
+    lengths = ends[1:] - ends[:-1]
+    near_ends = torch.cat([ends[:-1] + 1e-9 * lengths, ends[1:] - 1e-9 * lengths])
+    return bool((slope(near_ends, thresholds.double(), gains.double()) > 0).all())
+
+
+def falling_share(thresholds: Tensor, gains: Tensor, edges: Sequence[float], counts: Sequence[int]) -> float:
+    """The share of a histogram's scores where σ falls, judged at the middle of each bin."""
+    edges = torch.tensor(edges, dtype=torch.float64)
+    counts = torch.tensor(counts, dtype=torch.float64)
+    falls = slope((edges[1:] + edges[:-1]) / 2, thresholds.double(), gains.double()) < 0
+    return float((counts * falls).sum() / counts.sum())

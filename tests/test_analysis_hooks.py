@@ -1,11 +1,11 @@
-"""multimax_fairseq/analysis/collect.py: what it reports is what the model computes with, and leaves no trace."""
+"""multimax_fairseq/analysis/hooks.py: what it reports is what the model computes with, and leaves no trace."""
 
 import pytest
 import torch
 from fairseq.modules import MultiheadAttention
 
 from multimax_fairseq.analysis import attention_modules, collect, recording
-from multimax_fairseq.analysis.collect import output_mapping, token_masks
+from multimax_fairseq.analysis.hooks import output_mapping, token_masks
 
 MODELS = [
     ("transformer", []),
@@ -51,11 +51,11 @@ def test_every_site_layer_and_head_is_there(case):
 def test_probabilities_are_the_mapping_of_the_scores(case):
     """Two ways through the model: its forward pass with head weights, and its scores before the mapping."""
     _, built, _, collected = case
-    for module, attention in zip(
-        sorted(attention_modules(built.model), key=lambda m: (m.site, m.layer)),
-        sorted(collected.attention, key=lambda a: (a.site, a.layer)),
-    ):
-        mapping = module.mapping or (lambda scores: scores.softmax(-1))
+    sites = attention_modules(built.model)
+    mappings = {(site, layer): getattr(module, "mapping", None) for site, layer, module in sites}
+    for attention in collected.attention:
+        assert attention.mapping is mappings[attention.site, attention.layer]
+        mapping = attention.mapping or (lambda scores: scores.softmax(-1))
         real = collected.masks[attention.site].unsqueeze(1).expand(-1, 2, -1)
         with torch.no_grad():
             expected = mapping(attention.scores)

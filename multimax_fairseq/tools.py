@@ -1,23 +1,23 @@
-"""Files and arguments of the tools: checked before work, written whole or not at all, with one-line errors."""
+"""What the command-line tools share: arguments, one-line errors, checkpoints without running their code, whole files.
+
+torch and fairseq are imported only where a checkpoint or a user's folder is read: the other tools start at once.
+"""
 
 import argparse
 import codecs
 import collections
+import csv
 import os
 import pickle
 import re
 import sys
+import tempfile
 import warnings
 import zipfile
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
-from typing import IO, Any, Dict, Iterator, NoReturn, Optional
-
-import numpy
-import torch
-
-from ..compat import trust_plain_records
+from types import SimpleNamespace
+from typing import IO, Any, Dict, Iterator, NoReturn, Optional, Sequence
 
 
 class UserError(Exception):
@@ -40,6 +40,13 @@ class ArgumentParser(argparse.ArgumentParser):
         self.exit(2, f"ERROR: {_printable(message)}; see --help{hint}\n")
 
 
+def positive(text: str) -> int:
+    """Argument type: a whole number above 0."""
+    if text.isascii() and text.isdecimal() and 0 < int(text) < 2**31:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+
+
 def import_user_dir(folder: Optional[Path]) -> None:
     """Import a folder with the user's own mappings, as fairseq does; None: do nothing.
 
@@ -50,19 +57,12 @@ def import_user_dir(folder: Optional[Path]) -> None:
         return
     if not (folder / "__init__.py").is_file():
         raise UserError(f"--user-dir {folder}: there is no __init__.py in it")
-    from fairseq.utils import import_user_module  # here: it takes seconds
+    from fairseq.utils import import_user_module
 
     try:
         import_user_module(argparse.Namespace(user_dir=str(folder)))
     except Exception as error:  # the file can raise anything
         raise UserError(f"--user-dir {folder}: {type(error).__name__}: {error}") from error
-
-
-def positive(text: str) -> int:
-    """Argument type: a whole number above 0."""
-    if text.isascii() and text.isdecimal() and 0 < int(text) < 2**31:
-        return int(text)
-    raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
 
 
 @contextmanager
@@ -93,20 +93,22 @@ def read_checkpoint(path: Path) -> Dict[str, Any]:
     Raises:
         UserError: the file is missing, damaged or no checkpoint, or training has diverged.
     """
+    import torch
+
     try:
         with open(path, "rb") as file:
-            content_begins = file.read(1)
+            if not file.read(1):
+                raise UserError(f"{path} is empty: it is no checkpoint")
     except FileNotFoundError:
         raise UserError(f"there is no checkpoint {path}") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
-    if not content_begins:
-        raise UserError(f"{path} is empty: it is no checkpoint")
     try:
         state = _load(path)
     except Exception as error:  # unpickling can raise anything
         what = "cannot be read as a checkpoint of fairseq (damaged, cut off, or something else)"
-        raise UserError(f"{path} {what}: {_reason(error)}") from error
+        reason = ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
+        raise UserError(f"{path} {what}: {reason}") from error
     parameters = entry(state, path, "model")
     if not isinstance(parameters, dict) or not parameters:
         raise UserError(f"{path} holds no parameters: it is not a checkpoint of a model")
@@ -126,8 +128,6 @@ def entry(state: Any, path: Path, *keys: Any) -> Any:
     """
     for depth, key in enumerate(keys, start=1):
         try:
-            if torch.is_tensor(state):
-                raise TypeError
             state = (vars(state) if isinstance(state, argparse.Namespace) else state)[key]
         except (KeyError, IndexError, TypeError):
             name = ".".join(map(str, keys[:depth]))
@@ -136,6 +136,8 @@ def entry(state: Any, path: Path, *keys: Any) -> Any:
 
 
 def _load(path: Path) -> Any:
+    import torch
+
     with open(path, "rb") as file:
         if zipfile.is_zipfile(file):  # torch does not check the checksums
             with zipfile.ZipFile(file) as archive:
@@ -143,56 +145,41 @@ def _load(path: Path) -> Any:
             if damaged:
                 raise zipfile.BadZipFile(f"the checksum of {damaged} is wrong")
         file.seek(0)
-        trust_plain_records()
-        safely = hasattr(torch.serialization, "add_safe_globals")
+        # torch's own safe unpickler takes only tensors before 2.4; later it reads fairseq's files if it is told to
+        plain = SimpleNamespace(
+            __name__="plain_pickle", Unpickler=_PlainUnpickler, load=lambda *a, **k: _PlainUnpickler(*a, **k).load()
+        )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about files that are no checkpoint
-            return torch.load(
-                file, map_location="cpu", **({"weights_only": True} if safely else {"pickle_module": _PLAIN_PICKLE})
-            )
-
-
-def _reason(error: Exception) -> str:
-    """The line of an error that says what is wrong, without torch's advice to run the file's code anyway."""
-    text = str(error)
-    foreign = re.search(r"GLOBAL (\S+)", text)
-    if foreign:
-        return f"it holds {foreign[1]}, and not only tensors and plain records"
-    told = re.search(r"WeightsUnpickler error: *(.*)", text)
-    line = told[1] if told else next(filter(None, map(str.strip, text.splitlines())), "").split(". ")[0]
-    return f"{type(error).__name__}: {line}" if line else type(error).__name__
+            return torch.load(file, map_location="cpu", pickle_module=plain, weights_only=False)
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    """Loads tensors and what fairseq saves with them; torch before 2.4 loads only tensors, or runs anything."""
-
-    ALLOWED = {
-        f"{function.__module__}.{function.__qualname__}": function
-        for function in (
-            argparse.Namespace,
-            collections.OrderedDict,
-            codecs.encode,
-            torch._utils._rebuild_tensor_v2,
-            torch._utils._rebuild_parameter,
-            torch.Size,
-            numpy.ndarray,
-            numpy.dtype,
-            numpy.zeros(1).__reduce__()[0],
-        )
-    }
+    """Loads tensors and what fairseq saves with them; nothing else, so no code."""
 
     def find_class(self, module: str, name: str) -> Any:
-        wanted = f"{module}.{name}"
+        import numpy
+        import torch
+
+        array, number = numpy.zeros(1).__reduce__()[0], numpy.float64(1).__reduce__()[0]
+        allowed = {
+            "argparse.Namespace": argparse.Namespace,
+            "collections.OrderedDict": collections.OrderedDict,
+            "_codecs.encode": codecs.encode,
+            "torch._utils._rebuild_tensor_v2": torch._utils._rebuild_tensor_v2,
+            "torch._utils._rebuild_parameter": torch._utils._rebuild_parameter,
+            "torch.Size": torch.Size,
+            "numpy.ndarray": numpy.ndarray,
+            "numpy.dtype": numpy.dtype,
+            "numpy.core.multiarray._reconstruct": array,
+            "numpy.core.multiarray.scalar": number,
+        }
+        wanted = f"{module}.{name}".replace("numpy._core", "numpy.core")  # numpy 2 renamed it
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
-        if wanted not in self.ALLOWED:
-            raise pickle.UnpicklingError(f"GLOBAL {wanted}")
-        return self.ALLOWED[wanted]
-
-
-_PLAIN_PICKLE = ModuleType("plain_pickle")  # for torch.load
-_PLAIN_PICKLE.Unpickler = _PlainUnpickler
-_PLAIN_PICKLE.load = lambda file, **kwargs: _PlainUnpickler(file, **kwargs).load()
+        if wanted not in allowed:
+            raise pickle.UnpicklingError(f"it holds {module}.{name}, and not only tensors and plain records")
+        return allowed[wanted]
 
 
 # ---------------------------------------------------------------------- outputs
@@ -243,6 +230,43 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
         raise UserError(f"could not write {path}: {_what_the_system_said(error)}") from error
     finally:
         part.unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing_folder(path: Path, replace: bool = False) -> Iterator[Path]:
+    """An empty folder to fill; it becomes ``path`` once it is whole and on the disk, and is removed on failure.
+
+    Args:
+        path: absent or empty, unless ``replace``.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name[:100]}.") as staging:
+            build = Path(staging, "new")
+            build.mkdir()
+            yield build
+            for file in filter(Path.is_file, build.rglob("*")):
+                with open(file, "rb") as content:
+                    os.fsync(content.fileno())
+            build.chmod(0o755)
+            if replace and path.exists():
+                os.replace(path, Path(staging, "old"))  # deleted with the staging folder
+            os.replace(build, path)
+            sync_folder(path.parent)
+    except OSError as error:
+        raise UserError(f"could not write {path}: {error.strerror or error}") from error
+
+
+def write_table(path: Path, rows: Sequence[Dict[str, Any]], without: Sequence[str] = ()) -> None:
+    """Write a CSV file, a line a row, with the columns that any row has."""
+    columns = [name for name in dict.fromkeys(name for row in rows for name in row) if name not in without]
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def _what_the_system_said(error: Optional[BaseException]) -> str:

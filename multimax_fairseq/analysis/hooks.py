@@ -4,55 +4,36 @@ Works for this plugin's and fairseq's own translation and language models. It re
 hooks ask each attention module for what it can already return.
 """
 
-from __future__ import annotations
-
 import inspect
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
+from unittest.mock import patch
 
 import torch
+from fairseq.modules import MultiheadAttention
 from torch import Tensor, nn
 
 from ..mappings import additive_mask
-
-if TYPE_CHECKING:  # importing fairseq takes seconds, and many tools need only the files of this package
-    from fairseq.modules import MultiheadAttention
-
-
-class AttentionModule(NamedTuple):
-    """An attention module and its place.
-
-    Attributes:
-        name: in the model, such as ``decoder.layers.0.encoder_attn``.
-        site: ``"encoder"``, ``"decoder"`` (self-attention) or ``"cross"``.
-        layer: from 0, within its site.
-    """
-
-    name: str
-    site: str
-    layer: int
-    module: MultiheadAttention
-
-    @property
-    def mapping(self) -> Optional[nn.Module]:
-        """Its mapping from scores to probabilities; None for fairseq's own softmax."""
-        return getattr(self.module, "mapping", None)
+from ..models.attach import attention_sites
 
 
 class Attention(NamedTuple):
     """What an attention module did on a batch.
 
     Attributes:
-        site, layer: as of :class:`AttentionModule`.
+        site: ``"encoder"``, ``"decoder"`` (self-attention) or ``"cross"``.
+        layer: from 0, within its site.
         scores: (bsz, num_heads, tgt_len, src_len), scaled and masked (−inf), before the mapping (and so before σ).
         probabilities: (bsz, num_heads, tgt_len, src_len), fp32, without dropout.
+        mapping: the module between the two; None for fairseq's own softmax.
     """
 
     site: str
     layer: int
     scores: Tensor
     probabilities: Tensor
+    mapping: Optional[nn.Module]
 
 
 class LayerOutput(NamedTuple):
@@ -100,32 +81,20 @@ class Collected:
         return [attention for attention in self.attention if attention.site == site]
 
 
-def attention_modules(model: nn.Module) -> List[AttentionModule]:
-    """The attention modules of a model, in model order.
+def attention_modules(model: nn.Module) -> List[Tuple[str, int, MultiheadAttention]]:
+    """The attention modules of a model as (site, layer, module), in model order.
 
     Raises:
         ValueError: it has no fairseq ``MultiheadAttention``, or one that never forms probabilities.
     """
-    from fairseq.modules import MultiheadAttention
-
-    found, layers = [], {}
-    for name, module in model.named_modules():
-        if not isinstance(module, MultiheadAttention):
-            continue
-        if getattr(module, "use_xformers", False):
-            raise ValueError(f"{name} is xFormers attention, which never forms the probabilities to look at")
-        site = "cross" if module.encoder_decoder_attention else _side(name)
-        layers[site] = layers.get(site, -1) + 1
-        found.append(AttentionModule(name, site, layers[site], module))
+    found = list(attention_sites(model))
     if not found:
         raise ValueError(
             f"{type(model).__name__} has no attention to analyse: none of its modules is fairseq's MultiheadAttention"
         )
+    if any(getattr(module, "use_xformers", False) for _, _, module in found):
+        raise ValueError("its attention is that of xFormers, which never forms the probabilities to look at")
     return found
-
-
-def _side(name: str) -> str:
-    return "decoder" if "decoder" in name.split(".") else "encoder"
 
 
 @contextmanager
@@ -133,46 +102,38 @@ def recording(
     model: nn.Module,
     on_attention: Optional[Callable[[Attention], Any]] = None,
     on_layer: Optional[Callable[[LayerOutput], Any]] = None,
+    on_output: Optional[Callable[[Output], Any]] = None,
 ) -> Iterator[None]:
-    """Report what attention modules and layers do in each forward pass of the model.
+    """Report what attention modules, layers and the output layer do in each forward pass of the model.
 
     Modules report one after another, so a listener can keep as little as it likes::
 
         with recording(model, on_attention=lambda attention: print(attention.site, attention.layer)):
             model(**sample["net_input"])
 
-    The model's results do not change. It has to see whole sentences (no decoding cache).
+    The model's results do not change. It has to see whole sentences (no decoding cache). An adaptive softmax, which
+    never has all scores, reports no output.
     """
     found = attention_modules(model)
-    attentions = [attention.module for attention in found]
+    layers = {module: (site, layer + 1) for site, layer, module in found if site != "cross"}
+    projection = getattr(getattr(model, "decoder", None), "output_projection", None)
     with ExitStack() as stack:
-        for attention in found:
-            if on_attention is not None:
-                _report_attention(attention, on_attention, stack)
-        numbers: Dict[str, int] = {}
-        for name, module in model.named_modules():
+        for site, layer, attention in found if on_attention is not None else ():
+            _report_attention(site, layer, attention, on_attention, stack)
+        for module in model.modules():
             if hasattr(module, "can_use_fastpath"):
                 # fairseq 0.12.2 evaluates its own encoder layers in one kernel that bypasses their attention modules
-                stack.enter_context(_attribute(module, "can_use_fastpath", False))
-            if on_layer is not None and getattr(module, "self_attn", None) in attentions:
-                side = _side(name)
-                numbers[side] = numbers.get(side, 0) + 1
-                _report_layer(side, numbers[side], module, on_layer, stack)
+                stack.enter_context(patch.object(module, "can_use_fastpath", False))
+            if on_layer is not None and getattr(module, "self_attn", None) in layers:
+                _report_layer(*layers[module.self_attn], module, on_layer, stack)
+        if on_output is not None and projection is not None:
+            _report_output(model, projection, on_output, stack)
         yield
 
 
-@contextmanager
-def _attribute(module: nn.Module, name: str, value: Any) -> Iterator[None]:
-    before = getattr(module, name)
-    setattr(module, name, value)
-    try:
-        yield
-    finally:
-        setattr(module, name, before)
-
-
-def _report_attention(attention: AttentionModule, report: Callable[[Attention], Any], stack: ExitStack) -> None:
-    module = attention.module
+def _report_attention(
+    site: str, layer: int, module: MultiheadAttention, report: Callable[[Attention], Any], stack: ExitStack
+) -> None:
     signature = inspect.signature(module.forward)
     wanted: List[Dict[str, Any]] = []  # the model's arguments
 
@@ -187,20 +148,17 @@ def _report_attention(attention: AttentionModule, report: Callable[[Attention], 
     def after(module: MultiheadAttention, args: Tuple, kwargs: Dict[str, Any], result: Tuple[Tensor, Tensor]):
         asked = wanted.pop()
         output, weights = result  # weights: (num_heads, bsz, tgt_len, src_len)
-        scores = _scores(module, kwargs)
         probabilities = weights.transpose(0, 1)
-        report(Attention(attention.site, attention.layer, scores.view_as(probabilities), probabilities))
+        scores = _scores(module, kwargs).view_as(probabilities)
+        report(Attention(site, layer, scores, probabilities, getattr(module, "mapping", None)))
         if asked["need_head_weights"]:
             return output, weights
         return output, weights.mean(0) if asked["need_weights"] else None
 
     # only on this path does fairseq's own attention return the weights of each head
-    stack.enter_context(_attribute(module, "skip_embed_dim_check", True))
-    for handle in (
-        module.register_forward_pre_hook(before, with_kwargs=True),
-        module.register_forward_hook(after, with_kwargs=True),
-    ):
-        stack.callback(handle.remove)
+    stack.enter_context(patch.object(module, "skip_embed_dim_check", True))
+    stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
+    stack.callback(module.register_forward_hook(after, with_kwargs=True).remove)
 
 
 def _scores(module: MultiheadAttention, arguments: Dict[str, Any]) -> Tensor:
@@ -215,16 +173,26 @@ def _report_layer(
     side: str, number: int, layer: nn.Module, report: Callable[[LayerOutput], Any], stack: ExitStack
 ) -> None:
     def before(_, args: Tuple, kwargs: Dict[str, Any]) -> None:
-        hidden = args[0] if args else kwargs["x"]
-        report(LayerOutput(side, 0, hidden.transpose(0, 1)))
+        report(LayerOutput(side, 0, (args[0] if args else kwargs["x"]).transpose(0, 1)))
 
     def after(_, args: Tuple, result: Any) -> None:
-        hidden = result[0] if isinstance(result, tuple) else result
-        report(LayerOutput(side, number, hidden.transpose(0, 1)))
+        report(LayerOutput(side, number, (result[0] if isinstance(result, tuple) else result).transpose(0, 1)))
 
     if number == 1:
         stack.callback(layer.register_forward_pre_hook(before, with_kwargs=True).remove)
     stack.callback(layer.register_forward_hook(after).remove)
+
+
+def _report_output(
+    model: nn.Module, projection: nn.Module, report: Callable[[Output], Any], stack: ExitStack
+) -> None:
+    logits: List[Tensor] = []
+
+    def after(_, args: Tuple, result: Any) -> None:
+        report(Output(logits.pop(), model.get_normalized_probs(result, log_probs=False)))
+
+    stack.callback(projection.register_forward_hook(lambda _, __, result: logits.append(result)).remove)
+    stack.callback(model.register_forward_hook(after).remove)
 
 
 def token_masks(model: nn.Module, sample: Dict[str, Any]) -> Dict[str, Tensor]:
@@ -237,37 +205,6 @@ def token_masks(model: nn.Module, sample: Dict[str, Any]) -> Dict[str, Tensor]:
         return {"encoder": source.ne(model.encoder.dictionary.pad()), "decoder": decoder, "cross": decoder}
     side = "decoder" if hasattr(model, "decoder") else "encoder"
     return {side: source.ne(getattr(model, side).dictionary.pad())}
-
-
-@torch.no_grad()
-def run(
-    model: nn.Module,
-    sample: Dict[str, Any],
-    on_attention: Optional[Callable[[Attention], Any]] = None,
-    on_layer: Optional[Callable[[LayerOutput], Any]] = None,
-    with_output: bool = False,
-) -> Optional[Output]:
-    """Run a batch through a model in evaluation mode, reporting as :func:`recording` does.
-
-    Args:
-        model: its mode is restored afterwards.
-        sample: a fairseq batch on the model's device.
-        with_output: also return the distribution over the vocabulary (None with an adaptive softmax).
-    """
-    was_training = model.training
-    model.eval()
-    projection = getattr(getattr(model, "decoder", None), "output_projection", None) if with_output else None
-    logits: List[Tensor] = []
-    try:
-        with recording(model, on_attention, on_layer), ExitStack() as stack:
-            if projection is not None:
-                stack.callback(projection.register_forward_hook(lambda _, __, out: logits.append(out)).remove)
-            net_output = model(**sample["net_input"])
-    finally:
-        model.train(was_training)
-    if not logits:
-        return None
-    return Output(logits[0], model.get_normalized_probs(net_output, log_probs=False))
 
 
 def collect(model: nn.Module, sample: Dict[str, Any]) -> Collected:
@@ -283,8 +220,14 @@ def collect(model: nn.Module, sample: Dict[str, Any]) -> Collected:
     Raises:
         ValueError: the model has no attention that can be recorded.
     """
-    collected = Collected(masks=token_masks(model, sample))
-    collected.output = run(model, sample, collected.attention.append, collected.layers.append, with_output=True)
+    collected, outputs, was_training = Collected(masks=token_masks(model, sample)), [], model.training
+    model.eval()
+    try:
+        with torch.no_grad(), recording(model, collected.attention.append, collected.layers.append, outputs.append):
+            model(**sample["net_input"])
+    finally:
+        model.train(was_training)
+    collected.output = outputs[0] if outputs else None
     return collected
 
 
