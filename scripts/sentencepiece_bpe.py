@@ -63,8 +63,16 @@ def train(texts: Sequence[Path], model: Path, vocab_size: int) -> None:
     model.write_bytes(serialised.getvalue())
 
 
-def load(model: Path) -> sentencepiece.SentencePieceProcessor:
-    return sentencepiece.SentencePieceProcessor(model_proto=model.read_bytes())
+def encoder(model: Path) -> Callable[[str], str]:
+    """A function from a line of text to pieces between blanks."""
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model.read_bytes())
+    return lambda line: " ".join(processor.encode(normalise_space(line), out_type=str))
+
+
+def decoder(model: Path) -> Callable[[str], str]:
+    """A function from pieces to text."""
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model.read_bytes())
+    return lambda line: processor.decode(line.split())
 
 
 def filter_lines(convert: Callable[[str], str]) -> None:
@@ -76,16 +84,6 @@ def filter_lines(convert: Callable[[str], str]) -> None:
         except UnicodeDecodeError:
             raise ValueError(f"line {number} is not UTF-8") from None
         print(convert(text))
-
-
-def encode(model: Path) -> None:
-    processor = load(model)
-    filter_lines(lambda line: " ".join(processor.encode(normalise_space(line), out_type=str)))
-
-
-def decode(model: Path) -> None:
-    processor = load(model)
-    filter_lines(lambda line: processor.decode(line.split()))
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -110,10 +108,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         if args.command == "train":
             train(args.texts, args.model, args.vocab_size)
-        elif args.command == "encode":
-            encode(args.model)
         else:
-            decode(args.model)
+            filter_lines((encoder if args.command == "encode" else decoder)(args.model))
     except (OSError, RuntimeError, ValueError) as error:  # no file; no model; not UTF-8, bad size
         sys.exit(f"ERROR: sentencepiece_bpe.py {args.command}: {error}")
 

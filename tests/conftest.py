@@ -69,8 +69,12 @@ def trained_parameters(model):
 
 
 def load_script(name):
-    """A file of scripts/ as a module, by its name without .py."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+    """A file of scripts/ or benchmarks/ as a module, by its name without .py; it finds the files beside it."""
+    path = next(ROOT / folder / f"{name}.py" for folder in ("scripts", "benchmarks")
+                if (ROOT / folder / f"{name}.py").is_file())
+    if str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))
+    spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # where dataclasses, and functions in a new process, are looked for
     spec.loader.exec_module(module)

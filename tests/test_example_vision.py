@@ -38,7 +38,7 @@ TINY = {
 
 @pytest.fixture(scope="module", autouse=True)
 def on_path():
-    """The example's files are modules; others of their names, such as scripts/benchmark.py, come back afterwards."""
+    """The example's files are modules; others of their names, such as benchmarks/benchmark.py, come back afterwards."""
     names = [path.stem for path in EXAMPLE.glob("*.py")]
     others = {name: sys.modules.pop(name) for name in names if name in sys.modules}
     sys.path.insert(0, str(EXAMPLE))
