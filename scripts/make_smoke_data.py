@@ -20,9 +20,7 @@ import os
 import random
 import re
 import shutil
-import sys
 import tarfile
-import tempfile
 import zipfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -32,7 +30,6 @@ from pathlib import Path
 from make_demo_corpus import Grammar, distinct_sentences
 
 LANGUAGES = ("de", "en")
-SENTENCE_PAIRS = 2000  # in the training text, unless --sentences says otherwise
 PAIRS_IN_A_TEST_SET = 40
 PAIRS_IN_A_TALK = 50
 TEST_SETS = ("TED.dev2010", "TEDX.dev2012", "TED.tst2010", "TED.tst2011", "TED.tst2012")
@@ -127,7 +124,7 @@ def iwslt14(out: Path, sentences: int, seed: int) -> None:
         for name, chosen in sets.items():
             texts[f"IWSLT14.{name}.de-en.{language}.xml"] = test_set(chosen, side, name)
 
-    # gzip stores name and time, tar the time (1970 by default): none of them may change the bytes.
+    # gzip stores name and time, which may not change the bytes; tar stores 1970 by default
     with (
         out.open("wb") as file,
         gzip.GzipFile(filename="", fileobj=file, mode="wb", mtime=0) as compressed,
@@ -197,36 +194,18 @@ def multi30k(out: Path, sentences: int, seed: int) -> None:
 DATASETS = {"iwslt14": iwslt14, "wikitext103": wikitext, "multi30k": multi30k}
 
 
-def make(dataset: str, out: Path, sentences: int, seed: int) -> None:
-    """Build `out` beside its place, then move it in, so that it is never half-written.
-
-    Raises:
-        OSError: `out` is a folder that is not empty, or cannot be written.
-        ValueError: the grammar cannot make so many sentences.
-    """
-    out.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
-    try:
-        DATASETS[dataset](staging / out.name, sentences, seed)
-        os.replace(staging / out.name, out)
-    finally:
-        shutil.rmtree(staging)
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dataset", choices=DATASETS)
     parser.add_argument("out", type=Path, metavar="OUT", help="the archive, or the folder of multi30k")
-    parser.add_argument("--sentences", type=int, default=SENTENCE_PAIRS, metavar="N",
-                        help="sentences or pairs in the training text (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--sentences", type=int, default=2000, metavar="N",
+                        help="sentences or pairs in the training text (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=1, metavar="N", help="of the grammar (default: %(default)s)")
-    args = parser.parse_args(arguments)
-    if args.sentences < 1:
-        parser.error(f"argument --sentences: {args.sentences} is less than 1")
-    try:
-        make(args.dataset, args.out, args.sentences, args.seed)
-    except (OSError, ValueError) as error:
-        sys.exit(f"make_smoke_data.py: {error}")
+    args = parser.parse_args()
+    part = args.out.with_name(f"{args.out.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    DATASETS[args.dataset](part, args.sentences, args.seed)
+    os.replace(part, args.out)
 
 
 if __name__ == "__main__":

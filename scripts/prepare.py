@@ -174,7 +174,7 @@ def run(script: Path, arguments: list[str]) -> None:
         args.archive = usual if usual.is_dir() else None
     if recipe.source and args.archive:
         source = args.archive.resolve()
-        settings["source"] = digests(source, f"--{recipe.source}", recipe)
+        settings["source"] = digests(source, f"--{recipe.source}")
     elif recipe.urls:
         url = args.url or os.environ.get(url_variable(name))
         whole = url and recipe.source == "archive"  # the address of the archive itself
@@ -193,8 +193,8 @@ def run(script: Path, arguments: list[str]) -> None:
             return
         if recipe.urls and source is None:
             source = fetch(addresses, out, recipe, not args.no_checksum, f"--{recipe.source}")
-        elif recipe.files:
-            warn_of_unknown(source, files, recipe)
+        elif any(recipe.files.values()) and settings["source"] not in map(recipe.files.get, files):
+            print(f"WARNING: {source} is not the published {files[0]}, by its SHA-256", file=sys.stderr)
         options = {option.upper().replace("-", "_"): str(value) for option, value in vars(args).items()}
         run_recipe(script, build, {**options, "SOURCE": str(source)})
         publish(build, out, settings, args.force)
@@ -203,6 +203,7 @@ def run(script: Path, arguments: list[str]) -> None:
 
 
 def need_commands(name: str) -> None:
+    """Raise UserError if something is not installed."""
     if shutil.which("fairseq-preprocess") is None:
         raise UserError("fairseq-preprocess was not found: activate the environment that holds fairseq, or install it: "
                         f"{sys.executable} -m pip install ve-fairseq")
@@ -340,44 +341,22 @@ def is_prepared(out: Path, settings: dict[str, Any], force: bool) -> bool:
 # ---------------------------------------------------------------------- sources
 
 
-def sha256(path: Path) -> str:
-    """Of the content, uncompressed if the name ends in .gz."""
+def sha256(path: Path, uncompressed: bool = False) -> str:
     digest = hashlib.sha256()
-    with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+    with (gzip.open if uncompressed else open)(path, "rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
 
 
-def digests(source: Path, option: str, recipe: Recipe) -> dict[str, str] | str:
-    """What a local source holds: SHA-256 of the archive, or of each file of the folder by name."""
-    if recipe.source == "from":
-        if not source.is_dir():
-            raise UserError(f"{option} {source}: there is no such folder")
-        return {path.name: sha256_of_bytes(path) for path in sorted(source.iterdir()) if is_text_name(path, recipe)}
-    if not source.is_file():
-        raise UserError(f"{option} {source}: there is no such file")
-    return sha256_of_bytes(source)
-
-
-def sha256_of_bytes(path: Path) -> str:
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def is_text_name(path: Path, recipe: Recipe) -> bool:
-    name = path.name.removesuffix(".gz")
-    return path.is_file() and (name in recipe.texts or not recipe.texts and name.endswith(".tokens"))
-
-
-def warn_of_unknown(source: Path, files: list[str], recipe: Recipe) -> None:
-    if source.is_file():
-        known = [recipe.files[file] for file in files]
-        if any(known) and sha256_of_bytes(source) not in known:
-            print(f"WARNING: {source} is not the published {files[0]}, by its SHA-256", file=sys.stderr)
+def digests(source: Path, option: str) -> dict[str, str] | str:
+    """SHA-256 of an archive, or of each text of a folder by name."""
+    if option == "--from" and source.is_dir():
+        texts = (path for path in sorted(source.iterdir()) if re.search(r"\.(de|en|tokens)(\.gz)?$", path.name))
+        return {path.name: sha256(path) for path in texts if path.is_file()}
+    if option == "--archive" and source.is_file():
+        return sha256(source)
+    raise UserError(f"{option} {source}: there is no such {'folder' if option == '--from' else 'file'}")
 
 
 def download_folder(out: Path) -> Path:
@@ -424,7 +403,7 @@ def fetch(addresses: dict[str, list[str]], out: Path, recipe: Recipe, check: boo
         try:
             refuse_web_page(path, f"{url} (as downloaded)")
             wanted = recipe.texts.get(name.removesuffix(".gz"))
-            if wanted and check and sha256(path) != wanted:
+            if wanted and check and sha256(path, uncompressed=True) != wanted:
                 raise UserError(f"{url} is not the text that this script knows, by its SHA-256: --no-checksum accepts it")
         except (UserError, *UNREADABLE, OSError) as error:
             path.unlink(missing_ok=True)  # or the next run would find it

@@ -14,9 +14,8 @@ scripts=$(cd "$(dirname "$0")" >/dev/null && pwd)
 # The steps below run in a folder beside --out, which becomes --out when they are done; --help lists the options.
 [[ ${PREPARING:-} == yes ]] || exec "${PYTHON:-python}" "$scripts/prepare.py" run "$0" "$@"
 
-for split in train valid test; do
-    "$PYTHON" "$scripts/prepare.py" take "$SOURCE" text/$split.tokens=wiki.$split.tokens
-done
+"$PYTHON" "$scripts/prepare.py" take "$SOURCE" text/train.tokens=wiki.train.tokens \
+    text/valid.tokens=wiki.valid.tokens text/test.tokens=wiki.test.tokens
 
 fairseq-preprocess --only-source --trainpref text/train.tokens --validpref text/valid.tokens \
     --testpref text/test.tokens --destdir data-bin --workers "$WORKERS" >log 2>&1 || exit 3
