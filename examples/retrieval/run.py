@@ -57,7 +57,7 @@ from multimax_fairseq.analysis.files import (  # noqa: E402
     positive,
     replacing,
 )
-from multimax_fairseq.mappings import BUILT_IN, build_mapping, parse_options  # noqa: E402
+from multimax_fairseq.mappings import BUILT_IN, MAPPINGS, arguments_of, build_mapping, parse_options  # noqa: E402
 from multimax_fairseq.modules.scale import build_scale  # noqa: E402
 
 PROJECTED = 32  # numbers of a projected query or key
@@ -113,7 +113,8 @@ class Layer(nn.Module):
     def __init__(self, row: Row, dimensions: int):
         super().__init__()
         self.query, self.key = nn.Linear(dimensions, PROJECTED), nn.Linear(dimensions, PROJECTED)
-        self.mapping = build_mapping(row.mapping, **row.mapping_options())
+        heads = {"num_heads": 1} if "num_heads" in arguments_of(MAPPINGS[row.mapping]) else {}
+        self.mapping = build_mapping(row.mapping, **row.mapping_options(), **heads)
         self.scale = build_scale(row.option("scale", "none"), num_heads=1)
         self.lr_scale = float(row.option("lr_scale", "1"))
 
@@ -126,7 +127,8 @@ class Layer(nn.Module):
 
     def forward(self, query: Tensor, keys: Tensor, values: Tensor) -> Tuple[Tensor, Tensor]:
         """The output, (batch, d), and the probabilities, (batch, length)."""
-        probabilities = self.mapping(self.scores(query, keys))
+        scores = self.scores(query, keys)[:, None, None]  # as in attention: (batch, heads, queries, length)
+        probabilities = self.mapping(scores)[:, 0, 0]
         return torch.einsum("bl,bld->bd", probabilities, values), probabilities
 
     def parameter_groups(self) -> List[Dict[str, Any]]:
