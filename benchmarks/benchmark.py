@@ -19,7 +19,7 @@ below 1 is faster, or less memory. Unlike times, ratios are reliable on a machin
     epoch      words per second of training on --data (translation), in a first and a second pass
 
 The end of the output counts compiled kernels and their compile time. A GPU is used if there is one. On a CPU the
-process keeps freed memory, as in the recipes (GLIBC_TUNABLES in examples/*/run.sh), except in `output`; otherwise the system's
+process keeps freed memory, as in the recipes (GLIBC_TUNABLES in run.sh), except in `output`; otherwise the system's
 paging would be measured too, and the figures would flip between two values.
 """
 

@@ -65,7 +65,8 @@ def average(paths: List[Path]) -> Dict[str, Any]:
 def main() -> None:
     parser = ArgumentParser(__doc__)
     parser.add_argument("inputs", nargs="+", type=Path, help="checkpoints, or with --last one folder of them")
-    parser.add_argument("--last", type=positive, metavar="N", help="take the last N epochs of the folder, or as many as there are")
+    parser.add_argument("--last", type=positive, metavar="N",
+                        help="take the last N epochs of the folder, or as many as there are")
     parser.add_argument("--output", type=Path, required=True, help="the averaged checkpoint")
     args = parser.parse_args()
     with errors_in_a_line():

@@ -5,7 +5,7 @@
 
 A wrong option is an error here, and not after the data have been prepared. A folder with a run of other settings is
 refused. A checkpoint that was cut short when a run was killed is replaced by the newest one that is whole. The file
-RUN/trained says that nothing is left to train: this makes or removes it, and with it the scores. Prints the --user-dir.
+RUN/trained says that nothing is left to train: this makes or removes it, and with it run.json. Prints the --user-dir.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, Any]:
         raise UserError(str(problem)) from problem
     precision = [name for name in ("fp16", "bf16", "amp") if cfg.common[name]]
     if precision and not (torch.cuda.is_available() or cfg.common.cpu):
-        raise UserError(f"--{precision[0]} needs a GPU, and torch sees none: leave it out, and training runs on the CPU")
+        raise UserError(f"--{precision[0]} needs a GPU, and torch sees none: without it the CPU trains")
     return args, cfg
 
 
@@ -84,23 +84,25 @@ def mend(run: Path) -> tuple[Progress, dict[str, Any]] | None:
             extra = entry(state, path, "extra_state")
             updates = entry(state, path, "optimizer_history", -1, "num_updates")
             epoch = entry(extra, path, "train_iterator", "epoch")
-            whole[path] = Progress(updates, epoch, extra.get("val_loss"), extra.get("best")), entry(state, path, "cfg")
+            progress = Progress(updates, epoch, extra.get("val_loss"), extra.get("best"))
+            whole[path] = progress, entry(state, path, "cfg")
         except UserError as problem:
             wrong[path] = problem
     if not whole:
         if wrong:
-            raise UserError(f"no checkpoint of {run} can be read ({next(iter(wrong.values()))}): choose another folder")
+            raise UserError(f"no checkpoint of {run} can be read ({[*wrong.values()][0]}): choose another folder")
         return None
     last, best = run / "checkpoint_last.pt", run / "checkpoint_best.pt"
     newest = max(whole, key=lambda path: (whole[path][0].updates, path == last))
     if newest != last and whole[newest][0].updates > (whole[last][0].updates if last in whole else -1):
-        print(f"WARNING: going on from {newest.name}: {wrong.get(last, f'{last} is older or missing')}", file=sys.stderr)
+        why = wrong.get(last, f"{last} is older or missing")
+        print(f"WARNING: going on from {newest.name}: {why}", file=sys.stderr)
         copy(newest, last)
     progress = whole[newest][0]
     if progress.best is not None and (best not in whole or whole[best][0].score != progress.best):
         same = [path for path in whole if whole[path][0].score == progress.best and path != best]
         if not same:
-            raise UserError(f"the best checkpoint, {best}, is lost: put a copy in its place, or choose another folder")
+            raise UserError(f"the best checkpoint, {best}, is lost: put a copy there, or choose another folder")
         copy(same[-1], best)
     return whole[newest]
 

@@ -6,15 +6,16 @@
     python scripts/prepare.py pairs text/train … --published 29000 …
     python scripts/prepare.py tokens data-bin --published 103227021 … --types 267744
 
-`run` finds or downloads the source, then runs the recipe in the folder OUT.partial, which becomes OUT in one rename: so
-OUT is complete or absent, whatever kills it. OUT/.complete has the settings and the files that were made; any other
-file is the user's, and never deleted. The recipe finds its options in its environment: $SOURCE, $WORKERS, $MERGES, …
+`run` finds or downloads the source, then runs the recipe in the folder OUT.partial, which becomes OUT in one rename:
+so OUT is complete or absent, whatever kills it. OUT/.complete has the settings and the files that were made; any
+other file is the user's, and never deleted. The recipe finds its options in its environment: $SOURCE, $WORKERS, …
 """
 
 from __future__ import annotations
 
 import argparse
 import fcntl
+import functools
 import gzip
 import hashlib
 import json
@@ -25,6 +26,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import time
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -114,15 +116,14 @@ def parse_options(script: Path, arguments: list[str]) -> tuple[str, argparse.Nam
     name = script.stem.removeprefix("prepare_")
     recipe = RECIPES[name]
     header = [line[2:] for line in script.read_text(encoding="utf-8").split("\n\n")[0].splitlines()[1:]]
-    parser = ArgumentParser(
-        prog=script.name, description="\n".join(header), formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(prog=script.name, description="\n".join(header), allow_abbrev=False,
+                            formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the result goes")
     if recipe.source == "archive":
-        parser.add_argument("--archive", type=Path, metavar="FILE", help="the published archive, instead of a download")
+        parser.add_argument("--archive", type=Path, metavar="FILE", help="what is published, instead of a download")
     if recipe.source == "from":
-        default = f" (default: $MULTIMAX_DATA/{recipe.folder}, if it is there)"
-        parser.add_argument("--from", type=Path, metavar="DIR", dest="archive", help=f"a folder with the files{default}")
+        parser.add_argument("--from", type=Path, metavar="DIR", dest="archive",
+                            help=f"a folder with the files (default: $MULTIMAX_DATA/{recipe.folder}, if it is there)")
     if recipe.urls:
         where = "the archive's address, or several" if recipe.source == "archive" else "the folder's address"
         parser.add_argument("--url", help=f"download from there: {where} (default: ${url_variable(name)}, or "
@@ -134,7 +135,7 @@ def parse_options(script: Path, arguments: list[str]) -> tuple[str, argparse.Nam
         else:
             parser.add_argument(f"--{option}", type=whole_number, default=default, metavar="N",
                                 help=f"{text} (default: %(default)s)")
-    parser.add_argument("--workers", type=whole_number, default=2, metavar="N", help="processes; the result is the same")
+    parser.add_argument("--workers", type=whole_number, default=2, metavar="N", help="processes (default: 2)")
     parser.add_argument("--force", action="store_true", help="rebuild a folder that this script made")
     args = parser.parse_args(arguments)
     if recipe.source and args.archive and getattr(args, "url", None):
@@ -153,6 +154,8 @@ def whole_number(text: str) -> int:
 
 
 class ArgumentParser(argparse.ArgumentParser):
+    """With errors in a line."""
+
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"ERROR: {message}; see --help\n")
 
@@ -205,8 +208,8 @@ def run(script: Path, arguments: list[str]) -> None:
 def need_commands(name: str) -> None:
     """Raise UserError if something is not installed."""
     if shutil.which("fairseq-preprocess") is None:
-        raise UserError("fairseq-preprocess was not found: activate the environment that holds fairseq, or install it: "
-                        f"{sys.executable} -m pip install ve-fairseq")
+        raise UserError("fairseq-preprocess was not found: activate the environment that holds fairseq, or install "
+                        f"it: {sys.executable} -m pip install ve-fairseq")
     for module in ("sacremoses", "subword_nmt") if name == "iwslt14" else ():
         try:
             __import__(module)
@@ -266,7 +269,8 @@ def partial_folder(out: Path) -> Iterator[Path]:
         lock_of[build] = lock
         yield build
     finally:
-        if is_at(lock, build):
+        deadline = time.monotonic() + 5  # what was killed may still be writing
+        while is_at(lock, build) and time.monotonic() < deadline:
             shutil.rmtree(build, ignore_errors=True)
         os.close(lock)
 
@@ -323,14 +327,14 @@ def is_prepared(out: Path, settings: dict[str, Any], force: bool) -> bool:
     if force:
         foreign = sorted(found.keys() - files.keys())
         if foreign:
-            raise UserError(f"--force would delete files in {out} that this script did not make ({', '.join(foreign[:3])}): "
-                            "move them, or choose another --out")
+            raise UserError(f"--force would delete files in {out} that this script did not make "
+                            f"({', '.join(foreign[:3])}): move them, or choose another --out")
         return False
     different = [key for key in {**settings, **there} if settings.get(key) != there.get(key)]
     if different:
         said = "; ".join(f"{key}: there {there.get(key)}, asked for {settings.get(key)}" for key in different)
-        raise UserError(f"{out} was prepared with other settings or another source ({said}): choose another --out, or "
-                        "rebuild it with --force")
+        raise UserError(f"{out} was prepared with other settings or another source ({said}): choose another --out, "
+                        "or rebuild it with --force")
     changed = sorted(name for name, size in files.items() if found.get(name) != size)
     if changed:
         raise UserError(f"files in {out} are missing or not as they were made ({', '.join(changed[:3])}): rebuild it "
@@ -393,18 +397,18 @@ def fetch(addresses: dict[str, list[str]], out: Path, recipe: Recipe, check: boo
             except ValueError as error:  # another SHA-256; pooch has removed it
                 if "hash" not in str(error):  # no address
                     raise UserError(f"--url {url}: {error}") from error
-                raise UserError(f"{url} is not the file that this script knows, by its SHA-256: --no-checksum accepts it, "
-                                f"or use {instead} with a copy of yours") from error
+                raise UserError(f"{url} is not the file that this script knows, by its SHA-256: --no-checksum "
+                                f"accepts it, or use {instead} with a copy of yours") from error
             except (requests.RequestException, OSError) as error:
                 if number == len(urls) - 1:
-                    raise UserError(f"could not download {url} ({type(error).__name__}): run it again, or use {instead} "
-                                    "with what you already have") from error
+                    raise UserError(f"could not download {url} ({type(error).__name__}): run it again, or use "
+                                    f"{instead} with what you already have") from error
                 print(f"WARNING: could not download {url}: trying the next address", file=sys.stderr)
         try:
             refuse_web_page(path, f"{url} (as downloaded)")
             wanted = recipe.texts.get(name.removesuffix(".gz"))
             if wanted and check and sha256(path, uncompressed=True) != wanted:
-                raise UserError(f"{url} is not the text that this script knows, by its SHA-256: --no-checksum accepts it")
+                raise UserError(f"{url} is not the text that this script knows: --no-checksum accepts it")
         except (UserError, *UNREADABLE, OSError) as error:
             path.unlink(missing_ok=True)  # or the next run would find it
             raise error if isinstance(error, UserError) else UserError(
@@ -428,7 +432,7 @@ def take(source: Path, wanted: list[str]) -> None:
                for target, _, names in (word.partition("=") for word in wanted)}
     try:
         with opened(source) as members:
-            found = {target: next((name for name in names if name in members), None) for target, names in targets.items()}
+            found = {target: next(filter(members.__contains__, names), None) for target, names in targets.items()}
             missing = [targets[target][0] for target, name in found.items() if name is None]
             if missing:
                 has = ", ".join(sorted(members)[:3]) or "nothing"
@@ -450,8 +454,8 @@ def take(source: Path, wanted: list[str]) -> None:
 def opened(source: Path) -> Iterator[dict[str, Any]]:
     """The files of a source: name, without folders and .gz → a function that opens it."""
     if source.is_dir():
-        yield {path.name.removesuffix(".gz"): lambda path=path: gzip.open(path) if path.suffix == ".gz" else path.open("rb")
-               for path in sorted(source.iterdir(), reverse=True) if path.is_file()}  # fmt: skip  plain before .gz
+        files = (path for path in sorted(source.iterdir(), reverse=True) if path.is_file())
+        yield {path.name.removesuffix(".gz"): opener(path) for path in files}  # a plain one takes the place of its .gz
         return
     refuse_web_page(source, str(source))
     if zipfile.is_zipfile(source):
@@ -462,13 +466,17 @@ def opened(source: Path) -> Iterator[dict[str, Any]]:
     with tarfile.open(source) as archive:
         try:
             for info in archive:
-                tarfile.data_filter(info, "/nowhere")  # refuses links and paths that lead out of a folder, and devices
+                tarfile.data_filter(info, "/nowhere")  # refuses devices, and what leads out of a folder
         except tarfile.FilterError as error:
             raise UserError(f"{source} is not safe to unpack: {error}") from error
         while archive.fileobj.read(1 << 20):  # to the end, where the checksum is
             pass
         yield {Path(info.name).name: lambda info=info: archive.extractfile(info)
                for info in archive.getmembers() if info.isfile()}
+
+
+def opener(path: Path) -> functools.partial:
+    return functools.partial(gzip.open if path.suffix == ".gz" else open, path, "rb")
 
 
 def refuse_web_page(path: Path, name: str) -> None:
@@ -511,8 +519,8 @@ def pairs(prefixes: list[str], published: list[int]) -> None:
         german, english = (count_lines(Path(f"{prefix}.{language}")) for language in ("de", "en"))
         split = Path(prefix).name
         if german != english or not german:
-            raise UserError(f"{split}: {german} lines of German and {english} of English; they must be translations line "
-                            "by line")
+            raise UserError(f"{split}: {german} lines of German and {english} of English; they must be translations "
+                            "line by line")
         compare(split, german, expected, "sentence pairs")
 
 

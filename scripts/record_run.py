@@ -109,7 +109,7 @@ def perplexities(folder: Path, is_sparse: bool) -> dict[str, dict[str, Any]]:
     """Results of fairseq-eval-lm by split and context window, longest first: ``test, context 400``.
 
     Args:
-        is_sparse: the vocabulary's mapping has zeros: what fairseq-eval-lm prints is then ε-perplexity, another quantity.
+        is_sparse: the vocabulary's mapping has zeros: fairseq-eval-lm then prints ε-perplexity, another quantity.
     """
     scores = {}
     names = [re.fullmatch(r"(\w+)\.context-(\d+)\.eval", path.name) for path in folder.glob("*.context-*.eval")]

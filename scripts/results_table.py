@@ -6,9 +6,9 @@
 
 One table for each experiment, one row for each choice of mappings and settings: mean ± sample standard deviation over
 seeds (with n − 1; none for one seed). A row names the settings in which it differs from most runs. For translation,
-sacrebleu's paired bootstrap (Koehn 2004) compares each run with softmax with the same seed: p is the share of resampled
-test sets with at least this difference if both were equally good. ε-perplexity, of a sparse vocabulary, is another
-quantity than perplexity: it has columns of its own, and no difference.
+sacrebleu's paired bootstrap (Koehn 2004) compares each run with softmax with the same seed: p is the share of
+resampled test sets with at least this difference if both were equally good. ε-perplexity, of a sparse vocabulary, is
+another quantity than perplexity: it has columns of its own, and no difference.
 
 --paper FILE adds a column of published numbers. FILE is JSON: {"EXPERIMENT": {"source": "Author (year), table
 n", "rows": {"MultiMax": "34.5 ± 0.1"}}}, with the tables' names of experiments and rows.
@@ -114,7 +114,7 @@ def name_of_mapping(mapping: dict[str, Any]) -> str:
 
 
 def name_rows(runs: list[Run]) -> None:
-    """Give the runs of an experiment the names of their rows: mapping, and settings that most of the runs have not."""
+    """Give the runs of an experiment the names of their rows: mapping, and settings that most runs have not."""
     every = {key for run in runs for key in run.content["settings"]}
     usual = {}
     for key in sorted(every):
@@ -158,8 +158,8 @@ ENTRIES = {
 }
 MAPPING_ENTRIES = {
     "attention_mapping": is_text,
-    **dict.fromkeys(("attention_mapping_sites", "attention_scale", "output_mapping", "multimax_terms", "multimax_init",
-                     "entmax_alpha", "mapping_options"), lambda value: value is None or is_text(value)),
+    **dict.fromkeys(("attention_mapping_sites", "attention_scale", "output_mapping", "multimax_terms",
+                     "multimax_init", "entmax_alpha", "mapping_options"), lambda text: text is None or is_text(text)),
     "multimax_order": lambda value: value in (None, 1, 2),
     "modulator_lr_scale": lambda value: value is None or is_finite(value, 0),
 }
@@ -262,7 +262,7 @@ def load_runs(folders: list[Path]) -> dict[str, list[Run]]:
         other = same.setdefault((run.experiment, run.setting, run.seed), run)
         if other is not run:
             raise UserError(f"{path} and {other.folder / 'run.json'} are both {run.experiment}, "
-                            f"{name_of_mapping(run.content['mapping'])}, seed {run.seed}, with the same settings: name the "
+                            f"{name_of_mapping(run.content['mapping'])}, seed {run.seed}, same settings: name the "
                             "folder of one of them")
         found[run.experiment].append(run)
     if not found:
@@ -407,7 +407,8 @@ def table(runs: list[Run], paper: dict[str, Any], samples: int, form: str) -> st
     by_row: dict[str, list[Run]] = defaultdict(list)
     for run in sorted(runs, key=lambda run: run.seed):
         by_row[run.row].append(run)
-    scores = list(dict.fromkeys((name, kind_of(score)) for run in runs for name, score in run.content["scores"].items()))
+    every = (score for run in runs for score in run.content["scores"].items())
+    scores = list(dict.fromkeys((name, kind_of(score)) for name, score in every))
     header = ["mapping", "seeds", "valid ppl", *(KINDS[kind].format(name) for name, kind in scores)]
 
     def values(group: list[Run], name: str, kind: str) -> dict[int, float]:
@@ -440,7 +441,8 @@ def table(runs: list[Run], paper: dict[str, Any], samples: int, form: str) -> st
         body.append(cells)
     if form != "markdown":
         return FORMATS[form](header, body)
-    return "\n".join([f"### {runs[0].experiment}", "", markdown(header, body), "", *notes(runs, p, published, samples)])
+    below = notes(runs, p, published, samples)
+    return "\n".join([f"### {runs[0].experiment}", "", markdown(header, body), "", *below])
 
 
 def notes(runs: list[Run], p: dict, published: dict[str, Any], samples: int) -> list[str]:

@@ -3,8 +3,8 @@
 
     bash scripts/score_translation.sh --data-bin DIR --checkpoint FILE --reference FILE --out PREFIX
 
-writes PREFIX.generate and PREFIX.log (fairseq-generate's output), PREFIX.hypotheses and PREFIX.references (one sentence
-per line, in the same order) and PREFIX.bleu: all of them, or none.
+writes PREFIX.generate and PREFIX.log (fairseq-generate's output), PREFIX.hypotheses and PREFIX.references (one
+sentence per line, in the same order) and PREFIX.bleu: all of them, or none.
 """
 
 from __future__ import annotations
@@ -65,10 +65,10 @@ def main() -> None:
                         metavar="DIR", help="with which it was trained (default: this plugin)")
     parser.add_argument("--split", default="test", metavar="NAME", help="to translate (default: %(default)s)")
     units = parser.add_mutually_exclusive_group()
-    units.add_argument("--sentencepiece", type=Path, metavar="FILE", help="the model that cut the data into pieces, or")
-    units.add_argument("--moses", metavar="LANGUAGE", help="of the target; the data are BPE units of lower-case Moses "
-                       "tokens, as from prepare_iwslt14.sh; the score ignores case. Without either of the two the tokens "
-                       "are words and punctuation")
+    units.add_argument("--sentencepiece", type=Path, metavar="FILE", help="that cut the data into pieces, or")
+    units.add_argument("--moses", metavar="LANGUAGE", help="of the target; the data are BPE units of lower-case "
+                       "Moses tokens, as from prepare_iwslt14.sh; the score ignores case. Without either of the two "
+                       "the tokens are words and punctuation")
     parser.add_argument("--beam", type=positive, default=5, metavar="N", help="default: %(default)s")
     parser.add_argument("--lenpen", type=float, default=1.0, metavar="X",
                         help="scores are divided by length to the power X (default: %(default)s)")

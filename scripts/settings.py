@@ -1,4 +1,4 @@
-"""What a run was, from the configuration in its checkpoint: shared by begin_run.py, record_run.py and results_table.py."""
+"""What a run was, from the configuration in its checkpoint: for begin_run.py and record_run.py."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from omegaconf import OmegaConf
 # Fields that change no result: paths, logs, processes that load, when a checkpoint is saved, how search looks.
 COMMON = re.compile(r"(memory_efficient_)?(fp16|bf16)(_.*)?|amp(_.*)?|.*loss_scale|on_cpu_convert_precision")
 WITHOUT_EFFECT = {
-    "data", "source_lang", "target_lang", "num_workers", "data_buffer_size", "dataset_impl", "gen_subset", "num_shards",
-    "shard_id", "debug_param_names", "stop_time_hours", "log_modulators", "multimax_backend", "eval_bleu_print_samples",
+    "data", "source_lang", "target_lang", "num_workers", "data_buffer_size", "dataset_impl", "gen_subset", "shard_id",
+    "num_shards", "debug_param_names", "stop_time_hours", "log_modulators", "eval_bleu_print_samples",
 }
 CHECKPOINT = ("best_checkpoint_metric", "maximize_best_checkpoint_metric", "patience", "finetune_from_model")
 NAMES_OF_PARTS = ("task", "criterion", "optimizer", "lr_scheduler")
@@ -21,7 +21,7 @@ MAPPING = ("attention_mapping", "mapping_options", "attention_mapping_sites", "a
 
 
 def plain(part: Any) -> dict[str, Any]:
-    """A part of a configuration, which may be a namespace, with lists for tuples and without fields that are unset."""
+    """A part of a configuration, also of a namespace, with lists for tuples and without fields that are unset."""
     part = OmegaConf.to_container(part, resolve=True, enum_to_str=True) if OmegaConf.is_config(part) else part
     fields = part if isinstance(part, dict) else vars(part) if part is not None else {}
     listed = {key: list(value) if isinstance(value, tuple) else value for key, value in fields.items()}

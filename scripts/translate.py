@@ -37,7 +37,7 @@ def languages_of(data_bin: Path) -> tuple[str, str]:
         found = re.fullmatch(r"\w+\.(\w+)-(\w+)\.\w+\.idx", path.name)
         if found:
             return found[1], found[2]
-    raise UserError(f"{data_bin} has no data of a pair of languages: give the folder that fairseq-preprocess has made")
+    raise UserError(f"{data_bin} has no data of a pair of languages: give what fairseq-preprocess has made")
 
 
 def units_of(args: Namespace, source: str, target: str) -> tuple[Convert, Convert]:
@@ -64,9 +64,9 @@ def main() -> None:
     parser = ArgumentParser(__doc__)
     parser.add_argument("--run", type=Path, metavar="DIR", help="holds checkpoint_best.pt")
     parser.add_argument("--checkpoint", metavar="FILE", help="instead; several, joined by ':', make an ensemble")
-    parser.add_argument("--data", type=Path, metavar="DIR", help="made by a prepare script: data-bin, and the model that "
-                        "cuts text into units, sentencepiece.bpe.model or bpe.codes")
-    parser.add_argument("--data-bin", type=Path, metavar="DIR", help="binarised data elsewhere (default: DATA/data-bin)")
+    parser.add_argument("--data", type=Path, metavar="DIR", help="made by a prepare script: data-bin, and the model "
+                        "that cuts text into units, sentencepiece.bpe.model or bpe.codes")
+    parser.add_argument("--data-bin", type=Path, metavar="DIR", help="binarised data (default: DATA/data-bin)")
     parser.add_argument("--sentencepiece", type=Path, metavar="FILE", help="any SentencePiece model, instead")
     parser.add_argument("--source-lang", metavar="NAME", help="default: that of the data; so for")
     parser.add_argument("--target-lang", metavar="NAME")
@@ -139,8 +139,8 @@ def translate(args: Namespace, folder: Path) -> None:
     if process.wait():
         why = explain(folder / "log", args)
         if "Size of sample" in why or "max_tokens" in why:
-            raise UserError(f"line {number + 1} is longer than the model or --max-tokens takes ({why}): shorten it, or let "
-                            "--truncate cut it")
+            raise UserError(f"line {number + 1} is longer than the model or --max-tokens takes ({why}): shorten it, "
+                            "or let --truncate cut it")
         raise UserError(f"fairseq-interactive failed: {why}")
     if problems:
         raise UserError(problems[0])

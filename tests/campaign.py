@@ -229,8 +229,8 @@ def damaged_table(rng, folder):
     expect(not re.search(r"\bnan\b|\binf\b", output.getvalue()), "the table has NaN")
 
 
-PYTHON_TOOLS = ("average_checkpoints", "check_decoding", "record_run", "results_table", "score_translation", "translate",
-                "multimax-analyze")
+PYTHON_TOOLS = ("average_checkpoints", "check_decoding", "record_run", "results_table", "score_translation",
+                "translate", "multimax-analyze")
 VALUES = (
     "", "-", "--", "0", "-1", "1e9", "99999999999", "NaN", "a:b", "a\nb", "-x", "ä", "x" * 300, "$(touch x)", "*",
     "../..", "/", "softmax", "multimax", "encoder,cross", ",", "1.0", "learned", "fp32",

@@ -112,8 +112,8 @@ def test_two_processes_train_the_model_of_multi30k_like_one(tmp_path):
     place = tmp_path / "place"
     run("bash", ROOT / "scripts" / "prepare_multi30k.sh", "--out", place, "--vocab-size", 1000, "--from", source)
     recipe = train_command("multi30k_de_en", tmp_path / "recipe", "--max-update", 4)
-    command = ["fairseq-train", place / "data-bin", *recipe[1:], "--dropout", "0", "--max-tokens", "1024", "--log-format",
-               "json", "--log-interval", "1", "--cpu", "--log-file", tmp_path / "log", "--save-dir"]
+    command = ["fairseq-train", place / "data-bin", *recipe[1:], "--dropout", "0", "--max-tokens", "1024",
+               "--log-format", "json", "--log-interval", "1", "--cpu", "--log-file", tmp_path / "log", "--save-dir"]
     alone = train_alone(*command, tmp_path / "alone", "--update-freq", 2)
     together = train_together(*command, tmp_path / "together")
     assert len(alone[0]) == 4

@@ -76,7 +76,8 @@ def test_settings_are_all_that_can_change_a_result(corpus):
         "multimax_transformer", [0.001], 0.1, "translation")
     for option, key, value in (
         ("--lr 2e-3", "lr", [0.002]), ("--fp16", "fp16", True), ("--dropout 0.2", "dropout", 0.2),
-        ("--max-tokens 9", "max_tokens", 9), ("--clip-norm 1", "clip_norm", 1.0), ("--update-freq 2", "update_freq", [2]),
+        ("--max-tokens 9", "max_tokens", 9), ("--clip-norm 1", "clip_norm", 1.0),
+        ("--update-freq 2", "update_freq", [2]),
         ("--adam-betas (0.9,0.98)", "adam_betas", "(0.9,0.98)"), ("--label-smoothing 0.1 --criterion "
          "label_smoothed_cross_entropy", "label_smoothing", 0.1), ("--encoder-layers 2", "encoder_layers", 2),
         ("--patience 3", "patience", 3), ("--max-update 7", "max_update", 7), ("--no-epoch-checkpoints", None, None),

@@ -224,7 +224,8 @@ def test_formats(translation):
     assert {row[0]: row[1:] for row in table} == cells
     text = results_table(translation[0], "--format", "latex").stdout
     assert text.startswith("\\begin{tabular}{lllllll}\n\\toprule\nmapping & seeds & valid ppl & BLEU, best & ")
-    assert f"softmax & 1 2 3 & 7.00 $\\pm$ 1.00 & {cells['softmax'][2].replace('±', '$' + chr(92) + 'pm$')} & --" in text
+    bleu = cells["softmax"][2].replace("±", r"$\pm$")
+    assert rf"softmax & 1 2 3 & 7.00 $\pm$ 1.00 & {bleu} & --" in text
 
 
 def test_what_cannot_be_compared_is_said(tmp_path):

@@ -13,7 +13,6 @@ import sys
 import time
 from argparse import Namespace
 
-import fork_server
 import pytest
 import sacrebleu
 import torch
@@ -29,8 +28,8 @@ from multimax_fairseq.models.options import MAPPING_OPTIONS
 
 EXAMPLES = ROOT / "examples"
 EXPERIMENTS = ("iwslt14_de_en", "wikitext103", "multi30k_de_en", "brown_lm")
-TINY = ["--encoder-layers", 1, "--encoder-embed-dim", 32, "--encoder-ffn-embed-dim", 32, "--encoder-attention-heads", 2,
-        "--decoder-layers", 1, "--decoder-embed-dim", 32, "--decoder-ffn-embed-dim", 32, "--decoder-attention-heads", 2]
+TINY = "--{0}-layers 1 --{0}-embed-dim 32 --{0}-ffn-embed-dim 32 --{0}-attention-heads 2"
+TINY = [*TINY.format("encoder").split(), *TINY.format("decoder").split()]
 
 
 def recipe(experiment, *arguments, data="data", **kwargs):
@@ -80,7 +79,7 @@ def test_the_hydra_config_is_the_recipe(experiment, tmp_path):
 def test_without_a_folder_it_says_what_it_takes(experiment):
     for arguments in ([], ["--seed", 1]):
         result = recipe(experiment, *arguments, check=False)
-        assert result.returncode == 1 and f"bash examples/{experiment}/run.sh RUN [OPTION OF fairseq-train" in result.stderr
+        assert result.returncode == 1 and f"/{experiment}/run.sh RUN [OPTION OF fairseq-train" in result.stderr
 
 
 @pytest.mark.parametrize("experiment, name", [
@@ -165,8 +164,8 @@ def test_the_record_says_what_the_run_was(done, made_up):
     record = json.loads((folder / "run.json").read_text())
     assert (record["experiment"], record["seed"], record["is_complete"]) == ("iwslt14_de_en", 1, True)
     assert record["mapping"] | {"attention_scale": "none"} == {
-        "attention_mapping": "topk_softmax", "mapping_options": "k=3", "attention_mapping_sites": "cross,decoder,encoder",
-        "attention_scale": "none", "output_mapping": "softmax"}
+        "attention_mapping": "topk_softmax", "mapping_options": "k=3",
+        "attention_mapping_sites": "cross,decoder,encoder", "attention_scale": "none", "output_mapping": "softmax"}
     assert record["settings"]["lr"] == [0.005] and record["settings"]["encoder_layers"] == 1
     for name, score in record["scores"].items():
         assert score["details"] in printed and f" = {score['bleu']:.2f} " in score["details"]
@@ -203,16 +202,16 @@ def test_what_is_done_is_not_done_again_and_nothing_is_mixed(done, made_up):
 @pytest.mark.slow
 def test_a_run_that_is_killed_goes_on_to_the_same_end(made_up, tmp_path):
     """Killed at random moments of training, at each epoch's end among them, or of scoring."""
-    arguments = [*SHORT, "--max-update", 60, "--max-tokens", 512, "--save-interval-updates", 7, "--keep-interval-updates", 1]
+    arguments = [*SHORT, "--max-update", 60, "--max-tokens", 512, "--save-interval-updates", 7,
+                 "--keep-interval-updates", 1]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     recipe("multi30k_de_en", whole, *arguments, data=made_up / "multi30k_de_en")
-    path = os.pathsep.join([fork_server.path(), environment()["PATH"]])
+    variables = environment() | {"DATA": str(made_up / "multi30k_de_en")}
     command = ["bash", EXAMPLES / "multi30k_de_en" / "run.sh", killed, *arguments]
     rng = random.Random(3)
     for _ in range(3):
-        process = subprocess.Popen(
-            [*map(str, command)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
-            env={**environment(), "PATH": environment()["PATH"] + os.pathsep + path, "DATA": str(made_up / "multi30k_de_en")})
+        process = subprocess.Popen([*map(str, command)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                                   start_new_session=True, env=variables)
         try:
             process.wait(rng.uniform(8, 16))
         except subprocess.TimeoutExpired:
@@ -267,8 +266,8 @@ def test_a_list_is_run_with_each_seed_and_is_slurms_array(tmp_path):
     assert result.returncode == 1 and result.stdout == "table of runs\n"  # one has failed, and the others have run
     log.unlink()
     for number in range(4):
-        command = ["env", f"SLURM_ARRAY_TASK_ID={number}", "bash", "examples/slurm.sh", "x", "list.txt", "runs", "1 2"]
-        run(*command, check=False, cwd=tmp_path)
+        run("bash", "examples/slurm.sh", "x", "list.txt", "runs", "1 2", check=False, cwd=tmp_path,
+            env={"SLURM_ARRAY_TASK_ID": str(number)})
     assert log.read_text().splitlines() == expected
     result = run("bash", "examples/run_list.sh", "x", "absent.txt", "runs", "1", check=False, cwd=tmp_path)
     assert result.returncode == 1 and "run_list.sh EXPERIMENT LIST RUNS" in result.stderr

@@ -113,7 +113,7 @@ class Layer(nn.Module):
     def __init__(self, row: Row, dimensions: int):
         super().__init__()
         self.query, self.key = nn.Linear(dimensions, PROJECTED), nn.Linear(dimensions, PROJECTED)
-        heads = {"num_heads": 1} if "num_heads" in arguments_of(MAPPINGS[row.mapping]) else {}
+        heads = {"num_heads": 1} if "num_heads" in arguments_of(MAPPINGS.get(row.mapping, nn.Identity)) else {}
         self.mapping = build_mapping(row.mapping, **row.mapping_options(), **heads)
         self.scale = build_scale(row.option("scale", "none"), num_heads=1)
         self.lr_scale = float(row.option("lr_scale", "1"))
