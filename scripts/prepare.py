@@ -190,7 +190,7 @@ def run(script: Path, arguments: list[str]) -> None:
     if is_prepared(out, settings, args.force):
         print(f"already prepared: {args.out}")
         return
-    with partial_folder(out) as build:
+    with partial_folder(out) as (build, lock):
         if is_prepared(out, settings, args.force):  # by the run that we have waited for
             print(f"already prepared: {args.out}")
             return
@@ -199,7 +199,7 @@ def run(script: Path, arguments: list[str]) -> None:
         elif any(recipe.files.values()) and settings["source"] not in map(recipe.files.get, files):
             print(f"WARNING: {source} is not the published {files[0]}, by its SHA-256", file=sys.stderr)
         options = {option.upper().replace("-", "_"): str(value) for option, value in vars(args).items()}
-        run_recipe(script, build, {**options, "SOURCE": str(source)})
+        run_recipe(script, build, lock, {**options, "SOURCE": str(source)})
         publish(build, out, settings, args.force)
         shutil.rmtree(download_folder(out), ignore_errors=True)
     print(f"done: {args.out} (train with: fairseq-train {args.out}/data-bin …)")
@@ -217,7 +217,7 @@ def need_commands(name: str) -> None:
             raise UserError(f"the Python module {module!r} is missing: pip install '.[iwslt14]'") from None
 
 
-def run_recipe(script: Path, build: Path, variables: dict[str, str]) -> None:
+def run_recipe(script: Path, build: Path, lock: int, variables: dict[str, str]) -> None:
     """Run the recipe in `build`, with all that it starts in a process group that ends with us.
 
     Raises:
@@ -225,7 +225,7 @@ def run_recipe(script: Path, build: Path, variables: dict[str, str]) -> None:
     """
     process = subprocess.Popen(
         ["bash", str(script.resolve())], cwd=build, start_new_session=True, stdin=subprocess.DEVNULL,
-        env={**os.environ, "PYTHON": sys.executable, **variables, "PREPARING": "yes"}, pass_fds=[lock_of[build]],
+        env={**os.environ, "PYTHON": sys.executable, **variables, "PREPARING": "yes"}, pass_fds=[lock],
     )
     try:
         status = process.wait()
@@ -245,12 +245,9 @@ def run_recipe(script: Path, build: Path, variables: dict[str, str]) -> None:
 
 # ---------------------------------------------------------------------- complete or absent
 
-lock_of: dict[Path, int] = {}  # what is being built → an open file that holds its lock, in our children too
-
-
 @contextmanager
-def partial_folder(out: Path) -> Iterator[Path]:
-    """OUT.partial, empty and locked; waits for another run's, and takes over a killed one's. Removed at the end."""
+def partial_folder(out: Path) -> Iterator[tuple[Path, int]]:
+    """OUT.partial, empty, and an open file that locks it; waits for another run's, and takes over a killed one's."""
     build = out.with_name(f"{out.name}.partial")
     out.parent.mkdir(parents=True, exist_ok=True)
     while True:
@@ -265,9 +262,9 @@ def partial_folder(out: Path) -> Iterator[Path]:
             break
         os.close(lock)
     try:
-        clear(build)
-        lock_of[build] = lock
-        yield build
+        for path in build.iterdir():
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        yield build, lock
     finally:
         deadline = time.monotonic() + 5  # what was killed may still be writing
         while is_at(lock, build) and time.monotonic() < deadline:
@@ -278,11 +275,6 @@ def partial_folder(out: Path) -> Iterator[Path]:
 def is_at(lock: int, path: Path) -> bool:
     """Whether an open folder is still at its path: it may have become OUT, or been removed."""
     return path.exists() and path.stat().st_ino == os.fstat(lock).st_ino
-
-
-def clear(folder: Path) -> None:
-    for path in folder.iterdir():
-        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def files_of(folder: Path) -> dict[str, int]:
@@ -455,7 +447,7 @@ def opened(source: Path) -> Iterator[dict[str, Any]]:
     """The files of a source: name, without folders and .gz → a function that opens it."""
     if source.is_dir():
         files = (path for path in sorted(source.iterdir(), reverse=True) if path.is_file())
-        yield {path.name.removesuffix(".gz"): opener(path) for path in files}  # a plain one takes the place of its .gz
+        yield {path.name.removesuffix(".gz"): opener(path) for path in files}  # plain before .gz
         return
     refuse_web_page(source, str(source))
     if zipfile.is_zipfile(source):

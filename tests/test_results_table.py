@@ -156,7 +156,7 @@ def test_perplexities_of_language_models(tmp_path):
 @pytest.mark.parametrize("mapping, name", [
     ({}, "MultiMax"),
     ({"multimax_order": 1, "multimax_terms": "above"}, "MultiMax, order 1, only above"),
-    ({"attention_mapping_sites": "encoder,cross"}, "MultiMax, encoder and cross only"),
+    ({"attention_mapping_sites": "encoder,cross"}, "MultiMax, cross and encoder only"),
     ({"attention_mapping_sites": "cross,decoder,encoder", "multimax_terms": "above,below"}, "MultiMax"),
     ({"multimax_init": "identity"}, "MultiMax, identity at the start"),
     ({"attention_mapping": "softmax", "multimax_order": 1, "entmax_alpha": "learned"}, "softmax"),
@@ -223,7 +223,7 @@ def test_formats(translation):
     table = list(csv.reader(io.StringIO(results_table(translation[0], "--format", "csv").stdout)))
     assert {row[0]: row[1:] for row in table} == cells
     text = results_table(translation[0], "--format", "latex").stdout
-    assert text.startswith("\\begin{tabular}{lllllll}\n\\toprule\nmapping & seeds & valid ppl & BLEU, best & ")
+    assert text.startswith("\\begin{tabular}{llllll}\n\\toprule\nmapping & seeds & valid ppl & BLEU, best & ")
     bleu = cells["softmax"][2].replace("±", r"$\pm$")
     assert rf"softmax & 1 2 3 & 7.00 $\pm$ 1.00 & {bleu} & --" in text
 
