@@ -49,11 +49,8 @@ def average(paths: List[Path]) -> Dict[str, Any]:
         checkpoint = read_checkpoint(path)
         parameters = checkpoint["model"]
         total = total or {name: torch.zeros_like(tensor, dtype=torch.float64) for name, tensor in parameters.items()}
-        different = [
-            name
-            for name in sorted({*total, *parameters})
-            if name not in total or name not in parameters or total[name].shape != parameters[name].shape
-        ]
+        shapes, others = ({name: tensor.shape for name, tensor in part.items()} for part in (total, parameters))
+        different = sorted(name for name in {*shapes, *others} if shapes.get(name) != others.get(name))
         if different:
             raise UserError(f"{path} is of another model than {paths[0]}: they differ in {', '.join(different[:3])}")
         for name, tensor in parameters.items():

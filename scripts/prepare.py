@@ -553,29 +553,25 @@ def stop(number: int, _: object) -> NoReturn:
 
 
 def main() -> None:
-    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("run", add_help=False)
-    command.add_argument("script", type=Path)
-    command.add_argument("arguments", nargs=argparse.REMAINDER)
-    command = commands.add_parser("take")
-    command.add_argument("source", type=Path)
-    command.add_argument("wanted", nargs="+")
-    command = commands.add_parser("pairs")
-    command.add_argument("prefixes", nargs="+")
-    command.add_argument("--published", type=int, nargs="+", required=True)
-    command = commands.add_parser("tokens")
-    command.add_argument("data_bin", type=Path)
-    command.add_argument("--published", type=int, nargs="+", required=True)
-    command.add_argument("--types", type=int, required=True)
     for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
     with errors_in_a_line():
-        if sys.argv[1:2] == ["run"]:  # argparse would take --help for its own
+        if sys.argv[1:2] == ["run"]:  # whose options are the recipe's
             run(Path(sys.argv[2]), sys.argv[3:])
             return
-        arguments = vars(parser.parse_args())
-        {"take": take, "pairs": pairs, "tokens": tokens}[arguments.pop("command")](**arguments)
+        parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        parser.add_argument("command", choices=["run", "take", "pairs", "tokens"])
+        parser.add_argument("source")
+        parser.add_argument("words", nargs="*")
+        parser.add_argument("--published", type=int, nargs="+")
+        parser.add_argument("--types", type=int)
+        args = parser.parse_args()
+        if args.command == "take":
+            take(Path(args.source), args.words)
+        elif args.command == "pairs":
+            pairs([args.source, *args.words], args.published)
+        else:
+            tokens(Path(args.source), args.published, args.types)
 
 
 if __name__ == "__main__":

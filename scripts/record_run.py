@@ -11,6 +11,7 @@ checkpoint. scripts/results_table.py makes tables of such files.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import math
@@ -132,10 +133,8 @@ def versions() -> dict[str, str]:
     """The versions of everything that a score can depend on."""
     found = {"python": platform.python_version(), "multimax_fairseq": multimax_fairseq.__version__}
     for name in DISTRIBUTIONS:
-        try:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            pass
     return found
 
 

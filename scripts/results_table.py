@@ -394,8 +394,7 @@ def latex(header: list[str], rows: list[list[str]]) -> str:
 
 
 def comma_separated(header: list[str], rows: list[list[str]]) -> str:
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([header, *rows])
+    csv.writer(text := io.StringIO(), lineterminator="\n").writerows([header, *rows])
     return text.getvalue().rstrip("\n")
 
 

@@ -45,15 +45,6 @@ def read_lines(path: Path) -> list[str]:
         raise UserError(f"{path} is not UTF-8") from None
 
 
-def detokeniser(moses: str | None, is_text: bool):
-    """A function of a line of fairseq-generate's: text from words and punctuation, or from Moses' tokens."""
-    if moses:
-        from iwslt14_text import decoder
-
-        return decoder(moses)
-    return str if is_text else lambda line: re.sub(r" ([.,?!])", r"\1", line)
-
-
 def main() -> None:
     parser = ArgumentParser(__doc__)
     parser.add_argument("--data-bin", type=Path, required=True, metavar="DIR", help="binarised data")
@@ -104,7 +95,11 @@ def score(args, references: list[str], folder: Path) -> str:
         raise UserError(f"fairseq-generate failed: {explain(folder / 'log', args)}")
     # D-<index> <score> <sentence>, in order of length
     found = [line[2:].split("\t") for line in read_lines(folder / "generate") if line.startswith("D-")]
-    text_of = detokeniser(args.moses, bool(args.sentencepiece))
+    text_of = str if args.sentencepiece else lambda line: re.sub(r" ([.,?!])", r"\1", line)
+    if args.moses:
+        from iwslt14_text import decoder  # here: it needs more than others do
+
+        text_of = decoder(args.moses)
     hypotheses = [text_of(fields[2]) for fields in sorted(found, key=lambda fields: int(fields[0]))]
     if len(hypotheses) != len(references):
         raise UserError(f"{len(hypotheses)} translations for {len(references)} references: some were lost on the way")
