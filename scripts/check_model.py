@@ -5,7 +5,6 @@ from __future__ import annotations
 from argparse import Namespace
 from pathlib import Path
 
-from multimax_fairseq.analysis.checkpoint import check_sentences, load_model, load_split
 from multimax_fairseq.analysis.files import UserError, import_user_dir
 
 
@@ -17,7 +16,7 @@ def split_checkpoints(names: str) -> list[Path]:
     """
     if not all(names.split(":")):
         raise UserError(f"--checkpoint {names!r} has an empty name")
-    return [Path(name) for name in names.split(":")]
+    return list(map(Path, names.split(":")))
 
 
 def check(args: Namespace) -> int | None:
@@ -29,6 +28,8 @@ def check(args: Namespace) -> int | None:
     Raises:
         UserError: a file is missing, damaged, or belongs to another model or data.
     """
+    from multimax_fairseq.analysis.checkpoint import check_sentences, load_model, load_split  # here: it takes seconds
+
     import_user_dir(Path(args.user_dir))
     longest = []
     for path in split_checkpoints(args.checkpoint):

@@ -1,7 +1,6 @@
 #!/usr/bin/env python
 """Translates raw text, one sentence per line, with a model that has been trained here.
 
-    bash scripts/translate.sh --run runs/a --data data/multi30k_de_en <german >english
     echo "Ein Hund läuft." | bash scripts/translate.sh --run runs/a --data data/multi30k_de_en
     bash scripts/translate.sh --checkpoint model.pt --data-bin data-bin --sentencepiece my.model <text
 

@@ -5,8 +5,8 @@
 
 An attack is a function of the table ``ATTACKS`` that draws what it does from a generator and raises ``Failure`` where
 something is not as it should be: a traceback, a success on damaged files, something left behind, other bytes after a
-kill than without. A line is printed for each failure, with the word that repeats
-it, and at the end how often each attack was made. The exit status is 1 if there was a failure.
+kill than without. A line is printed for each failure, with the word that repeats it, and at the end how often each
+attack was made. The exit status is 1 if there was a failure.
 """
 
 import argparse
@@ -36,11 +36,7 @@ from conftest import ROOT, TINY, demo_corpus, environment, load_script, parse, r
 from fairseq import tasks  # noqa: E402
 
 import multimax_fairseq.models  # noqa: E402, F401  torch.load then takes checkpoints of fairseq
-from multimax_fairseq import mappings  # noqa: E402
 from multimax_fairseq.analysis import cli as analysis_cli  # noqa: E402
-from multimax_fairseq.mappings.multimax import INITS, TERMS  # noqa: E402
-from multimax_fairseq.models.options import MAPPING_OPTIONS, SITES  # noqa: E402
-from multimax_fairseq.modules.scale import SCALES  # noqa: E402
 
 SCRIPTS, EXAMPLES = ROOT / "scripts", ROOT / "examples"
 
@@ -204,33 +200,6 @@ def damaged_data(rng, folder):
     expect(message is None or not (folder / "out").exists(), tool, "leaves a report after", how)
 
 
-VALUES = (
-    "", "-", "--", "0", "-1", "1e9", "99999999999", "NaN", "a:b", "a\nb", "-x", "ä", "x" * 300, "$(touch x)", "*",
-    "../..", "/", "softmax", "multimax", "encoder,cross", ",", "1.0", "learned", "fp32",
-)
-
-
-def strange_flags(rng, _):
-    """Options of the plugin that may or may not make sense: a model is built, or an error says why not."""
-    options = []
-    flags = ["--" + option.name.replace("_", "-") for option in MAPPING_OPTIONS if option.name != "multimax_backend"]
-    for _ in range(rng.randrange(1, 6)):
-        options += [rng.choice(flags), rng.choice([*VALUES, *FLAG_VALUES])]
-    arch = rng.choice(["multimax_transformer", "multimax_transformer_tiny"])
-    output = io.StringIO()
-    try:
-        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
-            _, cfg = parse([workplace() / "data-bin", "--arch", arch, *TINY, *options])
-            tasks.setup_task(cfg.task).build_model(cfg.model)
-    except SystemExit:
-        expect(" error: " in output.getvalue(), *options, "end in", output.getvalue()[-200:])
-    except ValueError as error:
-        expect(str(error) and "\n" not in str(error).strip(), *options, "end in", error)
-
-
-FLAG_VALUES = (*mappings.MAPPINGS, *SITES, *SCALES, *INITS, *TERMS, "1", "2", "0.5", "1.5", "inf", "k=3", "eager")
-
-
 def killed(rng, folder):
     """A command, killed at random up to three times, then run to its end: the result of one that was not stopped."""
     name = rng.choice(sorted(KILLED))
@@ -332,7 +301,6 @@ def descendants_of(number):
 ATTACKS = {
     "run": (damaged_run, 20),
     "data": (damaged_data, 12),
-    "flags": (strange_flags, 20),
     "kill": (killed, 3),
 }
 

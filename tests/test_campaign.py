@@ -23,7 +23,7 @@ def rounds(number):
 
 
 @pytest.mark.parametrize("name, number", [
-    ("run", 8), ("data", 4), ("flags", 8)])
+    ("run", 8), ("data", 4)])
 def test_a_short_campaign_finds_nothing(name, number, place):
     counts, failures = campaign.campaign(1, rounds(number), [name])
     assert counts == {name: number} and not failures
