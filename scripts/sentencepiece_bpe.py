@@ -77,7 +77,7 @@ def main() -> None:
     parser.add_argument("texts", type=Path, nargs="*", metavar="TEXT", help="to learn from, one sentence a line")
     parser.add_argument("--model", type=Path, required=True, help="the file to write or to read")
     parser.add_argument("--vocab-size", type=int, default=8000, help="default: %(default)s pieces")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     try:
         if args.command == "train":
             train(args.texts, args.model, args.vocab_size)
