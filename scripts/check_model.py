@@ -47,6 +47,6 @@ def explain(log: Path, args: Namespace) -> str:
     try:
         check(args)
     except UserError as error:
-        return str(error)
+        return f"{error}{'; of your own? --user-dir names its folder' if 'mapping' in str(error) else ''}"
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
     return lines[-1][:500] if lines else "it has said nothing"
