@@ -78,7 +78,7 @@ def validation(folder: Path, checkpoint: dict[str, Any]) -> dict[str, Any]:
     found = {
         "updates": updates,
         "metric": entry(checkpoint, path, "cfg", "checkpoint", "best_checkpoint_metric"),
-        "value": entry(checkpoint, path, "extra_state", "val_loss"),
+        "value": float(entry(checkpoint, path, "extra_state", "val_loss")),
     }
     log = folder / "train.log"
     for line in read_text(log).splitlines() if log.is_file() else ():
@@ -187,8 +187,8 @@ def record(folder: Path) -> dict[str, Any]:
         "whole_epochs": epochs,
         "is_complete": (folder / "trained").exists() or 0 < asked.get("max_update", 0) <= updates
         or 0 < asked.get("max_epoch", 0) <= epochs,
-        # from fairseq's checkpoint, so summed over resumed runs, without lost work
-        "training_seconds": round(entry(last, last_path, "extra_state", "previous_training_time"), 1),
+        # from fairseq's checkpoint, so summed over resumed runs, without lost work; a tensor, if processes have summed it
+        "training_seconds": round(float(entry(last, last_path, "extra_state", "previous_training_time")), 1),
         "versions": versions(),
         "hardware": hardware(),
     }

@@ -1,5 +1,6 @@
 """What users meet when files or options are wrong: each tool says it in a line, and leaves nothing behind."""
 
+import json
 import os
 import re
 import shutil
@@ -179,9 +180,11 @@ def test_a_checkpoint_that_lacks_what_a_record_needs(change, message, folder, co
 
 
 def test_intact_files_are_no_error(folder, corpus, monkeypatch):
+    seconds = torch.tensor(2.5)  # as several processes leave it
+    saved(lambda state: state["extra_state"].update(previous_training_time=seconds))(folder / "checkpoint_last.pt")
     for tool in ("average_checkpoints", "check_decoding", "record_run"):
         assert start(tool, TOOLS[tool](folder, corpus), monkeypatch) is None
-    assert (folder / "run.json").is_file() and (folder / "average.pt").is_file()
+    assert json.loads((folder / "run.json").read_text())["training_seconds"] == 2.5 and (folder / "average.pt").is_file()
 
 
 def test_what_computes_nan_is_no_success(folder, corpus, monkeypatch):
