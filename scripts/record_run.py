@@ -187,7 +187,7 @@ def record(folder: Path) -> dict[str, Any]:
         "whole_epochs": epochs,
         "is_complete": (folder / "trained").exists() or 0 < asked.get("max_update", 0) <= updates
         or 0 < asked.get("max_epoch", 0) <= epochs,
-        # from fairseq's checkpoint, so summed over resumed runs, without lost work; a tensor, if processes have summed it
+        # from fairseq's checkpoint, so summed over resumed runs, without lost work; of processes, a tensor
         "training_seconds": round(float(entry(last, last_path, "extra_state", "previous_training_time")), 1),
         "versions": versions(),
         "hardware": hardware(),
