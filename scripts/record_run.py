@@ -211,8 +211,8 @@ def main() -> None:
     with errors_in_a_line():
         found = record(args.folder)
         whole = {"format": FORMAT, "experiment": args.experiment, "command": args.command, **found}
+        text = json.dumps(whole, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
         with replacing(args.folder / "run.json") as file:
-            text = json.dumps(whole, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
             file.write(text.encode(errors="backslashreplace"))
     print(f"wrote {args.folder / 'run.json'}")
 

@@ -29,11 +29,7 @@ def plain(part: Any) -> dict[str, Any]:
 
 
 def settings_of(cfg: Any) -> dict[str, Any]:
-    """All settings of a run that can change its result, but for the seed and the mappings, by fairseq's names.
-
-    Args:
-        cfg: of fairseq-train or fairseq-hydra-train, or as a checkpoint has it.
-    """
+    """All settings of a run that can change its result, but for the seed and the mappings, by fairseq's names."""
     parts = {name: plain(part) for name, part in plain(cfg).items()}
     found = {name: parts[name].get("_name") for name in NAMES_OF_PARTS if name in parts}
     model = parts["model"]

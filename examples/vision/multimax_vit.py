@@ -5,9 +5,6 @@
 
 As in the paper's experiment on ImageNet, tokens are averaged (``global_pool="avg"``, no class token) after the last
 normalisation. MultiMax acts in the attention of every block, and with ``output_mapping="multimax"`` on the classes.
-
-Sources: Zhou, Fritz, Keuper, *MultiMax: Sparse and Multi-Modal Attention Learning*, ICML 2024; Touvron et al.,
-*Training data-efficient image transformers & distillation through attention*, ICML 2021 (DeiT).
 """
 
 import contextlib
@@ -67,11 +64,7 @@ class InsteadOfSoftmax(TorchFunctionMode):
 
 
 class MappedAttention(Attention):
-    """timm's attention with another mapping in the place of softmax; made of one of timm's by :meth:`adopt`.
-
-    ``forward`` is timm's, with its projections, masks, dropout and normalisations; where it calls softmax, it gets
-    the mapping. With softmax nothing is replaced.
-    """
+    """timm's attention with a mapping where ``forward`` calls softmax; made of one of timm's by :meth:`adopt`."""
 
     mapping: Optional[nn.Module]  # over the last dimension; None is softmax
     on_attention: Optional[Callable[[Tensor, Tensor], None]]  # called with scores and probabilities
@@ -119,14 +112,8 @@ class MultiMaxVisionTransformer(VisionTransformer):
         ValueError: a mapping has another name, or one of its options another value.
     """
 
-    def __init__(
-        self,
-        *args: Any,
-        attention_mapping: str = "multimax",
-        output_mapping: str = "softmax",
-        attention_options: Optional[Dict[str, Any]] = None,
-        **options: Any,
-    ):
+    def __init__(self, *args: Any, attention_mapping: str = "multimax", output_mapping: str = "softmax",
+                 attention_options: Optional[Dict[str, Any]] = None, **options: Any):
         if output_mapping not in OUTPUT_MAPPINGS:
             raise ValueError(f"the classes are mapped by {' or '.join(OUTPUT_MAPPINGS)}; got {output_mapping!r}")
         # fc_norm=False: timm would normalise after averaging, and the authors do before
@@ -172,11 +159,8 @@ def load_authors_checkpoint(path: Union[str, Path], **options: Any) -> MultiMaxV
         raise ValueError(f"{path} has a width of {width}, no multiple of DeiT's {HEAD_WIDTH} numbers a head: give "
                          "num_heads=")
     inferred = {
-        "img_size": math.isqrt(weights["pos_embed"].size(1)) * patch_size,
-        "patch_size": patch_size,
-        "in_chans": channels,
-        "num_classes": weights["head.weight"].size(0),
-        "embed_dim": width,
+        "img_size": math.isqrt(weights["pos_embed"].size(1)) * patch_size, "patch_size": patch_size,
+        "in_chans": channels, "num_classes": weights["head.weight"].size(0), "embed_dim": width,
         "depth": 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks.")),
         "num_heads": width // HEAD_WIDTH,
         "mlp_ratio": weights["blocks.0.mlp.fc1.weight"].size(0) / width,
@@ -215,11 +199,9 @@ def recording(model: nn.Module, on_attention: Callable[[int, Tensor, Tensor], No
     """While it is entered, each block calls ``on_attention`` with its number, scores and probabilities."""
     for number, block in enumerate(model.blocks):
         block.attn.on_attention = functools.partial(on_attention, number)
-    try:
-        yield
-    finally:
-        for block in model.blocks:
-            block.attn.on_attention = None
+    yield
+    for block in model.blocks:
+        block.attn.on_attention = None
 
 
 def register_deit(size: str, width: int) -> None:

@@ -43,11 +43,9 @@ def digits() -> Tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def shifted(pictures: Tensor) -> Tensor:
     """Each picture moved by −1, 0 or 1 pixel in both directions, with background moved in."""
-    count, _, height, width = pictures.shape
-    moved_in = F.pad(pictures, (1, 1, 1, 1), value=-1.0)
-    rows = torch.arange(height) + torch.randint(3, (count, 1))  # (count, height)
-    columns = torch.arange(width) + torch.randint(3, (count, 1))
-    return moved_in[torch.arange(count)[:, None, None], 0, rows[:, :, None], columns[:, None, :]].unsqueeze(1)
+    padded = F.pad(pictures, (1, 1, 1, 1), value=-1.0)
+    moves = torch.cat([torch.randint(3, (len(pictures), 1)) for _ in "yx"], dim=1).tolist()
+    return torch.stack([picture[:, y : y + 8, x : x + 8] for picture, (y, x) in zip(padded, moves)])
 
 
 def train(model: nn.Module, pictures: Tensor, classes: Tensor, args: argparse.Namespace) -> None:
@@ -58,9 +56,8 @@ def train(model: nn.Module, pictures: Tensor, classes: Tensor, args: argparse.Na
     model.train()
     for _ in range(args.epochs):
         for batch in torch.randperm(len(classes)).split(args.batch_size):
-            loss = F.cross_entropy(model(shifted(pictures[batch])), classes[batch], label_smoothing=0.1)
             optimizer.zero_grad()
-            loss.backward()
+            F.cross_entropy(model(shifted(pictures[batch])), classes[batch], label_smoothing=0.1).backward()
             optimizer.step()
             scheduler.step()
 
@@ -81,8 +78,8 @@ def evaluate(model: MultiMaxVisionTransformer, pictures: Tensor, classes: Tensor
 
 def run_once(mapping: str, seed: int, args: argparse.Namespace) -> Dict[str, Any]:
     """Train and evaluate one model, or read what an earlier call has left."""
-    settings = {"attention_mapping": mapping, "output_mapping": args.output_mapping, "seed": seed,
-                "epochs": args.epochs, "batch_size": args.batch_size, "lr": args.lr}
+    settings = {"attention_mapping": mapping, "seed": seed, **{key: getattr(args, key) for key in
+                ("output_mapping", "epochs", "batch_size", "lr")}}
     report = args.out / f"{mapping}-{args.output_mapping}-seed{seed}.json"
     if report.exists():
         result = json.loads(report.read_text())
@@ -110,8 +107,8 @@ def table(results: List[Dict[str, Any]]) -> str:
     for result in results:
         suffix = "" if result["output_mapping"] == "softmax" else f", {result['output_mapping']} on the classes"
         groups.setdefault(result["attention_mapping"] + suffix, []).append(result)
-    metrics = [f"{letter}, block {block + 1}" for letter in "MS" for block in range(MODEL["depth"])]
-    head = ["attention", "seeds", "accuracy, %", *metrics, "CPU minutes a run"]
+    blocks = [f"{letter}, block {block}" for letter in "MS" for block in (1, 2, 3)]
+    head = ["attention", "seeds", "accuracy, %", *blocks, "CPU minutes a run"]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for name, runs in groups.items():
         accuracies = torch.tensor([100 * run["accuracy"] for run in runs], dtype=torch.float64)
