@@ -554,7 +554,8 @@ def stop(number: int, _: object) -> NoReturn:
 
 def main() -> None:
     for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
+        if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+            signal.signal(number, stop)
     with errors_in_a_line():
         if sys.argv[1:2] == ["run"]:  # whose options are the recipe's
             run(Path(sys.argv[2]), sys.argv[3:])
