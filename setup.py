@@ -30,6 +30,7 @@ setup(
         "entmax>=1.1",
         "sacrebleu>=2.0",
         "sentencepiece",
+        "pooch",  # downloads of scripts/prepare_*.sh
         "tqdm",
         "matplotlib",
     ],

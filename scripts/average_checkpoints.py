@@ -25,22 +25,17 @@ from multimax_fairseq.tools import (
 
 
 def last_epochs(folder: Path, count: int) -> List[Path]:
-    """The ``count`` newest ``checkpoint<epoch>.pt`` of a folder, oldest first.
+    """The ``count`` newest ``checkpoint<epoch>.pt`` of a folder, or all if there are fewer, oldest first.
 
     Raises:
-        UserError: there are fewer of them.
+        UserError: there is none.
     """
-    by_epoch = {}
-    for path in folder.glob("checkpoint*.pt"):
-        match = re.fullmatch(r"checkpoint(\d+)\.pt", path.name)
-        if match:
-            by_epoch[int(match[1])] = path
-    if len(by_epoch) < count:
-        raise UserError(
-            f"{folder} holds {len(by_epoch)} checkpoints of whole epochs, not {count}: train without "
-            f"--no-epoch-checkpoints and with --keep-last-epochs {count} or more"
-        )
-    return [by_epoch[epoch] for epoch in sorted(by_epoch)[-count:]]
+    matches = (re.fullmatch(r"checkpoint(\d+)\.pt", path.name) for path in folder.glob("checkpoint*.pt"))
+    epochs = sorted(int(match[1]) for match in matches if match)
+    if not epochs:
+        raise UserError(f"{folder} has no checkpoint of a whole epoch: train without --no-epoch-checkpoints and with "
+                        f"--keep-last-epochs {count} or more")
+    return [folder / f"checkpoint{epoch}.pt" for epoch in epochs[-count:]]
 
 
 def average(paths: List[Path]) -> Dict[str, Any]:
@@ -54,11 +49,8 @@ def average(paths: List[Path]) -> Dict[str, Any]:
         checkpoint = read_checkpoint(path)
         parameters = checkpoint["model"]
         total = total or {name: torch.zeros_like(tensor, dtype=torch.float64) for name, tensor in parameters.items()}
-        different = [
-            name
-            for name in sorted({*total, *parameters})
-            if name not in total or name not in parameters or total[name].shape != parameters[name].shape
-        ]
+        shapes, others = ({name: tensor.shape for name, tensor in part.items()} for part in (total, parameters))
+        different = sorted(name for name in {*shapes, *others} if shapes.get(name) != others.get(name))
         if different:
             raise UserError(f"{path} is of another model than {paths[0]}: they differ in {', '.join(different[:3])}")
         for name, tensor in parameters.items():
@@ -70,7 +62,8 @@ def average(paths: List[Path]) -> Dict[str, Any]:
 def main() -> None:
     parser = ArgumentParser(__doc__)
     parser.add_argument("inputs", nargs="+", type=Path, help="checkpoints, or with --last one folder of them")
-    parser.add_argument("--last", type=positive, metavar="N", help="take the last N epochs of the folder")
+    parser.add_argument("--last", type=positive, metavar="N",
+                        help="take the last N epochs of the folder, or as many as there are")
     parser.add_argument("--output", type=Path, required=True, help="the averaged checkpoint")
     args = parser.parse_args()
     with errors_in_a_line():

@@ -1,48 +1,52 @@
-"""Do checkpoints and data fit together? Prints nothing, or a line that says what is wrong.
+"""Why has a command of fairseq failed? What is wrong with the files that were given to it, in a line."""
 
-    python scripts/check_model.py --checkpoint runs/a/checkpoint_best.pt:average.pt --data data/data-bin
+from __future__ import annotations
 
-The shell scripts run it after a failed fairseq command, whose output ends in a traceback. For translation models it
-prints how many tokens a source sentence may have.
-"""
-
+from argparse import Namespace
 from pathlib import Path
 
-from multimax_fairseq.analysis.checkpoint import check_sentences, load_model, load_split
-from multimax_fairseq.tools import ArgumentParser, UserError, errors_in_a_line
+from multimax_fairseq.tools import UserError, import_user_dir
 
 
-def check(checkpoints: list[Path], data: Path, split: str | None) -> int | None:
+def split_checkpoints(names: str) -> list[Path]:
+    """The files of an ensemble, joined by ':'.
+
+    Raises:
+        UserError: one has no name.
+    """
+    if not all(names.split(":")):
+        raise UserError(f"--checkpoint {names!r} has an empty name")
+    return list(map(Path, names.split(":")))
+
+
+def check(args: Namespace) -> int | None:
     """The longest source sentence that all models take; None for language models.
+
+    Args:
+        args: checkpoint (several are joined by ':'), data_bin, user_dir and, if it has to be there too, split.
 
     Raises:
         UserError: a file is missing, damaged, or belongs to another model or data.
     """
+    from multimax_fairseq.analysis.checkpoint import check_sentences, load_model, load_split  # here: it takes seconds
+
+    import_user_dir(Path(args.user_dir))
     longest = []
-    for path in checkpoints:
-        model, _, task = load_model(path, data)
+    for path in split_checkpoints(args.checkpoint):
+        model, _, task = load_model(path, Path(args.data_bin))
         if hasattr(model, "encoder"):
             longest.append(model.encoder.max_positions())
-    if split:
-        dataset = load_split(task, data, split)
-        check_sentences(task, dataset, range(len(dataset)), f"the split {split!r} of {data}")
+    if getattr(args, "split", None):
+        dataset = load_split(task, Path(args.data_bin), args.split)
+        check_sentences(task, dataset, range(len(dataset)), f"the split {args.split!r} of {args.data_bin}")
     return min(longest, default=None)
 
 
-def main() -> None:
-    parser = ArgumentParser(__doc__)
-    parser.add_argument("--checkpoint", required=True, help="several, joined by ':', are an ensemble")
-    parser.add_argument("--data", type=Path, required=True, help="the folder that fairseq-preprocess made")
-    parser.add_argument("--split", help="of the data that has to be there, too")
-    args = parser.parse_args()
-    with errors_in_a_line():
-        names = args.checkpoint.split(":")
-        if "" in names:
-            raise UserError(f"--checkpoint {args.checkpoint!r} has an empty name")
-        longest = check(list(map(Path, names)), args.data, args.split)
-    if longest is not None:
-        print(longest)
-
-
-if __name__ == "__main__":
-    main()
+def explain(log: Path, args: Namespace) -> str:
+    """What :func:`check` finds, or else the last line that the command has written."""
+    try:
+        check(args)
+    except UserError as error:
+        return f"{error}{'; of your own? --user-dir names its folder' if 'mapping' in str(error) else ''}"
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    return lines[-1][:500] if lines else "it has said nothing"

@@ -1,10 +1,12 @@
-# Shared by demo.sh and test.sh, after common.sh: sourced, never run.
+# Shared by demo.sh and test.sh: sourced, never run.
 #
 #     use_environment "$root" [EXTRA]    # the project in $root, with the dependencies of EXTRA (of setup.py)
 #
 # installs into the active virtual or conda environment, or makes $root/.venv.
 
 # shellcheck shell=bash
+
+die() { printf 'ERROR: %s\n' "$*" >&2; exit 1; }
 
 # suitable COMMAND: can fairseq be installed for this Python?
 suitable() {
@@ -30,13 +32,12 @@ use_environment() {
     if [[ -z ${VIRTUAL_ENV:-}${CONDA_PREFIX:-} ]]; then
         if [[ ! -f $root/.venv/bin/activate ]]; then
             python=$(find_python)
-            info "making the virtual environment .venv with $("$python" --version)"
+            echo "making the virtual environment .venv with $("$python" --version)"
             "$python" -m venv "$root/.venv"
         fi
         # shellcheck source=/dev/null
         source "$root/.venv/bin/activate"
     fi
-    export PYTHON=python
     suitable python || die "the active environment has $(python --version), and this needs 3.10, 3.11 or 3.12:" \
         "deactivate it (then .venv is made), or activate another"
 
@@ -44,9 +45,9 @@ use_environment() {
     wanted=$(cat "$root/setup.py" "$root/requirements.txt"; echo "$root $target")
     stamp=$(python -c 'import sys; print(sys.prefix)')/.multimax_fairseq${extra:+-$extra}
     [[ ! -f $stamp || $(cat "$stamp") != "$wanted" ]] || return 0
-    info "installing (about a minute, and more where torch has to be downloaded)"
+    echo "installing (about a minute, and more where torch has to be downloaded)"
     if python -c 'import sys; sys.exit(sys.version_info >= (3, 11))'; then
-        info "replacing pip by one older than 24.1: newer ones reject what fairseq 0.12.2 depends on"
+        echo "replacing pip by one older than 24.1: newer ones reject what fairseq 0.12.2 depends on"
         python -m pip install --quiet 'pip<24.1'
     fi
     (cd "$root" && python -m pip install --quiet --disable-pip-version-check -c requirements.txt -e "$target") ||

@@ -2,16 +2,13 @@
 """IWSLT'14 German-English: makes subword units of the published files, line for line as fairseq's recipe does.
 
     python scripts/iwslt14_text.py prepare --from de-en --out DIR           # all of it
-    python scripts/iwslt14_text.py encode --codes DIR/bpe.codes --language de < raw > subwords
-    python scripts/iwslt14_text.py decode --language en < subwords > text
 
 `prepare` writes DIR/raw (the sentences as published), DIR/text (the same in subwords) and DIR/bpe.codes. Its steps:
 remove markup; tokenise as Moses does, with its escapes (&apos; and the like); keep training pairs of 1 to 175 tokens
 whose sides differ in length by a factor of 1.5 at most; lower case; take every 23rd of these pairs for validation;
 learn joint BPE on the others, both languages together.
 
-`encode` and `decode` work line by line and flush every line, so they can stand before and after fairseq-interactive.
-A decoded sentence is in lower case.
+`encoder` and `decoder` are for scripts/translate.py. A decoded sentence is in lower case.
 """
 
 from __future__ import annotations
@@ -19,7 +16,6 @@ from __future__ import annotations
 import argparse
 import re
 import shutil
-import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
@@ -228,63 +224,34 @@ def prepare(source: Path, out: Path, merges: int) -> None:
     shutil.rmtree(out / "tokens")
 
 
-# ---------------------------------------------------------------------- encode and decode
+# ---------------------------------------------------------------------- one sentence
 
 
-def filter_lines(convert: Callable[[str], str]) -> None:
-    """Apply `convert` to every line of standard input and write the result to standard output."""
-    sys.stdout.reconfigure(encoding="utf-8", newline="\n", line_buffering=True)
-    for number, line in enumerate(sys.stdin.buffer, start=1):
-        try:
-            text = line.decode("utf-8")
-        except UnicodeDecodeError:
-            raise ValueError(f"line {number} is not UTF-8") from None
-        print(convert(text))
-
-
-def encode(codes: Path, language: str) -> None:
+def encoder(codes: Path, language: str) -> Callable[[str], str]:
+    """A function from a sentence to subwords of lower-case tokens."""
     bpe, tokenise = load_codes(codes), MosesTokenizer(language)
-    filter_lines(lambda line: bpe.process_line(lower_case(tokenise(line)).strip()))
+    return lambda line: bpe.process_line(lower_case(tokenise(line)).strip())
 
 
-def decode(language: str) -> None:
+def decoder(language: str) -> Callable[[str], str]:
+    """A function from subwords to a sentence."""
     detokeniser = sacremoses.MosesDetokenizer(language)
-    filter_lines(lambda line: detokeniser.detokenize(f"{line.strip()} ".replace(f"{BPE_SEPARATOR} ", "").split()))
+    return lambda line: detokeniser.detokenize(f"{line.strip()} ".replace(f"{BPE_SEPARATOR} ", "").split())
 
 
-def get_parser() -> argparse.ArgumentParser:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
     command = commands.add_parser("prepare", help="the published files to subwords")
     command.add_argument("--from", dest="source", type=Path, required=True, help="folder with the published files")
     command.add_argument("--out", type=Path, required=True, help="a folder that is there already")
     command.add_argument("--merges", type=int, default=10000, help="of BPE (default: %(default)s)")
-
-    command = commands.add_parser("encode", help="sentences to subwords, standard input to standard output")
-    command.add_argument("--codes", type=Path, required=True, help="bpe.codes, made by `prepare`")
-    command.add_argument("--language", choices=LANGUAGES, required=True)
-
-    command = commands.add_parser("decode", help="subwords to sentences, standard input to standard output")
-    command.add_argument("--language", choices=LANGUAGES, required=True)
-    return parser
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    args = get_parser().parse_args(arguments)
+    args = parser.parse_args()
     try:
-        if args.command == "prepare":
-            prepare(args.source, args.out, args.merges)
-        elif args.command == "encode":
-            encode(args.codes, args.language)
-        else:
-            decode(args.language)
+        prepare(args.source, args.out, args.merges)
     except (OSError, ValueError) as error:  # no file or a full disk; not UTF-8 or unequal languages
-        sys.exit(f"ERROR: iwslt14_text.py {args.command}: {error}")
+        sys.exit(f"ERROR: {error}")
 
 
 if __name__ == "__main__":
-    # Like any filter, end quietly on Ctrl-C and when the reader of the output ends.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     main()

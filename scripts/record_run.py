@@ -1,16 +1,17 @@
 #!/usr/bin/env python
 """Writes run.json: the scores of a training run, and everything that they depend on.
 
-    python scripts/record_run.py runs/multi30k_de_en/multimax-seed1 --experiment multi30k_de_en
+    python scripts/record_run.py runs/a --experiment multi30k_de_en
 
-examples/*/run.sh calls it when a model is scored. The folder holds fairseq-train's checkpoint_best.pt,
-checkpoint_last.pt and train.log, and the evaluation's NAME.bleu and NAME.hypotheses for `best` and `average` (from
-scripts/score_translation.sh), or SPLIT.context-WINDOW.eval (the output of fairseq-eval-lm). Settings are read from
-the checkpoint where possible, not from the command line. scripts/results_table.py makes tables of such files.
+examples/*/run.sh ends with it. The folder holds fairseq-train's checkpoint_best.pt, checkpoint_last.pt and train.log,
+and the evaluation's NAME.bleu, NAME.hypotheses and NAME.references (from scripts/score_translation.sh), or
+SPLIT.context-WINDOW.eval (the output of fairseq-eval-lm). What the run was is read from the configuration in its
+checkpoint. scripts/results_table.py makes tables of such files.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import math
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from settings import mapping_of, plain, settings_of
 from torch import Tensor
 
 import multimax_fairseq
@@ -33,22 +35,10 @@ from multimax_fairseq.tools import (
     replacing,
 )
 
-FORMAT = 1  # of run.json; a reader can refuse another one
+FORMAT = 2  # of run.json; results_table.py refuses another one
 DISTRIBUTIONS = ("torch", "fairseq", "ve-fairseq", "numpy", "entmax", "sacrebleu", "sentencepiece", "sacremoses",
-                 "subword-nmt")  # fmt: skip
-OPTIONS = ("attention_mapping", "attention_mapping_sites", "output_mapping", "multimax_order", "multimax_terms",
-           "multimax_init", "entmax_alpha", "attention_scale", "modulator_lr_scale", "mapping_options")  # fmt: skip
-
-
-def option(model: Any, name: str) -> Any:
-    """An option of the model, from its checkpoint's namespace or (fairseq-hydra-train) config."""
-    return model.get(name) if hasattr(model, "get") else getattr(model, name, None)
-
-
-def mapping_of(model: Any) -> dict[str, Any]:
-    """The choice of mappings by flag name; for fairseq's own model ``attention_mapping`` is ``stock``."""
-    choice = {name: option(model, name) for name in OPTIONS}
-    return choice if choice["attention_mapping"] else {"attention_mapping": "stock"}
+                 "subword-nmt")
+SPARSE = ("sparsemax", "entmax15", "entmax")
 
 
 def learned_parameters(state: dict[str, Tensor]) -> dict[str, dict[str, list]]:
@@ -88,7 +78,7 @@ def validation(folder: Path, checkpoint: dict[str, Any]) -> dict[str, Any]:
     found = {
         "updates": updates,
         "metric": entry(checkpoint, path, "cfg", "checkpoint", "best_checkpoint_metric"),
-        "value": entry(checkpoint, path, "extra_state", "val_loss"),
+        "value": float(entry(checkpoint, path, "extra_state", "val_loss")),
     }
     log = folder / "train.log"
     for line in read_text(log).splitlines() if log.is_file() else ():
@@ -104,22 +94,24 @@ def is_number(text: str | None) -> bool:
 
 
 def bleu_scores(folder: Path) -> dict[str, dict[str, Any]]:
-    """For ``best`` and ``average``, if scored: BLEU, its signature and the files that it was computed from."""
+    """Of each translation, ``best`` first: BLEU, its signature and the files that it was computed from."""
     scores = {}
-    for name in ("best", "average"):
-        path = folder / f"{name}.bleu"
-        if path.is_file():
-            text = read_text(path).strip()
-            match = re.match(r"(BLEU\|\S+) = (\d+(?:\.\d+)?) ", text)
-            if match is None:
-                raise UserError(f"{path} is not what sacrebleu prints: {text[:80]!r}")
-            scores[name] = {"bleu": float(match[2]), "signature": match[1], "details": text,
-                            "hypotheses": f"{name}.hypotheses", "references": "references"}  # fmt: skip
+    for path in sorted(folder.glob("*.bleu"), key=lambda path: (path.stem != "best", path.stem)):
+        text = read_text(path).strip()
+        match = re.match(r"(BLEU\|\S+) = (\d+(?:\.\d+)?) ", text)
+        if match is None:
+            raise UserError(f"{path} is not what sacrebleu prints: {text[:80]!r}")
+        scores[path.stem] = {"bleu": float(match[2]), "signature": match[1], "details": text,
+                             "hypotheses": f"{path.stem}.hypotheses", "references": f"{path.stem}.references"}
     return scores
 
 
-def perplexities(folder: Path) -> dict[str, dict[str, Any]]:
-    """Results of fairseq-eval-lm by split and context window, longest first: ``test, context 400``."""
+def perplexities(folder: Path, is_sparse: bool) -> dict[str, dict[str, Any]]:
+    """Results of fairseq-eval-lm by split and context window, longest first: ``test, context 400``.
+
+    Args:
+        is_sparse: the vocabulary's mapping has zeros: fairseq-eval-lm then prints ε-perplexity, another quantity.
+    """
     scores = {}
     names = [re.fullmatch(r"(\w+)\.context-(\d+)\.eval", path.name) for path in folder.glob("*.context-*.eval")]
     for name in sorted(filter(None, names), key=lambda name: (name[1], -int(name[2]))):
@@ -132,11 +124,8 @@ def perplexities(folder: Path) -> dict[str, dict[str, Any]]:
         number = int(tokens[1].replace(",", ""))
         if not number:
             raise UserError(f"{path}: no token was evaluated, so its perplexity says nothing: is the split empty?")
-        scores[f"{name[1]}, context {name[2]}"] = {
-            "perplexity": float(loss[2]),
-            "bits_per_token": float(loss[1]),
-            "tokens": number,
-        }
+        kind = "epsilon_perplexity" if is_sparse else "perplexity"
+        scores[f"{name[1]}, context {name[2]}"] = {kind: float(loss[2]), "tokens": number, "output": name[0]}
     return scores
 
 
@@ -144,10 +133,8 @@ def versions() -> dict[str, str]:
     """The versions of everything that a score can depend on."""
     found = {"python": platform.python_version(), "multimax_fairseq": multimax_fairseq.__version__}
     for name in DISTRIBUTIONS:
-        try:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            pass
     return found
 
 
@@ -173,30 +160,35 @@ def record(folder: Path) -> dict[str, Any]:
     for path in (best_path, last_path):
         if not path.is_file():
             raise UserError(f"{folder} has no {path.name}: train first")
-    scores = {**bleu_scores(folder), **perplexities(folder)}
+    best = read_checkpoint(best_path)
+    cfg = entry(best, best_path, "cfg")
+    mapping = mapping_of(entry(cfg, best_path, "model"))
+    scores = {**bleu_scores(folder), **perplexities(folder, mapping.get("output_mapping") in SPARSE)}
     if not scores:
         raise UserError(f"{folder} has no scores: neither best.bleu nor a *.context-*.eval")
-    best = read_checkpoint(best_path)
     found = {
         "scores": scores,
         "validation": validation(folder, best),
-        "mapping": mapping_of(entry(best, best_path, "cfg", "model")),
-        "seed": entry(best, best_path, "cfg", "common", "seed"),
-        "processes": entry(best, best_path, "cfg", "distributed_training", "distributed_world_size"),
-        "tokens_per_batch": entry(best, best_path, "cfg", "dataset", "max_tokens"),
-        "update_freq": list(entry(best, best_path, "cfg", "optimization", "update_freq")),
+        "mapping": mapping,
+        "settings": settings_of(cfg),
+        "seed": entry(cfg, best_path, "common", "seed"),
         "parameters": sum(tensor.numel() for tensor in unique_storage(best["model"])),
         "learned": learned_parameters(best["model"]),
     }
     del best  # one checkpoint at a time: they can be large
     last = read_checkpoint(last_path)
+    asked = plain(entry(last, last_path, "cfg", "optimization"))
+    updates = updates_of(last, last_path)
+    # the iterator's epoch is the next one
+    epochs = entry(last, last_path, "extra_state", "train_iterator", "epoch") - 1
     return {
         **found,
-        "updates": updates_of(last, last_path),
-        # the iterator's epoch is the next one
-        "whole_epochs": entry(last, last_path, "extra_state", "train_iterator", "epoch") - 1,
-        # from fairseq's checkpoint, so summed over resumed runs, without lost work
-        "training_seconds": round(entry(last, last_path, "extra_state", "previous_training_time"), 1),
+        "updates": updates,
+        "whole_epochs": epochs,
+        "is_complete": (folder / "trained").exists() or 0 < asked.get("max_update", 0) <= updates
+        or 0 < asked.get("max_epoch", 0) <= epochs,
+        # from fairseq's checkpoint, so summed over resumed runs, without lost work; of processes, a tensor
+        "training_seconds": round(float(entry(last, last_path, "extra_state", "previous_training_time")), 1),
         "versions": versions(),
         "hardware": hardware(),
     }
@@ -214,16 +206,13 @@ def main() -> None:
     parser = ArgumentParser(__doc__)
     parser.add_argument("folder", type=Path, help="of the run; run.json is written there")
     parser.add_argument("--experiment", required=True, help="what the table is called that the run belongs to")
-    parser.add_argument("--smoke", action="store_true", help="made-up data: the scores mean nothing")
     parser.add_argument("--command", help="that started all of it")
-    parser.add_argument("--train-command", help="the command of fairseq-train")
     args = parser.parse_args()
     with errors_in_a_line():
         found = record(args.folder)
-        commands = {"command": args.command, "train_command": args.train_command}
-        whole = {"format": FORMAT, "experiment": args.experiment, "smoke": args.smoke, **found, **commands}
+        whole = {"format": FORMAT, "experiment": args.experiment, "command": args.command, **found}
+        text = json.dumps(whole, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
         with replacing(args.folder / "run.json") as file:
-            text = json.dumps(whole, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
             file.write(text.encode(errors="backslashreplace"))
     print(f"wrote {args.folder / 'run.json'}")
 

@@ -4,9 +4,11 @@
     python scripts/results_table.py runs
     python scripts/results_table.py runs/multi30k_de_en --samples 5000
 
-One table for each experiment, one row for each choice of mappings: mean ± sample standard deviation over seeds (with
-n − 1; none for one seed). For translation, sacrebleu's paired bootstrap (Koehn 2004) compares each run with softmax
-with the same seed: p is the share of resampled test sets with at least this difference if both were equally good.
+One table for each experiment, one row for each choice of mappings and settings: mean ± sample standard deviation over
+seeds (with n − 1; none for one seed). A row names the settings in which it differs from most runs. For translation,
+sacrebleu's paired bootstrap (Koehn 2004) compares each run with softmax with the same seed: p is the share of
+resampled test sets with at least this difference if both were equally good. ε-perplexity, of a sparse vocabulary, is
+another quantity than perplexity: it has columns of its own, and no difference.
 
 --paper FILE adds a column of published numbers. FILE is JSON: {"EXPERIMENT": {"source": "Author (year), table
 n", "rows": {"MultiMax": "34.5 ± 0.1"}}}, with the tables' names of experiments and rows.
@@ -14,9 +16,12 @@ n", "rows": {"MultiMax": "34.5 ± 0.1"}}}, with the tables' names of experiments
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import logging
 import math
+import re
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterable
@@ -26,30 +31,33 @@ from typing import Any
 
 from multimax_fairseq.tools import ArgumentParser, UserError, errors_in_a_line, positive
 
-FORMAT = 1  # of run.json, as record_run.py writes it
+FORMAT = 2  # of run.json, as record_run.py writes it
 
 NAMES = {"softmax": "softmax", "multimax": "MultiMax", "sparsemax": "sparsemax", "entmax15": "1.5-entmax",
-         "entmax": "α-entmax", "evsoftmax": "EvSoftMax", "stock": "softmax (stock fairseq)"}  # fmt: skip
+         "entmax": "α-entmax", "evsoftmax": "EvSoftMax", "stock": "softmax (stock fairseq)"}
 ALL_SITES = {"encoder", "decoder", "cross"}
 BOTH_TERMS = {"below", "above"}
 BASELINE = "softmax"
+KINDS = {"bleu": "BLEU, {}", "perplexity": "{}", "epsilon_perplexity": "{}, ε-perplexity"}  # names of columns
 
 
-@dataclass(frozen=True)
+@dataclass
 class Run:
-    """The contents of a run.json, and the folder with it and the translations."""
+    """The contents of a run.json, the folder with it and the translations, and the name of its row."""
 
     folder: Path
     content: dict[str, Any]
+    row: str = ""
 
     @property
     def experiment(self) -> str:
-        name = self.content["experiment"]
-        return f"{name}, smoke run on made-up data" if self.content["smoke"] else name
+        return self.content["experiment"]
 
     @property
-    def row(self) -> str:
-        return row_name(self.content["mapping"])
+    def setting(self) -> str:
+        """All that makes a row, but for the seed."""
+        length = None if self.content["is_complete"] else self.content["updates"]
+        return json.dumps([self.content["mapping"], self.content["settings"], length], sort_keys=True)
 
     @property
     def seed(self) -> int:
@@ -61,44 +69,67 @@ class Run:
         Raises:
             UserError: the file is missing or not text.
         """
-        path = self.folder / self.content["scores"][which][kind]
+        return self.text(self.content["scores"][which][kind]).removesuffix("\n").split("\n")
+
+    def text(self, name: str) -> str:
+        """A file beside run.json.
+
+        Raises:
+            UserError: it is missing or not text.
+        """
+        path = self.folder / name
         try:
-            return path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+            return path.read_text(encoding="utf-8")
         except OSError as error:
             raise UserError(f"{self.folder / 'run.json'} needs {path.name} beside it: {error.strerror}") from error
         except UnicodeDecodeError as error:
             raise UserError(f"{path} is damaged: it is not UTF-8") from error
 
 
-def row_name(mapping: dict[str, Any]) -> str:
+def name_of_mapping(mapping: dict[str, Any]) -> str:
     """The name of a choice of mappings, without its defaults: ``MultiMax, order 1``.
 
     Args:
-        mapping: flag names to values, as in record_run.py.
+        mapping: as in settings.py.
     """
-    attention = mapping["attention_mapping"]
-    name = NAMES[attention]
-    if attention == "stock":
-        return name
-    alpha = mapping["entmax_alpha"]
+    attention, output = mapping["attention_mapping"], mapping.get("output_mapping", "softmax")
+    name = NAMES.get(attention, attention)
+    alpha = mapping.get("entmax_alpha")
     alpha = ", α learned" if alpha == "learned" else f", α = {alpha}"
     name += alpha if attention == "entmax" else ""
-    scale = mapping.get("attention_scale") or "none"  # version 0.1 did not have it
-    sites = mapping["attention_mapping_sites"].split(",")
-    if (attention, scale) != ("softmax", "none") and not ALL_SITES <= set(sites):
-        name += f", {' and '.join(sites)} only"
-    name += {"none": "", "learned": ", learned temperature", "log-length": ", times log n"}[scale]
-    if "multimax" in (attention, mapping["output_mapping"]):
-        terms = mapping["multimax_terms"].split(",")
-        name += "" if mapping["multimax_order"] == 2 else f", order {mapping['multimax_order']}"
-        name += "" if set(terms) == BOTH_TERMS else f", only {terms[0]}"
-        name += "" if mapping["multimax_init"] == "normal" else f", {mapping['multimax_init']} at the start"
-        lr_scale = mapping.get("modulator_lr_scale") or 1
-        name += "" if lr_scale == 1 else f", {lr_scale:g} × the learning rate"
-    if mapping["output_mapping"] != "softmax":
-        name += f"; {NAMES[mapping['output_mapping']]}{alpha if mapping['output_mapping'] == 'entmax' else ''}"
-        name += " of the vocabulary"
+    name += f" ({mapping['mapping_options']})" if mapping.get("mapping_options") else ""
+    sites = set(mapping.get("attention_mapping_sites", ",".join(ALL_SITES)).split(","))
+    name += "" if ALL_SITES <= sites else f", {' and '.join(sorted(sites))} only"
+    scale = mapping.get("attention_scale", "none")
+    name += {"none": "", "learned": ", learned temperature", "log-length": ", times log n"}.get(scale, f", {scale}")
+    terms = mapping.get("multimax_terms", ",".join(BOTH_TERMS)).split(",")
+    name += "" if mapping.get("multimax_order", 2) == 2 else f", order {mapping['multimax_order']}"
+    name += "" if set(terms) == BOTH_TERMS else f", only {terms[0]}"
+    name += "" if mapping.get("multimax_init", "normal") == "normal" else f", {mapping['multimax_init']} at the start"
+    lr_scale = mapping.get("modulator_lr_scale", 1)
+    name += "" if lr_scale == 1 else f", {lr_scale:g} × the learning rate"
+    if output != "softmax":
+        name += f"; {NAMES.get(output, output)}{alpha if output == 'entmax' else ''} of the vocabulary"
     return name
+
+
+def name_rows(runs: list[Run]) -> None:
+    """Give the runs of an experiment the names of their rows: mapping, and settings that most runs have not."""
+    every = {key for run in runs for key in run.content["settings"]}
+    usual = {}
+    for key in sorted(every):
+        values = [as_text(run.content["settings"].get(key)) for run in sorted(runs, key=lambda run: run.seed)]
+        usual[key] = max(dict.fromkeys(values), key=values.count)
+    for run in runs:
+        name = name_of_mapping(run.content["mapping"])
+        for key in sorted(every):
+            value = as_text(run.content["settings"].get(key))
+            name += "" if value == usual[key] else f", {key} {value}"
+        run.row = name + ("" if run.content["is_complete"] else f", stopped after {run.content['updates']:,} updates")
+
+
+def as_text(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, list) else "none" if value is None else str(value)
 
 
 def is_finite(value: Any, least: float) -> bool:
@@ -113,34 +144,23 @@ def is_file_name(value: Any) -> bool:
     return is_text(value) and Path(value).name == value
 
 
-def is_one_of(names: Iterable[str]) -> Callable[[Any], bool]:
-    return lambda value: value in tuple(names)
-
-
-def is_list_of(names: set[str]) -> Callable[[Any], bool]:
-    return lambda value: is_text(value) and set(value.split(",")) <= names
-
-
 # The entries of a run.json that a table needs: where they are, and the check that each must pass.
 ENTRIES = {
     "format": lambda value: value == FORMAT,
     "experiment": is_text,
-    "smoke": lambda value: isinstance(value, bool),
     "seed": lambda value: type(value) is int,
     "updates": lambda value: type(value) is int and value > 0,
     "mapping": lambda value: isinstance(value, dict),
+    "settings": lambda value: isinstance(value, dict),
+    "is_complete": lambda value: isinstance(value, bool),
     "validation": lambda value: isinstance(value, dict) and is_finite(value.get("ppl", 1), 1),
     "scores": lambda value: isinstance(value, dict) and bool(value),
 }
 MAPPING_ENTRIES = {
-    "attention_mapping": is_one_of(NAMES),
-    "attention_mapping_sites": is_list_of(ALL_SITES),
-    "output_mapping": is_one_of(NAMES),
-    "multimax_order": is_one_of((1, 2)),
-    "multimax_terms": is_list_of(BOTH_TERMS),
-    "multimax_init": is_text,
-    "entmax_alpha": is_text,
-    "attention_scale": is_one_of((None, "none", "learned", "log-length")),
+    "attention_mapping": is_text,
+    **dict.fromkeys(("attention_mapping_sites", "attention_scale", "output_mapping", "multimax_terms",
+                     "multimax_init", "entmax_alpha", "mapping_options"), lambda text: text is None or is_text(text)),
+    "multimax_order": lambda value: value in (None, 1, 2),
     "modulator_lr_scale": lambda value: value is None or is_finite(value, 0),
 }
 BLEU_ENTRIES = {
@@ -149,7 +169,9 @@ BLEU_ENTRIES = {
     "hypotheses": is_file_name,
     "references": is_file_name,
 }
-PERPLEXITY_ENTRIES = {"perplexity": lambda value: is_finite(value, 1), "tokens": lambda value: is_finite(value, 1)}
+TOKENS = {"tokens": lambda value: is_finite(value, 1), "output": is_file_name}
+ENTRIES_OF = {"bleu": BLEU_ENTRIES, **{
+    name: {name: lambda value: is_finite(value, 1), **TOKENS} for name in ("perplexity", "epsilon_perplexity")}}
 
 
 def check_entries(content: Any, entries: dict[str, Callable[[Any], bool]], where: str = "") -> None:
@@ -173,12 +195,9 @@ def load_run(path: Path) -> Run:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         check_entries(content, ENTRIES)
-        mapping = content["mapping"]
-        is_stock = mapping.get("attention_mapping") == "stock"
-        check_entries(mapping, {} if is_stock else MAPPING_ENTRIES, "mapping: ")
+        check_entries(content["mapping"], MAPPING_ENTRIES, "mapping: ")
         for name, score in content["scores"].items():
-            is_bleu = isinstance(score, dict) and "bleu" in score
-            check_entries(score, BLEU_ENTRIES if is_bleu else PERPLEXITY_ENTRIES, f"{name}: ")
+            check_entries(score, ENTRIES_OF[kind_of(score)], f"{name}: ")
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
@@ -189,7 +208,13 @@ def load_run(path: Path) -> Run:
     for name, score in content["scores"].items():
         if "bleu" in score:
             check_bleu(run, name)
+        elif f"Perplexity: {score[kind_of(score)]:.2f}" not in run.text(score["output"]):
+            raise UserError(f"{path.parent / score['output']} has another perplexity than run.json: evaluate again")
     return run
+
+
+def kind_of(score: Any) -> str:
+    return next((kind for kind in ENTRIES_OF if isinstance(score, dict) and kind in score), "perplexity")
 
 
 def check_bleu(run: Run, which: str) -> None:
@@ -219,30 +244,32 @@ def metric(signature: str, **options: Any):
     parts = dict(part.partition(":")[::2] for part in signature.split("|")[1:])
     try:
         return BLEU(lowercase=parts["case"] == "lc", tokenize=parts["tok"], smooth_method=parts["smooth"],
-                    effective_order=parts["eff"] == "yes", **options)  # fmt: skip
+                    effective_order=parts["eff"] == "yes", **options)
     except (KeyError, AssertionError, ValueError) as error:
         raise UserError(f"{signature} is no signature that sacrebleu knows: evaluate again") from error
 
 
-def load_runs(folder: Path) -> list[Run]:
-    """Load every run.json below ``folder``.
+def load_runs(folders: list[Path]) -> dict[str, list[Run]]:
+    """Load every run.json below the folders, by experiment, with the names of their rows.
 
     Raises:
         UserError: there is none, one fails its checks, or two are the same run.
     """
-    runs: dict[tuple[str, str, int], Run] = {}
-    for path in sorted(folder.rglob("run.json")):
+    found: dict[str, list[Run]] = defaultdict(list)
+    same: dict[tuple[str, str, int], Run] = {}
+    for path in sorted({path.resolve() for folder in folders for path in folder.rglob("run.json")}):
         run = load_run(path)
-        key = (run.experiment, run.row, run.seed)
-        if key in runs:
-            raise UserError(
-                f"{path} and {runs[key].folder / 'run.json'} are both {run.experiment}, {run.row}, seed {run.seed}: "
-                "name the folder of one of them"
-            )
-        runs[key] = run
-    if not runs:
-        raise UserError(f"there is no run.json below {folder}")
-    return list(runs.values())
+        other = same.setdefault((run.experiment, run.setting, run.seed), run)
+        if other is not run:
+            raise UserError(f"{path} and {other.folder / 'run.json'} are both {run.experiment}, "
+                            f"{name_of_mapping(run.content['mapping'])}, seed {run.seed}, same settings: name the "
+                            "folder of one of them")
+        found[run.experiment].append(run)
+    if not found:
+        raise UserError(f"there is no run.json below {' '.join(map(str, folders))}")
+    for runs in found.values():
+        name_rows(runs)
+    return found
 
 
 def load_paper(path: Path) -> dict[str, Any]:
@@ -335,9 +362,14 @@ def p_values(runs: list[Run], which: str, samples: int) -> dict[tuple[str, int],
 
 
 def in_order(rows: Iterable[str]) -> list[str]:
-    """softmax first, then in the order of NAMES."""
+    """softmax first, then in the order of NAMES, then registered mappings."""
     names = list(NAMES.values())
-    return sorted(rows, key=lambda row: (row != BASELINE, names.index(row.split(",")[0].split(";")[0]), row))
+
+    def place(row: str) -> int:
+        name = row.split(",")[0].split(";")[0]
+        return names.index(name) if name in names else len(names)
+
+    return sorted(rows, key=lambda row: (row != BASELINE, place(row), row))
 
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:
@@ -347,23 +379,47 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths)) + " |" for line in lines)
 
 
-def table(runs: list[Run], paper: dict[str, Any], samples: int) -> str:
-    """The table of one experiment, with notes below."""
+LATEX = {"±": r"$\pm$", "−": "$-$", "–": "--", "×": r"$\times$", "α": r"$\alpha$", "ε": r"$\varepsilon$", "_": r"\_",
+         "&": r"\&", "%": r"\%", "#": r"\#"}
+
+
+def latex(header: list[str], rows: list[list[str]]) -> str:
+    """A tabular, with booktabs."""
+    def line(cells: list[str]) -> str:
+        escaped = ["".join(LATEX.get(letter, letter) for letter in cell) for cell in cells]
+        return " & ".join(re.sub(r"\*\*(.*?)\*\*", r"\\textbf{\1}", cell) for cell in escaped) + r" \\"
+
+    body = [r"\toprule", line(header), r"\midrule", *map(line, rows), r"\bottomrule"]
+    return "\n".join([rf"\begin{{tabular}}{{{'l' * len(header)}}}", *body, r"\end{tabular}"])
+
+
+def comma_separated(header: list[str], rows: list[list[str]]) -> str:
+    csv.writer(text := io.StringIO(), lineterminator="\n").writerows([header, *rows])
+    return text.getvalue().rstrip("\n")
+
+
+FORMATS = {"markdown": markdown, "latex": latex, "csv": comma_separated}
+
+
+def table(runs: list[Run], paper: dict[str, Any], samples: int, form: str) -> str:
+    """The table of one experiment, with notes below (in Markdown)."""
     by_row: dict[str, list[Run]] = defaultdict(list)
     for run in sorted(runs, key=lambda run: run.seed):
         by_row[run.row].append(run)
-    scores = list(dict.fromkeys(name for run in runs for name in run.content["scores"]))
-    is_translation = "best" in scores
-    key = "bleu" if is_translation else "perplexity"
-    header = ["mapping", "seeds", "valid ppl", *(f"BLEU, {name}" if is_translation else name for name in scores)]
-    p = p_values(runs, "best", samples) if is_translation else {}
-    first = scores[0]
-    by_seed = {row: {run.seed: run.content["scores"][first][key] for run in group if first in run.content["scores"]}
-               for row, group in by_row.items()}  # fmt: skip
-    baseline = by_seed.get(BASELINE, {}) if len(by_row) > 1 else {}
-    header += [f"{first} − softmax's"] if baseline else []
+    every = (score for run in runs for score in run.content["scores"].items())
+    scores = list(dict.fromkeys((name, kind_of(score)) for name, score in every))
+    header = ["mapping", "seeds", "valid ppl", *(KINDS[kind].format(name) for name, kind in scores)]
+
+    def values(group: list[Run], name: str, kind: str) -> dict[int, float]:
+        return {run.seed: run.content["scores"][name][kind] for run in group
+                if kind in run.content["scores"].get(name, {})}
+
+    first = next(((name, kind) for name, kind in scores if kind != "epsilon_perplexity"), None)
+    baseline = values(by_row.get(BASELINE, []), *first) if first and len(by_row) > 1 else {}
+    header += [f"{first[0]} − softmax's"] if baseline else []
+    p = p_values(runs, "best", samples) if ("best", "bleu") in scores else {}
     header += ["p against softmax"] if p else []
-    published = paper.get(runs[0].content["experiment"], {})
+    published = paper.get(runs[0].experiment, {})
     header += ["published"] if published else []
     body = []
     for row in in_order(by_row):
@@ -371,19 +427,21 @@ def table(runs: list[Run], paper: dict[str, Any], samples: int) -> str:
         cells = [row, " ".join(str(run.seed) for run in group)]
         validation = [run.content["validation"].get("ppl") for run in group]
         cells.append("–" if None in validation else mean_and_deviation(validation))
-        for name in scores:
-            values = [run.content["scores"][name][key] for run in group if name in run.content["scores"]]
+        for name, kind in scores:
+            found = values(group, name, kind)
             # a mean over fewer runs than the row states could not be compared with the one beside it
-            cells.append(mean_and_deviation(values) if len(values) == len(group) else "–")
+            cells.append(mean_and_deviation(found.values()) if len(found) == len(group) else "–")
         if baseline:
-            cells.append("–" if row == BASELINE else difference(by_seed[row], baseline))
+            cells.append("–" if row == BASELINE else difference(values(group, *first), baseline))
         if p:
             cells.append(" ".join(f"{p[row, run.seed]:.3f}" for run in group if (row, run.seed) in p) or "–")
         if published:
             cells.append(published["rows"].get(row, "–"))
         body.append(cells)
-    lines = [f"### {runs[0].experiment}", "", markdown(header, body), "", *notes(runs, p, published, samples)]
-    return "\n".join(lines)
+    if form != "markdown":
+        return FORMATS[form](header, body)
+    below = notes(runs, p, published, samples)
+    return "\n".join([f"### {runs[0].experiment}", "", markdown(header, body), "", *below])
 
 
 def notes(runs: list[Run], p: dict, published: dict[str, Any], samples: int) -> list[str]:
@@ -416,9 +474,10 @@ def notes(runs: list[Run], p: dict, published: dict[str, Any], samples: int) -> 
 
 def main() -> None:
     parser = ArgumentParser(__doc__)
-    parser.add_argument("folder", type=Path, help="with run.json files in it or below")
+    parser.add_argument("folders", type=Path, nargs="+", help="with run.json files in them or below")
+    parser.add_argument("--format", choices=FORMATS, default="markdown", help="of the table (default: %(default)s)")
     parser.add_argument("--samples", type=positive, default=1000, metavar="N",
-                        help="of the bootstrap (default: %(default)s)")  # fmt: skip
+                        help="of the bootstrap (default: %(default)s)")
     parser.add_argument("--paper", type=Path, metavar="FILE", help="published numbers, as above")
     args = parser.parse_args()
     if args.samples > 1_000_000:
@@ -426,10 +485,8 @@ def main() -> None:
     logging.getLogger("sacrebleu").setLevel(logging.WARNING)  # it logs each system that it resamples
     with errors_in_a_line():
         paper = load_paper(args.paper) if args.paper else {}
-        by_experiment: dict[str, list[Run]] = defaultdict(list)
-        for run in load_runs(args.folder):
-            by_experiment[run.experiment].append(run)
-        print("\n\n".join(table(by_experiment[name], paper, args.samples) for name in sorted(by_experiment)))
+        found = load_runs(args.folders)
+        print("\n\n".join(table(found[name], paper, args.samples, args.format) for name in sorted(found)))
 
 
 if __name__ == "__main__":

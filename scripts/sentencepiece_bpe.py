@@ -5,8 +5,7 @@
     python scripts/sentencepiece_bpe.py encode --model FILE < text > pieces
     python scripts/sentencepiece_bpe.py decode --model FILE < pieces > text
 
-`encode` and `decode` work line by line and flush every line, so they can stand before and after
-fairseq-interactive in a pipe. A decoded line equals the encoded line up to white space and Unicode
+`encode` and `decode` work line by line. A decoded line equals the encoded line up to white space and Unicode
 compatibility forms (SentencePiece's default normalisation, nmt_nfkc).
 """
 
@@ -14,9 +13,8 @@ from __future__ import annotations
 
 import argparse
 import io
-import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import sentencepiece
@@ -25,8 +23,8 @@ import sentencepiece
 def normalise_space(line: str) -> str:
     """Turn all white space into single blanks.
 
-    fairseq splits a line into tokens at everything that Python treats as white space. SentencePiece's
-    normalisation misses some of it (U+0085, U+001C); inside a piece it would be lost.
+    fairseq splits a line into tokens at everything that Python treats as white space. SentencePiece's normalisation
+    misses some of it (U+0085, U+001C); inside a piece it would be lost.
     """
     return " ".join(line.split())
 
@@ -38,10 +36,8 @@ def read_lines(path: Path) -> Iterator[str]:
             yield normalise_space(line)
 
 
-def train(texts: Sequence[Path], model: Path, vocab_size: int) -> None:
-    """Learn one vocabulary of `vocab_size` pieces from all `texts` and write it to `model`.
-
-    The same texts give the same bytes, whatever the paths and the number of cores.
+def train(texts: list[Path], model: Path, vocab_size: int) -> None:
+    """Learn one vocabulary of `vocab_size` pieces from all `texts`: the same bytes on any number of cores.
 
     Raises:
         ValueError: `vocab_size` does not fit the texts; the message says which sizes do.
@@ -63,63 +59,36 @@ def train(texts: Sequence[Path], model: Path, vocab_size: int) -> None:
     model.write_bytes(serialised.getvalue())
 
 
-def load(model: Path) -> sentencepiece.SentencePieceProcessor:
-    return sentencepiece.SentencePieceProcessor(model_proto=model.read_bytes())
+def encoder(model: Path) -> Callable[[str], str]:
+    """A function from a line of text to pieces between blanks."""
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model.read_bytes())
+    return lambda line: " ".join(processor.encode(normalise_space(line), out_type=str))
 
 
-def filter_lines(convert: Callable[[str], str]) -> None:
-    """Apply `convert` to every line of standard input and write the result to standard output."""
-    sys.stdout.reconfigure(encoding="utf-8", newline="\n", line_buffering=True)
-    for number, line in enumerate(sys.stdin.buffer, start=1):
-        try:
-            text = line.decode("utf-8")
-        except UnicodeDecodeError:
-            raise ValueError(f"line {number} is not UTF-8") from None
-        print(convert(text))
+def decoder(model: Path) -> Callable[[str], str]:
+    """A function from pieces to text."""
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model.read_bytes())
+    return lambda line: processor.decode(line.split())
 
 
-def encode(model: Path) -> None:
-    processor = load(model)
-    filter_lines(lambda line: " ".join(processor.encode(normalise_space(line), out_type=str)))
-
-
-def decode(model: Path) -> None:
-    processor = load(model)
-    filter_lines(lambda line: processor.decode(line.split()))
-
-
-def get_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    command = commands.add_parser("train", help="learn a vocabulary from text files")
-    command.add_argument("texts", type=Path, nargs="+", metavar="TEXT", help="one sentence a line")
-    command.add_argument("--model", type=Path, required=True, help="the file to write")
-    command.add_argument("--vocab-size", type=int, default=8000, help="default: %(default)s pieces")
-
-    for name, help_text in (("encode", "text to pieces"), ("decode", "pieces to text")):
-        command = commands.add_parser(name, help=f"{help_text}, standard input to standard output")
-        command.add_argument("--model", type=Path, required=True, help="a model made by `train`")
-    return parser
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    args = get_parser().parse_args(arguments)
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=["train", "encode", "decode"])
+    parser.add_argument("texts", type=Path, nargs="*", metavar="TEXT", help="to learn from, one sentence a line")
+    parser.add_argument("--model", type=Path, required=True, help="the file to write or to read")
+    parser.add_argument("--vocab-size", type=int, default=8000, help="default: %(default)s pieces")
+    args = parser.parse_intermixed_args()
     try:
         if args.command == "train":
             train(args.texts, args.model, args.vocab_size)
-        elif args.command == "encode":
-            encode(args.model)
-        else:
-            decode(args.model)
+            return
+        convert = (encoder if args.command == "encode" else decoder)(args.model)
+        sys.stdout.reconfigure(encoding="utf-8", newline="\n", line_buffering=True)
+        for line in sys.stdin.buffer:
+            print(convert(line.decode("utf-8")))
     except (OSError, RuntimeError, ValueError) as error:  # no file; no model; not UTF-8, bad size
         sys.exit(f"ERROR: sentencepiece_bpe.py {args.command}: {error}")
 
 
 if __name__ == "__main__":
-    # Like any filter, end quietly on Ctrl-C and when the reader of the output ends.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     main()

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Installs what the tests need, as scripts/demo.sh does; runs ruff and shellcheck, if they are installed, then the tests.
 #
-#     scripts/test.sh [OPTION OF PYTEST ...]        for example: scripts/test.sh -m "not slow"
+#     bash scripts/test.sh [OPTION OF PYTEST …]        for example: bash scripts/test.sh -m "not slow"
 #
 # The tests run in as many processes as there are cores; -n 0 runs them in one.
 #
@@ -12,21 +12,14 @@
 #                     `checks` adds ruff, shellcheck, and build, which the test of the wheel uses
 
 set -euo pipefail
-
+[[ ${1:-} != --help && ${1:-} != -h ]] || { sed -n '2,/^$/s/^# \?//p' "$0"; exit; }
 scripts=$(cd "$(dirname "$0")" >/dev/null && pwd)
 root=$(dirname "$scripts")
-# shellcheck source=scripts/common.sh
-source "$scripts/common.sh"
 # shellcheck source=scripts/environment.sh
 source "$scripts/environment.sh"
 
-if [[ ${1:-} == --help || ${1:-} == -h ]]; then
-    show_help "$0"
-    exit
-fi
 use_environment "$root" "${MULTIMAX_TEST_EXTRAS:-test}"
 cd "$root"
 ! command -v ruff >/dev/null || ruff check .
-! command -v shellcheck >/dev/null ||
-    printf '%s\n' .ci/run scripts/*.sh examples/*.sh examples/*/*.sh | xargs -P 2 -n 5 shellcheck -x
+! command -v shellcheck >/dev/null || shellcheck -x .ci/run ./*/*.sh examples/*/*.sh
 exec python -m pytest -n auto --dist loadfile "$@"

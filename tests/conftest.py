@@ -7,7 +7,6 @@ import re
 import shutil
 import subprocess
 import sys
-import threading
 from argparse import Namespace
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -19,7 +18,6 @@ os.environ.setdefault("MULTIMAX_BACKEND", "eager")
 
 import fork_server  # noqa: E402
 import pytest  # noqa: E402
-import recipes  # noqa: E402
 import torch  # noqa: E402
 from torch.utils.cpp_extension import get_cxx_compiler  # noqa: E402
 
@@ -69,8 +67,12 @@ def trained_parameters(model):
 
 
 def load_script(name):
-    """A file of scripts/ as a module, by its name without .py."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+    """A file of scripts/ or benchmarks/ as a module, by its name without .py; it finds the files beside it."""
+    path = next(ROOT / folder / f"{name}.py" for folder in ("scripts", "benchmarks")
+                if (ROOT / folder / f"{name}.py").is_file())
+    if str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))
+    spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # where dataclasses, and functions in a new process, are looked for
     spec.loader.exec_module(module)
@@ -119,6 +121,28 @@ def save_checkpoint(built, path):
     }
     checkpoint_utils.torch_persistent_save(state, str(path))
     return path
+
+
+def train_command(experiment, folder, *options):
+    """The options of the fairseq-train of a recipe, whose data and run are in a folder.
+
+    run.sh gives them first to a Python, for which there is a stub here.
+    """
+    stub = folder / "bin" / "python"
+    stub.parent.mkdir(parents=True, exist_ok=True)
+    stub.write_text(f"#!/bin/sh\nprintf '%s\\n' \"$@\" >{folder}/words\nexit 1\n")
+    stub.chmod(0o755)
+    command = ["bash", ROOT / "examples" / experiment / "run.sh", folder / "run", *options]
+    path = f"{stub.parent}{os.pathsep}{os.environ['PATH']}"
+    subprocess.run([*map(str, command)], env={**os.environ, "PATH": path, "DATA": str(folder)})
+    return (folder / "words").read_text().splitlines()[2:]
+
+
+def rows_of(markdown):
+    """The cells of a table by the name of its row, the header as "mapping"."""
+    table = [line for line in markdown.splitlines() if line.startswith("|")]
+    lines = [[cell.strip() for cell in line.strip("| ").split("|")] for line in table]
+    return {cells[0]: cells[1:] for cells in lines if len(cells) > 2 and cells[0].strip("-")}
 
 
 @pytest.fixture(autouse=True)
@@ -188,62 +212,3 @@ def batch(corpus):
         return dataset.collater([dataset[index] for index in range(size)])
 
     return batch
-
-
-# ---------------------------------------------------------------------- prepare_*.sh; see recipes.py
-
-
-@pytest.fixture
-def stand_in(tmp_path):
-    """Environment in which fairseq-preprocess only writes its --destdir and the file `reached`.
-
-    $STAND_IN_LOG, if set, is the log that it writes, and it goes on for $STAND_IN_SECONDS.
-    """
-    folder = tmp_path / "stand-in"
-    folder.mkdir()
-    command = folder / "fairseq-preprocess"
-    command.write_text(
-        "#!/usr/bin/env bash\n"
-        "while (($#)); do if [[ $1 == --destdir ]]; then destdir=$2; fi; shift; done\n"
-        'mkdir -p "$destdir"\n'
-        'echo stand-in >"$destdir/dict.txt"\n'
-        'printf "%s" "${STAND_IN_LOG:-}" >"$destdir/preprocess.log"\n'
-        'sleep "${STAND_IN_SECONDS:-0}" &\n'
-        f'echo $! >"{folder}/reached.new"\n'
-        f'mv "{folder}/reached.new" "{folder}/reached"\n'
-        "wait\n"
-    )
-    command.chmod(0o755)
-    return {"PATH": os.pathsep.join([str(folder), recipes.environment()["PATH"]])}
-
-
-@pytest.fixture
-def no_network(tmp_path, stand_in):
-    """The stand-in's environment, with a curl that finds no host."""
-    command = tmp_path / "stand-in" / "curl"
-    command.write_text("#!/bin/sh\nexit 6\n")
-    command.chmod(0o755)
-    return stand_in
-
-
-@pytest.fixture
-def server():
-    """A server without files; the test puts them in."""
-    server = recipes.Server()
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield server
-    server.over.set()
-    server.shutdown()
-    server.server_close()
-    thread.join()
-
-
-@pytest.fixture(params=["curl", "wget"])
-def downloader(request, tmp_path, stand_in):
-    """The stand-in's environment, with one of the two download programs."""
-    if shutil.which(request.param) is None:
-        pytest.skip(f"{request.param} is not installed")
-    other = {"curl": "wget", "wget": "curl"}[request.param]
-    path = recipes.path_without(tmp_path / "tools", other, "fairseq-preprocess")
-    return {"PATH": os.pathsep.join([str(tmp_path / "stand-in"), path]), "PYTHON": sys.executable}

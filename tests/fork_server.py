@@ -76,7 +76,9 @@ def path():
 
 
 def settings(environment):
-    return {name: value for name, value in environment.items() if name.startswith(("PYTHON", "OMP_", "MKL_"))}
+    ours = ("PYTHON",)  # the interpreter of scripts/prepare.py
+    starts = ("PYTHON", "OMP_", "MKL_")
+    return {name: value for name, value in environment.items() if name.startswith(starts) and name not in ours}
 
 
 def serve(listener):

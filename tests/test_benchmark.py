@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import ROOT, call, load_script, run
 
-SCRIPT = ROOT / "scripts" / "benchmark.py"
+SCRIPT = ROOT / "benchmarks" / "benchmark.py"
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def test_a_ratio_is_the_median_of_the_ratios_of_rounds(benchmark, monkeypatch):
 
 PEAK = f"""
 import sys
-sys.path.insert(0, {str(ROOT / "scripts")!r})
+sys.path.insert(0, {str(ROOT / "benchmarks")!r})
 import benchmark, torch
 
 def side():

@@ -1,4 +1,4 @@
-"""check_gpu.sh, as far as it goes without a GPU."""
+"""benchmarks/check_gpu.sh, as far as it goes without a GPU."""
 
 import json
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import ROOT, load_script, run
 
-SCRIPT = ROOT / "scripts" / "check_gpu.sh"
+SCRIPT = ROOT / "benchmarks" / "check_gpu.sh"
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 
 
@@ -31,7 +31,7 @@ def test_what_goes_without_a_gpu(tmp_path):
 
 
 def test_what_is_wrong_is_said(monkeypatch, tmp_path, capsys):
-    monkeypatch.syspath_prepend(ROOT / "scripts")
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
     check_gpu = load_script("check_gpu")
     rows = [{"check": "a", "figure": "", "right": True}, {"check": "b", "figure": "", "right": False}]
 
@@ -50,7 +50,7 @@ def test_what_is_wrong_is_said(monkeypatch, tmp_path, capsys):
 
 
 def test_losses_beside_each_other(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "scripts")
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
     check_gpu = load_script("check_gpu")
     for losses, right in (([4.0, 3.1], True), ([4.0, 3.2], False), ([4.0], False), ([float("nan"), 3.0], False)):
         assert check_gpu.beside("losses", losses, [4.0, 3.0])["right"] == right

@@ -4,7 +4,6 @@ import gzip
 import json
 import os
 import re
-import shlex
 import socket
 import subprocess
 from itertools import islice
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import PLUGIN, ROOT, TINY, environment, parse, run
+from conftest import PLUGIN, ROOT, TINY, environment, parse, run, train_command
 from fairseq import tasks
 
 pytestmark = pytest.mark.slow
@@ -110,13 +109,11 @@ def test_two_processes_train_the_model_of_multi30k_like_one(tmp_path):
     for path in published.glob("*.gz"):
         with gzip.open(path) as text:
             (source / path.stem).write_bytes(b"".join(islice(text, 2000 if path.name.startswith("train") else 100)))
-    run("bash", ROOT / "scripts" / "prepare_multi30k.sh", "--out", tmp_path / "data", "--vocab-size", 1000,
-        "--from", source)  # fmt: skip
-    (tmp_path / "run").mkdir()  # the recipe's log is there
-    recipe = run("bash", ROOT / "examples" / "multi30k_de_en" / "run.sh", "--dry-run", "--data", tmp_path / "data",
-                 "--out", tmp_path / "run", "--updates", 4, "--average", 0).stdout  # fmt: skip
-    command = [*shlex.split(recipe), "--dropout", "0", "--max-tokens", "1024", "--log-format", "json",
-               "--log-interval", "1", "--cpu", "--save-dir"]  # fmt: skip
+    place = tmp_path / "place"
+    run("bash", ROOT / "scripts" / "prepare_multi30k.sh", "--out", place, "--vocab-size", 1000, "--from", source)
+    recipe = train_command("multi30k_de_en", tmp_path / "recipe", "--max-update", 4)
+    command = ["fairseq-train", place / "data-bin", *recipe[1:], "--dropout", "0", "--max-tokens", "1024",
+               "--log-format", "json", "--log-interval", "1", "--cpu", "--log-file", tmp_path / "log", "--save-dir"]
     alone = train_alone(*command, tmp_path / "alone", "--update-freq", 2)
     together = train_together(*command, tmp_path / "together")
     assert len(alone[0]) == 4

@@ -312,19 +312,6 @@ def test_beam_search_and_teacher_forcing_are_the_same_model(precision, tolerance
     assert float(re.search(r"largest difference (\S+) nat", result.stdout)[1]) < tolerance
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (["--data", "wmt"], "choose from: grammar multi30k"),
-    (["--from", "data"], "--from goes with --data multi30k"),
-    (["--epochs", "0"], "--epochs takes a whole number"),
-    (["--epochs", "3", "--data", "multi30k"], "--epochs goes with --data grammar"),
-    (["--corpus"], "unknown option '--corpus'"),
-])  # fmt: skip
-def test_the_demo_refuses_what_it_does_not_know_before_it_installs(arguments, message, tmp_path):
-    result = run("bash", ROOT / "scripts" / "demo.sh", *arguments, check=False, cwd=tmp_path)
-    assert result.returncode != 0 and message in result.stderr and not result.stdout
-    assert not list(tmp_path.iterdir())
-
-
 def test_the_demos_corpus_is_prepared_once(tmp_path):
     prepare = ["bash", ROOT / "scripts" / "prepare_demo.sh", "--out", tmp_path / "corpus"]
     run(*prepare)

@@ -10,6 +10,8 @@ import pytest
 import torch
 from conftest import ROOT, call
 
+from multimax_fairseq import mappings
+
 SCRIPT = ROOT / "examples" / "retrieval" / "run.py"
 QUICK = ["--updates", 20, "--length", 12, "--test-lengths", "12,24", "--matches", 3, "--processes", 1]
 
@@ -42,6 +44,30 @@ def test_modulators_have_a_learning_rate_of_their_own(retrieval):
     others, modulators = layer.parameter_groups()
     assert {id(p) for p in modulators["params"]} == {id(layer.mapping.thresholds), id(layer.mapping.gains)}
     assert modulators["lr"] == 10 * others["lr"] and len(others["params"]) == 4
+
+
+def test_a_mapping_of_the_users_own_may_have_a_number_per_head(retrieval, tmp_path, monkeypatch):
+    """As the command in docs/own-mapping.md says, with a module for scores of attention."""
+    monkeypatch.setattr(mappings, "MAPPINGS", dict(mappings.MAPPINGS))
+    monkeypatch.setattr(retrieval, "MAPPINGS", mappings.MAPPINGS)
+
+    @mappings.register_mapping("per_head")
+    class PerHead(torch.nn.Module):
+        def __init__(self, num_heads: int = 4):
+            super().__init__()
+            self.log_temperature = torch.nn.Parameter(torch.zeros(num_heads, 1, 1))
+
+        def forward(self, scores):
+            return mappings.softmax(scores * (-self.log_temperature).exp())
+
+    layer = retrieval.Layer(retrieval.Row.parse("per_head"), 4)
+    torch.manual_seed(1)
+    query, keys, values = torch.randn(3, 4), torch.randn(3, 7, 4), torch.randn(3, 7, 2)
+    output, probabilities = layer(query, keys, values)
+    assert layer.mapping.log_temperature.shape == (1, 1, 1)
+    torch.testing.assert_close(probabilities, layer.scores(query, keys).softmax(-1))
+    output.sum().backward()
+    assert layer.mapping.log_temperature.grad.abs() > 0
 
 
 @pytest.mark.slow

@@ -10,7 +10,6 @@ import os
 import random
 import shutil
 import subprocess
-import sys
 import unicodedata
 from pathlib import Path
 from types import ModuleType
@@ -20,9 +19,6 @@ from conftest import load_script
 
 pytest.importorskip("sacremoses")
 pytest.importorskip("subword_nmt")
-
-SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "iwslt14_text.py"
-
 
 @pytest.fixture(scope="module")
 def module() -> ModuleType:
@@ -63,7 +59,7 @@ TOKENS = [
     ("en", "a\x1db\u00a0c\u2028d\te\x07f", "ab c d ef"),
     ("en", "  two  spaces . , ", "two spaces . ,"),
     ("en", "", ""),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("language", "line", "tokens"), TOKENS, ids=[line for _, line, _ in TOKENS])
@@ -173,47 +169,14 @@ def codes(module, tmp_path_factory) -> Path:
     return folder / "codes"
 
 
-def run_filter(text: str, *arguments: object) -> str:
-    command = [sys.executable, str(SCRIPT), *map(str, arguments)]
-    return subprocess.run(command, input=text.encode(), stdout=subprocess.PIPE, check=True).stdout.decode()
-
-
-def test_encode_makes_lower_case_tokens_in_subwords(codes):
-    text = "Der Hund läuft über die »Straße«.\n\nWie geht's, Dr. Maier.\u2028?\n"
-    lines = run_filter(text, "encode", "--codes", codes, "--language", "de").split("\n")
-    tokens = [line.replace("@@ ", "") for line in lines]
-    assert tokens == ["der hund läuft über die » straße « .", "", "wie geht &apos; s , dr. maier . ?", ""]
-    assert "d@@ r@@ " in lines[2] and "straße" in lines[0]
-
-
-def test_decode_makes_sentences():
-    text = "i can &apos;t be@@ lie@@ ve it &apos;s &quot; true &quot; , q &amp; a .\n\nend@@\n"
-    decoded = run_filter(text, "decode", "--language", "en")
-    assert decoded == 'i can\'t believe it\'s "true", q & a.\n\nend\n'
-
-
-def test_filters_answer_line_by_line(codes):
-    """Whoever types a sentence into fairseq-interactive waits for it, not for a full buffer."""
-    command = [sys.executable, str(SCRIPT), "encode", "--codes", str(codes), "--language", "de"]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
-        process.stdin.write(b"Hund.\n")
-        process.stdin.flush()
-        assert process.stdout.readline().decode().replace("@@ ", "") == "hund .\n"
-        process.stdin.close()
-
-
-def test_errors_are_one_line(tmp_path, codes):
-    (tmp_path / "train.tags.de-en.de").write_text("")
-    for arguments, text in (
-        (["encode", "--codes", tmp_path / "nothing", "--language", "de"], b""),
-        (["encode", "--codes", codes, "--language", "de"], b"\xff\n"),
-        (["prepare", "--from", tmp_path / "nowhere", "--out", tmp_path], b""),
-    ):
-        command = [sys.executable, str(SCRIPT), *map(str, arguments)]
-        result = subprocess.run(command, input=text, capture_output=True)
-        assert result.returncode == 1
-        assert result.stderr.decode().startswith(f"ERROR: iwslt14_text.py {arguments[0]}: ")
-        assert result.stderr.count(b"\n") == 1
+def test_a_sentence_becomes_subwords_of_lower_case_tokens_and_comes_back(module, codes):
+    encode, decode = module.encoder(codes, "de"), module.decoder("en")
+    units = [encode(line) for line in ("Der Hund läuft über die »Straße«.", "", "Wie geht's, Dr. Maier.\u2028?")]
+    assert [line.replace("@@ ", "") for line in units] == [
+        "der hund läuft über die » straße « .", "", "wie geht &apos; s , dr. maier . ?"]
+    assert "d@@ r@@ " in units[2] and "straße" in units[0]
+    lines = ["i can &apos;t be@@ lie@@ ve it &apos;s &quot; true &quot; , q &amp; a .", "", "end@@"]
+    assert [decode(line) for line in lines] == ['i can\'t believe it\'s "true", q & a.', "", "end"]
 
 
 # ---------------------------------------------------------------------- against Perl

@@ -56,7 +56,7 @@ def check_kernels():
     return load_script("check_kernels")
 
 
-# One of each kernel, dtype and target; scripts/check_kernels.py binaries compiles them all.
+# One of each kernel, dtype and target; benchmarks/check_kernels.py binaries compiles them all.
 @pytest.mark.slow
 @needs_triton
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from argparse import Namespace
 
 import pytest
 import torch
-from conftest import load_script
+from conftest import load_script, parse
 from omegaconf import OmegaConf
 
 BLEU = "BLEU|nrefs:1|case:lc|eff:no|tok:13a|smooth:exp|version:2.6.0 = 34.56 66.1/41.2/28.0/19.4 (BP = 0.98 …)\n"
@@ -42,25 +42,52 @@ def test_scores_are_read_from_what_the_commands_print(record_run, tmp_path):
         (tmp_path / f"test.context-{window}.eval").write_text(EVAL.format(loss=loss, perplexity=perplexity))
     (bleu,) = record_run.bleu_scores(tmp_path).values()
     assert (bleu["bleu"], bleu["signature"]) == (34.56, BLEU.split(" = ")[0])
-    scores = record_run.perplexities(tmp_path)
+    scores = record_run.perplexities(tmp_path, is_sparse=False)
     assert list(scores) == ["test, context 400", "test, context 80", "test, context 0"]
-    assert scores["test, context 400"] == {"perplexity": 29.0, "bits_per_token": 4.858, "tokens": 245569}
+    expected = {"tokens": 245569, "output": "test.context-400.eval"}
+    assert scores["test, context 400"] == {"perplexity": 29.0, **expected}
+    assert record_run.perplexities(tmp_path, is_sparse=True)["test, context 400"] == {
+        "epsilon_perplexity": 29.0, **expected}
 
 
 def test_the_validation_of_the_best_checkpoint_is_found_in_the_log(record_run, tmp_path):
     (tmp_path / "train.log").write_text(LOG)
     assert record_run.validation(tmp_path, checkpoint()) == {
         "updates": 118, "metric": "loss", "value": 6.53, "loss": 6.53, "ppl": 66.91
-    }  # fmt: skip
+    }
     absent = record_run.validation(tmp_path / "elsewhere", checkpoint(metric="bleu", value=3.5))
     assert absent == {"updates": 118, "metric": "bleu", "value": 3.5}
 
 
 @pytest.mark.parametrize("kind", [lambda options: Namespace(**options), OmegaConf.create])
-def test_the_mapping_is_that_of_the_checkpoint(kind, record_run):
-    mapping = record_run.mapping_of(kind({"attention_mapping": "entmax", "entmax_alpha": "learned"}))
-    assert (mapping["attention_mapping"], mapping["entmax_alpha"]) == ("entmax", "learned")
-    assert record_run.mapping_of(kind({"arch": "transformer"})) == {"attention_mapping": "stock"}
+def test_the_mapping_is_that_of_the_checkpoint(kind):
+    mapping_of = load_script("settings").mapping_of
+    found = mapping_of(kind({"attention_mapping": "entmax", "entmax_alpha": "learned", "multimax_order": 1}))
+    assert found == {"attention_mapping": "entmax", "entmax_alpha": "learned"}
+    assert mapping_of(kind({"arch": "transformer"})) == {"attention_mapping": "stock"}
+
+
+def test_settings_are_all_that_can_change_a_result(corpus):
+    """Each of these options is one setting more or another; those of machines, paths and logs are none."""
+    settings_of = load_script("settings").settings_of
+    command = [corpus / "data-bin", "--arch", "multimax_transformer", "--optimizer", "adam", "--lr", "1e-3"]
+    usual = settings_of(parse(command)[1])
+    assert (usual["arch"], usual["lr"], usual["dropout"], usual["task"]) == (
+        "multimax_transformer", [0.001], 0.1, "translation")
+    for option, key, value in (
+        ("--lr 2e-3", "lr", [0.002]), ("--fp16", "fp16", True), ("--dropout 0.2", "dropout", 0.2),
+        ("--max-tokens 9", "max_tokens", 9), ("--clip-norm 1", "clip_norm", 1.0),
+        ("--update-freq 2", "update_freq", [2]),
+        ("--adam-betas (0.9,0.98)", "adam_betas", "(0.9,0.98)"), ("--label-smoothing 0.1 --criterion "
+         "label_smoothed_cross_entropy", "label_smoothing", 0.1), ("--encoder-layers 2", "encoder_layers", 2),
+        ("--patience 3", "patience", 3), ("--max-update 7", "max_update", 7), ("--no-epoch-checkpoints", None, None),
+        ("--seed 3 --save-dir x --log-interval 5 --num-workers 0 --attention-mapping softmax", None, None),
+    ):
+        found = settings_of(parse([*command, *option.split()])[1])
+        if key:
+            assert str(found[key]) == str(value) != str(usual.get(key))
+        else:
+            assert found == usual
 
 
 def test_what_is_learned_is_listed_by_module_and_shared_parameters_count_once(record_run):
@@ -88,8 +115,9 @@ def test_hardware_names_no_machine(record_run):
 
 
 def test_a_run_without_scores_has_no_record(record_run, tmp_path, monkeypatch):
+    state = {"model": {"a": torch.ones(1)}, "cfg": {"model": {"arch": "transformer"}}}
     for name in ("checkpoint_best.pt", "checkpoint_last.pt"):
-        torch.save({}, tmp_path / name)
+        torch.save(state, tmp_path / name)
     monkeypatch.setattr("sys.argv", ["record_run.py", str(tmp_path), "--experiment", "x"])
     with pytest.raises(SystemExit, match="has no scores"):
         record_run.main()

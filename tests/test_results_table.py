@@ -1,6 +1,8 @@
 """scripts/results_table.py: tables from the records of runs. That scripts/record_run.py writes such records is tested
 with the runs themselves."""
 
+import csv
+import io
 import json
 import random
 import re
@@ -8,13 +10,13 @@ import shutil
 import statistics
 
 import pytest
-from conftest import call, load_script, run
+from conftest import call, load_script, rows_of, run
 from sacrebleu.metrics import BLEU
 
 SIGNATURE = "BLEU|nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:2.6.0"
 DEFAULT = {"attention_mapping": "multimax", "attention_mapping_sites": "encoder,decoder,cross",
            "output_mapping": "softmax", "multimax_order": 2, "multimax_terms": "below,above",
-           "multimax_init": "normal", "entmax_alpha": "1.5"}  # fmt: skip
+           "multimax_init": "normal", "entmax_alpha": "1.5"}
 WORDS = "a the dog cat man woman runs sleeps sees red small street house in on near and with quickly today".split()
 
 
@@ -34,34 +36,29 @@ def translations(errors, seed):
     ]
 
 
-def write_run(folder, seed=1, hypotheses=None, references=REFERENCES, perplexities=None, smoke=False, updates=100,
-              experiment="iwslt14_de_en", signature=SIGNATURE, **mapping):  # fmt: skip
+def write_run(folder, seed=1, hypotheses=None, references=REFERENCES, perplexities=None, updates=100,
+              experiment="iwslt14_de_en", signature=SIGNATURE, settings=(), kind="perplexity", **mapping):
     """A folder as a run leaves it; returns its BLEU."""
     folder.mkdir(parents=True)
     scores = {}
     if hypotheses:
         bleu = round(BLEU().corpus_score(hypotheses, [references]).score, 2)
         scores["best"] = {"bleu": bleu, "signature": signature, "details": "", "hypotheses": "best.hypotheses",
-                          "references": "references"}  # fmt: skip
+                          "references": "best.references"}
         (folder / "best.hypotheses").write_text("\n".join(hypotheses) + "\n")
-        (folder / "references").write_text("\n".join(references) + "\n")
+        (folder / "best.references").write_text("\n".join(references) + "\n")
     for name, perplexity in (perplexities or {}).items():
-        scores[name] = {"perplexity": perplexity, "bits_per_token": 1.0, "tokens": 1000}
-    record = {"format": 1, "experiment": experiment, "smoke": smoke, "scores": scores, "seed": seed,
-              "updates": updates, "validation": {"ppl": 5.0 + seed}, "mapping": {**DEFAULT, **mapping}}  # fmt: skip
+        scores[name] = {kind: perplexity, "tokens": 1000, "output": f"{name}.eval"}
+        (folder / f"{name}.eval").write_text(f"Loss (base 2): 1.0, Perplexity: {perplexity:.2f}\n")
+    record = {"format": 2, "experiment": experiment, "scores": scores, "seed": seed, "is_complete": True,
+              "updates": updates, "validation": {"ppl": 5.0 + seed}, "mapping": {**DEFAULT, **mapping},
+              "settings": {"lr": [0.003], **dict(settings)}}
     (folder / "run.json").write_text(json.dumps(record))
     return scores["best"]["bleu"] if hypotheses else None
 
 
 def results_table(*arguments, check=True):
     return call("results_table", *arguments, check=check)
-
-
-def rows_of(markdown):
-    """The cells of a table by the name of its row, the header as "mapping"."""
-    table = [line for line in markdown.splitlines() if line.startswith("|")]
-    lines = [[cell.strip() for cell in line.strip("| ").split("|")] for line in table]
-    return {cells[0]: cells[1:] for cells in lines if len(cells) > 2 and cells[0].strip("-")}
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +94,7 @@ def test_mean_and_standard_deviation_over_seeds(translation):
     assert float(rows["MultiMax"][column + 1].strip("*+")) == pytest.approx(sum(differences) / 3, abs=0.0051)
     assert rows["softmax"][column + 1] == "–"
     assert float(rows["EvSoftMax"][column + 1].replace("−", "-")) == pytest.approx(
-        bleu["evsoftmax"][0] - bleu["softmax"][1], abs=0.0051)  # fmt: skip
+        bleu["evsoftmax"][0] - bleu["softmax"][1], abs=0.0051)
 
 
 @pytest.mark.parametrize("values, expected", [
@@ -107,7 +104,7 @@ def test_mean_and_standard_deviation_over_seeds(translation):
     ({1: 29.0, 2: 31.0, 3: 29.7}, "−0.20"),  # 0.2 with a deviation of 1
     ({1: 35.0}, "+5.00"),
     ({4: 35.0}, "–"),
-])  # fmt: skip
+])
 def test_a_difference_larger_than_that_between_seeds_is_bold(values, expected):
     assert load_script("results_table").difference(values, {1: 30.0, 2: 30.2, 3: 30.1}) == expected
 
@@ -122,11 +119,18 @@ def test_the_bootstrap_is_sacrebleus(translation, tmp_path):
         expected = []
         for seed in seeds:
             systems = [folder / f"{system}-{seed}" / "best.hypotheses" for system in ("softmax", name)]
-            result = run("sacrebleu", folder / f"{name}-{seed}" / "references", "-i", *systems, "-m", "bleu",
-                         "--paired-bs", "--paired-bs-n", 300, "--format", "json")  # fmt: skip
+            result = run("sacrebleu", folder / f"{name}-{seed}" / "best.references", "-i", *systems, "-m", "bleu",
+                         "--paired-bs", "--paired-bs-n", 300, "--format", "json")
             expected.append(json.loads(result.stdout)[1]["BLEU"]["p_value"])
         assert rows[row][column].split() == [f"{p:.3f}" for p in expected]
     assert float(rows["EvSoftMax"][column]) < 0.05  # four times as many errors, over 120 sentences
+
+
+def test_a_perplexity_that_is_not_the_evaluations_is_refused(tmp_path):
+    write_run(tmp_path / "a", experiment="lm", perplexities={"test, context 0": 30.0})
+    (tmp_path / "a" / "test, context 0.eval").write_text("Loss (base 2): 4.9, Perplexity: 29.00\n")
+    result = results_table(tmp_path, check=False)
+    assert result.returncode == 1 and "has another perplexity than run.json" in result.stderr
 
 
 def test_the_same_translations_do_not_differ(tmp_path):
@@ -140,9 +144,9 @@ def test_the_same_translations_do_not_differ(tmp_path):
 def test_perplexities_of_language_models(tmp_path):
     for seed, value in ((1, 29.0), (2, 30.0)):
         write_run(tmp_path / f"a{seed}", seed, experiment="wikitext103", attention_mapping="softmax",
-                  perplexities={"test, context 400": value, "test, context 0": value + 5})  # fmt: skip
+                  perplexities={"test, context 400": value, "test, context 0": value + 5})
     write_run(tmp_path / "b", 1, experiment="wikitext103", output_mapping="multimax",
-              perplexities={"test, context 400": 28.5, "test, context 0": 33.25})  # fmt: skip
+              perplexities={"test, context 400": 28.5, "test, context 0": 33.25})
     rows = rows_of(results_table(tmp_path).stdout)
     assert rows["mapping"][2:] == ["test, context 400", "test, context 0", "test, context 400 − softmax's"]
     assert rows["softmax"][2:] == [f"29.50 ± {statistics.stdev((29, 30)):.2f}", "34.50 ± 0.71", "–"]
@@ -152,7 +156,7 @@ def test_perplexities_of_language_models(tmp_path):
 @pytest.mark.parametrize("mapping, name", [
     ({}, "MultiMax"),
     ({"multimax_order": 1, "multimax_terms": "above"}, "MultiMax, order 1, only above"),
-    ({"attention_mapping_sites": "encoder,cross"}, "MultiMax, encoder and cross only"),
+    ({"attention_mapping_sites": "encoder,cross"}, "MultiMax, cross and encoder only"),
     ({"attention_mapping_sites": "cross,decoder,encoder", "multimax_terms": "above,below"}, "MultiMax"),
     ({"multimax_init": "identity"}, "MultiMax, identity at the start"),
     ({"attention_mapping": "softmax", "multimax_order": 1, "entmax_alpha": "learned"}, "softmax"),
@@ -167,9 +171,14 @@ def test_perplexities_of_language_models(tmp_path):
     ({"attention_mapping": "entmax"}, "α-entmax, α = 1.5"),
     ({"attention_mapping": "sparsemax", "multimax_order": 1}, "sparsemax"),
     ({"attention_mapping": "stock"}, "softmax (stock fairseq)"),
-])  # fmt: skip
+    ({"attention_mapping": "topk_softmax", "mapping_options": "k=4", "attention_mapping_sites": "encoder"},
+     "topk_softmax (k=4), encoder only"),
+])
 def test_a_row_is_named_after_what_is_not_the_default(mapping, name):
-    assert load_script("results_table").row_name({**DEFAULT, **mapping}) == name
+    """Options without effect, such as an order beside softmax, are no part of what a run was."""
+    model = DEFAULT | mapping if mapping.get("attention_mapping") != "stock" else {"arch": "transformer"}
+    found = load_script("settings").mapping_of(model)
+    assert load_script("results_table").name_of_mapping(found) == name
 
 
 def test_published_numbers_stand_beside_with_their_source(translation, tmp_path):
@@ -183,11 +192,40 @@ def test_published_numbers_stand_beside_with_their_source(translation, tmp_path)
     assert "published" not in results_table(translation[0]).stdout.lower()
 
 
-def test_smoke_runs_are_told_from_real_ones(tmp_path):
-    write_run(tmp_path / "a", hypotheses=REFERENCES)
-    write_run(tmp_path / "b", hypotheses=REFERENCES, smoke=True)
+def test_runs_that_differ_in_a_setting_are_two_rows_that_say_in_what(tmp_path):
+    for seed in (1, 2):
+        write_run(tmp_path / f"a{seed}", seed, translations(0.1, seed))
+        write_run(tmp_path / f"b{seed}", seed, translations(0.2, seed), settings={"lr": [0.001], "fp16": True})
+        write_run(tmp_path / f"c{seed}", seed, translations(0.1, seed), attention_mapping="softmax")
+    write_run(tmp_path / "own", 1, translations(0.3, 1), attention_mapping="topk_softmax", mapping_options="k=4")
+    rows = rows_of(results_table(tmp_path).stdout)
+    assert list(rows) == ["mapping", "softmax", "MultiMax", "MultiMax, fp16 True, lr 0.001", "topk_softmax (k=4)"]
+    assert [cells[0] for cells in rows.values()] == ["seeds", "1 2", "1 2", "1 2", "1"]
+    unfinished = json.loads((tmp_path / "a1" / "run.json").read_text()) | {"is_complete": False, "updates": 50}
+    (tmp_path / "a1" / "run.json").write_text(json.dumps(unfinished))
+    assert rows_of(results_table(tmp_path).stdout)["MultiMax, stopped after 50 updates"][0] == "1"
+
+
+def test_epsilon_perplexity_has_a_column_of_its_own_and_no_difference(tmp_path):
+    """155.80 and 308.86 are two quantities: neither is subtracted from the other."""
+    write_run(tmp_path / "a", experiment="lm", perplexities={"test, context 128": 155.8}, attention_mapping="softmax")
+    write_run(tmp_path / "b", experiment="lm", perplexities={"test, context 128": 308.86}, kind="epsilon_perplexity",
+              output_mapping="entmax15")
     text = results_table(tmp_path).stdout
-    assert re.findall("^### (.*)$", text, re.M) == ["iwslt14_de_en", "iwslt14_de_en, smoke run on made-up data"]
+    rows = rows_of(text)
+    assert rows["mapping"][2:4] == ["test, context 128", "test, context 128, ε-perplexity"]
+    assert rows["softmax"][2:4] == ["155.80", "–"]
+    assert rows["MultiMax; 1.5-entmax of the vocabulary"][2:] == ["–", "308.86", "–"] and "153" not in text
+
+
+def test_formats(translation):
+    cells = rows_of(results_table(translation[0]).stdout)
+    table = list(csv.reader(io.StringIO(results_table(translation[0], "--format", "csv").stdout)))
+    assert {row[0]: row[1:] for row in table} == cells
+    text = results_table(translation[0], "--format", "latex").stdout
+    assert text.startswith("\\begin{tabular}{llllll}\n\\toprule\nmapping & seeds & valid ppl & BLEU, best & ")
+    bleu = cells["softmax"][2].replace("±", r"$\pm$")
+    assert rf"softmax & 1 2 3 & 7.00 $\pm$ 1.00 & {bleu} & --" in text
 
 
 def test_what_cannot_be_compared_is_said(tmp_path):
@@ -231,16 +269,17 @@ def of_hypotheses(content):
     (of_hypotheses("\n".join(REFERENCES).encode()), "has BLEU 100.00, and run.json says"),
     (of_hypotheses(b"\xff\n" * 120), "multimax/best.hypotheses is damaged: it is not UTF-8"),
     (lambda run: (run / "run.json").write_text("{"), "is not, or no longer, a file of record_run.py"),
-    (of_record(lambda record, _: record.update(format=2)), "a file of record_run.py (format is 2)"),
+    (of_record(lambda record, _: record.update(format=1)), "a file of record_run.py (format is 1)"),
     (of_record(lambda record, _: record.update(scores={})), "(scores is {})"),
     (of_record(lambda _, best: best.update(bleu=float("nan"))), "(best: bleu is nan)"),
     (of_record(lambda _, best: best.pop("bleu")), "(best: perplexity is nothing)"),
     (of_record(lambda _, best: best.update(hypotheses="../softmax/best.hypotheses")),
      "(best: hypotheses is '../softmax"),
     (of_record(lambda record, _: record.pop("seed")), "(seed is nothing)"),
-    (of_record(lambda record, _: record["mapping"].pop("multimax_terms")), "(mapping: multimax_terms is nothing)"),
+    (of_record(lambda record, _: record["mapping"].update(multimax_terms=3)), "(mapping: multimax_terms is 3)"),
+    (of_record(lambda record, _: record.pop("settings")), "(settings is nothing)"),
     (of_record(lambda record, _: record["validation"].update(ppl=float("inf"))), "(validation is {'ppl': inf})"),
-])  # fmt: skip
+])
 def test_a_faulty_folder_is_an_error_that_names_it(fault, message, tmp_path):
     write_run(tmp_path / "softmax", hypotheses=translations(0.1, 1), attention_mapping="softmax")
     write_run(tmp_path / "multimax", hypotheses=translations(0.1, 2))
@@ -255,7 +294,7 @@ def test_a_faulty_folder_is_an_error_that_names_it(fault, message, tmp_path):
     ("[]", "it is no table"),
     ('{"iwslt14_de_en": {"rows": {"MultiMax": "1"}}}', "iwslt14_de_en: source is nothing"),
     ('{"iwslt14_de_en": {"source": "x", "rows": {"MultiMax": 1}}}', "iwslt14_de_en: MultiMax is 1"),
-])  # fmt: skip
+])
 def test_published_numbers_of_another_form_are_an_error(content, message, translation, tmp_path):
     (tmp_path / "paper.json").write_text(content)
     result = results_table(translation[0], "--paper", tmp_path / "paper.json", check=False)

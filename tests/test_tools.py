@@ -1,11 +1,9 @@
 """What users meet when files or options are wrong: each tool says it in a line, and leaves nothing behind."""
 
+import json
 import os
 import re
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -96,18 +94,17 @@ CHECKPOINTS = {
         "has NaN or infinity in decoder.layers.1.fc1.bias: its training has diverged",
     ),
     "malicious": (saved(lambda state: {**state, "extra": Malice()}), r"it holds \w+\.mkdir, and not only tensors"),
-}  # fmt: skip
+}
 
 # name → command line, of a run's folder and the corpus
 TOOLS = {
     "average_checkpoints": lambda run, corpus: [run / "checkpoint_best.pt", "--output", run / "average.pt"],
     "check_decoding": lambda run, corpus: [corpus / "data-bin", "--path", run / "checkpoint_best.pt",
                                            "--sentences", 4],
-    "check_model": lambda run, corpus: ["--checkpoint", run / "checkpoint_best.pt", "--data", corpus / "data-bin"],
     "record_run": lambda run, corpus: [run, "--experiment", "x"],
     "multimax-analyze": lambda run, corpus: [run / "checkpoint_best.pt", "--data", corpus / "data-bin", "--out",
                                              run / "report", "--max-sentences", 2, "--no-progress-bar"],
-}  # fmt: skip
+}
 
 
 def start(tool, arguments, monkeypatch):
@@ -144,14 +141,10 @@ def test_a_checkpoint_that_is_none(what, tool, folder, corpus, monkeypatch):
     ("check_decoding", ["--split", "dev"], "has no split 'dev' for this model; --split takes one of: test, train"),
     ("check_decoding", ["--sentences", "0"], None),
     ("check_decoding", ["--sentences", "-5"], None),
-    ("check_model", ["--checkpoint", "a::b"], "has an empty name"),
-    ("check_model", ["--data", "a\nb"], r"there is no folder a\\nb"),
-    ("check_model", ["--data", "{run}"], "has no dictionary|cannot be built"),
-    ("check_model", ["--data", "{corpus}/data-bin-lm"], "cannot be built with the data in"),
     ("multimax-analyze", ["--out", "{run}/best.bleu"], "is a file; --out takes a folder"),
     ("multimax-analyze", ["--out", "/proc/report"], "could not write /proc/report: "),
     ("multimax-analyze", ["--labels", "a\nb"], "cannot be printed"),
-])  # fmt: skip
+])
 def test_options_that_cannot_be(tool, options, message, folder, corpus, monkeypatch, capsys):
     """Without a message: argparse's, in a line, and exit status 2."""
     names = {"{run}": str(folder), "{corpus}": str(corpus)}
@@ -170,7 +163,7 @@ def test_options_that_cannot_be(tool, options, message, folder, corpus, monkeypa
     ("test.context-0.eval", b"Traceback\n", "test.context-0.eval is not what fairseq-eval-lm prints"),
     ("test.context-0.eval", b"Evaluated 0 tokens\nLoss (base 2): 0.0, Perplexity: 1.00\n", "no token was evaluated"),
     ("test.context-0.eval", b"Evaluated 9 tokens\nLoss (base 2): nan, Perplexity: nan\n", "of a finite perplexity"),
-])  # fmt: skip
+])
 def test_scores_that_are_none(name, content, message, folder, corpus, monkeypatch):
     (folder / name).write_bytes(content)
     error = start("record_run", TOOLS["record_run"](folder, corpus), monkeypatch)
@@ -180,16 +173,19 @@ def test_scores_that_are_none(name, content, message, folder, corpus, monkeypatc
 @pytest.mark.parametrize("change, message", [
     (lambda state: state.update(optimizer_history=[]), "has no entry 'optimizer_history.-1'"),
     (lambda state: state.pop("cfg"), "has no entry 'cfg'"),
-])  # fmt: skip
+])
 def test_a_checkpoint_that_lacks_what_a_record_needs(change, message, folder, corpus, monkeypatch):
     saved(lambda state: change(state) and None)(folder / "checkpoint_best.pt")
     assert message in start("record_run", TOOLS["record_run"](folder, corpus), monkeypatch)
 
 
 def test_intact_files_are_no_error(folder, corpus, monkeypatch):
-    for tool in ("average_checkpoints", "check_decoding", "check_model", "record_run"):
+    seconds = torch.tensor(2.5)  # as several processes leave it
+    saved(lambda state: state["extra_state"].update(previous_training_time=seconds))(folder / "checkpoint_last.pt")
+    for tool in ("average_checkpoints", "check_decoding", "record_run"):
         assert start(tool, TOOLS[tool](folder, corpus), monkeypatch) is None
-    assert (folder / "run.json").is_file() and (folder / "average.pt").is_file()
+    assert json.loads((folder / "run.json").read_text())["training_seconds"] == 2.5
+    assert (folder / "average.pt").is_file()
 
 
 def test_what_computes_nan_is_no_success(folder, corpus, monkeypatch):
@@ -199,14 +195,12 @@ def test_what_computes_nan_is_no_success(folder, corpus, monkeypatch):
     assert "computes NaN or infinity on sentences of 'test'" in error
 
 
-@pytest.mark.parametrize("tool", ["check_decoding", "check_model", "multimax-analyze"])
+@pytest.mark.parametrize("tool", ["check_decoding", "multimax-analyze"])
 def test_a_split_without_its_target_language(tool, folder, corpus, tmp_path, monkeypatch):
     shutil.copytree(corpus / "data-bin", tmp_path / "data-bin")
     for path in (tmp_path / "data-bin").glob("*.de-en.en.*"):
         path.unlink()
-    arguments = TOOLS[tool](folder, tmp_path)
-    options = ["--split", "test"] if tool == "check_model" else []
-    error = start(tool, [*arguments, *options], monkeypatch)
+    error = start(tool, TOOLS[tool](folder, tmp_path), monkeypatch)
     assert re.search("of .* has no text in the target language: files of it are missing$", error or "")
 
 
@@ -221,28 +215,29 @@ def test_a_language_model_has_no_beam_search(build, corpus, tmp_path, monkeypatc
 
 @pytest.mark.parametrize("names", [["checkpoint_last.pt"], ["checkpoint_last.pt", "checkpoint_best.pt"]])
 @pytest.mark.parametrize("what", ["absent", "empty", "cut"])
-def test_a_run_goes_on_from_the_newest_checkpoint_that_can_be_read(what, names, folder, monkeypatch, capsys):
+def test_a_run_goes_on_from_the_newest_checkpoint_that_can_be_read(what, names, folder, capsys):
+    mend = load_script("begin_run").mend
     saved(lambda state: state["optimizer_history"][-1].update(num_updates=7))(folder / "checkpoint1.pt")
     for name in names:
         CHECKPOINTS[what][0](folder / name)
-    assert start("resume_checkpoint", [folder], monkeypatch) is None
-    assert "WARNING: going on from checkpoint1.pt, after 7 updates" in capsys.readouterr().out
+    assert mend(folder)[0].updates == 7
+    assert "WARNING: going on from checkpoint1.pt" in capsys.readouterr().err
     for name in names:
         assert (folder / name).read_bytes() == (folder / "checkpoint1.pt").read_bytes()
-    assert start("resume_checkpoint", [folder], monkeypatch) is None and not capsys.readouterr().out
+    assert mend(folder)[0].updates == 7 and not capsys.readouterr().err
 
 
-def test_without_a_checkpoint_that_can_be_read_nothing_goes_on(folder, monkeypatch):
-    for path in folder.glob("*.pt"):
-        cut(path)
-    assert "no checkpoint of" in start("resume_checkpoint", [folder], monkeypatch)
-
-
-def test_the_best_checkpoint_is_not_replaced_by_another(folder, monkeypatch):
+def test_what_is_lost_is_said(folder):
+    mend = load_script("begin_run").mend
     for name in ("checkpoint1.pt", "checkpoint_last.pt"):
         saved(lambda state: state["extra_state"].update(val_loss=4.0))(folder / name)
     cut(folder / "checkpoint_best.pt")
-    assert "the best checkpoint, of score 3.0, is lost" in start("resume_checkpoint", [folder], monkeypatch)
+    with pytest.raises(UserError, match="the best checkpoint, .*, is lost"):
+        mend(folder)
+    for path in folder.glob("*.pt"):
+        cut(path)
+    with pytest.raises(UserError, match="no checkpoint of .* can be read"):
+        mend(folder)
 
 
 # ---------------------------------------------------------------------- writing
@@ -275,74 +270,35 @@ def test_old_and_new_formats_of_torch_are_read(tmp_path):
         assert read_checkpoint(tmp_path / "x")["model"]["a"].sum() == 2
 
 
-# ---------------------------------------------------------------------- the shell's part
+# ---------------------------------------------------------------------- translation
 
-SCORE = ["score_translation.sh", "--data-bin", "{corpus}/data-bin", "--checkpoint", "{run}/checkpoint_best.pt",
-         "--reference", "{corpus}/text/test.en", "--out", "{run}/test"]  # fmt: skip
-RUN = ["../examples/multi30k_de_en/run.sh"]
+SCORE = ["score_translation", "--data-bin", "{corpus}/data-bin", "--checkpoint", "{run}/checkpoint_best.pt",
+         "--reference", "{corpus}/text/test.en", "--out", "{run}/test"]
+TRANSLATE = ["translate", "--data", "{corpus}", "--run", "{run}"]
 
 
 @pytest.mark.parametrize("command, options, message", [
-    (SCORE, ["--out", "-dash"], "a file of this name is ./-dash"),
     (SCORE, ["--checkpoint", "a::b"], "--checkpoint 'a::b' has an empty name"),
     (SCORE, ["--checkpoint", "{run}/checkpoint_best.pt:{run}/none.pt"], "none.pt: there is no such file"),
     (SCORE, ["--reference", "{corpus}/text/valid.en"], "60 lines in {corpus}/text/valid.en for the 40 sentences"),
-    (SCORE, ["--reference", "{run}/lone-cr"], "has carriage returns within its lines"),
-    (SCORE, ["--reference", "{run}"], "is not a file"),
+    (SCORE, ["--reference", "{run}"], "there is no such file"),
+    (SCORE, ["--reference", "{run}/checkpoint_best.pt"], "is not UTF-8"),
     (SCORE, ["--data-bin", "{run}"], "has no split 'test'"),
-    (SCORE, ["--data-bin", "a:b"], "fairseq takes ':' for what separates names"),
-    (SCORE, ["--out", "{run}/best.bleu/x"], "best.bleu cannot be made: "),
-    (["translate.sh"], ["--data", "a:b", "--run", "{run}"], "fairseq takes ':' for what separates names"),
-    (["translate.sh"], ["--data", "a\nb", "--run", "{run}"], "a name with control characters"),
-    (RUN, ["--entmax-alpha", "1.000"], "--entmax-alpha takes a number in (1, 2]"),
-    (RUN, ["--epochs", "1", "--updates", "2"], "exclude each other"),
-    (RUN, ["--out", "a:b"], "fairseq takes ':' for what separates names"),
-    (RUN, ["--out", "a\nb"], "a name with control characters"),
-    (RUN, ["--out", "{run}/best.bleu", "--data", "{run}/data", "--only", "evaluate"], "best.bleu cannot be made"),
-    (RUN, ["--out", "{run}/new", "--data", "{run}/data", "--only", "train"], "has no text of the split 'train'"),
-])  # fmt: skip
-def test_the_shell_scripts_say_it_in_a_line(command, options, message, folder, corpus):
-    (folder / "lone-cr").write_bytes(b"a\rb\n" * 40)
-    (folder / "data" / "data-bin").mkdir(parents=True)
-    (folder / "data" / "data-bin" / "train.de-en.de.bin").write_bytes(b"")
-    words = [word.replace("{run}", str(folder)).replace("{corpus}", str(corpus)) for word in [*command, *options]]
-    result = run("bash", SCRIPTS / words[0], *words[1:], check=False, cwd=folder)
-    assert result.returncode == 1 and not result.stdout
-    assert result.stderr.startswith("ERROR: ") and result.stderr.count("\n") == 1
-    assert message.replace("{corpus}", str(corpus)) in result.stderr
+    (SCORE, ["--checkpoint", "{run}/best.bleu"], "best.bleu cannot be read as a checkpoint"),
+    (SCORE, ["--user-dir", "{run}"], "there is no __init__.py in it"),
+    (SCORE, ["--beam", "0"], "is not a whole number above 0"),
+    (TRANSLATE, [], "there is neither a SentencePiece model nor bpe.codes"),
+    (TRANSLATE, ["--sentencepiece", "{run}/none"], "none: there is neither"),
+    (TRANSLATE, ["--data-bin", "{run}"], "has no data of a pair of languages"),
+    (["translate"], [], "--run or --checkpoint, and --data or --data-bin, are required"),
+])
+def test_translation_says_what_is_wrong_in_a_line(command, options, message, folder, corpus):
+    def filled(text):
+        return text.replace("{run}", str(folder)).replace("{corpus}", str(corpus))
 
-
-def test_a_folder_that_is_not_the_users(folder, corpus, tmp_path):
-    if subprocess.run(["unshare", "--user", "--map-user=1000", "true"], capture_output=True).returncode:
-        pytest.skip("no name space can be opened here")
-    folder.chmod(0o500)
-    try:
-        result = run("unshare", "--user", "--map-user=1000", "bash", SCRIPTS / SCORE[0],
-                     *[word.format(run=folder, corpus=corpus) for word in SCORE[1:]], check=False)  # fmt: skip
-    finally:
-        folder.chmod(0o700)
-    assert result.returncode == 1 and "cannot be written to" in result.stderr and result.stderr.count("\n") == 1
-
-
-def test_two_runs_do_not_share_a_folder(folder):
-    script = f"source {SCRIPTS}/common.sh; lock {folder}/.lock $1; echo held; sleep $2"
-    with subprocess.Popen(["bash", "-c", script, "-", "", "60"], stdout=subprocess.PIPE,
-                          env={**os.environ, "PYTHON": sys.executable}) as holder:  # fmt: skip
-        assert holder.stdout.readline() == b"held\n"
-        for how in ("", "shared"):
-            result = run("bash", "-c", script, "-", how, 0, check=False)
-            assert result.returncode == 1 and "another command is at work in" in result.stderr
-        subprocess.run(["pkill", "-P", str(holder.pid)])
-        holder.kill()
-    assert run("bash", "-c", script, "-", "", 0).stdout == "held\n"
-
-
-def test_sites_in_another_order_are_the_same_run():
-    def folder_of(sites):
-        command = run("bash", SCRIPTS / RUN[0], "--dry-run", "--sites", sites).stdout
-        return re.search(r"--save-dir (\S+)", command)[1]
-
-    assert {Path(folder_of(sites)).name for sites in ("cross,encoder", "encoder,cross")} == {
-        "multimax-encoder+cross-seed1"
-    }
-    assert folder_of("decoder,cross,encoder") == "runs/multi30k_de_en/multimax-seed1"
+    before = sorted(folder.iterdir())
+    script = SCRIPTS / f"{command[0]}.sh"
+    result = run("bash", script, *map(filled, [*command[1:], *options]), check=False, input="", cwd=folder)
+    assert result.returncode in (1, 2) and filled(message) in result.stderr
+    assert result.stderr.count("ERROR: ") == 1 and "Traceback" not in result.stderr
+    assert sorted(folder.iterdir()) == before

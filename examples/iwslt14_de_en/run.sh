@@ -1,47 +1,55 @@
 #!/usr/bin/env bash
-# IWSLT'14 German-English as in the paper: 160,239 sentence pairs of TED talks, a Transformer of 39M parameters.
+# IWSLT'14 German-English as in the paper: 160,239 sentence pairs of TED talks, a Transformer of 39M parameters, on a GPU.
 #
-#     examples/iwslt14_de_en/run.sh --mapping multimax --seed 1
+#     bash examples/iwslt14_de_en/run.sh RUN [OPTION OF fairseq-train …]
+#     bash examples/iwslt14_de_en/run.sh runs/a --attention-mapping multimax --seed 1
 #
-# Scores the checkpoint that is best on validation (by BLEU), and the average of the last epochs: beam 5, detokenised
-# SacreBLEU without regard to case, as the text is lower-case.
+# trains into the folder RUN, or goes on where it was stopped, and translates the test set with the checkpoint of best BLEU
+# on validation, and with the average of the last epochs: RUN/run.json has detokenised SacreBLEU, without regard to case as
+# the text is lower-case, and all settings. DATA=FOLDER names the data (default: data/iwslt14_de_en), which are prepared
+# if they are not there; SCORE=no stops after training.
 
 set -euo pipefail
+[[ ${1:--} != -* ]] || { sed -n '2,/^$/s/^# \?//p' "$0" >&2; exit 1; }
+root=$(cd "$(dirname "$0")/../.." >/dev/null && pwd)
+run=$1 data=${DATA:-data/iwslt14_de_en}
+shift
 
-here=$(cd "$(dirname "$0")" >/dev/null && pwd)
-# shellcheck source=examples/experiment.sh
-source "$here/../experiment.sh"
-
-experiment=iwslt14_de_en
-prepare_script=prepare_iwslt14.sh
-source_option=--archive
-arch=transformer_iwslt_de_en # 6 + 6 layers of width 512, FFN 1024, 4 heads
-model=(--share-decoder-input-output-embed --dropout 0.3)
-
-# fairseq's recipe, which does not say when to stop: 50,000 updates are about 45 epochs.
-training=(
+train=(
+    "$data/data-bin" --user-dir "$root/multimax_fairseq" --save-dir "$run"
+    --arch multimax_transformer_iwslt_de_en # 6 + 6 layers of width 512, FFN 1024, 4 heads
+    --share-decoder-input-output-embed --dropout 0.3
     --task translation
     --criterion label_smoothed_cross_entropy --label-smoothing 0.1
     --optimizer adam --adam-betas '(0.9, 0.98)' --weight-decay 1e-4
     --lr 5e-4 --lr-scheduler inverse_sqrt --warmup-updates 4000
+    --max-tokens 4096   # on N GPUs: --distributed-world-size N --max-tokens 4096/N
+    --max-update 50000  # about 45 epochs; fairseq's recipe, which this is, does not say when to stop
     --eval-bleu --eval-bleu-args '{"beam": 5, "max_len_a": 1.2, "max_len_b": 10}'
     --eval-bleu-detok moses --eval-bleu-remove-bpe
     --best-checkpoint-metric bleu --maximize-best-checkpoint-metric
-    --log-interval 100
+    --update-epoch-batch-itr True # a run that was stopped goes on with the batches that it would have had
+    --keep-last-epochs 5 --log-format simple --log-interval 100 --log-file "$run/train.log"
+    "$@"
 )
-max_tokens=4096
-length=(--max-update 50000)
-average=5
+# Wrong options, another run in RUN: said before any work. A checkpoint that a kill has cut: replaced.
+user_dir=$(python "$root/scripts/begin_run.py" "$run" "${train[@]}")
+[[ ! -f $run/run.json ]] || { echo "already done: $run/run.json"; exit; }
+[[ -d $data/data-bin ]] || bash "$root/scripts/prepare_iwslt14.sh" --out "$data"
 
-smoke_model=("${tiny_transformer[@]}" --share-decoder-input-output-embed --dropout 0.3)
-smoke_length=(--max-epoch 2)
-smoke_training=(--lr 5e-3 --warmup-updates 40 --max-valid-steps 2)
+# On a CPU a step is a third faster if the C library keeps the memory that the last one has freed.
+export GLIBC_TUNABLES=${GLIBC_TUNABLES-glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184:glibc.malloc.hugetlb=1}
+[[ -f $run/trained ]] || ${LAUNCH:-fairseq-train} "${train[@]}"
+touch "$run/trained"
+[[ ${SCORE:-yes} == yes ]] || exit 0
 
-prepare_smoke() {
-    "$PYTHON" "$scripts/make_smoke_data.py" iwslt14 "$1.tgz" --sentences 500
-    bash "$scripts/$prepare_script" --out "$data" --archive "$1.tgz" --merges 300
+score() { # CHECKPOINT NAME, with beam 5
+    bash "$root/scripts/score_translation.sh" --data-bin "$data/data-bin" --checkpoint "$run/$1" --user-dir "$user_dir" \
+        --reference "$data/raw/test.en" --moses en --out "$run/$2"
 }
-
-evaluate() { score_best_and_average "$data/raw/test.en" --moses en; }
-
-run_experiment "$@"
+score checkpoint_best.pt best
+if compgen -G "$run/checkpoint[0-9]*.pt" >/dev/null; then # not after less than an epoch
+    python "$root/scripts/average_checkpoints.py" --last 5 "$run" --output "$run/average.pt"
+    score average.pt average
+fi
+python "$root/scripts/record_run.py" "$run" --experiment iwslt14_de_en --command "$(printf '%q ' "$0" "$run" "$@")"

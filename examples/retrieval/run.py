@@ -49,7 +49,7 @@ from multimax_fairseq.analysis.style import (  # noqa: E402
     VERMILLION,
     colour_of,
 )
-from multimax_fairseq.mappings import BUILT_IN, build_mapping, parse_options  # noqa: E402
+from multimax_fairseq.mappings import BUILT_IN, MAPPINGS, arguments_of, build_mapping, parse_options  # noqa: E402
 from multimax_fairseq.tools import (  # noqa: E402
     ArgumentParser,
     UserError,
@@ -113,7 +113,8 @@ class Layer(nn.Module):
     def __init__(self, row: Row, dimensions: int):
         super().__init__()
         self.query, self.key = nn.Linear(dimensions, PROJECTED), nn.Linear(dimensions, PROJECTED)
-        self.mapping = build_mapping(row.mapping, **row.mapping_options())
+        heads = {"num_heads": 1} if "num_heads" in arguments_of(MAPPINGS.get(row.mapping, nn.Identity)) else {}
+        self.mapping = build_mapping(row.mapping, **row.mapping_options(), **heads)
         self.kind_of_scale = row.option("scale", "none")
         if self.kind_of_scale not in SCALES:
             raise ValueError(f"there is no scale {self.kind_of_scale!r}; choose from: {', '.join(SCALES)}")
@@ -129,7 +130,8 @@ class Layer(nn.Module):
 
     def forward(self, query: Tensor, keys: Tensor, values: Tensor) -> Tuple[Tensor, Tensor]:
         """The output, (batch, d), and the probabilities, (batch, length)."""
-        probabilities = self.mapping(self.scores(query, keys))
+        scores = self.scores(query, keys)[:, None, None]  # as in attention: (batch, heads, queries, length)
+        probabilities = self.mapping(scores)[:, 0, 0]
         return torch.einsum("bl,bld->bd", probabilities, values), probabilities
 
     def parameter_groups(self) -> List[Dict[str, Any]]:

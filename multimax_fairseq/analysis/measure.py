@@ -412,8 +412,7 @@ class Measurement:
 
 def coefficients(mapping: MultiMax) -> Tuple[Tensor, Tensor]:
     """Thresholds and gains as σ uses them, fp64 on the CPU; gains of fixed terms are 0."""
-    known = getattr(mapping, "coefficients", lambda: (mapping.thresholds, mapping.effective_gains))
-    return tuple(tensor.detach().double().cpu() for tensor in known())
+    return tuple(tensor.detach().double().cpu() for tensor in mapping.coefficients())
 
 
 def _mean_of_rows(rows: Sequence[Dict[str, Any]], site: str) -> Dict[str, Any]:

@@ -46,7 +46,7 @@ class Blocks(NamedTuple):
 
 
 # By kernel, bytes of a number and largest head_dim: as large as possible without spilling registers on the GPUs that
-# scripts/check_kernels.py compiles for. In half precision a warp has 16 queries (in backward_keys, keys).
+# benchmarks/check_kernels.py compiles for. In half precision a warp has 16 queries (in backward_keys, keys).
 BLOCKS: Dict[Tuple[str, int, int], Blocks] = {
     ("forward", 2, 64): Blocks(128, 32, 8, 2),
     ("forward", 2, 128): Blocks(128, 32, 8, 2),

@@ -1,9 +1,9 @@
 #!/usr/bin/env python
 """Checks Triton's attention kernels against float64, and compiles them for GPUs that this machine need not have.
 
-    python scripts/check_kernels.py cases --cases 200 --seed 1      # on a GPU, or interpreted on a CPU
-    python scripts/check_kernels.py halves --length 512             # against plain PyTorch in the same dtype
-    python scripts/check_kernels.py binaries --targets sm_80 sm_90 gfx942 --dtypes fp16 fp32 --head-dims 64 128
+    python benchmarks/check_kernels.py cases --cases 200 --seed 1      # on a GPU, or interpreted on a CPU
+    python benchmarks/check_kernels.py halves --length 512             # against plain PyTorch in the same dtype
+    python benchmarks/check_kernels.py binaries --targets sm_80 sm_90 gfx942 --dtypes fp16 fp32 --head-dims 64 128
 
     cases      random shapes, masks, dropout, layouts and dtypes: output and all gradients
     halves     the error in each dtype, which may be at most twice that of plain PyTorch's attention

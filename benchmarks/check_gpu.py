@@ -28,8 +28,8 @@ from multimax_fairseq.kernels.loss import chunked_cross_entropy  # noqa: E402
 from multimax_fairseq.mappings import modulate, multimax  # noqa: E402
 from multimax_fairseq.mappings.multimax import modulate_formula, multimax_formula  # noqa: E402
 
-SCRIPTS = Path(__file__).resolve().parent
-PLUGIN = SCRIPTS.parent / "multimax_fairseq"
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS, PLUGIN = ROOT / "scripts", ROOT / "multimax_fairseq"
 Rows = Iterator[Dict[str, Any]]  # "check" and "figure" to print; "right": a bool, or None for no verdict
 
 # ---------------------------------------------------------------- kernels
@@ -232,12 +232,18 @@ def checked(check: Callable[[bool], Rows], short: bool) -> Rows:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--without-gpu", action="store_true")
-    parser.add_argument("--short", action="store_true")
+    parser.add_argument("--out", type=Path, default=Path("check_gpu.json"), help="all figures (default: %(default)s)")
+    parser.add_argument("--without-gpu", action="store_true",
+                        help="the checks that need none: kernels interpreted on the CPU, a short training in fp32")
+    parser.add_argument("--short", action="store_true", help="fewer cases and updates")
     args = parser.parse_args()
     if (DEVICE.type == "cuda") == args.without_gpu:
-        parser.error("there is a GPU: run it without --without-gpu" if args.without_gpu else "torch sees no GPU")
+        sys.exit("ERROR: " + ("there is a GPU: run it without --without-gpu" if args.without_gpu else
+                 "torch sees no GPU here: run this on a machine with one, or --without-gpu for what goes without"))
+    if DEVICE.type == "cuda" and gpu.version() is None:
+        sys.exit("ERROR: Triton is missing, or too old: pip install '.[gpu-tests]'")
+    if not args.out.absolute().parent.is_dir():
+        sys.exit(f"ERROR: --out: there is no folder {args.out.parent}")
     logging.getLogger().setLevel(logging.WARNING)
     warnings.simplefilter("ignore")
     start = time.monotonic()

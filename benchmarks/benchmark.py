@@ -1,8 +1,8 @@
 """Measures speed and memory, compared with what fairseq and PyTorch ship.
 
-    python scripts/benchmark.py                                   # mapping, attention, step, output
-    python scripts/benchmark.py mapping attention --rounds 21
-    python scripts/benchmark.py generate epoch --data data/multi30k_de_en/data-bin --path checkpoint_best.pt
+    python benchmarks/benchmark.py                                   # mapping, attention, step, output
+    python benchmarks/benchmark.py mapping attention --rounds 21
+    python benchmarks/benchmark.py generate epoch --data data/multi30k_de_en/data-bin --path checkpoint_best.pt
 
 The sides of a comparison take turns in one process. Its figure is the median of their ratios to the first side:
 below 1 is faster, or less memory. Unlike times, ratios are reliable on a machine that is not quite idle.
@@ -19,7 +19,7 @@ below 1 is faster, or less memory. Unlike times, ratios are reliable on a machin
     epoch      words per second of training on --data (translation), in a first and a second pass
 
 The end of the output counts compiled kernels and their compile time. A GPU is used if there is one. On a CPU the
-process keeps freed memory, as in the recipes (keep_memory in common.sh), except in `output`; otherwise the system's
+process keeps freed memory, as in the recipes (GLIBC_TUNABLES in run.sh), except in `output`; otherwise the system's
 paging would be measured too, and the figures would flip between two values.
 """
 

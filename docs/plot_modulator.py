@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Draw docs/modulator.png: MultiMax's modulator, and what it does to one distribution.
 
-    python scripts/plot_modulator.py [--out docs/modulator.png]        (.png or .svg)
+    python docs/plot_modulator.py [--out docs/modulator.png]        (.png or .svg)
 
 Left: σ(x) against the score x: the identity (softmax), order 1 and order 2. Below the threshold b the
 slope is above 1, so small scores fall behind and vanish; above d it is below 1, so large scores draw

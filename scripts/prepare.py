@@ -1,0 +1,579 @@
+#!/usr/bin/env python
+"""What the recipes prepare_*.sh need beside fairseq-preprocess.
+
+    python scripts/prepare.py run prepare_NAME.sh OPTION …   # each recipe begins with it
+    python scripts/prepare.py take SOURCE TARGET=NAME …      # files of a folder, tar or zip, checked
+    python scripts/prepare.py pairs text/train … --published 29000 …
+    python scripts/prepare.py tokens data-bin --published 103227021 … --types 267744
+
+`run` finds or downloads the source, then runs the recipe in the folder OUT.partial, which becomes OUT in one rename:
+so OUT is complete or absent, whatever kills it. OUT/.complete has the settings and the files that were made; any
+other file is the user's, and never deleted. The recipe finds its options in its environment: $SOURCE, $WORKERS, …
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import functools
+import gzip
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+SPLITS = ("train", "valid", "test")
+MARKER = ".complete"
+WEB_PAGE = re.compile(rb"<!doctype html|<html", re.I)
+UNREADABLE = (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError)
+
+
+class UserError(Exception):
+    """Something that the user can fix; its one-line text says how."""
+
+
+class Recipe(NamedTuple):
+    """What `run` has to know of a recipe.
+
+    Attributes:
+        options: of its own: name → default and help; the type is the default's.
+        source: the option that names a local source: "archive", "from", or None.
+        files: what is downloaded otherwise: name → SHA-256 of the file, or None.
+        texts: SHA-256 of what the downloaded .gz hold: recompressing changes a .gz.
+        urls: where the files are; a file called NAME is at URL/NAME.
+        folder: of $MULTIMAX_DATA, the source if there is none.
+    """
+
+    options: dict[str, tuple[Any, str]] = {}
+    source: str | None = None
+    files: dict[str, str | None] = {}
+    texts: dict[str, str] = {}
+    urls: tuple[str, ...] = ()
+    folder: str | None = None
+
+
+TEXTS_OF_MULTI30K = {
+    "train.de": "2c2b73fd2b548fbcde3a875e0a78d6ee94d498bfdee6bd3eae3945779e9ddf72",
+    "train.en": "460a15fbd157e34a7a9957ee388c1ca247fe47af3ef25fb50442af6c274e0fc6",
+    "val.de": "660e09eb7e1da2f856ea13ee5ad3cf6d36b3d5b0b733c857e94c5747a3dfc660",
+    "val.en": "1f2a23d992769b5b3d209b0a10dd0b77c08cceb1f20dfb97ed0aafa49d107227",
+    "test_2016_flickr.de": "4be6b5b3236b79c25475c6bb829800a7ce559e9ba7a1f6c2394fe4d40be46d16",
+    "test_2016_flickr.en": "399a4382932c1aadd3ceb9bef1008d388a64c76d4ae4e9d4728c6f4301cac182",
+}
+WIKITEXT = {
+    "wikitext-103": "242ba0f20b329cfdf1ccc61e9e9e5b59becf189db7f7a81cd2a0e2fc31539590",
+    "wikitext-2": "92675f1d63015c1c8b51f1656a52d5bdbc33aafa60cc47a218a66e7ee817488c",
+}
+RECIPES = {
+    "demo": Recipe({"seed": (1, "of the generator")}),
+    "multi30k": Recipe(
+        {"vocab-size": (6000, "SentencePiece pieces, joint for both languages")},
+        "from",
+        {f"{name}.gz": None for name in TEXTS_OF_MULTI30K},
+        TEXTS_OF_MULTI30K,
+        ("https://raw.githubusercontent.com/multi30k/dataset/master/data/task1/raw",),
+        "multi30k",
+    ),
+    "iwslt14": Recipe(
+        {"merges": (10000, "of joint BPE")},
+        "archive",
+        {"de-en.tgz": None},  # fairseq publishes no checksum
+        urls=("http://dl.fbaipublicfiles.com/fairseq/data/iwslt14",),
+    ),
+    "wikitext103": Recipe(
+        {"corpus": (tuple(WIKITEXT), "the large one, or its small sister")},
+        "archive",
+        {f"{name}-v1.zip": digest for name, digest in WIKITEXT.items()},
+        urls=("https://wikitext.smerity.com", "https://s3.amazonaws.com/research.metamind.io/wikitext"),
+    ),
+    "text_lm": Recipe(
+        {
+            "min-count": (0, "words seen fewer times in the training text become <unk>; WikiText has its own <unk>"),
+            "max-vocab": (-1, "entries of the dictionary, for the most frequent words; -1: all"),
+        },
+        "from",
+        folder="brown",
+    ),
+}
+
+
+# ---------------------------------------------------------------------- run: from the command line to a folder
+
+
+def parse_options(script: Path, arguments: list[str]) -> tuple[str, argparse.Namespace]:
+    name = script.stem.removeprefix("prepare_")
+    recipe = RECIPES[name]
+    header = [line[2:] for line in script.read_text(encoding="utf-8").split("\n\n")[0].splitlines()[1:]]
+    parser = ArgumentParser(prog=script.name, description="\n".join(header), allow_abbrev=False,
+                            formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the result goes")
+    if recipe.source == "archive":
+        parser.add_argument("--archive", type=Path, metavar="FILE", help="what is published, instead of a download")
+    if recipe.source == "from":
+        parser.add_argument("--from", type=Path, metavar="DIR", dest="archive",
+                            help=f"a folder with the files (default: $MULTIMAX_DATA/{recipe.folder}, if it is there)")
+    if recipe.urls:
+        where = "the archive's address, or several" if recipe.source == "archive" else "the folder's address"
+        parser.add_argument("--url", help=f"download from there: {where} (default: ${url_variable(name)}, or "
+                                          f"{' '.join(recipe.urls)})")
+        parser.add_argument("--no-checksum", action="store_true", help="accept a download of unknown content")
+    for option, (default, text) in recipe.options.items():
+        if isinstance(default, tuple):
+            parser.add_argument(f"--{option}", choices=default, default=default[0], help=f"{text} (%(default)s)")
+        else:
+            parser.add_argument(f"--{option}", type=whole_number, default=default, metavar="N",
+                                help=f"{text} (default: %(default)s)")
+    parser.add_argument("--workers", type=whole_number, default=2, metavar="N", help="processes (default: 2)")
+    parser.add_argument("--force", action="store_true", help="rebuild a folder that this script made")
+    args = parser.parse_args(arguments)
+    if recipe.source and args.archive and getattr(args, "url", None):
+        parser.error(f"--{recipe.source} and --url exclude each other")
+    return name, args
+
+
+def url_variable(name: str) -> str:
+    return f"{name.upper().removesuffix('103')}_URL"
+
+
+def whole_number(text: str) -> int:
+    if re.fullmatch(r"0|[1-9]\d{0,8}", text):
+        return int(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """With errors in a line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"ERROR: {message}; see --help\n")
+
+
+def run(script: Path, arguments: list[str]) -> None:
+    """Make --out by the recipe, unless it is there.
+
+    Raises:
+        UserError: the options, the source or the folder do not allow it.
+    """
+    name, args = parse_options(script, arguments)
+    recipe, out = RECIPES[name], Path(os.path.realpath(args.out))
+    need_commands(name)
+    files = [f"{args.corpus}-v1.zip"] if name == "wikitext103" else list(recipe.files)
+    settings = {"recipe": name, **{option: getattr(args, option.replace("-", "_")) for option in recipe.options}}
+    source = None
+    if recipe.source and not args.archive and not getattr(args, "url", None) and recipe.folder:
+        usual = Path(os.environ.get("MULTIMAX_DATA") or "/nowhere") / recipe.folder
+        args.archive = usual if usual.is_dir() else None
+    if recipe.source and args.archive:
+        source = args.archive.resolve()
+        settings["source"] = digests(source, f"--{recipe.source}")
+    elif recipe.urls:
+        url = args.url or os.environ.get(url_variable(name))
+        whole = url and recipe.source == "archive"  # the address of the archive itself
+        settings["source"] = url or " ".join(recipe.urls)
+        addresses = {file: url.split() if whole else [f"{base.rstrip('/')}/{file}" for base in
+                     (url.split() if url else recipe.urls)] for file in files}
+    elif recipe.source:
+        raise UserError(f"--{recipe.source} DIR is required; see --help")
+
+    if is_prepared(out, settings, args.force):
+        print(f"already prepared: {args.out}")
+        return
+    with partial_folder(out) as (build, lock):
+        if is_prepared(out, settings, args.force):  # by the run that we have waited for
+            print(f"already prepared: {args.out}")
+            return
+        if recipe.urls and source is None:
+            source = fetch(addresses, out, recipe, not args.no_checksum, f"--{recipe.source}")
+        elif any(recipe.files.values()) and settings["source"] not in map(recipe.files.get, files):
+            print(f"WARNING: {source} is not the published {files[0]}, by its SHA-256", file=sys.stderr)
+        options = {option.upper().replace("-", "_"): str(value) for option, value in vars(args).items()}
+        run_recipe(script, build, lock, {**options, "SOURCE": str(source)})
+        publish(build, out, settings, args.force)
+        shutil.rmtree(download_folder(out), ignore_errors=True)
+    print(f"done: {args.out} (train with: fairseq-train {args.out}/data-bin …)")
+
+
+def need_commands(name: str) -> None:
+    """Raise UserError if something is not installed."""
+    if shutil.which("fairseq-preprocess") is None:
+        raise UserError("fairseq-preprocess was not found: activate the environment that holds fairseq, or install "
+                        f"it: {sys.executable} -m pip install ve-fairseq")
+    for module in ("sacremoses", "subword_nmt") if name == "iwslt14" else ():
+        try:
+            __import__(module)
+        except ImportError:
+            raise UserError(f"the Python module {module!r} is missing: pip install '.[iwslt14]'") from None
+
+
+def run_recipe(script: Path, build: Path, lock: int, variables: dict[str, str]) -> None:
+    """Run the recipe in `build`, with all that it starts in a process group that ends with us.
+
+    Raises:
+        UserError: a command of it has failed.
+    """
+    process = subprocess.Popen(
+        ["bash", str(script.resolve())], cwd=build, start_new_session=True, stdin=subprocess.DEVNULL,
+        env={**os.environ, "PYTHON": sys.executable, **variables, "PREPARING": "yes"}, pass_fds=[lock],
+    )
+    try:
+        status = process.wait()
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    log = build / "log"
+    if status == 1:  # one of our tools, which has said why
+        sys.exit(1)
+    if status:
+        lines = log.read_text(errors="replace").splitlines()[-15:] if log.exists() else []
+        print(*lines, sep="\n", file=sys.stderr)
+        raise UserError(f"{script.name} failed (exit status {status}): its last lines are above")
+    log.unlink(missing_ok=True)
+
+
+# ---------------------------------------------------------------------- complete or absent
+
+@contextmanager
+def partial_folder(out: Path) -> Iterator[tuple[Path, int]]:
+    """OUT.partial, empty, and an open file that locks it; waits for another run's, and takes over a killed one's."""
+    build = out.with_name(f"{out.name}.partial")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        build.mkdir(exist_ok=True)
+        lock = os.open(build, os.O_RDONLY)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"another run is at work on {out}: waiting for it", flush=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        if is_at(lock, build):
+            break
+        os.close(lock)
+    try:
+        for path in build.iterdir():
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        yield build, lock
+    finally:
+        deadline = time.monotonic() + 5  # what was killed may still be writing
+        while is_at(lock, build) and time.monotonic() < deadline:
+            shutil.rmtree(build, ignore_errors=True)
+        os.close(lock)
+
+
+def is_at(lock: int, path: Path) -> bool:
+    """Whether an open folder is still at its path: it may have become OUT, or been removed."""
+    return path.exists() and path.stat().st_ino == os.fstat(lock).st_ino
+
+
+def files_of(folder: Path) -> dict[str, int]:
+    """Path → size of the files below a folder, but for the marker."""
+    return {str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*"))
+            if not path.is_dir() and path != folder / MARKER}
+
+
+def publish(build: Path, out: Path, settings: dict[str, Any], force: bool) -> None:
+    """Turn `build` into `out`; with `force` in the place of an older one."""
+    (build / MARKER).write_text(json.dumps({"settings": settings, "files": files_of(build)}, indent=1) + "\n")
+    os.sync()
+    old = build.with_name(f"{build.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if force and out.exists():
+        os.rename(out, old)
+    os.rename(build, out)  # unlike mv, never into a folder
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def is_prepared(out: Path, settings: dict[str, Any], force: bool) -> bool:
+    """Whether `out` was made with these settings, and is as it was made.
+
+    Raises:
+        UserError: it is something else, which is not to be touched.
+    """
+    old = out.with_name(f"{out.name}.partial.old")
+    if old.exists() and not out.exists():  # killed between the two renames of --force
+        os.rename(old, out)
+    if not out.exists() or out.is_dir() and not any(out.iterdir()):
+        return False
+    if not out.is_dir():
+        raise UserError(f"{out} is not a folder: choose another --out")
+    if not (out / MARKER).is_file():
+        raise UserError(f"{out} is not empty and was not made by this script: choose another --out")
+    try:
+        made = json.loads((out / MARKER).read_text(encoding="utf-8"))
+        there, files = dict(made["settings"]), dict(made["files"])
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{out / MARKER} is damaged, so nobody knows what {out} holds: remove the folder") from None
+    found = files_of(out)
+    if force:
+        foreign = sorted(found.keys() - files.keys())
+        if foreign:
+            raise UserError(f"--force would delete files in {out} that this script did not make "
+                            f"({', '.join(foreign[:3])}): move them, or choose another --out")
+        return False
+    different = [key for key in {**settings, **there} if settings.get(key) != there.get(key)]
+    if different:
+        said = "; ".join(f"{key}: there {there.get(key)}, asked for {settings.get(key)}" for key in different)
+        raise UserError(f"{out} was prepared with other settings or another source ({said}): choose another --out, "
+                        "or rebuild it with --force")
+    changed = sorted(name for name, size in files.items() if found.get(name) != size)
+    if changed:
+        raise UserError(f"files in {out} are missing or not as they were made ({', '.join(changed[:3])}): rebuild it "
+                        "with --force")
+    return True
+
+
+# ---------------------------------------------------------------------- sources
+
+
+def sha256(path: Path, uncompressed: bool = False) -> str:
+    digest = hashlib.sha256()
+    with (gzip.open if uncompressed else open)(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def digests(source: Path, option: str) -> dict[str, str] | str:
+    """SHA-256 of an archive, or of each text of a folder by name."""
+    if option == "--from" and source.is_dir():
+        texts = (path for path in sorted(source.iterdir()) if re.search(r"\.(de|en|tokens)(\.gz)?$", path.name))
+        return {path.name: sha256(path) for path in texts if path.is_file()}
+    if option == "--archive" and source.is_file():
+        return sha256(source)
+    raise UserError(f"{option} {source}: there is no such {'folder' if option == '--from' else 'file'}")
+
+
+def download_folder(out: Path) -> Path:
+    return out.with_name(f"{out.name}.download")
+
+
+def fetch(addresses: dict[str, list[str]], out: Path, recipe: Recipe, check: bool, instead: str) -> Path:
+    """Download files to OUT.download, where they stay until OUT is complete.
+
+    Args:
+        addresses: of each file, where it may be; the first that has it is taken.
+
+    Returns:
+        the archive, or the folder with the files.
+
+    Raises:
+        UserError: it cannot be had, or is not what it should be.
+    """
+    try:
+        import pooch
+        import requests
+    except ImportError:
+        raise UserError(f"a download needs pooch: pip install pooch; or use {instead} with what you have") from None
+    pooch.get_logger().setLevel("WARNING")
+    folder = download_folder(out)
+    get = pooch.HTTPDownloader(progressbar=sys.stderr.isatty(), timeout=60)
+    for name, urls in addresses.items():
+        for number, url in enumerate(urls):
+            try:
+                print(f"downloading {url}", flush=True)
+                known = recipe.files.get(name) if check else None
+                path = Path(pooch.retrieve(url, known, fname=name, path=folder, downloader=get))
+                break
+            except ValueError as error:  # another SHA-256; pooch has removed it
+                if "hash" not in str(error):  # no address
+                    raise UserError(f"--url {url}: {error}") from error
+                raise UserError(f"{url} is not the file that this script knows, by its SHA-256: --no-checksum "
+                                f"accepts it, or use {instead} with a copy of yours") from error
+            except (requests.RequestException, OSError) as error:
+                if number == len(urls) - 1:
+                    raise UserError(f"could not download {url} ({type(error).__name__}): run it again, or use "
+                                    f"{instead} with what you already have") from error
+                print(f"WARNING: could not download {url}: trying the next address", file=sys.stderr)
+        try:
+            refuse_web_page(path, f"{url} (as downloaded)")
+            wanted = recipe.texts.get(name.removesuffix(".gz"))
+            if wanted and check and sha256(path, uncompressed=True) != wanted:
+                raise UserError(f"{url} is not the text that this script knows: --no-checksum accepts it")
+        except (UserError, *UNREADABLE, OSError) as error:
+            path.unlink(missing_ok=True)  # or the next run would find it
+            raise error if isinstance(error, UserError) else UserError(
+                f"{url}, as downloaded, is corrupt or cut short: run it again, or use {instead}") from error
+    return folder if recipe.source == "from" else path
+
+
+# ---------------------------------------------------------------------- take: files of a source, checked
+
+
+def take(source: Path, wanted: list[str]) -> None:
+    """Copy files of a folder (plain or .gz), a tar or a zip, and check that each is text.
+
+    Args:
+        wanted: TARGET=NAME, or TARGET=NAME,OTHERNAME, in the working folder; no NAME is TARGET's own.
+
+    Raises:
+        UserError: the source is none, damaged, or lacks a file; or a file is no UTF-8 text.
+    """
+    targets = {Path(target): [name or Path(target).name for name in names.split(",")]
+               for target, _, names in (word.partition("=") for word in wanted)}
+    try:
+        with opened(source) as members:
+            found = {target: next(filter(members.__contains__, names), None) for target, names in targets.items()}
+            missing = [targets[target][0] for target, name in found.items() if name is None]
+            if missing:
+                has = ", ".join(sorted(members)[:3]) or "nothing"
+                raise UserError(f"{source} lacks {', '.join(missing)} (it has {has} …): put a good copy in its place")
+            for target, name in found.items():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                with members[name]() as file, target.open("wb") as copy:
+                    shutil.copyfileobj(file, copy, 1 << 20)
+                check_text(target, f"{source}: {name}")
+    except UNREADABLE as error:
+        raise UserError(f"{source} is corrupt or cut short: put a good copy in its place") from error
+    except OSError as error:
+        if error.errno is None:  # gzip's, of damaged data
+            raise UserError(f"{source} is corrupt or cut short: put a good copy in its place") from error
+        raise
+
+
+@contextmanager
+def opened(source: Path) -> Iterator[dict[str, Any]]:
+    """The files of a source: name, without folders and .gz → a function that opens it."""
+    if source.is_dir():
+        files = (path for path in sorted(source.iterdir(), reverse=True) if path.is_file())
+        yield {path.name.removesuffix(".gz"): opener(path) for path in files}  # plain before .gz
+        return
+    refuse_web_page(source, str(source))
+    if zipfile.is_zipfile(source):
+        with zipfile.ZipFile(source) as archive:
+            yield {Path(info.filename).name: lambda info=info: archive.open(info)
+                   for info in archive.infolist() if not info.is_dir()}
+        return
+    with tarfile.open(source) as archive:
+        try:
+            for info in archive:
+                tarfile.data_filter(info, "/nowhere")  # refuses devices, and what leads out of a folder
+        except tarfile.FilterError as error:
+            raise UserError(f"{source} is not safe to unpack: {error}") from error
+        while archive.fileobj.read(1 << 20):  # to the end, where the checksum is
+            pass
+        yield {Path(info.name).name: lambda info=info: archive.extractfile(info)
+               for info in archive.getmembers() if info.isfile()}
+
+
+def opener(path: Path) -> functools.partial:
+    return functools.partial(gzip.open if path.suffix == ".gz" else open, path, "rb")
+
+
+def refuse_web_page(path: Path, name: str) -> None:
+    with path.open("rb") as file:
+        if WEB_PAGE.search(file.read(512)):
+            raise UserError(f"{name} is a web page: put a good copy in its place")
+
+
+def check_text(path: Path, name: str) -> None:
+    """Raise UserError unless a file is UTF-8 text, and not empty."""
+    refuse_web_page(path, name)
+    empty = True
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            empty = empty and not line.strip()
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError:
+                raise UserError(f"{name} is not UTF-8 (the first bad line is number {number})") from None
+    if empty:
+        raise UserError(f"{name} is empty")
+
+
+# ---------------------------------------------------------------------- counts
+
+
+def count_lines(path: Path) -> int:
+    """Like fairseq, and unlike wc -l, with a last line that has no newline."""
+    with open(path, "rb") as file:
+        return sum(1 for _ in file)
+
+
+def pairs(prefixes: list[str], published: list[int]) -> None:
+    """Compare the lines of PREFIX.de and PREFIX.en with each other, and with the published number of pairs.
+
+    Raises:
+        UserError: the languages differ, or there is no pair.
+    """
+    for prefix, expected in zip(prefixes, published):
+        german, english = (count_lines(Path(f"{prefix}.{language}")) for language in ("de", "en"))
+        split = Path(prefix).name
+        if german != english or not german:
+            raise UserError(f"{split}: {german} lines of German and {english} of English; they must be translations "
+                            "line by line")
+        compare(split, german, expected, "sentence pairs")
+
+
+def tokens(data_bin: Path, published: list[int], types: int) -> None:
+    """Compare fairseq-preprocess's counts, with line ends, with the published ones."""
+    log = (data_bin / "preprocess.log").read_text(encoding="utf-8")
+    for split, expected in zip(SPLITS, published):
+        found = re.search(rf"text/{split}\.tokens: .* sents, (\d+) tokens", log)
+        compare(split, int(found[1]) if found else 0, expected, "tokens")
+    found = re.search(r"Dictionary: (\d+) types", log)
+    compare("dictionary", int(found[1]) if found else 0, types, "entries")
+
+
+def compare(what: str, found: int, published: int, unit: str) -> None:
+    print(f"{what}: {found:,} {unit}")
+    if found != published:
+        print(f"WARNING: {what}: {found} {unit}; the published corpus has {published}", file=sys.stderr)
+
+
+# ---------------------------------------------------------------------- command line
+
+
+@contextmanager
+def errors_in_a_line() -> Iterator[None]:
+    try:
+        yield
+    except UserError as error:
+        text = str(error)
+    except OSError as error:
+        text = f"{error.filename or 'a file'}: {error.strerror or error}"
+    else:
+        return
+    sys.exit("ERROR: " + re.sub(r"[\x00-\x1f\x7f]", lambda control: repr(control[0])[1:-1], text))
+
+
+def stop(number: int, _: object) -> NoReturn:
+    sys.exit(128 + number)  # through all `finally`
+
+
+def main() -> None:
+    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+            signal.signal(number, stop)
+    with errors_in_a_line():
+        if sys.argv[1:2] == ["run"]:  # whose options are the recipe's
+            run(Path(sys.argv[2]), sys.argv[3:])
+            return
+        parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        parser.add_argument("command", choices=["run", "take", "pairs", "tokens"])
+        parser.add_argument("source")
+        parser.add_argument("words", nargs="*")
+        parser.add_argument("--published", type=int, nargs="+")
+        parser.add_argument("--types", type=int)
+        args = parser.parse_args()
+        if args.command == "take":
+            take(Path(args.source), args.words)
+        elif args.command == "pairs":
+            pairs([args.source, *args.words], args.published)
+        else:
+            tokens(Path(args.source), args.published, args.types)
+
+
+if __name__ == "__main__":
+    main()
