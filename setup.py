@@ -19,13 +19,14 @@ setup(
     license="MIT",
     packages=find_packages(include=["multimax_fairseq", "multimax_fairseq.*"]),
     package_data={"multimax_fairseq": ["*/*.cpp", "*/*.hpp"]},
-    # fairseq 0.12.2 does not import on Python 3.11 and later; ve-fairseq is its main branch, packaged for them
-    # (3.11 and 3.12), and provides the same package and commands.
-    python_requires=">=3.10,<3.13",
+    python_requires=">=3.10,<3.15",
     install_requires=[
+        # fairseq 0.12.2 does not import on Python 3.11 and later. ve-fairseq is its main branch, the same package and
+        # commands, as wheels for these systems alone. Elsewhere there is no fairseq: without_fairseq.py says so.
         'fairseq==0.12.2; python_version < "3.11"',
         'numpy<2; python_version < "3.11"',
-        've-fairseq>=0.12.3; python_version >= "3.11"',
+        've-fairseq>=0.12.3; python_version >= "3.11" and python_version < "3.13"'
+        ' and sys_platform == "linux" and platform_machine == "x86_64"',
         "torch>=2.2",
         "entmax>=1.1",
         "sacrebleu>=2.0",
