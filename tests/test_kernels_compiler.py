@@ -11,7 +11,7 @@ import torch._inductor.codecache
 from multimax_fairseq.kernels import backend, compiler, rows
 from multimax_fairseq.kernels.backend import set_backend
 from multimax_fairseq.kernels.compiler import Kernel
-from multimax_fairseq.kernels.rows import multimax_rows, multimax_rows_backward
+from multimax_fairseq.kernels.rows.compiled import multimax_rows, multimax_rows_backward
 from multimax_fairseq.mappings import MultiMax
 
 

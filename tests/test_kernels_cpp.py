@@ -13,7 +13,7 @@ import torch
 from conftest import get_cxx_compiler, needs_compiler
 
 from multimax_fairseq.kernels import backend, cpp
-from multimax_fairseq.kernels.rows import multimax_rows as reference_rows
+from multimax_fairseq.kernels.rows.compiled import multimax_rows as reference_rows
 from multimax_fairseq.mappings import multimax
 
 INF = float("inf")

@@ -7,7 +7,7 @@ import torch
 from conftest import needs_compiler
 
 from multimax_fairseq.kernels import compiler, cpp
-from multimax_fairseq.kernels.rows import FAR
+from multimax_fairseq.kernels.rows.compiled import FAR
 from multimax_fairseq.mappings.multimax import modulate, modulate_formula, multimax, multimax_formula
 
 TWINS = {"multimax": (multimax, multimax_formula), "modulate": (modulate, modulate_formula)}

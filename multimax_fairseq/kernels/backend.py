@@ -12,7 +12,8 @@ Both are on by default where there is a compiler. The environment variable ``MUL
 
 import logging
 import os
-from typing import List, Tuple
+from contextlib import nullcontext
+from typing import Callable, ContextManager, List, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -23,6 +24,13 @@ logger = logging.getLogger(__name__)
 BACKENDS = ("auto", "compiled", "eager")
 ENVIRONMENT_VARIABLE = "MULTIMAX_BACKEND"
 COMPILED_DEVICES = ("cpu", "cuda")
+
+# What PyTorch's dispatcher sees in a plain tensor and a plain context. All else stands for somebody who takes part:
+# batches of torch.func.vmap, tracers, subclasses, numbers that are zero or negative without being written so.
+PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+PLAIN_KEYS = 0
+for _key in "BackendSelect ADInplaceOrView AutogradCPU AutogradCUDA AutocastCPU AutocastCUDA CPU CUDA".split():
+    PLAIN_KEYS |= torch._C.DispatchKeySet(torch._C._parse_dispatch_key(_key)).raw_repr()
 
 _is_compiling = getattr(torch.compiler, "is_compiling", None) or torch._utils.is_compiling  # before torch 2.3
 
@@ -51,14 +59,57 @@ def backend() -> str:
     return _checked(os.environ.get(ENVIRONMENT_VARIABLE) or _chosen, ENVIRONMENT_VARIABLE)
 
 
-def wants_compiled(tensor: Tensor) -> bool:
-    """Whether a computation on ``tensor`` is to run compiled, if it can be."""
-    return (
-        tensor.device.type in COMPILED_DEVICES
-        and backend() != "eager"
-        and not is_traced()
-        and not is_transformed()
-    )
+def wants_compiled(*tensors: Tensor) -> bool:
+    """Whether a computation on ``tensors`` is to run in other code than its formula, if it can."""
+    return is_plain(*tensors) and tensors[0].device.type in COMPILED_DEVICES and backend() != "eager"
+
+
+def is_plain(*tensors: Tensor) -> bool:
+    """Whether these are nothing but numbers in memory, and nobody is watching what is computed of them.
+
+    Only then may a kernel take their addresses. Tracing, ``torch.compile``, ``torch.func``, forward-mode
+    differentiation, fake and other special tensors get the formula, in PyTorch's own operators. It takes some 3 µs.
+    """
+    if _is_compiling() or forward_ad._current_level >= 0:
+        return False
+    keys = torch._C._dispatch_tls_local_include_set().raw_repr()  # of modes: tracers, transforms, dispatch modes
+    for tensor in tensors:
+        if type(tensor) not in PLAIN_TYPES:
+            return False
+        keys |= torch._C._dispatch_keys(tensor).raw_repr()
+    return not keys & ~PLAIN_KEYS
+
+
+def gradients_of(
+    function: Callable[..., Tensor], inputs: Sequence[Tensor], needed: Sequence[bool], grad: Tensor
+) -> Tuple[Optional[Tensor], ...]:
+    """Autograd's gradients of ``function(*inputs)``, for the backward of a kernel that may not run, or not only once.
+
+    Where grad mode is on, as under ``create_graph=True``, they can be differentiated again.
+    """
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        if not again:
+            inputs = [tensor.detach().requires_grad_(is_needed) for tensor, is_needed in zip(inputs, needed)]
+        wanted = [tensor for tensor, is_needed in zip(inputs, needed) if is_needed]
+        found = iter(torch.autograd.grad(function(*inputs), wanted, grad, create_graph=again, allow_unused=True))
+    return tuple(next(found) if is_needed else None for is_needed in needed)
+
+
+def autocast_dtype(tensor: Tensor) -> Optional[torch.dtype]:
+    """What autocast makes of ``tensor`` before a product; None where it is off, and for fp64, which it leaves."""
+    device = tensor.device.type
+    if hasattr(torch, "get_autocast_dtype"):
+        is_on = torch.is_autocast_enabled(device)
+        return torch.get_autocast_dtype(device) if is_on and tensor.dtype != torch.float64 else None
+    is_on = torch.is_autocast_cpu_enabled() if device == "cpu" else torch.is_autocast_enabled()  # before torch 2.4
+    dtype = torch.get_autocast_cpu_dtype() if device == "cpu" else torch.get_autocast_gpu_dtype()
+    return dtype if is_on and tensor.dtype != torch.float64 else None
+
+
+def no_autocast(tensor: Tensor) -> ContextManager:
+    """A context without autocast on the device of ``tensor``."""
+    return nullcontext() if autocast_dtype(tensor) is None else torch.autocast(tensor.device.type, enabled=False)
 
 
 def is_traced() -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .chunked_loss import RowsLoss, blocks_of_rows, check_options, chunked_loss, gradient_scale
 from .compiler import Kernel, kernel
-from .rows import modulate_rows, modulate_rows_backward, present_sigma, sigma_backward
+from .rows.compiled import modulate_rows, modulate_rows_backward, present_sigma, sigma_backward
 from .scores import compute_dtype, is_absent
 
 

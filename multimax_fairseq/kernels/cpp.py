@@ -24,7 +24,7 @@ import subprocess
 import tempfile
 import time
 from pathlib import Path
-from typing import Dict, Optional, Sequence, Tuple
+from typing import Dict, Optional, Sequence
 
 import torch
 from torch import Tensor
@@ -33,16 +33,13 @@ from . import backend
 
 logger = logging.getLogger(__name__)
 
-HEADER = Path(__file__).with_name("multimax.hpp")
+HEADERS = sorted(Path(__file__).parent.rglob("*.hpp"))
 
 FLAGS = ["-std=c++17", "-O3", "-fno-math-errno", "-fopenmp", "-fPIC"]
 FLAGS_BY_CAPABILITY = {
     "AVX512": ["-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", "-mfma"],
     "AVX2": ["-mavx2", "-mfma"],
 }
-
-# Scores for which one more thread pays, as in PyTorch's own loops.
-SCORES_PER_THREAD = 2**15
 
 INTEGER, ADDRESS = ctypes.c_int64, ctypes.c_void_p
 
@@ -55,14 +52,8 @@ class Library:
         self.signatures = signatures
 
     def serves(self, tensor: Tensor) -> bool:
-        """Whether its functions compute, in place of the compiler's kernels, what starts from ``tensor``."""
-        return (
-            type(tensor) in (Tensor, torch.nn.Parameter)  # others, such as FakeTensor, own no memory
-            and tensor.dtype == torch.float32
-            and tensor.is_cpu
-            and backend.wants_compiled(tensor)
-            and self.functions is not None
-        )
+        """Whether its functions take a plain tensor: fp32, on a CPU, where there is a compiler."""
+        return tensor.dtype == torch.float32 and tensor.is_cpu and self.functions is not None
 
     @functools.cached_property
     def functions(self) -> Optional[ctypes.CDLL]:
@@ -84,7 +75,7 @@ class Library:
 
         compiler = shlex.split(cpp_extension.get_cxx_compiler())
         flags = FLAGS + FLAGS_BY_CAPABILITY.get(torch.backends.cpu.get_cpu_capability(), [])
-        contents = [path.read_text() for path in (self.source, HEADER)]
+        contents = [path.read_text() for path in (self.source, *HEADERS)]
         system = [platform.machine(), *platform.libc_ver(), torch.__version__]
         key = hashlib.sha256("\0".join([*system, *compiler, *flags, *contents]).encode()).hexdigest()[:16]
         folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root())
@@ -134,53 +125,3 @@ def _is_whole(library: Path) -> bool:
 
 def _run(*command: str) -> None:
     subprocess.run(command, check=True, capture_output=True, text=True)
-
-
-ROWS = Library(
-    Path(__file__).with_name("multimax.cpp"),
-    {
-        "multimax_rows": [INTEGER] * 4 + [ADDRESS] * 4,
-        "multimax_rows_backward": [INTEGER] * 4 + [ADDRESS] * 8,
-    },
-)
-
-
-def multimax_rows(scores: Tensor, thresholds: Tensor, gains: Tensor) -> Tensor:
-    """:func:`.rows.multimax_rows` for (…, width) fp32 ``scores`` on a CPU, where ``ROWS`` serves."""
-    scores, (thresholds, gains) = scores.contiguous(), parameters(thresholds, gains)
-    probabilities = torch.empty_like(scores)
-    tensors = scores, probabilities, thresholds, gains
-    ROWS.functions.multimax_rows(*_sizes(scores, gains), *map(Tensor.data_ptr, tensors))
-    return probabilities
-
-
-def multimax_rows_backward(
-    scores: Tensor, probabilities: Tensor, grad: Tensor, thresholds: Tensor, gains: Tensor
-) -> Tuple[Tensor, Tensor, Tensor]:
-    """Likewise ∂L/∂x, ∂L/∂thresholds and ∂L/∂gains from ∂L/∂p."""
-    scores, grad, (thresholds, gains) = scores.contiguous(), grad.contiguous(), parameters(thresholds, gains)
-    grads = tuple(map(torch.empty_like, (scores, thresholds, gains)))
-    tensors = scores, probabilities, grad, *grads, thresholds, gains
-    ROWS.functions.multimax_rows_backward(*_sizes(scores, gains), *map(Tensor.data_ptr, tensors))
-    return grads
-
-
-def parameters(thresholds: Tensor, gains: Tensor) -> Tuple[Tensor, Tensor]:
-    """As the C++ reads them: fp32, (N, 2), contiguous, on the CPU."""
-    return tuple(
-        tensor
-        if tensor.dtype == torch.float32 and tensor.is_cpu and tensor.is_contiguous()
-        else tensor.detach().to("cpu", torch.float32).contiguous()
-        for tensor in (thresholds, gains)
-    )
-
-
-def _sizes(scores: Tensor, gains: Tensor) -> Tuple[int, int, int, int]:
-    """rows, width, order, threads"""
-    width = scores.size(-1)
-    return scores.numel() // width, width, len(gains), threads_for(scores)
-
-
-def threads_for(scores: Tensor) -> int:
-    """The number of threads that share the rows of ``scores``."""
-    return min(torch.get_num_threads(), max(scores.numel() // SCORES_PER_THREAD, 1))

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+HALF = (torch.float16, torch.bfloat16)
+
 
 def is_absent(scores: Tensor) -> Tensor:
     """Where a score is −inf: bool, the shape of ``scores``."""
@@ -11,4 +13,4 @@ def is_absent(scores: Tensor) -> Tensor:
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype that a mapping computes in: fp32 for fp16 and bf16, else ``dtype`` itself."""
-    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+    return torch.float32 if dtype in HALF else dtype

@@ -5,12 +5,12 @@ Distributions in Deep Generative Models*, NeurIPS 2021.
 """
 
 import math
-from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from ..kernels.sparse import fused_sparse
+from ..kernels.rows import Rows
+from ..kernels.rows.mapped import map_rows
 from .masking import compute_dtype, is_absent, masked_softmax
 
 TRAINING_EPSILON = 1e-6
@@ -26,33 +26,45 @@ def evsoftmax(scores: Tensor, dim: int = -1, training: bool = False) -> Tensor:
     Args:
         scores: any shape, fp16, bf16, fp32 or fp64; −inf marks an absent score, which the mean leaves out.
         dim: the dimension that holds the distribution.
-        training: give dropped scores ε of their softmax weight rather than 0.
+        training: give dropped scores ε of their softmax weight rather than 0. In fp16, whose smallest normal number
+            is 6e-5, their weights are raised to what gives that probability: its logarithm and the gradient of that,
+            1 / p, are numbers in fp16 too.
 
     Returns:
         probabilities, shape and dtype of ``scores``. Error against float64: below 3e-7 in fp32 (a score within
         rounding of the mean may fall on the other side of it).
     """
-    if dim not in (-1, scores.dim() - 1):
-        return evsoftmax(scores.movedim(dim, -1), training=training).movedim(-1, dim)
-    epsilon = torch.tensor(TRAINING_EPSILON if training else 0.0)
-    return fused_sparse("evsoftmax", scores, partial(evsoftmax_formula, training=training), epsilon)
+    if training and scores.dtype == torch.float16 and scores.numel():
+        return evsoftmax_formula(scores.movedim(dim, -1), TRAINING_EPSILON).movedim(-1, dim)
+    return map_rows(_rows(training), scores, dim)
 
 
-def evsoftmax_formula(scores: Tensor, training: bool) -> Tensor:
-    """:func:`evsoftmax` over the last dimension, in plain torch."""
+def evsoftmax_formula(scores: Tensor, epsilon: float) -> Tensor:
+    """:func:`evsoftmax` over the last dimension, in PyTorch's operators; ``epsilon``: w_i below the mean."""
     x = scores.to(compute_dtype(scores.dtype))
     absent = is_absent(x)
-    count = (~absent).sum(-1, keepdim=True)
-    mean = x.detach().masked_fill(absent, 0.0).sum(-1, keepdim=True) / count  # 0 / 0 in a row without scores
-    kept = ~(x < mean) | (x == x.amax(-1, keepdim=True))  # all in a row with NaN, to make it NaN
-    if training:
-        log_weight = torch.zeros_like(x).masked_fill(~kept, math.log(TRAINING_EPSILON))
-        return masked_softmax(x + log_weight, absent, -1).to(scores.dtype)
-    return masked_softmax(x, absent | ~kept, -1).to(scores.dtype)
+    present, count = x.detach().masked_fill(absent, 0.0), (~absent).sum(-1, keepdim=True)
+    peak = x.detach().amax(-1, keepdim=True)
+    # all are kept in a row with NaN, to make it NaN; the mean is 0 / 0 in a row without scores
+    kept = ~(present < present.sum(-1, keepdim=True) / count) | (x.detach() == peak)
+    log_weight = torch.full_like(x, math.log(epsilon) if epsilon else -math.inf)
+    if epsilon and scores.dtype == torch.float16:
+        total = (present - peak).exp().masked_fill(absent | ~kept, 0.0).sum(-1, keepdim=True)
+        lowest = math.log(torch.finfo(torch.float16).tiny) + total.log() - (present - peak)
+        log_weight = torch.maximum(log_weight, lowest)
+    return masked_softmax(x + log_weight.masked_fill(kept, 0.0), absent, -1).to(scores.dtype)
+
+
+def _rows(training: bool) -> Rows:
+    epsilon = TRAINING_EPSILON if training else 0.0
+    return Rows("evsoftmax", (torch.tensor(epsilon),), lambda scores, _: evsoftmax_formula(scores, epsilon))
 
 
 class EvSoftmax(nn.Module):
     """:func:`evsoftmax` over the last dimension; its training form while ``self.training``."""
+
+    def rows(self) -> Rows:
+        return _rows(self.training)
 
     def forward(self, scores: Tensor) -> Tensor:
         return evsoftmax(scores, training=self.training)

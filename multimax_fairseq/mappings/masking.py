@@ -5,20 +5,28 @@ any statistic of its row. A row of nothing but −inf gives zeros.
 
 Mappings keep that contract by the same three steps: *fill* the absent scores with something harmless, compute,
 and *refill*. One ``torch.where`` at the end is not enough: the branch that is thrown away still sends NaN back
-through the gradient, because 0 · inf is NaN.
+through the gradient, because 0 · inf is NaN. For a mapping of one's own, :func:`probabilities_by` does so.
 """
 
+import itertools
+from typing import Callable
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..kernels.scores import compute_dtype, is_absent
+from ..kernels.rows import rows_of
+from ..kernels.rows.mapped import map_rows
+from ..kernels.scores import HALF, compute_dtype, is_absent
 
-__all__ = ["additive_mask", "compute_dtype", "is_absent", "masked_softmax"]
+__all__ = ["ABSENT", "additive_mask", "compute_dtype", "is_absent", "masked_softmax", "probabilities_by"]
 
 # fairseq's encoder layers and some models built on it mask with finite numbers: −1e4 in half precision (which
 # bfloat16 rounds to −9984), −1e8 in single. No real bias comes near: the steepest ALiBi slope, 1/2, reaches
 # −4096 over 8,192 tokens.
 FINITE_MASK = -9e3
+
+# What a mapping of one's own gets in place of −inf: exp of it is 0, and 0 times it, also squared, is 0.
+ABSENT = -1e15
 
 
 def masked_softmax(scores: Tensor, absent: Tensor, dim: int) -> Tensor:
@@ -56,3 +64,31 @@ def additive_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
     if not mask.is_floating_point():
         return torch.zeros_like(mask, dtype=dtype).masked_fill(mask.bool(), float("-inf"))
     return mask.to(dtype).masked_fill(mask <= FINITE_MASK, float("-inf"))
+
+
+def probabilities_by(mapping: nn.Module) -> Callable[[Tensor], Tensor]:
+    """``mapping`` as a function of scores that keeps the contract of this file, and computes in fp32 at least.
+
+    Mappings of this package are called as they are. So are those derived from one, or made of one: they have to deal
+    with −inf. Any other module gets ``ABSENT`` in place of −inf, so that the gradients of its own parameters are
+    numbers; what it gives to absent scores is replaced by 0. Parameters in half precision become fp32 once, here, so
+    that their gradients are summed in fp32 over all calls of what is returned.
+    """
+    rows = rows_of(mapping)
+    if rows is not None:
+        rows = rows._replace(numbers=tuple(n.float() if n.dtype in HALF else n for n in rows.numbers))
+        return lambda scores: map_rows(rows, scores)
+    takes_infinities = any(hasattr(module, "rows") for module in mapping.modules())
+    named = itertools.chain(mapping.named_parameters(), mapping.named_buffers())
+    in_single = {name: tensor.float() for name, tensor in named if tensor.dtype in HALF}
+
+    def probabilities(scores: Tensor) -> Tensor:
+        if scores.numel() == 0:
+            return scores.clone()
+        absent, x = is_absent(scores), scores.to(compute_dtype(scores.dtype))
+        if not takes_infinities:
+            x = x.masked_fill(absent, ABSENT)
+        result = torch.func.functional_call(mapping, in_single, x) if in_single else mapping(x)
+        return result.to(scores.dtype).masked_fill(absent, 0.0)
+
+    return probabilities

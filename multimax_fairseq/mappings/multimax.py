@@ -16,7 +16,9 @@ from typing import Optional, Sequence
 import torch
 from torch import Tensor, nn
 
-from ..kernels.fused import fused_multimax
+from ..kernels.rows import Rows
+from ..kernels.rows.mapped import map_rows
+from ..kernels.rows.modulated import modulated
 from .masking import compute_dtype, is_absent, masked_softmax
 
 TERMS = ("below", "above")  # the columns of thresholds and gains: (b_n, d_n) and (g_b,n, g_d,n)
@@ -50,7 +52,7 @@ def modulate(scores: Tensor, thresholds: Tensor, gains: Tensor) -> Tensor:
         ValueError: ``thresholds`` and ``gains`` are not both (N, 2), N 1 or 2.
     """
     _check_shapes(thresholds, gains)
-    return fused_multimax(scores, thresholds, gains, modulate_formula, False)
+    return modulated(scores, thresholds, gains, modulate_formula)
 
 
 def multimax(scores: Tensor, thresholds: Tensor, gains: Tensor, dim: int = -1) -> Tensor:
@@ -71,9 +73,7 @@ def multimax(scores: Tensor, thresholds: Tensor, gains: Tensor, dim: int = -1) -
         ValueError: ``thresholds`` and ``gains`` are not both (N, 2), N 1 or 2.
     """
     _check_shapes(thresholds, gains)
-    if dim not in (-1, scores.dim() - 1):
-        return multimax(scores.movedim(dim, -1), thresholds, gains).movedim(-1, dim)
-    return fused_multimax(scores, thresholds, gains, multimax_formula, True)
+    return map_rows(Rows("multimax", (thresholds, gains), multimax_formula), scores, dim)
 
 
 def modulate_formula(scores: Tensor, thresholds: Tensor, gains: Tensor) -> Tensor:
@@ -187,6 +187,9 @@ class MultiMax(nn.Module):
 
     def extra_repr(self) -> str:
         return f"order={self.order}, init={self.init!r}, terms={self.terms}"
+
+    def rows(self) -> Rows:
+        return Rows("multimax", (self.thresholds, self.effective_gains), multimax_formula)
 
     def forward(self, scores: Tensor) -> Tensor:
         return multimax(scores, self.thresholds, self.effective_gains)

@@ -1,48 +1,37 @@
 """Multi-head attention whose scores become probabilities by any mapping."""
 
-from contextlib import contextmanager, nullcontext
-from contextvars import ContextVar
-from typing import Dict, Iterator, Optional, Tuple, Union
+from typing import Dict, Optional, Tuple, Union
 
 import torch
 from fairseq.modules import MultiheadAttention
 from torch import Tensor, nn
 
-from ..kernels.attention import MIN_KEYS, multimax_attention
-from ..kernels.backend import is_traced
-from ..kernels.masks import Masks
-from ..mappings import MultiMax, additive_mask
-from .scale import visible_keys
+from ..attention import mapped_attention, masked_scores
+from ..mappings import additive_mask, is_absent
+from ..mappings.masking import probabilities_by
+from .scale import LogLengthScale, visible_keys
 
 CAUSAL = "is_causal"  # attribute of a decoder's mask that hides what comes after a query, and nothing else
-
-# Factor of the queries in the attention that is running, besides 1 / √head_dim.
-_query_factor: ContextVar[Union[float, Tensor]] = ContextVar("query_factor", default=1.0)
 
 
 class MappedMultiheadAttention(MultiheadAttention):
     """fairseq's attention with another mapping in place of softmax.
 
-    fairseq does the projections, the masks, the decoding cache and the sharing of keys between beams, and returns
-    the masked scores and the values (``before_softmax``). The rest is done here, in one path for training, teacher
-    forcing and step-by-step decoding::
+    One path serves training, teacher forcing and step-by-step decoding::
 
-        scores = scale · q · k / √head_dim, masked by fairseq
+        scores = scale · q · k / √head_dim, masked
         probabilities = mapping(scores)        (bsz, num_heads, tgt_len, src_len)
         output = out_proj(concat over heads of dropout(probabilities) · values)
 
-    Where rows are long and nobody asks for the probabilities, MultiMax computes the same output without ever holding
-    all of them (:mod:`..kernels.attention`). Instances are made from fairseq's by :meth:`adopt`.
+    Where nobody asks for the probabilities, :func:`multimax_fairseq.attention.mapped_attention` computes it. In
+    decoding, fairseq does the projections, the cache and the sharing of keys between beams, and returns the masked
+    scores and the values (``before_softmax``). Instances are made from fairseq's by :meth:`adopt`.
 
     Attributes:
         mapping: module over the last dimension, from :func:`multimax_fairseq.mappings.build_mapping`.
         site: which attention of the model this is: ``"encoder"``, ``"decoder"`` or ``"cross"``.
         scale: the factor of the scores, from :func:`.scale.build_scale`, or None.
     """
-
-    mapping: nn.Module
-    site: str
-    scale: Optional[nn.Module]
 
     @classmethod
     def adopt(
@@ -69,12 +58,6 @@ class MappedMultiheadAttention(MultiheadAttention):
         attention._set_skip_embed_dim_check()
         return attention
 
-    @property
-    def scaling(self) -> Union[float, Tensor]:
-        """What fairseq and :meth:`_attend_blockwise` multiply projected queries by."""
-        scaling = self.__dict__["scaling"]
-        return scaling if self.scale is None else scaling * _query_factor.get()
-
     def forward(
         self,
         query: Tensor,
@@ -94,9 +77,11 @@ class MappedMultiheadAttention(MultiheadAttention):
             query: (tgt_len, bsz, embed_dim).
             key, value: (src_len, bsz, kdim), (src_len, bsz, vdim); None where they are cached.
             key_padding_mask: (bsz, src_len), true where a key is padding.
-            attn_mask: (tgt_len, src_len), bool or to be added to the scores; −1e4 and less hides a key. In a tuple
-                where activation checkpointing would copy it, and lose the mark ``CAUSAL``.
-            before_softmax: return the masked scores and the values instead.
+            attn_mask: (tgt_len, src_len), or (bsz · num_heads, tgt_len, src_len), bool or to be added to the scores;
+                −9,000 and less hides a key. In a tuple where activation checkpointing would copy it, and lose the
+                mark ``CAUSAL``.
+            before_softmax: return the masked scores and the values instead, (bsz · num_heads, tgt_len, src_len) and
+                (bsz · num_heads, src_len, head_dim).
 
         Returns:
             The output, (tgt_len, bsz, embed_dim), and with ``need_weights`` the probabilities before dropout:
@@ -105,120 +90,108 @@ class MappedMultiheadAttention(MultiheadAttention):
         """
         if isinstance(attn_mask, tuple):
             (attn_mask,) = attn_mask
-        wants_weights = need_weights or need_head_weights or before_softmax
-        arguments = query, key, key_padding_mask, incremental_state, static_kv, attn_mask
-        with nullcontext() if self.scale is None else self._scaled(*arguments):
-            if not wants_weights and incremental_state is None and self._goes_blockwise(query, key, attn_mask):
-                return self._attend_blockwise(query, key, value, key_padding_mask, attn_mask), None
-
-            scores, values = super().forward(
-                query,
-                key,
-                value,
-                key_padding_mask=key_padding_mask,
-                incremental_state=incremental_state,
-                need_weights=False,
-                static_kv=static_kv,
-                attn_mask=None if attn_mask is None else additive_mask(attn_mask, query.dtype),
-                before_softmax=True,
-            )
+        if incremental_state is None:
+            queries, keys, values = self._project(query, key, value)
+            mask, is_causal = self._mask(keys, key_padding_mask, attn_mask)
+            if self.scale is not None:
+                seen = queries.new_zeros(1, 1, 1, keys.size(2)) if mask is None else mask
+                queries = (queries * self._factor(seen, is_causal, queries.size(2))).to(queries.dtype)
+            if not (need_weights or need_head_weights or before_softmax):
+                drops = self.training or self.dropout_module.apply_during_inference
+                dropout = self.dropout_module.p if drops else 0.0
+                output = mapped_attention(queries, keys, values, self.mapping, mask, dropout, is_causal, scale=1.0)
+                return self._joined(output), None
+            scores = masked_scores(queries, keys, mask, is_causal)
+            values = values.flatten(0, 1)
+        else:
+            arguments = query, key, value, key_padding_mask, incremental_state, static_kv, attn_mask
+            scores, values = self._decode(*arguments)
         if before_softmax:
-            return scores, values
+            return scores.flatten(0, 1), values
 
-        tgt_len, bsz = query.shape[:2]
-        src_len = scores.size(-1)
-        probabilities = self.mapping(scores.view(bsz, self.num_heads, tgt_len, src_len))
-        output = self._weighted_sum(self.dropout_module(probabilities), values)
-        output = self.out_proj(output.permute(2, 0, 1, 3).reshape(tgt_len, bsz, self.embed_dim))
-
+        probabilities = probabilities_by(self.mapping)(scores).to(values.dtype)
+        output = self._joined(self._weighted_sum(self.dropout_module(probabilities), values))
         if not (need_weights or need_head_weights):
             return output, None
         weights = probabilities.float().transpose(0, 1)  # (num_heads, bsz, tgt_len, src_len)
         return output, weights if need_head_weights else weights.mean(dim=0)
 
-    @contextmanager
-    def _scaled(
-        self,
-        query: Tensor,
-        key: Optional[Tensor],
-        key_padding_mask: Optional[Tensor],
-        incremental_state: Optional[Dict[str, Dict[str, Optional[Tensor]]]],
-        static_kv: bool,
-        attn_mask: Optional[Tensor],
-    ) -> Iterator[None]:
-        """While open, :attr:`scaling` includes the factor of ``scale`` for these arguments of :meth:`forward`."""
+    def _project(self, query: Tensor, key: Optional[Tensor], value: Optional[Tensor]) -> Tuple[Tensor, ...]:
+        """Queries times 1 / √head_dim, keys and values, (bsz, num_heads, length, head_dim)."""
+        if self.self_attention:
+            key = value = query
+        elif self.encoder_decoder_attention:
+            value = key
+        queries, keys, values = self.q_proj(query).mul_(self.scaling), self.k_proj(key), self.v_proj(value)
+        if self.bias_k is not None:
+            keys = torch.cat([keys, self.bias_k.to(keys).expand(1, keys.size(1), -1)])
+            values = torch.cat([values, self.bias_v.to(values).expand(1, values.size(1), -1)])
+        if self.add_zero_attn:
+            keys, values = (torch.cat([tensor, tensor.new_zeros(1, *tensor.shape[1:])]) for tensor in (keys, values))
+        bsz = query.size(1)
+        by_head = (tensor.view(len(tensor), bsz, self.num_heads, self.head_dim) for tensor in (queries, keys, values))
+        return tuple(tensor.permute(1, 2, 0, 3) for tensor in by_head)
 
-        def count_keys() -> Tensor:
-            """(tgt_len or 1, bsz or 1)"""
-            cache = {} if incremental_state is None else self._get_input_buffer(incremental_state)
-            cached_keys = cache.get("prev_key")  # (kv_bsz, num_heads, length, head_dim)
-            src_len = 0 if cached_keys is None else cached_keys.size(2)
-            if not (static_kv and src_len):
-                src_len += (query if self.self_attention else key).size(0)
-            padding = self._append_prev_key_padding_mask(
-                key_padding_mask, cache.get("prev_key_padding_mask"), query.size(1), src_len, static_kv
-            )
-            if padding is not None:  # cached once per sentence, for all hypotheses of a beam
-                padding = padding.repeat_interleave(query.size(1) // len(padding), dim=0)
-            always = int(self.bias_k is not None) + int(self.add_zero_attn)
-            visible = visible_keys(src_len, padding, attn_mask, getattr(attn_mask, CAUSAL, False))
-            return visible.to(query.device) + always
+    def _mask(
+        self, keys: Tensor, key_padding_mask: Optional[Tensor], attn_mask: Optional[Tensor]
+    ) -> Tuple[Optional[Tensor], bool]:
+        """What to add to scores, (bsz | 1, num_heads | 1, tgt_len | 1, src_len), and whether to mask causally too.
 
-        factor = self.scale(count_keys)
-        if factor.dim() > 1:  # (…, num_heads)
-            factor = factor.repeat_interleave(self.head_dim, dim=-1)
-        previous = _query_factor.set(factor)
-        try:
-            yield
-        finally:
-            _query_factor.reset(previous)
+        Keys that belong to no token (``add_bias_kv``, ``add_zero_attn``) come last, and are always seen.
+        """
+        bsz, _, src_len, _ = keys.shape
+        extra = int(self.bias_k is not None) + int(self.add_zero_attn)
+        is_causal = getattr(attn_mask, CAUSAL, False) and not extra
+        mask = None
+        if attn_mask is not None and not is_causal:
+            mask = additive_mask(attn_mask, torch.float32)
+            mask = mask.view(-1, self.num_heads, *mask.shape[-2:]) if mask.dim() == 3 else mask[None, None]
+        if key_padding_mask is not None and key_padding_mask.dim():
+            padding = additive_mask(key_padding_mask.bool(), torch.float32)[:, None, None]
+            mask = padding if mask is None else mask + padding
+        if extra and mask is not None:
+            mask = torch.nn.functional.pad(mask, (0, extra))
+        return mask, is_causal
 
-    def _goes_blockwise(self, query: Tensor, key: Optional[Tensor], attn_mask: Optional[Tensor]) -> bool:
-        """Whether the path without the whole matrix of probabilities can be taken, and pays."""
-        return (
-            isinstance(self.mapping, MultiMax)
-            and (query if self.self_attention else key).size(0) >= MIN_KEYS
-            and self.bias_k is None
-            and not self.add_zero_attn
-            and not (attn_mask is not None and attn_mask.requires_grad)
-            and not is_traced()
-        )
+    def _factor(self, seen: Tensor, is_causal: bool, tgt_len: int) -> Tensor:
+        """What ``scale`` makes of the keys that are seen, as :func:`.scale.visible_keys` counts them."""
+        if isinstance(self.scale, LogLengthScale):
+            return self.scale(visible_keys(seen, is_causal, tgt_len))
+        return self.scale()
 
-    def _attend_blockwise(
+    def _decode(
         self,
         query: Tensor,
         key: Optional[Tensor],
         value: Optional[Tensor],
         key_padding_mask: Optional[Tensor],
+        incremental_state: Dict[str, Dict[str, Optional[Tensor]]],
+        static_kv: bool,
         attn_mask: Optional[Tensor],
-    ) -> Tensor:
-        """The output of :meth:`forward`, by :func:`..kernels.attention.multimax_attention`."""
-        tgt_len, bsz = query.shape[:2]
-        if self.self_attention:
-            key = value = query
-        elif self.encoder_decoder_attention:
-            value = key
-        by_head = (-1, bsz * self.num_heads, self.head_dim)
-        queries = self.q_proj(query).mul_(self.scaling).view(by_head).transpose(0, 1)
-        keys, values = (
-            projection(tensor).view(by_head).transpose(0, 1)
-            for projection, tensor in ((self.k_proj, key), (self.v_proj, value))
+    ) -> Tuple[Tensor, Tensor]:
+        """Scores, (bsz, num_heads, tgt_len, src_len), and values, (kv_bsz · num_heads, src_len, head_dim)."""
+        scores, values = super().forward(
+            query,
+            key,
+            value,
+            key_padding_mask=key_padding_mask,
+            incremental_state=incremental_state,
+            need_weights=False,
+            static_kv=static_kv,
+            before_softmax=True,
         )
-        causal = getattr(attn_mask, CAUSAL, False)
-        masks = Masks(
-            causal=causal,
-            keys=None if key_padding_mask is None else self._hidden_keys(key_padding_mask, queries.dtype),
-            scores=None if causal or attn_mask is None else additive_mask(attn_mask, queries.dtype),
-        )
-        thresholds, gains = self.mapping.thresholds, self.mapping.effective_gains
-        drops = self.training or self.dropout_module.apply_during_inference
-        dropout = self.dropout_module.p if drops else 0.0
-        output = multimax_attention(queries, keys, values, thresholds, gains, masks, dropout)
-        return self.out_proj(output.transpose(0, 1).reshape(tgt_len, bsz, self.embed_dim))
+        scores = scores.view(query.size(1), self.num_heads, *scores.shape[1:])
+        added = 0.0 if attn_mask is None else additive_mask(attn_mask, scores.dtype)
+        if self.scale is not None:
+            absent = is_absent(scores)
+            factor = self._factor(scores + added, False, scores.size(2))
+            scores = (scores.masked_fill(absent, 0.0) * factor).to(scores.dtype).masked_fill(absent, -torch.inf)
+        return scores + added, values
 
-    def _hidden_keys(self, key_padding_mask: Tensor, dtype: torch.dtype) -> Tensor:
-        """(bsz, src_len) → (bsz · num_heads, 1, src_len), to be added to scores."""
-        return additive_mask(key_padding_mask.bool(), dtype).repeat_interleave(self.num_heads, dim=0)[:, None]
+    def _joined(self, output: Tensor) -> Tensor:
+        """(bsz, num_heads, tgt_len, head_dim) → (tgt_len, bsz, embed_dim), projected."""
+        bsz, _, tgt_len, _ = output.shape
+        return self.out_proj(output.permute(2, 0, 1, 3).reshape(tgt_len, bsz, self.embed_dim))
 
     def _weighted_sum(self, probabilities: Tensor, values: Tensor) -> Tensor:
         """probabilities · values, head by head.

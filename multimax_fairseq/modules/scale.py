@@ -1,18 +1,18 @@
 """Factors of attention's scores, applied before the mapping: ``--attention-scale``.
 
-A score is q · k / √d_head; the factors here come on top. They multiply the queries, (tgt_len, bsz, embed_dim): one
-product, which works with every mapping and every way to compute attention.
+A score is q · k / √d_head; the factors here come on top. They multiply the queries, one product that works with every
+mapping and every way to compute attention.
 """
 
 import math
-from typing import Callable, Optional
+from typing import Optional
 
 import torch
 from torch import Tensor, nn
 
-from ..kernels.scores import is_absent
-from ..mappings import additive_mask
+from ..mappings import is_absent
 
+SCALES = ("none", "learned", "log-length")
 NEUTRAL_LENGTH = 64  # keys at which a new LogLengthScale changes nothing
 
 
@@ -26,12 +26,12 @@ class LearnedScale(nn.Module):
     thresholds, and is left out.
     """
 
-    def __init__(self, num_heads: int):
+    def __init__(self):
         super().__init__()
         self.t = nn.Parameter(torch.ones(1))
 
-    def forward(self, count_keys: Callable[[], Tensor]) -> Tensor:
-        """The factor, (1,); see :class:`LogLengthScale` for the argument."""
+    def forward(self) -> Tensor:
+        """The factor, (1,)."""
         return self.t
 
 
@@ -51,15 +51,9 @@ class LogLengthScale(nn.Module):
         super().__init__()
         self.s = nn.Parameter(torch.full((num_heads,), 1 / math.log(NEUTRAL_LENGTH)))
 
-    def forward(self, count_keys: Callable[[], Tensor]) -> Tensor:
-        """The factors of a batch, fp32, (tgt_len or 1, bsz or 1, num_heads); 0 where a query sees one key, or none.
-
-        ``count_keys`` gives n, as :func:`visible_keys` does.
-        """
-        return count_keys().clamp(min=1).log()[..., None] * self.s.float()
-
-
-SCALES = {"none": None, "learned": LearnedScale, "log-length": LogLengthScale}
+    def forward(self, counts: Tensor) -> Tensor:
+        """The factors, fp32, (bsz, num_heads, tgt_len, 1), of the n of :func:`visible_keys`; 0 where n is 1 or 0."""
+        return counts.clamp(min=1).log() * self.s.float()[:, None, None]
 
 
 def build_scale(name: str, num_heads: int) -> Optional[nn.Module]:
@@ -70,28 +64,20 @@ def build_scale(name: str, num_heads: int) -> Optional[nn.Module]:
     """
     if name not in SCALES:
         raise ValueError(f"--attention-scale: there is no {name!r}; choose from: {', '.join(SCALES)}")
-    return None if SCALES[name] is None else SCALES[name](num_heads)
+    return LogLengthScale(num_heads) if name == "log-length" else LearnedScale() if name == "learned" else None
 
 
-def visible_keys(src_len: int, padding: Optional[Tensor], attn_mask: Optional[Tensor], causal: bool) -> Tensor:
-    """How many keys each query may see.
+def visible_keys(mask: Tensor, is_causal: bool, tgt_len: int) -> Tensor:
+    """How many keys each query may see: fp32, (bsz, heads, tgt_len, 1), of size 1 where it does not depend on that.
 
     Args:
-        src_len: keys in all.
-        padding: (bsz, src_len), true where a key is padding, or None.
-        attn_mask: (tgt_len, src_len), bool or to be added to the scores, or None.
-        causal: whether ``attn_mask`` shows each query the keys up to its own position, and no others.
-
-    Returns:
-        fp32, (tgt_len, bsz); size 1 where the count does not depend on the query or the sentence.
+        mask: (bsz | 1, heads | 1, tgt_len | 1, src_len), −inf where a key is hidden: a mask to be added, or scores.
+        is_causal: whether, besides, query i sees only the keys up to i.
     """
-    if padding is None and attn_mask is None:
-        return torch.full((1, 1), float(src_len))
-    if attn_mask is None:
-        return (src_len - padding.bool().sum(1, keepdim=True).float()).T  # (1, bsz)
-    is_key = torch.ones(1, src_len, device=attn_mask.device) if padding is None else (~padding.bool()).float()
-    if causal:
-        return is_key.cumsum(1).T
-    shown = (~is_absent(additive_mask(attn_mask, torch.float32))).float()
-    with torch.autocast(shown.device.type, enabled=False):
-        return shown @ is_key.T
+    shown = (~is_absent(mask)).float()
+    if not is_causal:
+        return shown.sum(-1, keepdim=True)
+    if mask.size(2) == 1:  # without a matrix
+        last = torch.arange(tgt_len, device=mask.device).clamp(max=mask.size(-1) - 1)
+        return shown.cumsum(-1)[..., last].transpose(2, 3)
+    return shown.tril().sum(-1, keepdim=True)

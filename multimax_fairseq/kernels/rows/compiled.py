@@ -1,7 +1,7 @@
-"""MultiMax in one pass forward and one backward: functions for a compiler to fuse.
+"""σ in one pass forward and one backward: functions for a compiler to fuse.
 
-Each is plain torch on rows of scores, (rows, width), without autograd: :mod:`.fused`, the losses and attention
-combine them. :mod:`.backend` says whether they run compiled. With u = ∂L/∂σ, and sums over all scores::
+Each is plain torch on rows of scores, (rows, width), without autograd: :mod:`.modulated` and the losses use them.
+:mod:`..backend` says whether they run compiled. With u = ∂L/∂σ, and sums over all scores::
 
     ∂L/∂x     = u · (1 − Σ_n n g_b,n max(b_n − x, 0)^(n−1) [x < b_n] + Σ_n n g_d,n max(x − d_n, 0)^(n−1) [x > d_n])
     ∂L/∂g_b,n = Σ u · max(b_n − x, 0)^n            ∂L/∂b_n =   g_b,n Σ u · n max(b_n − x, 0)^(n−1) [x < b_n]
@@ -17,32 +17,11 @@ from typing import Tuple
 import torch
 from torch import Tensor
 
-from .compiler import kernel
-from .scores import compute_dtype, is_absent
+from ..compiler import kernel
+from ..scores import compute_dtype, is_absent
 
 # Gradients clamp scores to ± this: the square stays finite, so that 0 times it is 0.
 FAR = 2.0**50
-
-
-@kernel
-def multimax_rows(scores: Tensor, thresholds: Tensor, gains: Tensor) -> Tensor:
-    """softmax(σ(x)) in the dtype of ``scores``; zeros in a row without scores."""
-    return normalised(scores, thresholds, gains).to(scores.dtype)
-
-
-@kernel
-def multimax_rows_backward(
-    scores: Tensor, probabilities: Tensor, grad: Tensor, thresholds: Tensor, gains: Tensor
-) -> Tuple[Tensor, Tensor]:
-    """∂L/∂x, and ∂L/∂(thresholds, gains), from ∂L/∂p.
-
-    In half precision, probabilities are recomputed: rounded ones would not cancel in the sums of gradients.
-    """
-    grad = grad.to(compute_dtype(scores.dtype))
-    if grad.dtype != scores.dtype:
-        probabilities = normalised(scores, thresholds, gains)
-    upstream = probabilities * (grad - (grad * probabilities).sum(-1, keepdim=True))
-    return sigma_backward(scores, upstream, thresholds, gains)
 
 
 @kernel
@@ -76,15 +55,6 @@ def present_sigma(scores: Tensor, thresholds: Tensor, gains: Tensor) -> Tensor:
     """σ(x) in fp32 at least; −inf stays −inf."""
     x = scores.to(compute_dtype(scores.dtype))
     return sigma(x, thresholds, gains).masked_fill(is_absent(x), float("-inf"))
-
-
-def normalised(scores: Tensor, thresholds: Tensor, gains: Tensor) -> Tensor:
-    """Probabilities, in fp32 at least; zeros in a row without scores."""
-    modulated = present_sigma(scores, thresholds, gains)
-    empty = is_absent(scores.amax(-1, keepdim=True))  # not by σ: a row whose σ all overflow to −inf is NaN
-    exponentials = (modulated - modulated.amax(-1, keepdim=True).masked_fill(empty, 0.0)).exp()
-    total = exponentials.sum(-1, keepdim=True)  # keeps a row's NaN, which torch 2.2's amax can lose on a CPU
-    return exponentials * (1 / total.masked_fill(total == 0, float("inf")))  # a product is cheaper than a quotient
 
 
 def sigma_backward(

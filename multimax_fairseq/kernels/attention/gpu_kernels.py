@@ -1,10 +1,10 @@
-"""Triton kernels of MultiMax attention, for :mod:`.triton_attention`. Only imported where Triton is installed.
+"""Triton kernels of attention with MultiMax and softmax, for :mod:`.gpu`. Only imported where Triton is installed.
 
 A program has a block of queries (or of keys) of one head, and goes through the keys (or queries) of that head block
 by block; no score ever reaches memory. The formulas are those of :mod:`.rows`. Each query has
 
     peak      max_j σ_j, 0 in a row without scores
-    factor    1 / Σ_j exp(σ_j − peak), 0 in a row without scores
+    factor    1 / Σ_j exp(σ_j − peak), 0 in a row without scores, NaN where scores are there and all σ_j are −inf
     expected  Σ_j p_j ∂L/∂p_j, summed from these very numbers: gradient · output is equal, but its rounding does not
               cancel, and would ruin the gradients of thresholds and gains in half precision
 
@@ -16,21 +16,13 @@ import triton
 import triton.language as tl
 
 INF = tl.constexpr(float("inf"))
-LOWEST = tl.constexpr(-3.4028234663852886e38)  # of fp32
+NAN = tl.constexpr(float("nan"))
 # Replaces −inf in gradients: finite, also when squared, so that 0 times it is 0.
 FAR_BELOW = tl.constexpr(-1e9)
 PHILOX_ROUNDS = tl.constexpr(7)
 
-INTERPRETED = triton.knobs.runtime.interpret
-
 # These change from call to call, so Triton is to make no special kernels for multiples of 16 and for 1.
-VARIABLE = ["seed", "tgt_len", "src_len", "hidden_head", "hidden_key", "added_query", "added_key"]
-
-
-@triton.jit
-def write_one(to):
-    """The smallest kernel, to see whether any can be compiled and run."""
-    tl.store(to, 1.0)
+VARIABLE = ["seed", "tgt_len", "src_len", "num_heads", "mask_batch", "mask_head", "mask_query", "mask_key"]
 
 
 @triton.jit
@@ -53,7 +45,7 @@ def _sigma(x, thresholds, gains, ORDER: tl.constexpr):
     if ORDER >= 2:
         below, above = tl.maximum(thresholds[2] - x, 0.0), tl.maximum(x - thresholds[3], 0.0)
         modulated += gains[2] * (below * below) + gains[3] * (above * above)
-    return tl.where(x == -INF, -INF, tl.where(modulated < LOWEST, LOWEST, modulated))
+    return tl.where(x == -INF, -INF, modulated)
 
 
 @triton.jit
@@ -78,21 +70,21 @@ def _sigma_backward(x, upstream, thresholds, gains, ORDER: tl.constexpr):
 
 @triton.jit
 def _masked(
-    scores, query, key, queries, keys, hidden, added, hidden_key, added_query, added_key, tgt_len, src_len,
-    CAUSAL: tl.constexpr,
+    scores, query, key, queries, keys, mask, mask_query, mask_key, tgt_len, src_len,
+    CAUSAL: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
-    """Scores with masks added; −inf beyond the last query and key.
+    """Scores with the mask added; −inf beyond the last query and key.
 
-    ``queries`` and ``keys`` are the indices from ``query`` and ``key`` on; they broadcast.
+    ``queries`` and ``keys`` are the indices from ``query`` and ``key`` on; they broadcast. ``MASK``: 0 for none, 1
+    for one row for all queries, 2 for a row for each.
     """
     present = (queries < tgt_len) & (keys < src_len)
-    if added is not None:  # only the common offset is in 64 bits, as in _at
-        added += tl.cast(query, tl.int64) * added_query + tl.cast(key, tl.int64) * added_key
-        at = added + ((queries - query) * added_query + (keys - key) * added_key)
-        scores += tl.load(at, mask=present, other=0.0).to(tl.float32)
-    if hidden is not None:
-        hidden += tl.cast(key, tl.int64) * hidden_key
-        scores += tl.load(hidden + (keys - key) * hidden_key, mask=keys < src_len, other=0.0).to(tl.float32)
+    if MASK == 1:  # only the common offset is in 64 bits, as in _at
+        mask += tl.cast(key, tl.int64) * mask_key
+        scores += tl.load(mask + (keys - key) * mask_key, mask=keys < src_len, other=0.0)
+    if MASK == 2:
+        mask += tl.cast(query, tl.int64) * mask_query + tl.cast(key, tl.int64) * mask_key
+        scores += tl.load(mask + ((queries - query) * mask_query + (keys - key) * mask_key), mask=present, other=0.0)
     if CAUSAL:
         present = present & (keys <= queries)
     return tl.where(present, scores, -INF)
@@ -153,10 +145,10 @@ def _place(length, BLOCK: tl.constexpr, LAST_FIRST: tl.constexpr):
 
 @triton.jit(do_not_specialize=VARIABLE)
 def forward(
-    query, key, value, thresholds, gains, hidden, added, output, peaks, factors,
+    query, key, value, thresholds, gains, mask, output, peaks, factors,
     query_head, query_row, key_head, key_row, value_head, value_row, output_head, output_row,
-    hidden_head, hidden_key, added_query, added_key, tgt_len, src_len, seed, dropout,
-    ORDER: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, HEAD_DIM: tl.constexpr,
+    num_heads, mask_batch, mask_head, mask_query, mask_key, tgt_len, src_len, seed, dropout,
+    ORDER: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr, DROPOUT: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr, BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr,
 ):  # fmt: skip
     """Output, (heads, tgt_len, HEAD_DIM), and peaks and factors, (heads, tgt_len).
@@ -164,18 +156,17 @@ def forward(
     Args:
         query, key, value: (heads, length, HEAD_DIM), with strides ``*_head`` and ``*_row``; rows are contiguous.
         thresholds, gains: (ORDER, 2), fp32, contiguous.
-        hidden: (heads, 1, src_len), to be added to scores, or None.
-        added: (tgt_len, src_len), likewise.
+        mask: fp32, (batch, num_heads, tgt_len | 1, src_len), to be added to scores, with strides ``mask_*``.
     """
     head, start = _place(tgt_len, BLOCK_QUERIES, CAUSAL)
     at = head.to(tl.int64)
     rows = start + tl.arange(0, BLOCK_QUERIES)
     thresholds, gains = _parameters(thresholds, ORDER), _parameters(gains, ORDER)
-    if hidden is not None:
-        hidden += at * hidden_head
+    if MASK > 0:
+        mask += (at // num_heads) * mask_batch + (at % num_heads) * mask_head
     q = _read(query + at * query_head, start, query_row, tgt_len, BLOCK_QUERIES, HEAD_DIM, BLOCK_DIM)
     peak = tl.full((BLOCK_QUERIES,), -INF, tl.float32)
-    total = tl.zeros((BLOCK_QUERIES,), tl.float32)
+    total, seen = tl.zeros((BLOCK_QUERIES,), tl.float32), tl.zeros((BLOCK_QUERIES,), tl.float32)
     sums = tl.zeros((BLOCK_QUERIES, BLOCK_DIM), tl.float32)
     for first in range(0, tl.minimum(src_len, start + BLOCK_QUERIES) if CAUSAL else src_len, BLOCK_KEYS):
         keys = first + tl.arange(0, BLOCK_KEYS)
@@ -183,7 +174,7 @@ def forward(
         v = _read(value + at * value_head, first, value_row, src_len, BLOCK_KEYS, HEAD_DIM, BLOCK_DIM)
         x = _masked(
             tl.dot(q, tl.trans(k), input_precision="ieee"), start, first, rows[:, None], keys[None, :],
-            hidden, added, hidden_key, added_query, added_key, tgt_len, src_len, CAUSAL,
+            mask, mask_query, mask_key, tgt_len, src_len, CAUSAL, MASK,
         )  # fmt: skip
         modulated = _sigma(x, thresholds, gains, ORDER)
         peak_now = tl.maximum(peak, tl.max(modulated, 1))
@@ -191,11 +182,13 @@ def forward(
         exponentials = tl.exp(modulated - shift[:, None])
         scale = tl.exp(peak - shift)
         total = total * scale + tl.sum(exponentials, 1)
+        if ORDER >= 1:
+            seen = tl.maximum(seen, tl.max(tl.where(x == -INF, 0.0, 1.0), 1))
         weights = exponentials * _kept(seed, head, rows[:, None], keys[None, :], dropout, DROPOUT)
         sums = tl.dot(weights.to(v.dtype), v, sums * scale[:, None], input_precision="ieee")
         peak = peak_now
-    # The exponential of the peak is 1, so a sum of 0 means no score at all.
-    factor = tl.where(total == 0, 0.0, 1 / total)
+    # The exponential of the peak is 1, so a sum of 0 means no score at all, or that σ of all is −inf.
+    factor = tl.where(total == 0, tl.where(seen > 0, NAN, 0.0), 1 / total)
     _write(
         sums * factor[:, None], output + at * output_head, start, output_row, tgt_len,
         BLOCK_QUERIES, HEAD_DIM, BLOCK_DIM,
@@ -206,26 +199,26 @@ def forward(
 
 @triton.jit
 def _probabilities(
-    q, k, query, key, queries, keys, peak, factor, thresholds, gains, hidden, added, hidden_key, added_query,
-    added_key, tgt_len, src_len, ORDER: tl.constexpr, CAUSAL: tl.constexpr, BY_KEY: tl.constexpr,
+    q, k, query, key, queries, keys, peak, factor, thresholds, gains, mask, mask_query, mask_key, tgt_len, src_len,
+    ORDER: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr, BY_KEY: tl.constexpr,
 ):  # fmt: skip
     """Scores and probabilities, (queries, keys), or (keys, queries) if ``BY_KEY``."""
     scores = tl.dot(k, tl.trans(q), input_precision="ieee") if BY_KEY else tl.dot(
         q, tl.trans(k), input_precision="ieee"
     )
     x = _masked(
-        scores, query, key, queries, keys, hidden, added, hidden_key, added_query, added_key, tgt_len, src_len, CAUSAL
+        scores, query, key, queries, keys, mask, mask_query, mask_key, tgt_len, src_len, CAUSAL, MASK
     )
     return x, tl.exp(_sigma(x, thresholds, gains, ORDER) - peak) * factor
 
 
 @triton.jit(do_not_specialize=VARIABLE)
 def backward_queries(
-    query, key, value, grad, thresholds, gains, hidden, added, peaks, factors, expecteds, grad_query, table,
+    query, key, value, grad, thresholds, gains, mask, peaks, factors, expecteds, grad_query, table,
     query_head, query_row, key_head, key_row, value_head, value_row, grad_head, grad_row,
     grad_query_head, grad_query_row,
-    hidden_head, hidden_key, added_query, added_key, tgt_len, src_len, seed, dropout,
-    ORDER: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, HEAD_DIM: tl.constexpr,
+    num_heads, mask_batch, mask_head, mask_query, mask_key, tgt_len, src_len, seed, dropout,
+    ORDER: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr, DROPOUT: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr, BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr,
 ):  # fmt: skip
     """∂L/∂query of a block of queries; Σ p · ∂L/∂p, (heads, tgt_len); and the sums for thresholds and gains.
@@ -238,8 +231,8 @@ def backward_queries(
     at = head.to(tl.int64)
     rows = start + tl.arange(0, BLOCK_QUERIES)
     thresholds, gains = _parameters(thresholds, ORDER), _parameters(gains, ORDER)
-    if hidden is not None:
-        hidden += at * hidden_head
+    if MASK > 0:
+        mask += (at // num_heads) * mask_batch + (at % num_heads) * mask_head
     q = _read(query + at * query_head, start, query_row, tgt_len, BLOCK_QUERIES, HEAD_DIM, BLOCK_DIM)
     g = _read(grad + at * grad_head, start, grad_row, tgt_len, BLOCK_QUERIES, HEAD_DIM, BLOCK_DIM)
     peak = tl.load(peaks + at * tgt_len + rows, mask=rows < tgt_len, other=0.0)[:, None]
@@ -252,8 +245,8 @@ def backward_queries(
         k = _read(key + at * key_head, first, key_row, src_len, BLOCK_KEYS, HEAD_DIM, BLOCK_DIM)
         v = _read(value + at * value_head, first, value_row, src_len, BLOCK_KEYS, HEAD_DIM, BLOCK_DIM)
         _, p = _probabilities(
-            q, k, start, first, rows[:, None], keys[None, :], peak, factor, thresholds, gains, hidden, added,
-            hidden_key, added_query, added_key, tgt_len, src_len, ORDER, CAUSAL, False,
+            q, k, start, first, rows[:, None], keys[None, :], peak, factor, thresholds, gains,
+            mask, mask_query, mask_key, tgt_len, src_len, ORDER, CAUSAL, MASK, False,
         )  # fmt: skip
         grad_p = tl.dot(g, tl.trans(v), input_precision="ieee")
         grad_p *= _kept(seed, head, rows[:, None], keys[None, :], dropout, DROPOUT)
@@ -270,8 +263,8 @@ def backward_queries(
         k = _read(key + at * key_head, first, key_row, src_len, BLOCK_KEYS, HEAD_DIM, BLOCK_DIM)
         v = _read(value + at * value_head, first, value_row, src_len, BLOCK_KEYS, HEAD_DIM, BLOCK_DIM)
         x, p = _probabilities(
-            q, k, start, first, rows[:, None], keys[None, :], peak, factor, thresholds, gains, hidden, added,
-            hidden_key, added_query, added_key, tgt_len, src_len, ORDER, CAUSAL, False,
+            q, k, start, first, rows[:, None], keys[None, :], peak, factor, thresholds, gains,
+            mask, mask_query, mask_key, tgt_len, src_len, ORDER, CAUSAL, MASK, False,
         )  # fmt: skip
         grad_p = tl.dot(g, tl.trans(v), input_precision="ieee")
         grad_p *= _kept(seed, head, rows[:, None], keys[None, :], dropout, DROPOUT)
@@ -305,11 +298,11 @@ def backward_queries(
 
 @triton.jit(do_not_specialize=VARIABLE)
 def backward_keys(
-    query, key, value, grad, thresholds, gains, hidden, added, peaks, factors, expecteds, grad_key, grad_value,
+    query, key, value, grad, thresholds, gains, mask, peaks, factors, expecteds, grad_key, grad_value,
     query_head, query_row, key_head, key_row, value_head, value_row, grad_head, grad_row,
     grad_key_head, grad_key_row, grad_value_head, grad_value_row,
-    hidden_head, hidden_key, added_query, added_key, tgt_len, src_len, seed, dropout,
-    ORDER: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, HEAD_DIM: tl.constexpr,
+    num_heads, mask_batch, mask_head, mask_query, mask_key, tgt_len, src_len, seed, dropout,
+    ORDER: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr, DROPOUT: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr, BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr,
 ):  # fmt: skip
     """∂L/∂key and ∂L/∂value of a block of keys; arguments as in :func:`backward_queries`."""
@@ -317,8 +310,8 @@ def backward_keys(
     at = head.to(tl.int64)
     keys = start + tl.arange(0, BLOCK_KEYS)
     thresholds, gains = _parameters(thresholds, ORDER), _parameters(gains, ORDER)
-    if hidden is not None:
-        hidden += at * hidden_head
+    if MASK > 0:
+        mask += (at // num_heads) * mask_batch + (at % num_heads) * mask_head
     k = _read(key + at * key_head, start, key_row, src_len, BLOCK_KEYS, HEAD_DIM, BLOCK_DIM)
     v = _read(value + at * value_head, start, value_row, src_len, BLOCK_KEYS, HEAD_DIM, BLOCK_DIM)
     grad_k = tl.zeros((BLOCK_KEYS, BLOCK_DIM), tl.float32)
@@ -332,7 +325,7 @@ def backward_keys(
         expected = tl.load(expecteds + at * tgt_len + rows, mask=rows < tgt_len, other=0.0)
         x, p = _probabilities(
             q, k, first, start, rows[None, :], keys[:, None], peak[None, :], factor[None, :], thresholds, gains,
-            hidden, added, hidden_key, added_query, added_key, tgt_len, src_len, ORDER, CAUSAL, True,
+            mask, mask_query, mask_key, tgt_len, src_len, ORDER, CAUSAL, MASK, True,
         )  # fmt: skip
         kept = _kept(seed, head, rows[None, :], keys[:, None], dropout, DROPOUT)
         grad_v = tl.dot((p * kept).to(g.dtype), g, grad_v, input_precision="ieee")

@@ -1,5 +1,5 @@
-// MultiMax on a row of fp32 scores, for a CPU, and the vectors that all C++ kernels use. The formulas are those of
-// rows.py. Vectors use the extension that GCC and Clang share, as wide as the target processor allows.
+// Vectors of fp32 numbers, as wide as the target processor allows, by the extension that GCC and Clang share; functions
+// of vectors, and loops over arrays.
 
 #pragma once
 
@@ -29,8 +29,6 @@ typedef int32_t IntVec __attribute__((vector_size(4 * LANES)));
 
 constexpr float INFINITE = std::numeric_limits<float>::infinity();
 constexpr float LOWEST = std::numeric_limits<float>::lowest();
-// Gradients clamp scores to this range: the square stays finite, so that 0 times it is 0.
-constexpr float FAR = float(1LL << 50);
 
 inline Vec all(float x) { return x - Vec{}; }
 
@@ -45,6 +43,9 @@ inline Vec min(Vec a, Vec b) { return (Vec)_mm256_min_ps((__m256)a, (__m256)b); 
 inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
 inline Vec min(Vec a, Vec b) { return a < b ? a : b; }
 #endif
+
+// A multiple of 16 numbers, 64 bytes.
+inline int64_t rounded_up(int64_t count) { return (count + 15) / 16 * 16; }
 
 using AllLanes = std::integral_constant<int, LANES>;
 
@@ -137,6 +138,26 @@ inline void each(int64_t count, Body body) {
   if (j < count) body(j, int(count - j));
 }
 
+typedef double Doubles __attribute__((vector_size(4 * LANES)));  // half as many
+
+inline void halves(Vec v, Doubles* doubles) {
+  typename Lanes<LANES / 2>::Type halves[2];
+  std::memcpy(halves, &v, sizeof v);
+  for (int i = 0; i < 2; ++i) doubles[i] = __builtin_convertvector(halves[i], Doubles);
+}
+
+inline double sum(Doubles v) {
+  double total = 0;
+  for (int lane = 0; lane < LANES / 2; ++lane) total += v[lane];
+  return total;
+}
+
+inline float sum_of(const float* row, int64_t count) {
+  Vec totals = {};
+  each(count, [&](int64_t j, auto lanes) { totals += load(row + j, lanes, 0); });
+  return sum(totals);
+}
+
 inline float dot(const float* a, const float* b, int64_t count) {
   Vec even = {}, odd = {};  // two: each addition waits for the one before it
   int64_t j = 0;
@@ -158,111 +179,37 @@ inline void share(int64_t count, int threads, Body body) {
   }
 }
 
-// Thresholds b_n and d_n and their gains, from `thresholds` and `gains`, (ORDER, 2).
-template <int ORDER>
-struct Modulator {
-  float below[ORDER], above[ORDER], gain_below[ORDER], gain_above[ORDER];
-
-  Modulator(const float* thresholds, const float* gains) {
-    for (int n = 0; n < ORDER; ++n) {
-      below[n] = thresholds[2 * n], above[n] = thresholds[2 * n + 1];
-      // max() would lose a NaN threshold
-      gain_below[n] = below[n] == below[n] ? gains[2 * n] : below[n];
-      gain_above[n] = above[n] == above[n] ? gains[2 * n + 1] : above[n];
-    }
-  }
-
-  // sigma(x); -inf stays -inf. The order is the formula's, as it decides what overflows or becomes NaN.
-  inline Vec operator()(Vec x) const {
-    Vec y = x;
-    for (int n = ORDER - 1; n >= 0; --n) {
-      const Vec under = max(below[n] - x, Vec{}), over = max(x - above[n], Vec{});
-      y += n ? gain_below[n] * under * under : gain_below[n] * under;
-      y += n ? gain_above[n] * over * over : gain_above[n] * over;
-    }
-    return x < LOWEST ? x : y;
-  }
-};
-
-// Calls body with the Modulator of `order`, 0 (softmax), 1 or 2.
-template <class Body>
-inline void with_modulator(int64_t order, const float* thresholds, const float* gains, Body body) {
-  if (order == 0) {
-    body(Modulator<0>(thresholds, gains));
-  } else if (order == 1) {
-    body(Modulator<1>(thresholds, gains));
-  } else {
-    body(Modulator<2>(thresholds, gains));
-  }
+// A bit for each lane that is above `limit`, or NaN.
+inline uint32_t lanes_above(Vec v, Vec limit) {
+#if defined(__AVX512F__)
+  return _mm512_cmp_ps_mask((__m512)v, (__m512)limit, _CMP_NLE_UQ);
+#elif defined(__AVX2__)
+  return _mm256_movemask_ps(_mm256_cmp_ps((__m256)v, (__m256)limit, _CMP_NLE_UQ));
+#else
+  uint32_t bits = 0;
+  for (int lane = 0; lane < LANES; ++lane) bits |= uint32_t(!(v[lane] <= limit[lane])) << lane;
+  return bits;
+#endif
 }
 
-// How many rows (16,384 scores) the sums below add up in fp32, before they are added in double precision.
-inline int64_t few_rows(int64_t width) { return width < (1 << 14) ? (1 << 14) / width : 1; }
+// Writes the lanes of `bits` side by side; may write up to LANES numbers.
+inline void compress(float* to, Vec v, uint32_t bits) {
+#if defined(__AVX512F__)
+  _mm512_storeu_ps(to, _mm512_maskz_compress_ps(bits, (__m512)v));
+#else
+  for (; bits; bits &= bits - 1) *to++ = v[__builtin_ctz(bits)];
+#endif
+}
 
-// The sums over scores from which the gradients of thresholds and gains are made.
-template <int ORDER>
-struct Sums {
-  Vec slope_below[ORDER] = {}, slope_above[ORDER] = {}, power_below[ORDER] = {}, power_above[ORDER] = {};
-
-  // dL/dx from x and `upstream` = dL/dsigma; adds to the sums.
-  inline Vec backward(Vec x, Vec upstream, const Modulator<ORDER>& sigma) {
-    Vec slope = all(1.f);
-    x = min(max(x, all(-FAR)), all(FAR));
-    for (int n = 0; n < ORDER; ++n) {
-      const Vec under = max(sigma.below[n] - x, Vec{}), over = max(x - sigma.above[n], Vec{});
-      const Vec product_under = upstream * under, product_over = upstream * over;
-      if (n == 0) {
-        slope_below[n] += under > 0.f ? upstream : Vec{}, slope_above[n] += over > 0.f ? upstream : Vec{};
-        power_below[n] += product_under, power_above[n] += product_over;
-        slope -= under > 0.f ? all(sigma.gain_below[n]) : Vec{};
-        slope += over > 0.f ? all(sigma.gain_above[n]) : Vec{};
-      } else {
-        slope_below[n] += product_under, slope_above[n] += product_over;
-        power_below[n] += product_under * under, power_above[n] += product_over * over;
-        slope += 2 * sigma.gain_above[n] * over - 2 * sigma.gain_below[n] * under;
-      }
-    }
-    return upstream * slope;
-  }
-
-  // Adds the gradients of thresholds and gains to `grads`, (2, ORDER, 2).
-  void add_to(double* grads, const Modulator<ORDER>& sigma) const {
-    for (int n = 0; n < ORDER; ++n) {
-      grads[2 * n] += double(n + 1) * sigma.gain_below[n] * sum(slope_below[n]);
-      grads[2 * n + 1] -= double(n + 1) * sigma.gain_above[n] * sum(slope_above[n]);
-      grads[2 * (ORDER + n)] += sum(power_below[n]);
-      grads[2 * (ORDER + n) + 1] += sum(power_above[n]);
-    }
-  }
-};
-
-// A probability is exp(sigma - peak) * factor. One number for both, log sum exp sigma, would lose digits where scores
-// are large.
-struct Normaliser {
-  float peak;    // max sigma; 0 in a row without scores
-  float factor;  // 1 / sum exp(sigma - peak); 0 in a row without scores
-};
-
-// exp(sigma(x) - max sigma) of a row of `count` scores; `result` may be `scores`.
-template <int ORDER>
-inline Normaliser exponentials(const float* scores, float* result, int64_t count, Modulator<ORDER> sigma) {
-  Vec peaks = all(-INFINITE), largest = peaks, totals = {};
-  each(count, [&](int64_t j, auto lanes) {
-    const Vec x = load(scores + j, lanes, -INFINITE), modulated = sigma(x);
-    largest = max(x, largest);  // loses NaN, as peaks may; exp(NaN) below keeps it
-    peaks = max(peaks, modulated);
-    store(result + j, lanes, modulated);
-  });
-  float peak = max(peaks);
-  // 0 only in a row without scores: with scores whose sigma are all -inf or NaN, the row becomes NaN
-  if (!(peak > -INFINITE) && max(largest) == -INFINITE) peak = 0;
-  each(count, [&](int64_t j, auto lanes) {
-    const Vec exponential = exp(load(result + j, lanes, -INFINITE) - peak);
-    totals += exponential;
-    store(result + j, lanes, exponential);
-  });
-  const float total = sum(totals);
-  return {peak, total == 0 ? 0 : 1 / total};
+// The inverse: reads adjacent numbers into the lanes of `bits`, 0 into the others.
+inline Vec expand(const float* from, uint32_t bits) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_maskz_expand_ps(bits, _mm512_loadu_ps(from));
+#else
+  Vec v = {};
+  for (; bits; bits &= bits - 1) v[__builtin_ctz(bits)] = *from++;
+  return v;
+#endif
 }
 
 }  // namespace multimax

@@ -1,0 +1,197 @@
+"""Attention with the built-in mappings, fp32 on a CPU, in C++: plain functions, without autograd.
+
+Blocks of queries, whose rows of scores are whole, go to the threads. PyTorch's BLAS computes the products. Dropout draws
+its mask from the position of each probability, by the counter-based generator Philox4x32-10; the backward draws it again.
+"""
+
+import ctypes
+import functools
+from pathlib import Path
+from typing import Callable, Optional, Tuple
+
+import torch
+from torch import Tensor
+
+from .. import cpp
+from ..rows import Rows
+from ..rows.cpu import Numbers
+
+ADDRESS, INTEGER = cpp.ADDRESS, cpp.INTEGER
+
+# Scores in a block: 1 MiB; the backward has two. A block has 128 queries at most, as a causal one wastes queries²/2
+# scores. There are at least so many blocks, and so many parts of heads, each of BLOCKS_PER_PART at least, that threads
+# can share: their number decides nothing, and results do not depend on it.
+SCORES, MOST_QUERIES = 2**18, 128
+BLOCKS, PARTS, BLOCKS_PER_PART = 16, 32, 2
+
+LANES = 16  # the most that a vector has
+GROUP = 64  # of Dropout::room()
+
+
+class Matrices(ctypes.Structure):
+    """A (bsz, num_heads, length, dim) tensor whose last dimension has no gaps."""
+
+    _fields_ = [("data", ADDRESS)] + [(f"to_next_{name}", INTEGER) for name in ("sentence", "head", "row")]
+
+
+class Problem(ctypes.Structure):
+    """``Problem`` of the C++, which gives the shapes."""
+
+    _fields_ = [
+        *((name, INTEGER) for name in ("bsz", "num_heads", "tgt_len", "src_len", "head_dim", "value_dim")),
+        *((name, INTEGER) for name in ("is_causal", "block", "parts", "threads", "scratch_size")),
+        *((name, ADDRESS) for name in ("first", "second")),
+        *((name, INTEGER) for name in ("rows_of_each", "count")),
+        *((name, Matrices) for name in ("query", "key", "value", "mask", "output")),
+        *((name, Matrices) for name in ("grad_output", "grad_query", "grad_key", "grad_value")),
+        *((name, ADDRESS) for name in ("states", "grads_of_numbers", "scratch", "sgemm")),
+        *((name, INTEGER) for name in ("seed", "dropped")),
+        ("scale", ctypes.c_float),
+    ]
+
+
+ARGUMENTS = [INTEGER, ctypes.POINTER(Problem)]
+LIBRARY = cpp.Library(Path(__file__).with_name("attention.cpp"), {"attend": ARGUMENTS, "attend_backward": ARGUMENTS})
+
+
+def serves(query: Tensor, key: Tensor, value: Tensor, rows: Rows, mask: Optional[Tensor]) -> bool:
+    """Whether :func:`forward` takes these arguments: some numbers, fp32, on a CPU, where there are a compiler and BLAS."""
+    tensors = (query, key, value) if mask is None else (query, key, value, mask)
+    if not all(LIBRARY.serves(tensor) and tensor.numel() for tensor in tensors) or sgemm() is None:
+        return False
+    return all(number.numel() in (1, query.size(1)) for number in rows.numbers) or rows.name == "multimax"
+
+
+@functools.lru_cache(maxsize=None)
+def sgemm() -> Optional[int]:
+    """The address of PyTorch's ``sgemm``; None if its library does not export it."""
+    try:
+        library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+        return ctypes.cast(library.sgemm_, ADDRESS).value
+    except (OSError, AttributeError):
+        return None
+
+
+def forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rows: Rows,
+    mask: Optional[Tensor],
+    is_causal: bool,
+    dropout: float,
+    seed: int,
+) -> Tuple[Tensor, Tuple[Tensor, ...]]:
+    """dropout(mapping(query · keyᵀ + mask)) · value.
+
+    Args:
+        query: (bsz, num_heads, tgt_len, head_dim), scaled; this and all else fp32.
+        key: (bsz, num_heads, src_len, head_dim).
+        value: (bsz, num_heads, src_len, value_dim).
+        rows: the mapping. An α is one number, or (num_heads, 1, 1).
+        mask: to be added to scores, (bsz or 1, num_heads or 1, tgt_len or 1, src_len), or None.
+        is_causal: whether query i sees the keys 0 to i alone.
+        dropout: the probability to drop a probability; what is kept is divided by 1 − dropout.
+        seed: of dropout's mask, 64 bits.
+
+    Returns:
+        (bsz, num_heads, tgt_len, value_dim), laid out with length first, and what :func:`backward` needs besides:
+        three numbers of each row of scores.
+
+    Raises:
+        ValueError: shapes do not match, so that foreign memory would be read.
+    """
+    output = _length_first(query, query.size(-2), value.size(-1))
+    states = query.new_empty(*query.shape[:3], 3)
+    options = rows, mask, is_causal, dropout, seed
+    _call(LIBRARY.functions.attend, query, key, value, *options, output=output, states=states)
+    return output, (states,)
+
+
+def backward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rows: Rows,
+    mask: Optional[Tensor],
+    is_causal: bool,
+    dropout: float,
+    seed: int,
+    saved: Tuple[Tensor, ...],
+    grad_output: Tensor,
+) -> Tuple[Optional[Tensor], ...]:
+    """The gradients of query, key, value and ``rows.numbers``, from that of the output; None for that of an ε."""
+    (states,) = saved
+    grads = [_length_first(query, *tensor.shape[-2:]) for tensor in (query, key, value)]
+    tensors = dict(zip(("grad_query", "grad_key", "grad_value"), grads))
+    options = rows, mask, is_causal, dropout, seed
+    grads_of_numbers = _call(
+        LIBRARY.functions.attend_backward, query, key, value, *options,
+        states=states, grad_output=grad_output, **tensors,
+    )  # fmt: skip
+    return (*grads, *grads_of_numbers)
+
+
+def _call(
+    function: Callable,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rows: Rows,
+    mask: Optional[Tensor],
+    is_causal: bool,
+    dropout: float,
+    seed: int,
+    **tensors: Tensor,
+) -> Tuple[Optional[Tensor], ...]:
+    """Call ``function`` with a :class:`Problem` of these tensors, named as its fields; returns gradients of numbers."""
+    (bsz, num_heads, tgt_len, head_dim), (*_, src_len, value_dim) = query.shape, value.shape
+    shapes = {
+        "query": query.shape,
+        "key": (bsz, num_heads, src_len, head_dim),
+        "value": (bsz, num_heads, src_len, value_dim),
+        "mask": (bsz, num_heads, tgt_len, src_len),
+        "grad_output": (bsz, num_heads, tgt_len, value_dim),
+        "states": (bsz, num_heads, tgt_len, 3),
+    }
+    tensors.update(query=query, key=key, value=value)
+    if mask is not None:
+        tensors["mask"] = mask.expand(shapes["mask"])
+    numbers = Numbers(rows, torch.Size(shapes["mask"]))
+    most = min(SCORES // src_len, MOST_QUERIES, bsz * num_heads * tgt_len // BLOCKS)
+    block = min(max(most, 1), tgt_len)
+    parts = min(-(-PARTS // (bsz * num_heads)), max(-(-tgt_len // block) // BLOCKS_PER_PART, 1))
+    threads = min(torch.get_num_threads(), max(bsz * num_heads * parts, 2))
+    # for a thread of the backward; the forward needs less
+    sizes = (
+        *2 * [src_len * head_dim, src_len * value_dim],  # keys and values, and their gradients
+        *2 * [block * src_len],  # scores, and their gradients
+        *2 * [block * max(head_dim, value_dim)],  # queries, and gradients of the output
+        src_len, src_len + GROUP, 3 * (src_len + LANES),  # probabilities, dropout's factors, room of a mapping
+    )  # fmt: skip
+    scratch_size = sum(size + LANES for size in sizes) // LANES * LANES
+    scratch, grads = query.new_empty(threads, scratch_size), query.new_empty(numbers.shape)
+    problem = Problem(bsz, num_heads, tgt_len, src_len, head_dim, value_dim, is_causal, block, parts, threads, scratch_size)
+    problem.first, problem.second = numbers.addresses()
+    problem.rows_of_each, problem.count = numbers.rows_of_each, numbers.count
+    kept = []  # copies, until they have been read
+    for name, tensor in tensors.items():
+        if tensor.shape != shapes.get(name, tensor.shape):
+            raise ValueError(f"{name} is {tuple(tensor.shape)}; expected {tuple(shapes[name])}")
+        if tensor.stride(-1) != 1:
+            tensor = tensor.contiguous()
+        kept.append(tensor)
+        address = tensor.data_ptr()
+        setattr(problem, name, address if name == "states" else Matrices(address, *tensor.stride()[:3]))
+    problem.grads_of_numbers, problem.scratch, problem.sgemm = grads.data_ptr(), scratch.data_ptr(), sgemm()
+    if dropout:
+        problem.seed, problem.dropped = seed, min(int(dropout * 2**32), 2**32 - 1)
+        problem.scale = 1 / (1 - dropout) if dropout < 1 else 0
+    function(numbers.kind, problem)
+    return tuple(numbers.gradients(grads))
+
+
+def _length_first(query: Tensor, length: int, dim: int) -> Tensor:
+    """An empty (bsz, num_heads, length, dim) tensor, in memory with length first, as projections take it."""
+    bsz, num_heads = query.shape[:2]
+    return query.new_empty(length, bsz, num_heads, dim).permute(1, 2, 0, 3)

@@ -1,0 +1,46 @@
+"""Mappings over rows of scores: by their formula, or in C++ (:mod:`.cpu`) where that serves."""
+
+from typing import Callable, Optional, Tuple
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from ..backend import gradients_of, is_plain, wants_compiled
+from ..scores import HALF
+from . import Rows, cpu
+
+
+def map_rows(rows: Rows, scores: Tensor, dim: int = -1) -> Tensor:
+    """``rows.formula`` of ``scores``, over a dimension; in C++ for fp32 and half precision on a CPU."""
+    if scores.numel() == 0:
+        return scores.clone()
+    if dim not in (-1, scores.dim() - 1):
+        return map_rows(rows, scores.movedim(dim, -1)).movedim(-1, dim)
+    if not (scores.is_cpu and wants_compiled(scores, *rows.numbers)):
+        return rows.formula(scores, *rows.numbers)
+    x = scores.float() if scores.dtype in HALF else scores
+    if not cpu.serves(x):
+        return rows.formula(scores, *rows.numbers)
+    if torch.is_grad_enabled():
+        return _Rows.apply(rows.name, rows.formula, x, *rows.numbers).to(scores.dtype)
+    return cpu.forward(rows, x).to(scores.dtype)
+
+
+class _Rows(Function):
+    """:func:`map_rows` in C++."""
+
+    @staticmethod
+    def forward(ctx, name: str, formula: Callable[..., Tensor], scores: Tensor, *numbers: Tensor) -> Tensor:
+        ctx.name, ctx.formula = name, formula
+        probabilities = cpu.forward(Rows(name, numbers), scores)
+        ctx.save_for_backward(scores, probabilities, *numbers)
+        return probabilities
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
+        scores, probabilities, *numbers = ctx.saved_tensors  # read once: checkpointing allows no second read
+        if torch.is_grad_enabled() or not is_plain(grad, scores):
+            return None, None, *gradients_of(ctx.formula, (scores, *numbers), ctx.needs_input_grad[2:], grad)
+        rows = Rows(ctx.name, tuple(numbers))
+        return None, None, *cpu.backward(rows, scores.to(grad), probabilities.to(grad), grad)

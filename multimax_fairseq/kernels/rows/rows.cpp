@@ -1,0 +1,82 @@
+// Mappings of rows of fp32 scores, and their gradients.
+
+#include "mappings.hpp"
+
+#include <vector>
+
+namespace multimax {
+
+struct Problem {
+  int64_t rows, width, threads;
+  Numbers numbers;
+  // Rows are shared and summed in groups with the same numbers, which do not depend on the threads.
+  const int64_t of_group = rows_of_a_sum(width), groups_of_each = (numbers.rows_of_each + of_group - 1) / of_group;
+  const int64_t groups = rows / numbers.rows_of_each * groups_of_each;
+
+  // Calls body(mapping, first row, end, group, room) for each group.
+  template <class Mapping, class Body>
+  void each_group(Body body) const {
+    share(groups, threads, [&](int64_t group, int64_t last, int64_t) {
+      std::vector<float> room(room_for(width));
+      for (; group < last; ++group) {
+        const int64_t place = group / groups_of_each, start = place * numbers.rows_of_each;
+        const int64_t row = start + group % groups_of_each * of_group;
+        body(numbers.mapping<Mapping>(place), row, std::min(row + of_group, start + numbers.rows_of_each), group,
+             room.data());
+      }
+    });
+  }
+};
+
+template <class Mapping>
+void forward(const Problem& problem, const float* scores, float* probabilities) {
+  const int64_t width = problem.width;
+  problem.each_group<Mapping>([&](const Mapping& mapping, int64_t row, int64_t end, int64_t, float* room) {
+    for (; row < end; ++row) mapping.forward(scores + row * width, probabilities + row * width, width, room);
+  });
+}
+
+template <class Mapping>
+void backward(const Problem& problem, const float* scores, const float* probabilities, const float* grad,
+              float* grad_scores, float* grads_of_numbers) {
+  const int64_t width = problem.width, number = Mapping::NUMBERS;
+  std::vector<double> parts(problem.groups * number);
+  problem.each_group<Mapping>([&](const Mapping& mapping, int64_t row, int64_t end, int64_t group, float* room) {
+    typename Mapping::Sums sums;
+    for (; row < end; ++row) {
+      const int64_t at = row * width;
+      mapping.backward(scores + at, probabilities + at, grad + at, grad_scores + at, width, sums, room);
+    }
+    mapping.add(sums, parts.data() + group * number);
+  });
+  std::vector<double> totals(problem.numbers.count * number);
+  for (int64_t i = 0; i < problem.groups * number; ++i) {
+    totals[i / number / problem.groups_of_each % problem.numbers.count * number + i % number] += parts[i];
+  }
+  std::copy(totals.begin(), totals.end(), grads_of_numbers);
+}
+
+}  // namespace multimax
+
+extern "C" {
+
+// scores, probabilities: (rows, width). first, second, rows_of_each, count: the Numbers.
+void map_rows(int64_t kind, int64_t rows, int64_t width, int64_t threads, const float* first, const float* second,
+              int64_t rows_of_each, int64_t count, const float* scores, float* probabilities) {
+  const multimax::Problem problem = {rows, width, threads, {first, second, rows_of_each, count}};
+  multimax::with_mapping(kind, [&](auto mapping) {
+    multimax::forward<typename decltype(mapping)::type>(problem, scores, probabilities);
+  });
+}
+
+// grad, grad_scores: dL/dp and dL/dx, (rows, width). grads_of_numbers: (count, NUMBERS).
+void map_rows_backward(int64_t kind, int64_t rows, int64_t width, int64_t threads, const float* first,
+                       const float* second, int64_t rows_of_each, int64_t count, const float* scores,
+                       const float* probabilities, const float* grad, float* grad_scores, float* grads_of_numbers) {
+  const multimax::Problem problem = {rows, width, threads, {first, second, rows_of_each, count}};
+  multimax::with_mapping(kind, [&](auto mapping) {
+    multimax::backward<typename decltype(mapping)::type>(problem, scores, probabilities, grad, grad_scores,
+                                                         grads_of_numbers);
+  });
+}
+}

@@ -1,0 +1,199 @@
+// Softmax of rows of fp32 scores: plain, of modulated scores (MultiMax), and without those below the mean (EvSoftMax).
+// The formulas are those of mappings/. mappings.hpp says what each of these classes has.
+
+#pragma once
+
+#include "../vectors.hpp"
+
+#include <cmath>
+
+namespace multimax {
+
+// What makes the probabilities of a row again from its scores.
+struct State {
+  float peak;    // the largest (modulated) score, which is subtracted; one number log sum exp would lose digits
+  float cut;     // the mean, for EvSoftMax; c / t, for sparse mappings
+  float factor;  // 1 / sum; 0 in a row without scores
+};
+
+struct NoSums {};
+
+inline void scale(float* row, int64_t count, float factor) {
+  each(count, [&](int64_t j, auto lanes) { store(row + j, lanes, factor * load(row + j, lanes, 0)); });
+}
+
+// Gradients clamp scores to this range: the square stays finite, so that 0 times it is 0.
+constexpr float FAR = float(1LL << 50);
+
+// Thresholds b_n and d_n and their gains, from `thresholds` and `gains`, (ORDER, 2).
+template <int ORDER>
+struct Modulator {
+  float below[ORDER], above[ORDER], gain_below[ORDER], gain_above[ORDER];
+
+  Modulator(const float* thresholds, const float* gains) {
+    for (int n = 0; n < ORDER; ++n) {
+      below[n] = thresholds[2 * n], above[n] = thresholds[2 * n + 1];
+      // max() would lose a NaN threshold
+      gain_below[n] = below[n] == below[n] ? gains[2 * n] : below[n];
+      gain_above[n] = above[n] == above[n] ? gains[2 * n + 1] : above[n];
+    }
+  }
+
+  // sigma(x); -inf stays -inf. The order is the formula's, as it decides what overflows or becomes NaN.
+  inline Vec operator()(Vec x) const {
+    Vec y = x;
+    for (int n = ORDER - 1; n >= 0; --n) {
+      const Vec under = max(below[n] - x, Vec{}), over = max(x - above[n], Vec{});
+      y += n ? gain_below[n] * under * under : gain_below[n] * under;
+      y += n ? gain_above[n] * over * over : gain_above[n] * over;
+    }
+    return x < LOWEST ? x : y;
+  }
+};
+
+// The sums over scores from which the gradients of thresholds and gains are made.
+template <int ORDER>
+struct ModulatorSums {
+  Vec slope_below[ORDER] = {}, slope_above[ORDER] = {}, power_below[ORDER] = {}, power_above[ORDER] = {};
+
+  // dL/dx from x and `upstream` = dL/dsigma; adds to the sums.
+  inline Vec backward(Vec x, Vec upstream, const Modulator<ORDER>& sigma) {
+    Vec slope = all(1.f);
+    x = min(max(x, all(-FAR)), all(FAR));
+    for (int n = 0; n < ORDER; ++n) {
+      const Vec under = max(sigma.below[n] - x, Vec{}), over = max(x - sigma.above[n], Vec{});
+      const Vec product_under = upstream * under, product_over = upstream * over;
+      if (n == 0) {
+        slope_below[n] += under > 0.f ? upstream : Vec{}, slope_above[n] += over > 0.f ? upstream : Vec{};
+        power_below[n] += product_under, power_above[n] += product_over;
+        slope -= under > 0.f ? all(sigma.gain_below[n]) : Vec{};
+        slope += over > 0.f ? all(sigma.gain_above[n]) : Vec{};
+      } else {
+        slope_below[n] += product_under, slope_above[n] += product_over;
+        power_below[n] += product_under * under, power_above[n] += product_over * over;
+        slope += 2 * sigma.gain_above[n] * over - 2 * sigma.gain_below[n] * under;
+      }
+    }
+    return upstream * slope;
+  }
+
+  // Adds the gradients of thresholds and gains to `grads`, (2, ORDER, 2).
+  void add_to(double* grads, const Modulator<ORDER>& sigma) const {
+    for (int n = 0; n < ORDER; ++n) {
+      grads[2 * n] += double(n + 1) * sigma.gain_below[n] * sum(slope_below[n]);
+      grads[2 * n + 1] -= double(n + 1) * sigma.gain_above[n] * sum(slope_above[n]);
+      grads[2 * (ORDER + n)] += sum(power_below[n]);
+      grads[2 * (ORDER + n) + 1] += sum(power_above[n]);
+    }
+  }
+};
+
+// softmax(sigma(x)); of order 0, softmax(x).
+template <int ORDER>
+class MultiMax {
+ public:
+  static constexpr int NUMBERS = 4 * ORDER;
+  using Sums = ModulatorSums<ORDER>;
+
+  MultiMax(const float* thresholds, const float* gains) : sigma(thresholds, gains) {}
+
+  State forward(const float* scores, float* p, int64_t count, float*) const {
+    const Modulator<ORDER> sigma = this->sigma;  // here, it stays in registers
+    Vec peaks = all(-INFINITE), largest = peaks, totals = {};
+    each(count, [&](int64_t j, auto lanes) {
+      const Vec x = load(scores + j, lanes, -INFINITE), modulated = sigma(x);
+      largest = max(x, largest);  // loses NaN, as peaks may; exp(NaN) below keeps it
+      peaks = max(peaks, modulated);
+      store(p + j, lanes, modulated);
+    });
+    float peak = max(peaks);
+    // 0 only in a row without scores: with scores whose sigma are all -inf or NaN, the row becomes NaN
+    if (!(peak > -INFINITE) && max(largest) == -INFINITE) peak = 0;
+    each(count, [&](int64_t j, auto lanes) {
+      const Vec exponential = exp(load(p + j, lanes, -INFINITE) - peak);
+      totals += exponential;
+      store(p + j, lanes, exponential);
+    });
+    const float total = sum(totals), factor = total == 0 ? 0 : 1 / total;
+    scale(p, count, factor);
+    return {peak, 0, factor};
+  }
+
+  void again(const float* scores, State state, float* p, int64_t count, float*) const {
+    const Modulator<ORDER> sigma = this->sigma;
+    each(count, [&](int64_t j, auto lanes) {
+      store(p + j, lanes, exp(sigma(load(scores + j, lanes, -INFINITE)) - state.peak) * state.factor);
+    });
+  }
+
+  void backward(const float* scores, const float* p, const float* grad, float* grad_scores, int64_t count, Sums& sums,
+                float*) const {
+    const Modulator<ORDER> sigma = this->sigma;
+    Sums local = sums;
+    const float expected = dot(p, grad, count);
+    each(count, [&](int64_t j, auto lanes) {
+      const Vec upstream = load(p + j, lanes, 0) * (load(grad + j, lanes, 0) - expected);
+      store(grad_scores + j, lanes, local.backward(load(scores + j, lanes, 0), upstream, sigma));
+    });
+    sums = local;
+  }
+
+  void add(const Sums& sums, double* grads) const { sums.add_to(grads, sigma); }
+
+ private:
+  const Modulator<ORDER> sigma;
+};
+
+// exp(x) / sum, times epsilon where a score is below the mean. The choice of what is kept has no gradient.
+class EvSoftmax {
+ public:
+  static constexpr int NUMBERS = 0;
+  using Sums = NoSums;
+
+  EvSoftmax(const float* epsilon, const float*) : epsilon(*epsilon) {}
+
+  State forward(const float* scores, float* p, int64_t count, float*) const {
+    Vec peaks = all(LOWEST), counts = {};
+    Doubles totals = {};
+    each(count, [&](int64_t j, auto lanes) {
+      const Vec x = load(scores + j, lanes, -INFINITE);
+      peaks = max(x, peaks);
+      Doubles present[2];
+      halves(x > -INFINITE ? x : Vec{}, present);
+      totals += present[0] + present[1];
+      counts += x > -INFINITE ? all(1.f) : Vec{};
+    });
+    // the largest is kept even if rounding puts the mean above it; x < mean exactly where x < cut
+    const float peak = max(peaks);
+    const double mean = sum(totals) / sum(counts);
+    float cut = mean > peak ? peak : float(mean);
+    if (cut < mean && cut < peak) cut = std::nextafter(cut, INFINITE);
+    again(scores, {peak, cut, 1}, p, count, nullptr);
+    const float weights = sum_of(p, count), factor = weights == 0 ? 0 : 1 / weights;
+    scale(p, count, factor);
+    return {peak, cut, factor};
+  }
+
+  void again(const float* scores, State state, float* p, int64_t count, float*) const {
+    const float below = epsilon * state.factor;
+    each(count, [&](int64_t j, auto lanes) {
+      const Vec x = load(scores + j, lanes, -INFINITE);
+      store(p + j, lanes, exp(x - state.peak) * (x < state.cut ? all(below) : all(state.factor)));
+    });
+  }
+
+  void backward(const float*, const float* p, const float* grad, float* grad_scores, int64_t count, Sums&,
+                float*) const {
+    const float expected = dot(p, grad, count);
+    each(count, [&](int64_t j, auto lanes) {
+      store(grad_scores + j, lanes, load(p + j, lanes, 0) * (load(grad + j, lanes, 0) - expected));
+    });
+  }
+
+  void add(const Sums&, double*) const {}
+
+ private:
+  const float epsilon;
+};
+
+}  // namespace multimax

@@ -1,0 +1,381 @@
+// Sparsemax, 1.5-entmax and alpha-entmax of rows of fp32 scores; mappings.hpp says what these classes have.
+//
+// With c = alpha - 1 and d = x - max x, they are p = max(t + c d, 0)^(1/c) for the t in (0, 1] that makes sum p = 1. Sources:
+// the gradients, Peters, Niculae & Martins 2019, and that of alpha, Correia, Niculae & Martins 2019.
+
+#pragma once
+
+#include "softmax.hpp"
+
+#include <algorithm>
+#include <utility>
+
+namespace multimax {
+
+constexpr float SMALLEST = std::numeric_limits<float>::min();
+constexpr float NOT_A_NUMBER = std::numeric_limits<float>::quiet_NaN();
+constexpr int MOST_STEPS = 50;  // twice what a row of 2^20 scores can need
+constexpr int64_t SHORT_SUM = 1 << 10;  // scores in a partial sum
+
+// The largest score of a row, or the lowest number, if there is none. `wrong`: a score is NaN or +inf.
+inline float largest(const float* scores, int64_t count, bool& wrong) {
+  Vec peaks = all(LOWEST);
+  uint32_t above = 0;
+  each(count, [&](int64_t j, auto lanes) {
+    const Vec x = load(scores + j, lanes, -INFINITE);
+    above |= lanes_above(x, all(-LOWEST)), peaks = max(x, peaks);
+  });
+  wrong = above;
+  return max(peaks);
+}
+
+// Writes d = x - peak where it is above `limit` side by side, and then LANES times -inf; returns how many there are.
+inline int64_t keep(const float* scores, float peak, float limit, int64_t count, float* left) {
+  int64_t kept = 0;
+  each(count, [&](int64_t j, auto lanes) {
+    const Vec d = load(scores + j, lanes, -INFINITE) - peak;
+    const uint32_t above = lanes_above(d, all(limit));
+    compress(left + kept, d, above), kept += __builtin_popcount(above);
+  });
+  store(left + kept, AllLanes{}, all(-INFINITE));
+  return kept;
+}
+
+// p = max(d - tau, 0), tau = (the sum of d > tau, less 1) / their number. Scores on a grid are often exactly at tau, and
+// do not belong to the support: sums of d and tau are in double precision, so that each d is on its side.
+class Sparsemax {
+ public:
+  static constexpr int NUMBERS = 0;
+  using Sums = NoSums;
+
+  Sparsemax(const float*, const float*) {}
+
+  State forward(const float* scores, float* p, int64_t count, float* room) const {
+    bool wrong;
+    const float peak = largest(scores, count, wrong);
+    const int64_t kept = keep(scores, peak, -1, count, room);
+    double tau = -1, support = 0, before = -1;
+    for (int steps = 0; support != before && steps < MOST_STEPS; ++steps) {  // tau rises until nothing more falls below
+      Doubles totals = {}, counts = {};
+      for (int64_t j = 0; j < kept; j += LANES) {
+        Doubles d[2];
+        halves(load(room + j, AllLanes{}, 0), d);
+        for (const Doubles& half : d) totals += half > tau ? half : 0., counts += half > tau ? 1. + Doubles{} : Doubles{};
+      }
+      before = support, support = sum(counts), tau = (sum(totals) - 1) / support;
+    }
+    float cut = float(tau);
+    if (cut > tau) cut = std::nextafter(cut, -INFINITE);  // so that d > cut exactly where d > tau
+    const float factor = wrong ? NOT_A_NUMBER : support == 0 ? 0 : float(1 / (1 + support * (tau - cut)));
+    again(scores, {peak, cut, factor}, p, count, room);
+    return {peak, cut, factor};
+  }
+
+  void again(const float* scores, State state, float* p, int64_t count, float*) const {
+    each(count, [&](int64_t j, auto lanes) {
+      const Vec d = load(scores + j, lanes, -INFINITE) - state.peak;
+      store(p + j, lanes, state.factor * max(d - state.cut, Vec{}));
+    });
+  }
+
+  // dL/dx = g less its mean over the support
+  void backward(const float*, const float* p, const float* grad, float* grad_scores, int64_t count, Sums&,
+                float*) const {
+    Vec counts = {}, totals = {};
+    each(count, [&](int64_t j, auto lanes) {
+      const Vec one = support(load(p + j, lanes, 0));
+      counts += one, totals += one * load(grad + j, lanes, 0);
+    });
+    const float number = sum(counts), mean = number == 0 ? 0 : sum(totals) / number;
+    each(count, [&](int64_t j, auto lanes) {
+      store(grad_scores + j, lanes, support(load(p + j, lanes, 0)) * (load(grad + j, lanes, 0) - mean));
+    });
+  }
+
+  void add(const Sums&, double*) const {}
+
+ private:
+  static Vec support(Vec p) { return p > 0.f ? all(1.f) : p; }  // NaN stays
+};
+
+inline Vec sqrt(Vec v) {
+  for (int lane = 0; lane < LANES; ++lane) v[lane] = __builtin_sqrtf(v[lane]);
+  return v;
+}
+
+// log2(1 + x) for x > -1, to 3 units in the last place; `whole` is 1 + x.
+//
+// 1 + x = 2^n (1 + f), 1 + f in [sqrt(1/2), sqrt(2)), with the polynomial of Moshier's Cephes library (logf) times
+// log2(e). Where n is 0, f is x itself, which has more digits. Here and below, the terms of a polynomial are added in
+// pairs: the chain of Horner's scheme is longer than a processor looks ahead.
+inline Vec log2_1p(Vec x, Vec whole) {
+  IntVec bits;
+  std::memcpy(&bits, &whole, sizeof bits);
+  const IntVec n = (bits - 0x3f3504f3) >> 23;  // the bits of sqrt(1/2)
+  bits -= n << 23;
+  Vec f;
+  std::memcpy(&f, &bits, sizeof f);
+  f = n == 0 ? x : f - 1.f;
+  const Vec f2 = f * f, f4 = f2 * f2;
+  const Vec low = (f * -7.2134752044e-01f + 1.4426950409e+00f) + f2 * (f * -3.6067367356e-01f + 4.8089831581e-01f);
+  const Vec middle = (f * -2.4046924135e-01f + 2.8854932006e-01f) + f2 * (f * -1.7918475606e-01f + 2.0557427321e-01f);
+  const Vec high = (f * -1.6612071192e-01f + 1.6846348175e-01f) + f2 * 1.0153231271e-01f;
+  const Vec y = (high * f4 + middle) * f4 + low;
+  return y * f + __builtin_convertvector(n, Vec);
+}
+
+// log2(x) for x >= SMALLEST.
+inline Vec log2(Vec x) { return log2_1p(x - 1.f, x); }
+
+// 2^x for x <= 0, to 2 units in the last place; 0 below -126.5. The polynomial is that of Cephes (exp2f).
+inline Vec exp2(Vec x) {
+  x = max(x, all(-127.f));
+  const Vec shifted = x + SHIFT, r = x - (shifted - SHIFT), r2 = r * r;
+  const Vec low = (r * 6.931472028e-1f + 1.f) + r2 * (r * 5.550332471e-2f + 2.402264791e-1f);
+  const Vec high = (r * 1.339887440e-3f + 9.618437357e-3f) + r2 * 1.535336188e-4f;
+  return (high * (r2 * r2) + low) * power_of_2(shifted);
+}
+
+// 1 / x to 4 digits or more.
+inline Vec reciprocal(Vec x) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_rcp14_ps((__m512)x);
+#else
+  return 1.f / x;
+#endif
+}
+
+// What 1.5-entmax and alpha-entmax differ in. power(base, base - 1) gives q = base^(1/c), for base > 0, and slope(q, base,
+// 1 / base) is base^(1/c-1). shrink(sum) is sum^-c. bend is (1 - c) / 2c, or 0 where its factor base^(1/c-2) may be
+// infinite. near is how near t must come to its root, relative to c t. slope_of(p) is p^(1-c), and 0 for p = 0; where c is
+// large, it falls so steeply to this 0 that fp32 has too few digits of a small p: a row with a base nearer to 0 than edge
+// is solved again in double precision.
+
+struct HalfPower {
+  static constexpr bool IS_COSTLY = false;
+  const Vec c = all(0.5f), bend = all(0.5f), near = all(1e-6f), edge = all(-1.f);
+  explicit HalfPower(const float*) {}
+  static Vec power(Vec base, Vec) { return base * base; }
+  static Vec slope(Vec, Vec base, Vec) { return base; }
+  static Vec shrink(Vec sum) { return 1.f / sqrt(sum); }
+  static Vec slope_of(Vec p) { return sqrt(p); }
+};
+
+struct AnyPower {
+  static constexpr bool IS_COSTLY = true;
+  const Vec c, reciprocal, bend, near, edge;
+  explicit AnyPower(const float* number)
+      : c(all(*number)), reciprocal(1.f / c), bend(c > 0.55f ? Vec{} : 0.5f * (1.f - c) / c),
+        near(c > 0.55f ? all(1e-6f) : all(5e-4f)),
+        edge(c > 0.55f ? all(2e-3f) : c > 0.33f ? all(1e-4f) : all(-1.f)) {}
+  Vec power(Vec base, Vec base_less_1) const { return exp2(log2_1p(base_less_1, base) * reciprocal); }
+  static Vec slope(Vec q, Vec, Vec inverse) { return q * inverse; }
+  Vec shrink(Vec sum) const { return exp2(-c * log2(sum)); }
+  Vec slope_of(Vec p) const { return p >= SMALLEST ? exp2((1.f - c) * log2(p)) : p * 0.f; }
+};
+
+// The search for t, in each lane of its own or the same in all. t is the root of N(t) - 1 with the norm
+// N(t) = (sum max(t + c d, 0)^(1/c))^c. That is convex and nearly straight, so Newton's method from t = 1 falls to the root
+// in a few steps and never below it: what is 0 at one step stays 0, and the next step leaves it out. With
+// q = max(1 + (c / t) d, 0)^(1/c), whose largest is 1, digits are kept where c is small:
+//
+//   p = q / sum q        t <- t - (t - (sum q)^-c) sum q / sum q^(1-c)
+template <class Power>
+struct Root {
+  const Power power;
+  Vec t = all(1.f), bound = all(1.f);  // `bound` is an upper bound of t
+  Vec ratio = power.c;                 // c / t
+  Vec sum, slopes, curves, earlier;
+
+  explicit Root(const Power& power) : power(power) { clear(); }
+
+  void clear() { sum = slopes = curves = earlier = Vec{}; }
+
+  // Call it now and then: short sums round less. Slopes and curves need not be so exact.
+  void carry() { earlier += sum, sum = Vec{}; }
+
+  // Adds to the sums.
+  void add(Vec d) {
+    const Vec base_less_1 = ratio * d, base = 1.f + base_less_1;
+    const Vec inverse = reciprocal(base > 0.f ? base : all(1.f));  // 1 / 0 would put NaN into the sums
+    const Vec q = power.power(base, base_less_1), slope = base > 0.f ? power.slope(q, base, inverse) : Vec{};
+    sum += base > 0.f ? q : Vec{}, slopes += slope, curves += slope * inverse;
+  }
+
+  // When all scores are added: moves t to the root; false if it was near enough in all lanes. Newton's step bounds t,
+  // since N is convex; Halley's, which also uses the second derivative, comes nearer.
+  bool step() {
+    sum = max(sum, all(1.f));  // less only in a row without scores
+    const Vec goal = power.shrink(sum), error = t - goal, newton = error * sum / slopes;
+    const Vec tolerance = max(power.near * power.c, all(1.2e-7f)) * goal;
+    const Vec curve = power.bend * newton * (curves / slopes - slopes / sum) / t;
+    bound = min(bound, t - newton + 1e-4f * max(newton, -newton));
+    t = min(t - newton / max(1.f - curve, all(0.5f)), bound);
+    ratio = power.c / t;
+    return lanes_above(max(error, -error), tolerance);
+  }
+};
+
+// Probabilities from d, for c < 1 and a t near the root. What is 0 but for rounding is 0.
+inline void solve_in_double(const float* d, int64_t count, double c, double t, float* p) {
+  const auto base = [&](int64_t j) {
+    const double base = t + c * d[j];
+    return base > 1e-14 ? base : 0;
+  };
+  double change = 1;
+  for (int steps = 0; steps < MOST_STEPS && std::abs(change) > 1e-12; ++steps, t -= change) {
+    double sum = 0, slopes = 0;
+    for (int64_t j = 0; j < count; ++j) {
+      if (base(j) == 0) continue;
+      const double q = std::pow(base(j), 1 / c);
+      sum += q, slopes += q / base(j);
+    }
+    change = c * (sum - 1) / slopes;
+  }
+  for (int64_t j = 0; j < count; ++j) p[j] = base(j) == 0 ? 0 : float(std::pow(base(j), 1 / c));
+}
+
+// (exp(x) - 1 - x) / x^2 for x in [0, 1], to 1 unit in the last place: its series.
+inline Vec bent(Vec x) {
+  Vec y = x * 2.087675699e-9f + 2.505210839e-8f;
+  y = y * x + 2.755731922e-7f;
+  y = y * x + 2.755731922e-6f;
+  y = y * x + 2.480158730e-5f;
+  y = y * x + 1.984126984e-4f;
+  y = y * x + 1.388888889e-3f;
+  y = y * x + 8.333333333e-3f;
+  y = y * x + 4.166666667e-2f;
+  y = y * x + 1.666666667e-1f;
+  return y * x + 0.5f;
+}
+
+// alpha-entmax, alpha = 1 + c.
+template <class Power>
+class Entmax {
+ public:
+  static constexpr int NUMBERS = Power::IS_COSTLY ? 1 : 0;
+  struct Sums {
+    double c = 0;  // dL/dc
+  };
+
+  Entmax(const float* c, const float*) : power(c) {}
+
+  State forward(const float* scores, float* p, int64_t count, float* room) const {
+    bool wrong;
+    State state = {largest(scores, count, wrong), 0, 1};
+    Root<Power> root(power);
+    int64_t kept = keep(scores, state.peak, -1 / power.c[0], count, room);
+    for (int steps = 0; steps < MOST_STEPS; ++steps) {
+      root.clear();
+      for (int64_t j = 0; j < kept; j += LANES) {
+        root.add(load(room + j, AllLanes{}, 0));
+        if (j % SHORT_SUM == 0) root.carry();
+      }
+      root.sum = all(sum(root.sum + root.earlier));
+      root.slopes = all(sum(root.slopes)), root.curves = all(sum(root.curves));
+      if (!root.step()) break;
+      kept = keep(room, 0, -root.bound[0] / power.c[0], kept, room);
+    }
+    state.cut = root.ratio[0];
+    const float total = again(scores, state, p, count, room);
+    state.factor = wrong ? NOT_A_NUMBER : total == 0 ? 0 : 1 / total;
+    scale(p, count, state.factor);
+    return state;
+  }
+
+  // Returns the sum of p.
+  float again(const float* scores, State state, float* p, int64_t count, float* room) const {
+    const Power power = this->power;
+    Vec totals = {}, earlier = {};
+    const auto probability = [&](int64_t j, Vec d, Vec& base) {
+      const Vec base_less_1 = state.cut * d;
+      base = 1.f + base_less_1;
+      const Vec y = state.factor * (base > 0.f ? power.power(base, base_less_1) : Vec{});
+      totals += y;
+      if (j % SHORT_SUM == 0) earlier += totals, totals = Vec{};
+      return y;
+    };
+    if constexpr (!Power::IS_COSTLY) {
+      each(count, [&](int64_t j, auto lanes) {
+        Vec base;
+        store(p + j, lanes, probability(j, load(scores + j, lanes, -INFINITE) - state.peak, base));
+      });
+      return sum(totals + earlier);
+    }
+    const float limit = -(1 + std::max(power.edge[0], 0.f)) / state.cut;
+    const int64_t kept = keep(scores, state.peak, limit, count, room);
+    float *left = room, *q = left + count + LANES;
+    uint32_t steep = 0;
+    for (int64_t j = 0; j < kept; j += LANES) {
+      Vec base;
+      store(q + j, AllLanes{}, probability(j, load(left + j, AllLanes{}, 0), base));
+      steep |= ~lanes_above(max(base, -base), power.edge) & ((1u << LANES) - 1);
+    }
+    if (steep) solve_in_double(left, kept, power.c[0], power.c[0] / state.cut, q);
+    each(count, [&](int64_t j, auto lanes) {
+      const uint32_t above = lanes_above(load(scores + j, lanes, -INFINITE) - state.peak, all(limit));
+      store(p + j, lanes, expand(q, above)), q += __builtin_popcount(above);
+    });
+    return steep ? 1 : sum(totals + earlier);
+  }
+
+  // dL/dx = s (g - sum s g / sum s), s = p^(1-c).
+  //
+  // dL/dc is the formula of Correia, Niculae & Martins without its differences of size c^2. With l = log p and
+  // B = (exp(-c l) - 1 + c l) / c^2, which is l^2 / 2 at c = 0,
+  //
+  //   dL/dc = (sum p B sum g p (1 - c l) - (1 - c sum p l) sum g p B) / sum s
+  void backward(const float*, const float* p, const float* grad, float* grad_scores, int64_t count, Sums& sums,
+                float* room) const {
+    const Power power = this->power;
+    Vec slopes = {}, products = {};
+    if constexpr (!Power::IS_COSTLY) {
+      each(count, [&](int64_t j, auto lanes) {
+        const Vec slope = power.slope_of(load(p + j, lanes, 0));
+        slopes += slope, products += slope * load(grad + j, lanes, 0);
+      });
+      const float total = sum(slopes), mean = total == 0 ? 0 : sum(products) / total;
+      each(count, [&](int64_t j, auto lanes) {
+        const Vec slope = power.slope_of(load(p + j, lanes, 0));
+        store(grad_scores + j, lanes, slope * (load(grad + j, lanes, 0) - mean));
+      });
+      return;
+    }
+    float *left = room, *grad_left = left + count + LANES, *slope_left = grad_left + count + LANES;
+    int64_t kept = 0;
+    each(count, [&](int64_t j, auto lanes) {
+      const Vec y = load(p + j, lanes, 0);
+      const uint32_t above = lanes_above(y, Vec{});
+      compress(left + kept, y, above), compress(grad_left + kept, load(grad + j, lanes, 0), above);
+      kept += __builtin_popcount(above);
+    });
+    const float c = power.c[0], reciprocal_of_c = 1 / c;
+    Vec logs = {}, linear_products = {}, bends = {}, bend_products = {};
+    each(kept, [&](int64_t j, auto lanes) {
+      const Vec y = load(left + j, lanes, 0), g = load(grad_left + j, lanes, 0), slope = power.slope_of(y);
+      slopes += slope, products += slope * g;
+      const Vec l = y >= SMALLEST ? 0.693147181f * log2(y) : Vec{}, x = -c * l, pl = y * l;
+      const Vec bend = x < 1.f ? pl * l * bent(x) : ((slope - y) * reciprocal_of_c + pl) * reciprocal_of_c;
+      logs += pl, linear_products += g * (y - c * pl), bends += bend, bend_products += g * bend;
+      store(slope_left + j, lanes, slope);
+    });
+    const float total = sum(slopes), inverse = total == 0 ? 0 : 1 / total, mean = sum(products) * inverse;
+    sums.c += (sum(bends) * sum(linear_products) - (1 - c * sum(logs)) * sum(bend_products)) * inverse;
+    each(kept, [&](int64_t j, auto lanes) {
+      store(slope_left + j, lanes, load(slope_left + j, lanes, 0) * (load(grad_left + j, lanes, 0) - mean));
+    });
+    each(count, [&](int64_t j, auto lanes) {
+      const uint32_t above = lanes_above(load(p + j, lanes, 0), Vec{});
+      store(grad_scores + j, lanes, expand(slope_left, above)), slope_left += __builtin_popcount(above);
+    });
+  }
+
+  void add(const Sums& sums, double* grads) const {
+    if constexpr (NUMBERS) *grads += sums.c;
+  }
+
+ private:
+  const Power power;
+};
+
+}  // namespace multimax
