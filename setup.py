@@ -20,7 +20,7 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     packages=find_packages(include=["multimax_fairseq", "multimax_fairseq.*"]),
-    package_data={"multimax_fairseq": ["*/*.cpp", "*/*.hpp"]},
+    package_data={"multimax_fairseq": ["**/*.cpp", "**/*.hpp"]},
     python_requires=">=3.10,<3.15",
     install_requires=[
         # fairseq 0.12.2 does not import on Python 3.11 and later. ve-fairseq is its main branch, the same package and
