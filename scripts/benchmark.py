@@ -50,11 +50,10 @@ from tqdm import tqdm
 
 import multimax_fairseq.models  # noqa: F401  registers the models
 from multimax_fairseq.analysis.files import UserError, import_user_dir
-from multimax_fairseq.kernels.attention import multimax_attention
+from multimax_fairseq.attention import mapped_attention
 from multimax_fairseq.kernels.backend import compiled_graphs
 from multimax_fairseq.kernels.chunked_cross_entropy import chunked_cross_entropy
 from multimax_fairseq.kernels.chunked_entmax_loss import chunked_entmax_loss
-from multimax_fairseq.kernels.masks import Masks
 from multimax_fairseq.mappings import BUILT_IN, MAPPINGS, MultiMax, build_mapping, modulate
 from multimax_fairseq.mappings.multimax import multimax_formula
 from multimax_fairseq.modules import MappedMultiheadAttention
@@ -230,29 +229,31 @@ def benchmark_attention(rounds: int) -> Iterator[Rows]:
             yield compare(case, attention_core(1, length, heads), rounds)
     for bsz, length in (*ATTENTION_SIZES, (1, 8_192)):
         case = f"module, {bsz} × {length} tokens, peak"
-        yield compare_memory(case, module_peak, ["stock", "multimax"], bsz, length)
+        yield compare_memory(case, module_peak, ["stock", *MAPPINGS], bsz, length)
 
 
 def attention_core(bsz: int, length: int, heads: int = HEADS, dropout: float = 0.0) -> Sides:
     """Attention between the projections; stock fairseq uses torch's scaled dot-product attention, with its mask."""
-    shape = length, bsz * heads, WIDTH // HEADS
+    shape = length, bsz, heads, WIDTH // HEADS
     # as from projections: length first in memory; scores have standard deviation 2
-    inputs = [torch.randn(shape, device=DEVICE).mul_(0.5).transpose(0, 1).requires_grad_() for _ in range(3)]
-    upstream = torch.randn(shape, device=DEVICE).transpose(0, 1)
+    inputs = [torch.randn(shape, device=DEVICE).mul_(0.5).permute(1, 2, 0, 3).requires_grad_() for _ in range(3)]
+    upstream = torch.randn(shape, device=DEVICE).permute(1, 2, 0, 3)
     mask = future_mask(length)
-    multimax = MultiMax().to(DEVICE)
 
     def stock() -> None:
-        by_sentence = (tensor.view(bsz, heads, length, -1) for tensor in inputs)
-        output = F.scaled_dot_product_attention(*by_sentence, mask, dropout, scale=1.0)
-        torch.autograd.grad(output, inputs, upstream.view(output.shape))
+        output = F.scaled_dot_product_attention(*inputs, mask, dropout, scale=1.0)
+        torch.autograd.grad(output, inputs, upstream)
 
-    def blockwise() -> None:
-        parameters = multimax.thresholds, multimax.gains
-        output = multimax_attention(*inputs, *parameters, Masks(causal=True), dropout)
-        torch.autograd.grad(output, (*inputs, *parameters), upstream)
+    def side(name: str) -> Callable[[], None]:
+        mapping = build_mapping(name).to(DEVICE)
 
-    return {"stock": stock, "multimax": blockwise}
+        def mapped() -> None:
+            output = mapped_attention(*inputs, mapping, None, dropout, is_causal=True, scale=1.0)
+            torch.autograd.grad(output, (*inputs, *mapping.parameters()), upstream)
+
+        return mapped
+
+    return {"stock": stock, **{name: side(name) for name in MAPPINGS}}
 
 
 def attention_module(bsz: int, length: int, dropout: float) -> Sides:
@@ -263,13 +264,13 @@ def attention_module(bsz: int, length: int, dropout: float) -> Sides:
         module = attention(name, dropout)
         return lambda: module(inputs, inputs, inputs, attn_mask=mask, need_weights=False)[0].backward(upstream)
 
-    return {name: side(name) for name in ("stock", "multimax")}
+    return {name: side(name) for name in ("stock", *MAPPINGS)}
 
 
 def attention(name: str, dropout: float = 0.0) -> nn.Module:
     module = MultiheadAttention(WIDTH, HEADS, dropout=dropout, self_attention=True).to(DEVICE)
-    if name == "multimax":
-        module = MappedMultiheadAttention.adopt(module, MultiMax().to(DEVICE), "decoder")
+    if name != "stock":
+        module = MappedMultiheadAttention.adopt(module, build_mapping(name).to(DEVICE), "decoder")
     return module
 
 
@@ -304,13 +305,19 @@ def benchmark_step(rounds: int) -> Iterator[Rows]:
         "multimax_", "--attention-mapping", "entmax", "--entmax-alpha", "learned"
     )
     yield compare("IWSLT'14, 64 × 24 tokens", sides, rounds)
-    for bsz, length in ((4, 512), (2, 2_048)):
-        sides = step_sides(language_model_step, bsz, length)
-        yield compare(f"WikiText-103 with 6,000 types, {bsz} × {length} tokens", sides, rounds)
+    for bsz, length, dropout in ((4, 512, 0.0), (4, 512, 0.1), (2, 2_048, 0.0)):
+        sides = language_model_sides(bsz, length, "--attention-dropout", dropout)
+        yield compare(f"language model, {bsz} × {length} tokens, attention dropout {dropout}", sides, rounds)
 
 
-def step_sides(build: Callable[..., Callable[[], None]], *arguments: Any) -> Sides:
-    return {"stock": build("", *arguments), "multimax": build("multimax_", *arguments)}
+def language_model_sides(bsz: int, length: int, *chosen: Any) -> Sides:
+    """A training step of stock fairseq, with each mapping, and of softmax with a learned scale."""
+    sides = {"stock": language_model_step("", bsz, length, *chosen)}
+    for name in MAPPINGS:
+        options = ["--attention-scale", "learned"] if name == "softmax" else []
+        step = language_model_step("multimax_", bsz, length, "--attention-mapping", name, *options, *chosen)
+        sides[" ".join([name, *options[1:]])] = step
+    return sides
 
 
 def words(count: int) -> Dictionary:
@@ -338,12 +345,12 @@ def translation_step(prefix: str, *chosen: str) -> Callable[[], None]:
     return step_of(task, args, {"net_input": net_input, "target": target, "ntokens": target.numel()})
 
 
-def language_model_step(prefix: str, bsz: int, length: int) -> Callable[[], None]:
+def language_model_step(prefix: str, bsz: int, length: int, *chosen: Any) -> Callable[[], None]:
     args = arguments_of(
         "none", "--task", "language_modeling", "--arch", f"{prefix}transformer_lm", "--decoder-layers", 6,
         "--decoder-embed-dim", 512, "--decoder-ffn-embed-dim", 2_048, "--decoder-attention-heads", 8,
         "--share-decoder-input-output-embed", "--dropout", 0.1, "--tokens-per-sample", length,
-        "--criterion", "cross_entropy",
+        "--criterion", "cross_entropy", *chosen,
     )  # fmt: skip
     args.max_target_positions = length
     dictionary = words(6_000)

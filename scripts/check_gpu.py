@@ -23,7 +23,7 @@ import check_kernels  # noqa: E402
 from check_kernels import DEVICE, DTYPES  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from multimax_fairseq.kernels import triton_attention  # noqa: E402
+from multimax_fairseq.kernels.attention import gpu  # noqa: E402
 from multimax_fairseq.kernels.chunked_cross_entropy import chunked_cross_entropy  # noqa: E402
 from multimax_fairseq.mappings import modulate, multimax  # noqa: E402
 from multimax_fairseq.mappings.multimax import modulate_formula, multimax_formula  # noqa: E402
@@ -37,7 +37,7 @@ Rows = Iterator[Dict[str, Any]]  # "check" and "figure" to print; "right": a boo
 
 def check_attention(short: bool) -> Rows:
     """Triton's attention: random cases, and long ones compared with plain PyTorch."""
-    if triton_attention.version() is None:
+    if gpu.version() is None:
         yield {"check": "attention in Triton", "figure": "Triton is not installed, or too old", "right": None}
         return
     dtypes = list(DTYPES) if DEVICE.type == "cuda" else ["fp32", "fp16"]
@@ -134,7 +134,7 @@ def check_speed(short: bool) -> Rows:
                 rows = benchmark.compare(f"attention beside SDPA, {dtype}, {bsz} × {length}", sides, rounds)
             yield from speed_rows(rows)
     for bsz, length in ((4, 512), (2, 2_048)):
-        sides = benchmark.step_sides(benchmark.language_model_step, bsz, length)
+        sides = benchmark.language_model_sides(bsz, length)
         yield from speed_rows(benchmark.compare(f"step beside stock fairseq, fp32, {bsz} × {length}", sides, rounds))
 
 
@@ -243,7 +243,7 @@ def main() -> int:
     start = time.monotonic()
     device = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU"
     results = {"device": device, "gpus": torch.cuda.device_count(), "torch": torch.__version__,
-               "triton": triton_attention.version(), "rows": []}  # fmt: skip
+               "triton": gpu.version(), "rows": []}  # fmt: skip
     print("{device}, {gpus} GPUs, torch {torch}, Triton {triton}".format(**results))
     checks = [check_attention, check_rows, check_training]
     if DEVICE.type == "cuda":

@@ -30,8 +30,10 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 if __name__ == "__main__" and DEVICE.type == "cpu" and sys.argv[1:2] != ["binaries"]:
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
 
-from multimax_fairseq.kernels import triton_attention  # noqa: E402
-from multimax_fairseq.kernels.masks import Masks  # noqa: E402
+from multimax_fairseq import attention as mapped  # noqa: E402
+from multimax_fairseq.kernels import attention as kernels  # noqa: E402
+from multimax_fairseq.kernels.attention import gpu  # noqa: E402
+from multimax_fairseq.kernels.rows import Rows  # noqa: E402
 from multimax_fairseq.mappings.multimax import multimax_formula  # noqa: E402
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -79,13 +81,11 @@ def with_gradients(function, inputs: Sequence[Tensor], upstream: Tensor, *argume
     return [output.detach(), *(torch.zeros_like(i) if g is None else g for i, g in zip(inputs, grads))]
 
 
-def full_mask(masks: Masks, tgt_len: int, src_len: int) -> Tensor:
+def full_mask(added: Optional[Tensor], causal: bool, tgt_len: int, src_len: int) -> Tensor:
     mask = torch.zeros(1, tgt_len, src_len, dtype=torch.float64, device=DEVICE)
-    if masks.causal:
+    if causal:
         mask = mask + torch.full_like(mask, -INF).triu(1)
-    for other in (masks.keys, masks.scores):
-        mask = mask if other is None else mask + other.double()
-    return mask
+    return mask if added is None else mask + added.double()
 
 
 # ---------------------------------------------------------------- random cases
@@ -96,7 +96,8 @@ class Case:
     """The arguments of one call of attention; tensors on ``DEVICE``."""
 
     inputs: List[Tensor]  # query, key, value, thresholds, gains
-    masks: Masks
+    mask: Optional[Tensor]  # (heads | 1, tgt_len | 1, src_len), to be added
+    causal: bool
     dropout: float
     seed: int
     upstream: Tensor
@@ -107,8 +108,8 @@ class Case:
 
     def __str__(self) -> str:
         heads, tgt_len, head_dim = self.inputs[0].shape
-        masks = ["causal"] if self.masks.causal else []
-        masks += [name for name in ("keys", "scores") if getattr(self.masks, name) is not None]
+        masks = ["causal"] if self.causal else []
+        masks += [] if self.mask is None else [" × ".join(map(str, self.mask.shape))]
         return (
             f"{str(self.inputs[0].dtype)[6:]}, {heads} × {tgt_len} × {self.lengths[1]}, head_dim {head_dim}, "
             f"order {len(self.inputs[4])}, dropout {self.dropout}, masks: {' '.join(masks) or 'none'}"
@@ -137,28 +138,34 @@ def random_case(draw: random.Random, dtypes: Sequence[torch.dtype], longest: int
             return tensor
         return tensor.contiguous() if way == "head first" else tensor.transpose(0, 1).contiguous().transpose(0, 1)
 
-    keys = scores = None
+    mask = None
     if draw.random() < 0.5:
         shown = torch.tensor([draw.choice([0, 1, src_len, draw.randint(0, src_len)]) for _ in range(heads)])
-        keys = torch.zeros(heads, 1, src_len).masked_fill(torch.arange(src_len) >= shown[:, None, None], -INF)
-        keys = keys.to(DEVICE, dtype)
+        mask = torch.zeros(heads, 1, src_len).masked_fill(torch.arange(src_len) >= shown[:, None, None], -INF)
     if draw.random() < 0.4:
-        scores = torch.randn(draw.choice([1, tgt_len]), draw.choice([1, src_len]))
+        scores = torch.randn(draw.choice([1, heads]), draw.choice([1, tgt_len]), src_len)
         if draw.random() < 0.5:
             scores = scores.masked_fill(torch.rand_like(scores) < 0.3, -INF)
-        scores = scores.to(DEVICE, dtype)
+        mask = scores if mask is None else mask + scores
+    mask = None if mask is None else mask.to(DEVICE)
     inputs = [laid_out(length) for length in (tgt_len, src_len, src_len)]
     inputs += [torch.randn(order, 2, device=DEVICE), draw.choice([0.02, 0.2]) * torch.randn(order, 2, device=DEVICE)]
     dropout = draw.choice([0.0, 0.0, 0.1, 0.5])
-    return Case(inputs, Masks(causal, keys, scores), dropout, draw.getrandbits(63), laid_out(tgt_len))
+    return Case(inputs, mask, causal, dropout, draw.getrandbits(63), laid_out(tgt_len))
 
 
 def triton_results(case: Case) -> List[Tensor]:
-    with mock.patch.dict(os.environ, MULTIMAX_BACKEND="compiled"):
-        if not triton_attention.serves(*case.inputs, case.masks, case.dropout):
+    mask = None if case.mask is None else case.mask[None]
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, *numbers: Tensor) -> Tensor:
+        rows = Rows("multimax", numbers, multimax_formula) if len(numbers[0]) else Rows("softmax")
+        tensors = query[None], key[None], value[None]
+        if not gpu.serves(*tensors, rows, mask):
             raise RuntimeError(f"Triton does not serve: {case}")
-    arguments = case.masks, case.dropout, case.seed
-    return with_gradients(triton_attention.attend, case.inputs, case.upstream, *arguments)
+        return kernels.attend_by(gpu, mapped.attend, rows, *tensors, mask, case.causal, case.dropout)[0]
+
+    with mock.patch.object(kernels, "_seed", lambda: case.seed):
+        return with_gradients(attend, case.inputs, case.upstream)
 
 
 def exact_results(case: Case) -> Tuple[List[Tensor], List[Tuple[Tensor, Tensor]]]:
@@ -168,7 +175,7 @@ def exact_results(case: Case) -> Tuple[List[Tensor], List[Tuple[Tensor, Tensor]]
     """
     doubles = [tensor.detach().double() for tensor in case.inputs]
     query, key, value, thresholds, gains = doubles
-    upstream, mask = case.upstream.double(), full_mask(case.masks, *case.lengths)
+    upstream, mask = case.upstream.double(), full_mask(case.mask, case.causal, *case.lengths)
     factors = dropout_factors((len(query), *case.lengths), case.dropout, case.seed).to(DEVICE)
     results = with_gradients(attention, doubles, upstream, mask, factors)
 
@@ -244,8 +251,8 @@ def check_halves(length: int, causal: bool, mean: float, dtype: torch.dtype, hea
     inputs = [torch.randn(shape) * 64**-0.25 for _ in range(2)] + [torch.randn(shape) + mean]
     inputs = [tensor.to(DEVICE, dtype) for tensor in inputs]
     inputs += [tensor.to(DEVICE) for tensor in (torch.randn(2, 2), 0.2 * torch.randn(2, 2))]
-    case = Case(inputs, Masks(causal=causal), 0.0, 0, torch.randn(shape).to(DEVICE, dtype))
-    mask, factors = full_mask(case.masks, length, length), torch.ones(1, 1, 1, dtype=torch.float64, device=DEVICE)
+    case = Case(inputs, None, causal, 0.0, 0, torch.randn(shape).to(DEVICE, dtype))
+    mask, factors = full_mask(None, causal, length, length), torch.ones(1, 1, 1, dtype=torch.float64, device=DEVICE)
     doubles = [tensor.double() for tensor in inputs]
     exact = with_gradients(attention, doubles, case.upstream.double(), mask, factors)
     plain = with_gradients(attention, inputs, case.upstream, mask, factors)
@@ -261,11 +268,11 @@ def check_halves(length: int, causal: bool, mean: float, dtype: torch.dtype, hea
 
 KERNELS = ("forward", "backward_queries", "backward_keys")
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
-POINTERS_FP32 = ("thresholds", "gains", "peaks", "factors", "expecteds", "table")
+POINTERS_FP32 = ("thresholds", "gains", "mask", "peaks", "factors", "expecteds", "table")
 VARIANTS = {  # arguments that need the most registers; without dropout; with an added mask
-    "dropout": {"order": 2, "causal": True, "dropout": True, "hidden": True, "added": False},
-    "plain": {"order": 2, "causal": True, "dropout": False, "hidden": False, "added": False},
-    "added": {"order": 2, "causal": False, "dropout": True, "hidden": True, "added": True},
+    "dropout": {"order": 2, "causal": True, "dropout": True, "mask": 1},
+    "plain": {"order": 2, "causal": True, "dropout": False, "mask": 0},
+    "added": {"order": 2, "causal": False, "dropout": True, "mask": 2},
 }
 
 
@@ -278,16 +285,15 @@ def binary(kernel: str, target: str, dtype: str, head_dim: int, variant: str = "
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from multimax_fairseq.kernels import triton_kernels
+    from multimax_fairseq.kernels.attention import gpu_kernels
 
     options = VARIANTS[variant]
-    function = getattr(triton_kernels, kernel)
-    blocks = triton_attention.blocks_of(kernel, DTYPES[dtype], head_dim, options["added"])
+    function = getattr(gpu_kernels, kernel)
+    blocks = gpu.blocks_of(kernel, DTYPES[dtype], head_dim, options["mask"] == 2)
     constants = {
         "ORDER": options["order"], "CAUSAL": options["causal"], "DROPOUT": options["dropout"],
-        "HEAD_DIM": head_dim, "BLOCK_DIM": triton_attention.padded(head_dim),
-        "BLOCK_QUERIES": blocks.queries, "BLOCK_KEYS": blocks.keys,
-        **{mask: None for mask in ("hidden", "added") if not options[mask]},
+        "HEAD_DIM": head_dim, "BLOCK_DIM": gpu.padded(head_dim), "MASK": options["mask"],
+        "BLOCK_QUERIES": blocks.queries, "BLOCK_KEYS": blocks.keys, **({} if options["mask"] else {"mask": None}),
     }  # fmt: skip
     signature, attributes = {}, {}
     for number, name in enumerate(function.arg_names):
@@ -297,7 +303,7 @@ def binary(kernel: str, target: str, dtype: str, head_dim: int, variant: str = "
             signature[name] = "i64"
         elif name == "dropout":
             signature[name] = "fp32"
-        elif name in triton_kernels.VARIABLE:
+        elif name in gpu_kernels.VARIABLE:
             signature[name] = "i32"
         else:
             is_stride = name.endswith(("_head", "_row"))

@@ -7,7 +7,6 @@ import torch
 from test_modules_attention import BSZ, NUM_HEADS, PADDING, SRC_LEN, additive, inputs
 from test_modules_attention import make as make_attention
 
-from multimax_fairseq.kernels import blockwise_attention
 from multimax_fairseq.mappings import MAPPINGS
 from multimax_fairseq.modules import attention
 from multimax_fairseq.modules.scale import SCALES, LogLengthScale, build_scale, visible_keys
@@ -29,15 +28,18 @@ def make(scale, mapping="multimax", **options):
 
 
 @pytest.mark.parametrize("padding", [None, PADDING, PADDING.flip(1)], ids=["whole", "right", "left"])
-@pytest.mark.parametrize("mask", [None, CAUSAL, additive(-1e4), additive(float("-inf")).roll(1, 0)])
+@pytest.mark.parametrize("mask", [None, CAUSAL, causal_mask(), additive(-1e4), additive(float("-inf")).roll(1, 0)])
 @pytest.mark.parametrize("zero", [False, True])
 def test_counted_keys_are_those_whose_score_is_there(mask, padding, zero):
     mapped = make("log-length", self_attention=True, add_zero_attn=zero)
     x = inputs()
     scores, _ = mapped(x, x, x, key_padding_mask=padding, attn_mask=mask, before_softmax=True)
-    shown = scores.view(BSZ, NUM_HEADS, SRC_LEN, -1).isfinite().sum(-1)[:, 0].T  # (tgt_len, bsz)
-    counted = visible_keys(SRC_LEN, padding, mask, mask is CAUSAL) + int(zero)
-    assert torch.equal(counted.expand(SRC_LEN, BSZ), shown.float())
+    shown = scores.view(BSZ, NUM_HEADS, SRC_LEN, -1).isfinite().sum(-1, keepdim=True)[:, :1]
+    keys = torch.empty(BSZ, NUM_HEADS, SRC_LEN + int(zero), 1)
+    added, is_causal = mapped._mask(keys, padding, mask)
+    added = torch.zeros(1, 1, 1, keys.size(2)) if added is None else added
+    counted = visible_keys(added, is_causal, SRC_LEN)
+    assert torch.equal(counted.expand_as(shown), shown.float())
 
 
 def test_log_length_times_the_scores_of_a_query():
@@ -58,8 +60,8 @@ def test_log_length_times_the_scores_of_a_query():
 
 def test_nothing_changes_at_the_start_but_with_the_length():
     assert build_scale("none", 4) is None
-    assert torch.equal(build_scale("learned", 4)(None), torch.ones(1))
-    torch.testing.assert_close(LogLengthScale(4)(lambda: torch.full((1, 1), 64.0)), torch.ones(1, 1, 4))
+    assert torch.equal(build_scale("learned", 4)(), torch.ones(1))
+    torch.testing.assert_close(LogLengthScale(4)(torch.full((1, 1, 1, 1), 64.0)), torch.ones(1, 4, 1, 1))
 
 
 def test_a_scale_that_does_not_exist():
@@ -79,16 +81,12 @@ def test_a_padded_sentence_is_attended_to_as_it_is_alone(name, scale):
 
 @scaled
 @pytest.mark.parametrize("mask", [None, CAUSAL, causal_mask()], ids=["none", "added", "causal"])
-def test_blocks_equal_the_full_matrix(mask, scale, monkeypatch):
-    monkeypatch.setattr(blockwise_attention, "QUERIES", 4)
+def test_attention_without_weights_is_that_with_them(mask, scale):
     mapped, x = make(scale), inputs().requires_grad_()
     results = []
-    for least in (1, 1_000):
-        monkeypatch.setattr(attention, "MIN_KEYS", least)
-        assert mapped._goes_blockwise(x, x, mask) is (least == 1)
-        output, _ = mapped(x, x, x, key_padding_mask=PADDING, attn_mask=mask, need_weights=False)
-        wanted = [x, *mapped.parameters()]
-        results.append([output, *torch.autograd.grad(output.pow(2).sum(), wanted)])
+    for need_weights in (False, True):
+        output, _ = mapped(x, x, x, key_padding_mask=PADDING, attn_mask=mask, need_weights=need_weights)
+        results.append([output, *torch.autograd.grad(output.pow(2).sum(), [x, *mapped.parameters()])])
     assert results[0][-1].abs().sum() > 0
     torch.testing.assert_close(*results, atol=1e-5, rtol=1e-4)
 

@@ -10,7 +10,7 @@ from typing import Any, Callable, Dict, Type, TypeVar
 from torch import nn
 
 from .evsoftmax import EvSoftmax, evsoftmax
-from .masking import additive_mask, compute_dtype, is_absent
+from .masking import ABSENT, additive_mask, compute_dtype, is_absent
 from .multimax import MultiMax, modulate, multimax
 from .softmax import Softmax, softmax
 from .sparse import Entmax, Entmax15, Sparsemax, entmax, entmax15, sparsemax
@@ -128,6 +128,7 @@ def build_mapping(name: str, **options: Any) -> nn.Module:
 
 
 __all__ = [
+    "ABSENT",
     "MAPPINGS",
     "Entmax",
     "Entmax15",

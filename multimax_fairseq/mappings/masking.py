@@ -72,7 +72,7 @@ def probabilities_by(mapping: nn.Module) -> Callable[[Tensor], Tensor]:
     Mappings of this package are called as they are. So are those derived from one, or made of one: they have to deal
     with −inf. Any other module gets ``ABSENT`` in place of −inf, so that the gradients of its own parameters are
     numbers; what it gives to absent scores is replaced by 0. Parameters in half precision become fp32 once, here, so
-    that their gradients are summed in fp32 over all calls of what is returned.
+    that their gradients are summed in fp32 over all calls of what is returned. A row without scores gets zeros.
     """
     rows = rows_of(mapping)
     if rows is not None:
@@ -87,7 +87,7 @@ def probabilities_by(mapping: nn.Module) -> Callable[[Tensor], Tensor]:
             return scores.clone()
         absent, x = is_absent(scores), scores.to(compute_dtype(scores.dtype))
         if not takes_infinities:
-            x = x.masked_fill(absent, ABSENT)
+            x = x.masked_fill(absent, ABSENT).masked_fill(absent.all(-1, keepdim=True), 0.0)
         result = torch.func.functional_call(mapping, in_single, x) if in_single else mapping(x)
         return result.to(scores.dtype).masked_fill(absent, 0.0)
 
