@@ -73,30 +73,27 @@ def start(start_stock, mapping, module):
 
 def main(mapping="multimax"):
     torch.manual_seed(1)
-    tokens = torch.randint(2, 50, (16, 12)).repeat(1, 2)  # the second half repeats the first
-    gpt2 = transformers.GPT2Config(vocab_size=50, n_embd=32, n_layer=2, n_head=2, n_positions=24)
-    bert = transformers.BertConfig(
-        vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64
-    )
+    tokens = torch.randint(1, 50, (16, 12)).repeat(1, 2)  # the second half repeats the first
+    sizes = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    bert = transformers.BertConfig(**sizes, intermediate_size=64)
+    gpt2 = transformers.GPT2Config(**sizes, n_positions=24, bos_token_id=0, eos_token_id=0)
     for model_class, config in ((transformers.GPT2LMHeadModel, gpt2), (transformers.BertForMaskedLM, bert)):
         config.mapping = {"name": mapping}
         model = mapped(model_class)(config)
         optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
         losses = []
         for _ in range(60):
-            inputs = tokens if config is gpt2 else tokens.masked_fill(torch.rand(tokens.shape) < 0.15, 1)
-            losses.append(model(inputs, labels=tokens).loss)
-            optimizer.zero_grad()
-            losses[-1].backward()
-            optimizer.step()
+            hidden = torch.rand(tokens.shape) < (0.15 if config is bert else 0)
+            losses.append(model(tokens.masked_fill(hidden, 0), labels=tokens).loss)
+            optimizer.zero_grad(), losses[-1].backward(), optimizer.step()
         with tempfile.TemporaryDirectory() as folder:
             model.eval().save_pretrained(folder)
             loaded = mapped(model_class).from_pretrained(folder)
         away = (model(tokens).logits - loaded(tokens).logits).abs().max().item()
         print(f"{model_class.__name__}: loss {losses[0]:.2f} → {losses[-1]:.2f}; loaded, its logits are {away} away")
         for name, parameter in loaded.named_parameters():
-            if "mapping" in name:
-                print(f"    {name}: {[round(number, 3) for number in parameter.flatten().tolist()]}")
+            if ".mapping." in name:
+                print(f"    {name}: {[round(number, 2) for number in parameter.flatten().tolist()]}")
 
 
 if __name__ == "__main__":
