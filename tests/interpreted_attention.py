@@ -1,5 +1,6 @@
-"""Triton's attention, interpreted on the CPU: run by test_kernels_triton_attention.py, with TRITON_INTERPRET=1."""
+"""Triton's attention, interpreted on the CPU: run by test_kernels_gpu.py, with TRITON_INTERPRET=1."""
 
+import logging
 import math
 import os
 
@@ -7,25 +8,35 @@ import pytest
 import torch
 from conftest import load_script
 
-from multimax_fairseq.kernels import cpp_attention, triton_attention
-from multimax_fairseq.kernels.attention import multimax_attention
-from multimax_fairseq.kernels.masks import Masks
+from multimax_fairseq.attention import attend, mapped_attention
+from multimax_fairseq.kernels import attention as kernels
+from multimax_fairseq.kernels.attention import gpu, gpu_kernels
+from multimax_fairseq.mappings import build_mapping
+from multimax_fairseq.mappings.masking import probabilities_by
 
 check_kernels = load_script("check_kernels")
 INF = math.inf
-WHY = ["float64", "mixed dtypes", "head_dim 129", "order 3", "too few keys", "eager", "none"]
 CASES = int(os.environ.get("MULTIMAX_TRITON_CASES", 3))
 
 
 @pytest.fixture(autouse=True)
 def compiled(monkeypatch):
-    monkeypatch.setenv("MULTIMAX_BACKEND", "compiled")
+    monkeypatch.setenv("MULTIMAX_BACKEND", "auto")
+    monkeypatch.setattr(gpu, "_distrusted", set())
+    monkeypatch.setattr(gpu, "_tried", set())
 
 
-def case(tgt_len=5, src_len=7, order=2, dtype=torch.float32):
-    query, key, value = (torch.randn(2, length, 4, dtype=dtype) for length in (tgt_len, src_len, src_len))
-    inputs = query, key, value, torch.randn(order, 2), 0.1 * torch.randn(order, 2)
-    return [tensor.requires_grad_() for tensor in inputs]
+@pytest.fixture
+def trusted(monkeypatch):
+    monkeypatch.setattr(gpu, "is_right", lambda *_: True)
+
+
+def case(tgt_len=5, src_len=7, dtype=torch.float32, mapping="multimax"):
+    tensors = [torch.randn(1, 2, length, 4, dtype=dtype) for length in (tgt_len, src_len, src_len)]
+    module = build_mapping(mapping)
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return [tensor.requires_grad_() for tensor in tensors], module
 
 
 @pytest.mark.parametrize("number", range(CASES))
@@ -34,86 +45,141 @@ def test_random_cases(number):
     assert row["right"], row
 
 
-def test_a_wrong_result_is_seen(monkeypatch):
-    attend = triton_attention.attend
-    monkeypatch.setattr(triton_attention, "attend", lambda *arguments: 1.001 * attend(*arguments))
-    assert not all(row["right"] for row in check_kernels.check_cases(2, seed=0, dtypes=["fp32"]))
-
-
 def test_half_precision_beside_plain_pytorch():
     row = check_kernels.check_halves(130, True, 4.0, torch.float16)
     assert row["right"], row
 
 
-def test_dropout_follows_from_the_seed():
-    inputs = case()
-    first, again, other = (triton_attention.attend(*inputs, Masks(), 0.5, seed) for seed in (7, 7, 8))
-    assert torch.equal(first, again) and not torch.equal(first, other)
+def test_who_computes(trusted):
+    for dtype, mapping, served in (
+        (torch.float32, "multimax", True), (torch.float32, "softmax", True), (torch.float32, "sparsemax", False),
+        (torch.float64, "multimax", False), (torch.bfloat16, "multimax", False),  # interpreted, that is wrong
+    ):  # fmt: skip
+        (query, key, value), module = case(dtype=dtype, mapping=mapping)
+        assert (kernels.kernels_for(query, key, value, module.rows(), None, False, 0.0) is gpu) == served
 
 
-def test_a_query_that_sees_no_key_gets_zeros_and_gives_none():
-    """A row is empty by its scores: σ of those in the second is below all that fp32 has, and they are there."""
-    inputs = case()
+# ---------------------------------------------------------------- the check before kernels are trusted
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"is_causal": True, "dropout_p": 0.1}, {"attn_mask": torch.ones(7, dtype=torch.bool)},
+    {"attn_mask": torch.ones(5, 7, dtype=torch.bool)},
+])  # fmt: skip
+def test_kernels_that_are_right_are_trusted(options, caplog):
+    tensors, mapping = case()
+    mapped_attention(*tensors, mapping, **options)
+    assert not caplog.records and len(gpu._tried) == 1 and not gpu._distrusted
+    tried = gpu._wrong  # the second time, nothing is tried
+    gpu._wrong = None
+    try:
+        mapped_attention(*tensors, mapping, **options)
+    finally:
+        gpu._wrong = tried
+
+
+def wrong_forward(monkeypatch):
+    right = gpu.forward
+
+    def forward(*arguments):
+        output, saved = right(*arguments)
+        return output * 1.001, saved
+
+    monkeypatch.setattr(gpu, "forward", forward)
+    return "output has an error of 1.0e-03"
+
+
+def wrong_gradient(monkeypatch):
+    right = gpu.backward
+
+    def backward(*arguments):
+        grad_query, grad_key, *others = right(*arguments)
+        return (grad_query, grad_key.roll(1, 2), *others)
+
+    monkeypatch.setattr(gpu, "backward", backward)
+    return "gradient of key has an error of"
+
+
+def other_dropout(monkeypatch):
+    """The backward draws other numbers."""
+    right = gpu.backward
+    monkeypatch.setattr(gpu, "backward", lambda *given: right(*given[:7], given[7] + 1, *given[8:]))
+    return "gradient of query has an error of"
+
+
+def no_memory(monkeypatch):
+    class Kernel:
+        def __getitem__(self, grid):
+            raise RuntimeError("out of resource: shared memory, Required: 131072\nand more")
+
+    monkeypatch.setattr(gpu_kernels, "backward_keys", Kernel())
+    return "RuntimeError: out of resource: shared memory, Required: 131072"
+
+
+@pytest.mark.parametrize("fault", [wrong_forward, wrong_gradient, other_dropout, no_memory])
+def test_kernels_that_are_wrong_or_fail_give_one_warning_and_right_numbers(fault, monkeypatch, caplog):
+    """As in a training: several calls, with other constants too."""
+    message = fault(monkeypatch)
+    for is_causal in (False, True):
+        dropout = 0.3 if fault is other_dropout else 0.0
+        (query, key, value), mapping = case(7, 7)
+        torch.manual_seed(3)
+        output = mapped_attention(query, key, value, mapping, None, dropout, is_causal)
+        torch.manual_seed(3)
+        expected = attend(query / 2, key, value, probabilities_by(mapping), None, is_causal, dropout)
+        torch.testing.assert_close(output, expected)
+        found, right = (torch.autograd.grad(o.sum(), [query, *mapping.parameters()]) for o in (output, expected))
+        torch.testing.assert_close(found, right)
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING and message in record.getMessage() and "and more" not in caplog.text
+    assert "attention runs in plain PyTorch on CPU from now on" in caplog.text and "Please report" in caplog.text
+    monkeypatch.setenv("MULTIMAX_BACKEND", "compiled")
+    monkeypatch.setattr(gpu, "_distrusted", set())
+    with pytest.raises(RuntimeError):
+        mapped_attention(query, key, value, mapping, is_causal=True, dropout_p=dropout / 2)
+
+
+# ---------------------------------------------------------------- what attention owes
+
+
+def test_dropout_follows_from_the_seed(trusted):
+    tensors, mapping = case()
+    found = []
+    for seed in (7, 7, 8):
+        torch.manual_seed(seed)
+        found.append(mapped_attention(*tensors, mapping, dropout_p=0.5))
+    assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
+
+
+def test_a_query_that_sees_no_key_gets_zeros_and_gives_none(trusted):
+    """A row is empty by its mask. σ of all scores in the second is −inf, and softmax has no answer, as everywhere."""
+    (query, key, value), mapping = case()
     with torch.no_grad():
-        inputs[0][:, 1] = 1e18
-        inputs[1].abs_().mul_(-1)
-        inputs[4].fill_(-1e3)
-    scores = torch.zeros(5, 7)
-    scores[2] = -INF
-    output = triton_attention.attend(*inputs, Masks(scores=scores))
-    assert output[:, 2].eq(0).all() and output[:, 1].ne(0).all() and output.isfinite().all()
-    keys = torch.zeros(2, 1, 7)
-    keys[1] = -INF
-    inputs = case()
-    output = triton_attention.attend(*inputs, Masks(keys=keys))
-    grads = torch.autograd.grad(output.sum(), inputs)
-    assert output[1].eq(0).all() and all(grad[1].eq(0).all() for grad in grads[:3])
+        query[:, :, 1] = 1e18
+        key.abs_().mul_(-1)
+        mapping.gains.fill_(-1e3)
+    mask = torch.ones(5, 7, dtype=torch.bool)
+    mask[2] = False
+    output = mapped_attention(query, key, value, mapping, mask)
+    assert output[:, :, 2].eq(0).all() and output[:, :, 1].isnan().all() and output[:, :, 0].isfinite().all()
+    tensors, mapping = case()
+    output = mapped_attention(*tensors, mapping, torch.tensor([True, False])[:, None, None].expand(2, 1, 7))
+    grads = torch.autograd.grad(output.sum(), [*tensors, *mapping.parameters()])
+    assert output[:, 1].eq(0).all() and all(grad[:, 1].eq(0).all() for grad in grads[:3])
     assert all(grad.isfinite().all() for grad in grads)
 
 
-def test_what_is_not_a_number_stays_so():
-    query, *others = case(5, 5)
-    query = query.detach().index_fill(1, torch.tensor([0, 3]), float("nan"))
-    output = triton_attention.attend(query, *others, Masks(causal=True))
-    assert output[:, [0, 3]].isnan().all() and output[:, [1, 2, 4]].isfinite().all()
+def test_what_is_not_a_number_stays_so(trusted):
+    (query, *others), mapping = case(5, 5)
+    query = query.detach().index_fill(2, torch.tensor([0, 3]), float("nan"))
+    output = mapped_attention(query, *others, mapping, is_causal=True)
+    assert output[:, :, [0, 3]].isnan().all() and output[:, :, [1, 2, 4]].isfinite().all()
 
 
-def test_gradients_of_gradients_are_refused():
-    inputs = case()
-    output = triton_attention.attend(*inputs, Masks())
-    grads = torch.autograd.grad(output.pow(2).sum(), inputs, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grads[0].sum().backward()
-
-
-def test_nothing_of_length_squared_is_kept_and_results_lie_length_first():
+def test_nothing_of_length_squared_is_kept_and_results_lie_length_first(trusted):
     kept, length = [], 40
+    tensors, mapping = case(length, length)
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda _: _):
-        output = triton_attention.attend(*case(length, length), Masks(causal=True))
+        output = mapped_attention(*tensors, mapping, is_causal=True, scale=1.0)
     assert sum(tensor.numel() for tensor in kept) == 2 * length * (3 * 4 + 2) + 8
-    assert output.transpose(0, 1).is_contiguous()
-
-
-def test_attention_goes_to_triton_where_that_serves(monkeypatch):
-    monkeypatch.setattr(cpp_attention, "serves", lambda *_: False)
-    for dtype, served in ((torch.float32, True), (torch.float16, True), (torch.bfloat16, False)):
-        output = multimax_attention(*case(dtype=dtype), Masks())
-        assert (type(output.grad_fn).__name__ == "_TritonMultiMaxBackward") == served
-
-
-@pytest.mark.parametrize("why", WHY)
-def test_what_is_not_served(why, monkeypatch):
-    inputs, masks = case(), Masks()
-    if why == "float64":
-        inputs = [tensor.double() for tensor in inputs]
-    elif why == "mixed dtypes":
-        inputs[1] = inputs[1].half()
-    elif why == "head_dim 129":
-        inputs[:3] = (torch.randn(2, 3, 129) for _ in range(3))
-    elif why == "order 3":
-        inputs[3:] = torch.randn(2, 3, 2)
-    elif why == "too few keys":
-        inputs, masks = case(7, 5), Masks(causal=True)
-    elif why == "eager":
-        monkeypatch.setenv("MULTIMAX_BACKEND", "eager")
-    assert triton_attention.serves(*inputs, masks, 0.1) == (why == "none")
+    assert output.permute(2, 0, 1, 3).is_contiguous()

@@ -84,7 +84,9 @@ def oracle_rows(name, mapping, x):
     if name == "multimax":
         (b, d), (g, h) = mapping.thresholds.to(x.dtype).unbind(1), mapping.gains.to(x.dtype).unbind(1)
         y = x.masked_fill(x == -INF, 0.0)
-        sigma = y + sum(g[n] * (b[n] - y).relu() ** (n + 1) + h[n] * (y - d[n]).relu() ** (n + 1) for n in range(len(b)))
+        below, above = (b - y[..., None]).relu(), (y[..., None] - d).relu()
+        n = torch.arange(1, len(b) + 1)
+        sigma = y + (g * below**n + h * above**n).sum(-1)
         p = sigma.masked_fill(x == -INF, -INF).softmax(-1)
     elif name == "evsoftmax":
         there = x > -INF
@@ -220,7 +222,8 @@ def forward_mode(f, x):
 def batched(f, x):
     x = x.clone().requires_grad_()
     output = f(x)
-    return torch.autograd.grad(output, x, torch.stack([output.detach(), output.detach().cos()]), is_grads_batched=True)
+    upstreams = torch.stack([output.detach(), output.detach().cos()])
+    return torch.autograd.grad(output, x, upstreams, is_grads_batched=True)
 
 
 def made(f, x):
