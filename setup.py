@@ -48,7 +48,7 @@ setup(
     },
     entry_points={
         "console_scripts": [
-            "multimax-analyze = multimax_fairseq.analysis.cli:main",
+            "multimax-analyze = multimax_fairseq.without_fairseq:analyze",
             "multimax-doctor = multimax_fairseq.doctor:main",
         ]
     },

@@ -67,11 +67,12 @@ def check_backends() -> List[Finding]:
     """Which code computes here, and why. A missing backend is no fault: another takes its place."""
     import torch
 
-    from .kernels import backend, cpp
+    from .kernels import backend
+    from .kernels.rows import cpu
 
     findings = [(True, f"backend: {backend.backend()} ({backend.ENVIRONMENT_VARIABLE}, or --multimax-backend)")]
     with messages() as said:
-        compiled = cpp.ROWS.functions is not None
+        compiled = cpu.LIBRARY.functions is not None
     capability = torch.backends.cpu.get_cpu_capability()
     reason = f" ({'; '.join(said)}): PyTorch's compiler takes its place" if not compiled else ""
     findings.append((True, f"CPU, {capability}: fp32 in {'C++' if compiled else 'no C++'}{reason}"))

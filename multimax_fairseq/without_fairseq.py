@@ -27,3 +27,15 @@ def advice() -> str:
         f"Python 3.10 (pip install fairseq==0.12.2); this is {here}. multimax_fairseq.mappings and "
         "multimax_fairseq.attention work without it"
     )
+
+
+def analyze() -> None:
+    """The command ``multimax-analyze``: ``analysis.cli.main``, or one line where fairseq is missing."""
+    try:
+        from .analysis.cli import main
+
+        main()
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] != "fairseq":
+            raise
+        sys.exit(f"ERROR: {advice()}")
