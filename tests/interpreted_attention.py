@@ -24,6 +24,8 @@ def compiled(monkeypatch):
     monkeypatch.setenv("MULTIMAX_BACKEND", "auto")
     monkeypatch.setattr(gpu, "_distrusted", set())
     monkeypatch.setattr(gpu, "_tried", set())
+    monkeypatch.setattr(gpu, "TGT_LEN", 20)  # less than a block: the interpreter is slow
+    monkeypatch.setattr(gpu, "SRC_LEN", 24)
 
 
 @pytest.fixture

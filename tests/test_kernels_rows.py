@@ -1,120 +1,304 @@
-"""The fused MultiMax, compiled and eager, against the formula that autograd differentiates."""
+"""Rows by C++ and by their formulas: against float64, on random rows and on the worst there are.
 
+``ROWS_CASES=2000 pytest tests/test_kernels_rows.py -k random`` takes so many random cases a mapping.
+"""
+
+import math
 import os
+from functools import partial
 
+import entmax as package
 import pytest
 import torch
 from conftest import needs_compiler
 
-from multimax_fairseq.kernels import compiler, cpp
+from multimax_fairseq.kernels.rows import rows_of
 from multimax_fairseq.kernels.rows.compiled import FAR
+from multimax_fairseq.mappings import MAPPINGS as NAMES
+from multimax_fairseq.mappings import build_mapping, entmax, entmax15, evsoftmax, sparsemax
+from multimax_fairseq.mappings.evsoftmax import TRAINING_EPSILON, evsoftmax_formula
 from multimax_fairseq.mappings.multimax import modulate, modulate_formula, multimax, multimax_formula
+from multimax_fairseq.mappings.sparse import entmax15_formula, entmax_formula, sparsemax_formula
 
-TWINS = {"multimax": (multimax, multimax_formula), "modulate": (modulate, modulate_formula)}
+INF, NAN = math.inf, math.nan
+CASES = int(os.environ.get("ROWS_CASES", 30))
 EXTREME_ROWS = int(os.environ.get("MULTIMAX_EXTREME_ROWS", "600"))  # more of them, for who has the time
-SHAPES = [(7,), (5, 7), (3, 2, 4, 7), (4, 1), (0, 7), (3, 0)]
+
+# name: mapping, its formula, whether α is learned, and the error that the docstring allows
+TWINS = {
+    "sparsemax": (sparsemax, sparsemax_formula, False, 1e-6),
+    "entmax15": (entmax15, entmax15_formula, False, 1e-6),
+    "entmax at 1.3": (partial(entmax, alpha=1.3), partial(entmax_formula, alpha=1.3), False, 1e-5),
+    "entmax, learned": (entmax, entmax_formula, True, 1e-5),
+    "evsoftmax": (evsoftmax, partial(evsoftmax_formula, epsilon=0.0), False, 1e-6),
+    "evsoftmax, training": (
+        partial(evsoftmax, training=True), partial(evsoftmax_formula, epsilon=TRAINING_EPSILON), False, 1e-6
+    ),
+}
+twins = pytest.mark.parametrize("name", TWINS)
+MAPPINGS = {name: mapping for name, (mapping, _, learned, _) in TWINS.items() if not learned}
+mappings = pytest.mark.parametrize("mapping", MAPPINGS.values(), ids=MAPPINGS)
 
 
-def case(shape, order=2, dtype=torch.float64, seed=0):
-    """Scores with a fifth of them absent and one empty row, thresholds and gains; all want gradients."""
-    generator = torch.Generator().manual_seed(seed)
-    scores = 2 * torch.randn(shape, generator=generator, dtype=dtype)
-    scores = scores.masked_fill(torch.rand(shape, generator=generator) < 0.2, float("-inf"))
-    if scores.dim() > 1 and scores.numel():
-        scores.flatten(0, -2)[1] = float("-inf")
-    parameters = [torch.randn(order, 2, generator=generator, dtype=dtype) for _ in range(2)]
-    return [tensor.requires_grad_() for tensor in (scores, *parameters)]
+@pytest.fixture(params=["eager", pytest.param("compiled", marks=needs_compiler)], autouse=True)
+def backend(request, monkeypatch):
+    """The formula, and C++."""
+    monkeypatch.setenv("MULTIMAX_BACKEND", request.param)
+    return request.param
 
 
 def gradients(function, inputs, upstream):
-    output = function(*inputs)
-    upstream = upstream.masked_fill(output.isinf(), 0.0)  # nothing can hang on the σ of an absent score
-    return output, torch.autograd.grad((output * upstream).nan_to_num(0.0, 0.0, 0.0).sum(), inputs)
+    inputs = [tensor.detach().clone().requires_grad_() for tensor in inputs]
+    probabilities = function(*inputs)
+    return [probabilities.detach(), *torch.autograd.grad(probabilities, inputs, upstream)]
 
 
-@pytest.fixture(params=["compiled", 1, 16, 2**17], ids=lambda way: way if way == "compiled" else f"blocks of {way}")
-def way(request, monkeypatch):
-    """How the kernels run: compiled, or eager in blocks of so many scores."""
-    monkeypatch.setenv("MULTIMAX_BACKEND", "compiled" if request.param == "compiled" else "eager")
-    if request.param != "compiled":
-        monkeypatch.setattr(compiler, "EAGER_BLOCK", request.param)
+# ---------------------------------------------------------------- who computes
+
+
+def test_a_mapping_says_which_row_function_computes_it(backend):
+    for name in NAMES:
+        mapping, scores = build_mapping(name), torch.randn(3, 5)
+        rows = rows_of(mapping)
+        assert rows.name == name or (name, rows.name) == ("entmax", "entmax15")  # α = 1.5
+        torch.testing.assert_close(mapping(scores), rows.formula(scores, *rows.numbers), atol=1e-6, rtol=1e-6)
+        made = type(mapping(scores.requires_grad_()).grad_fn).__name__
+        assert (made == "_RowsBackward") == (backend == "compiled")
+
+
+def test_a_mapping_with_a_forward_of_its_own_or_with_hooks_has_to_be_called():
+    class Other(NAMES["multimax"]):
+        def forward(self, scores):
+            return super().forward(2 * scores)
+
+    class Third(Other):
+        pass
+
+    assert rows_of(Other()) is None and rows_of(Third()) is None and rows_of(torch.nn.Softmax(-1)) is None
+    for register in ("register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook"):
+        mapping = build_mapping("sparsemax")
+        getattr(mapping, register)(lambda *_: None)
+        assert rows_of(mapping) is None
+
+
+# ---------------------------------------------------------------- sparse mappings
+
+
+def random_case(number):
+    """(2, 3, rows, width) scores of any spread, in a third of the cases with absent ones; an α a head."""
+    rows, width = (int(torch.randint(1, most, ())) for most in (30, 200))
+    scores = torch.randn(2, 3, rows, width) * torch.empty(()).uniform_(0.05, 6)
+    if number % 3 == 0:
+        scores = scores.masked_fill(torch.rand_like(scores) < 0.3, -INF)
+        scores[0, 0, 0] = -INF
+    return scores, torch.empty(3, 1, 1).uniform_(1.01, 2)
+
+
+def package_rows(name, scores, *alpha):
+    """What the package ``entmax`` makes of scores in float64, absent ones included; the formula of others."""
+    if name.startswith("evsoftmax"):
+        return TWINS[name][1](scores)
+    empty = (scores == -INF).all(-1, keepdim=True)
+    x = scores.masked_fill(empty, 0.0)
+    if name.startswith("entmax a") or alpha:
+        number = alpha[0].expand(*x.shape[:-1], 1) if alpha else 1.3
+        return package.entmax_bisect(x, number, n_iter=60).masked_fill(empty, 0.0)
+    return getattr(package, name)(x, dim=-1).masked_fill(empty, 0.0)
+
+
+@twins
+def test_random_cases(name):
+    mapping, _, learned, atol = TWINS[name]
+    for number in range(CASES):
+        scores, alpha = random_case(number)
+        upstream = torch.randn_like(scores)
+        inputs = [scores, alpha] if learned else [scores]
+        actual = gradients(mapping, inputs, upstream)
+        expected = gradients(partial(package_rows, name), [tensor.double() for tensor in inputs], upstream.double())
+        # the gradient of α is a sum over rows
+        sizes = 1, upstream.abs().max().clamp(min=1), expected[-1].abs().max().clamp(min=1)
+        for result, oracle, size in zip(actual, expected, sizes):
+            torch.testing.assert_close(result.double(), oracle, atol=float(atol * size), rtol=0)
+        assert ((expected[0] > 0) == (actual[0] > 0))[expected[0] > 1e-12].all()
+        assert (expected[0][actual[0] > 1e-6] > 0).all()
+        total = actual[0].sum(-1)
+        torch.testing.assert_close(total, (scores > -INF).any(-1).float(), atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize("alpha", [1 + 1e-12, 1 + 1e-8, 1.0001, 1.001, 1.009, 1.011])
+def test_alpha_near_1_is_right(alpha):
+    """Down to softmax, which is what a float64 bisection is compared with where it has too few digits itself."""
+    scores = 3 * torch.randn(40, 70)
+    is_softmax = alpha < 1 + 1e-7
+    exact = scores.double().softmax(-1) if is_softmax else package.entmax_bisect(scores.double(), alpha, n_iter=60)
+    torch.testing.assert_close(entmax(scores, alpha).double(), exact, atol=1e-5, rtol=0)
+
+
+@mappings
+@pytest.mark.parametrize("width", [3, 40, 100])
+def test_what_is_not_a_number_stays_so(mapping, width):
+    for wrong in (math.nan, INF):
+        scores = torch.randn(40, width)
+        scores[1, 1], scores[2], scores[3, 0] = wrong, wrong, -INF
+        probabilities = mapping(scores)
+        assert probabilities[1].isnan().all() and probabilities[2].isnan().all()
+        assert probabilities[[0, *range(3, 40)]].isfinite().all()
+        assert gradients(mapping, [scores], torch.randn(40, width))[1][1].isnan().any()
+
+
+@mappings
+@pytest.mark.parametrize("width", [2, 15, 16, 17, 64, 65, 1_000])
+def test_scores_of_any_size(mapping, width):
+    lowest, largest = torch.finfo(torch.float32).min, torch.finfo(torch.float32).max
+    scores = torch.stack([torch.full((width,), fill) for fill in (lowest, largest, -1e4, 0.1, -INF)])
+    expected = torch.full((width,), 1 / width).expand(4, -1)
+    torch.testing.assert_close(mapping(scores)[:4], expected, atol=1e-7, rtol=1e-5)
+    assert (mapping(scores)[4] == 0).all()
+    scores[:, 0] = largest
+    probabilities = mapping(scores[[0, 2, 3, 4]])
+    assert (probabilities == torch.eye(width)[0]).all()
+
+
+@pytest.mark.parametrize("alpha", [1.3, 1.5, 1.9, 2.0])
+def test_rows_that_take_many_steps(alpha):
+    """Scores in powers of a number, more and more of them: each step of Newton's method leaves out a few."""
+    for ratio in (0.25, 0.5, 0.9):
+        for growth in (1.5, 2.0, 4.0):
+            powers = torch.arange(40.0)
+            counts = (growth**powers).clamp(max=500).long()
+            scores = -torch.repeat_interleave(1 - ratio**powers, counts)[None, :20_000]
+            expected = package.entmax_bisect(scores.double(), alpha, n_iter=60)
+            # of 20,000 scores at the edge of the support, all rounded the same way
+            torch.testing.assert_close(entmax(scores, alpha).double(), expected, atol=3e-6, rtol=0)
+
+
+@mappings
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_loses_only_what_rounding_takes(mapping, dtype):
+    scores, upstream = (2 * torch.randn(2, 60, 90)).to(dtype)
+    if dtype == torch.float16 and mapping is MAPPINGS["evsoftmax, training"]:
+        pytest.skip("probabilities are raised to the smallest normal number")
+    half = gradients(mapping, [scores], upstream)
+    single = gradients(mapping, [scores.float()], upstream.float())
+    assert half[0].dtype == half[1].dtype == dtype
+    for ours, exact in zip(half, single):
+        torch.testing.assert_close(ours, exact.to(dtype), atol=0, rtol=0)
+
+
+def test_open_reports_of_the_package():
+    """deep-spin/entmax: NaN of the bisection in fp16 (30), a loss of NaN (23)."""
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        scores = torch.tensor([[-1e4, 2.0, 1.0, -6e4], [6e4, 6e4, 0.0, -6e4], [0.0, 0.0, 0.0, 0.0]], dtype=dtype)
+        for alpha in (1.0001, 1.01, 1.5, 2.0):
+            probabilities, gradient = gradients(partial(entmax, alpha=alpha), [scores], torch.ones_like(scores))
+            torch.testing.assert_close(probabilities.float().sum(-1), torch.ones(3), atol=5e-3, rtol=0)
+            assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("width", [4, 80])
+def test_scores_at_the_very_edge_of_the_support(width):
+    """Whole numbers, as ties and masks make them: what is exactly at the threshold has a probability of exactly 0."""
+    scores = torch.full((20, width), -5.0)
+    scores[:, :3] = torch.tensor([0.0, -1.0, -2.0])
+    for mapping, edge in ((sparsemax, 1), (entmax15, 2), (partial(entmax, alpha=1.5), 2)):
+        scores[:, 1:3] = -float(edge)
+        assert torch.equal(mapping(scores), torch.eye(width)[:1].expand(20, -1))
+
+
+@twins
+def test_rows_that_are_not_contiguous_and_other_dimensions(name):
+    mapping, _, learned, _ = TWINS[name]
+    scores = torch.randn(7, 12, 5)
+    parameters = [torch.tensor(1.3)] if learned else []
+    expected = mapping(scores.movedim(1, -1).contiguous(), *parameters).movedim(-1, 1)
+    torch.testing.assert_close(mapping(scores, *parameters, dim=1), expected, atol=0, rtol=0)
+
+
+def test_a_score_at_the_very_threshold():
+    """A score of probability 0 whose part of the sum is 0 at the root itself, and not only below it."""
+    alpha, rows = 1.5372, torch.randn(200, 20) * torch.logspace(-2, 1, 200)[:, None]
+    rows -= rows.amax(-1, keepdim=True)
+    c, low, high = alpha - 1, torch.zeros(200, 1).double(), torch.ones(200, 1).double()
+    for _ in range(60):
+        t = (low + high) / 2
+        total = (t + c * rows.double()).clamp(min=0).pow(1 / c).sum(-1, keepdim=True)
+        low, high = torch.where(total < 1, t, low), torch.where(total < 1, high, t)
+    nearby = 1 + torch.arange(-20, 21) * 2.0**-24
+    at_threshold = ((-t / c).float() * nearby).reshape(-1, 1)  # (200 · 41, 1)
+    scores = torch.cat([rows.repeat_interleave(41, 0), at_threshold], 1)[torch.randperm(200 * 41)]
+    probabilities = entmax(scores, torch.tensor(alpha))
+    torch.testing.assert_close(probabilities.sum(-1), torch.ones(len(scores)))
+
+
+def test_evsoftmax_in_training_has_finite_logarithms_and_gradients_in_half_precision():
+    """ε of a probability is below the smallest fp16 number; the gradient is that of a softmax."""
+    for dtype, least in ((torch.float16, 2.0**-14), (torch.bfloat16, 0.0)):
+        scores = torch.tensor([[3.0, 1.0, -5.0, -60_000.0, 0.5]], dtype=dtype, requires_grad=True)
+        probabilities = evsoftmax(scores, training=True)
+        assert probabilities[0, [0, 1, 2, 4]].log().isfinite().all() and probabilities.min() >= 0.99 * least
+        (grad,) = torch.autograd.grad(-probabilities[0, 2].log(), scores)
+        expected = probabilities.detach() - torch.eye(5, dtype=dtype)[2]
+        torch.testing.assert_close(grad, expected, atol=2e-2, rtol=2e-2)
+    row = evsoftmax(torch.tensor([[3.0, 2.0, -60_000.0]], dtype=torch.float16), training=True)
+    assert row.log().isfinite().all()
+
+
+# ---------------------------------------------------------------- MultiMax
 
 
 @pytest.mark.parametrize("order", [1, 2])
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("name", TWINS)
-def test_values_and_gradients_are_the_formulas(name, shape, order, way):
-    function, formula = TWINS[name]
-    inputs = case(shape, order)
-    upstream = torch.randn(shape, dtype=torch.float64)
-    expected, expected_gradients = gradients(formula, inputs, upstream)
-    actual, actual_gradients = gradients(function, inputs, upstream)
-    torch.testing.assert_close(actual, expected, atol=1e-12, rtol=1e-12)
-    torch.testing.assert_close(actual_gradients, expected_gradients, atol=1e-11, rtol=1e-11)
-
-
-@pytest.mark.parametrize("name", TWINS)
-def test_single_precision_gradients_stay_close_to_double(name, way):
-    function, _ = TWINS[name]
-    inputs = case((64, 50))
-    upstream = torch.randn(64, 50, dtype=torch.float64)
-    _, expected = gradients(function, inputs, upstream)
-    _, actual = gradients(function, [tensor.detach().float().requires_grad_() for tensor in inputs], upstream.float())
-    for single, double in zip(actual, expected):
-        scale = double.abs().max()
-        assert (single.double() - double).abs().max() / scale < 1e-5  # sums of 3,200 terms in fp32
-
-
-@pytest.mark.parametrize("name", TWINS)
-def test_gradients_of_gradients_are_the_formulas(name):
-    function, formula = TWINS[name]
+@pytest.mark.parametrize("shape", [(7,), (5, 7), (3, 2, 4, 7), (4, 1)])
+@pytest.mark.parametrize("name", ["multimax", "modulate"])
+def test_values_gradients_and_their_gradients_are_the_formulas(name, shape, order):
+    """σ alone, as on a vocabulary, is compiled by PyTorch."""
+    twins = {"multimax": (multimax, multimax_formula), "modulate": (modulate, modulate_formula)}
+    scores = (2 * torch.randn(shape)).masked_fill(torch.rand(shape) < 0.2, -INF)
     results = []
-    for candidate in (function, formula):
-        inputs = case((3, 5))
-        output = candidate(*inputs)
-        first = torch.autograd.grad(
-            output.masked_fill(output.isinf(), 0.0).pow(2).sum(), inputs, create_graph=True
-        )
-        results.append(torch.autograd.grad(sum(gradient.pow(2).sum() for gradient in first), inputs))
-    torch.testing.assert_close(results[0], results[1], atol=1e-10, rtol=1e-10)
-    assert all(gradient.abs().sum() > 0 for gradient in results[0])
+    for function, dtype in zip(twins[name], (torch.float32, torch.float64)):
+        torch.manual_seed(1)
+        inputs = [tensor.to(dtype).requires_grad_() for tensor in (scores, *torch.randn(2, order, 2) / 2)]
+        output = function(*inputs).masked_fill(scores == -INF, 0.0)
+        first = torch.autograd.grad(output.square().sum(), inputs, create_graph=True)
+        second = torch.autograd.grad(sum(grad.square().sum() for grad in first), inputs, allow_unused=True)
+        results.append([output, *first, *(torch.zeros_like(i) if g is None else g for i, g in zip(inputs, second))])
+    for found, expected in zip(*results):
+        size = expected.abs().max().clamp(min=1)
+        torch.testing.assert_close(found.double() / size, expected / size, atol=3e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("wanted", [(True, False, False), (False, True, True), (True, False, True)])
-def test_gradients_of_gradients_of_some_inputs_only(wanted):
-    inputs = [tensor.detach().requires_grad_(needed) for tensor, needed in zip(case((3, 5)), wanted)]
-    needing = [tensor for tensor in inputs if tensor.requires_grad]
-    first = torch.autograd.grad(multimax(*inputs).pow(2).sum(), needing, create_graph=True)
-    second = torch.autograd.grad(sum(gradient.pow(2).sum() for gradient in first), needing)
-    assert all(torch.isfinite(gradient).all() for gradient in second)
+@pytest.mark.parametrize("shape", [(0, 7), (3, 0)])
+@pytest.mark.parametrize("name", NAMES)
+def test_nothing_gives_nothing(name, shape):
+    mapping = build_mapping(name)
+    mapping(torch.zeros(shape, requires_grad=True)).sum().backward()
+    assert mapping(torch.zeros(shape)).shape == shape
+    assert all(parameter.grad.eq(0).all() for parameter in mapping.parameters())
 
 
-def test_what_is_kept_for_the_backward_is_scores_and_probabilities():
-    inputs, kept = case((64, 50)), []
+def test_who_compiles_a_vocabulary_sees_one_graph():
+    scores, numbers = torch.randn(4, 5), torch.randn(2, 2)
+    compiled = torch.compile(modulate, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(scores, numbers, numbers), modulate_formula(scores, numbers, numbers))
+
+
+@needs_compiler
+def test_what_is_kept_for_the_backward_is_scores_and_probabilities(monkeypatch):
+    monkeypatch.setenv("MULTIMAX_BACKEND", "compiled")
+    scores, kept = torch.randn(64, 50, requires_grad=True), []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda _: _):
-        multimax(*inputs)
+        multimax(scores, torch.zeros(2, 2), torch.zeros(2, 2))
     assert sum(tensor.numel() >= 64 * 50 for tensor in kept) == 2
 
 
-def test_scores_are_left_as_they_are():
-    scores, thresholds, gains = (tensor.detach() for tensor in case((6, 9)))
-    before = scores.clone()
-    leaf = scores.requires_grad_()
-    multimax(leaf, thresholds, gains).pow(2).sum().backward()
-    torch.testing.assert_close(leaf.detach(), before, atol=0, rtol=0)
-
-
-@pytest.mark.parametrize("chosen", ["eager", "compiled"])
 @pytest.mark.parametrize("mean", [0.0, 4.0])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_is_as_good_as_plain_pytorch(dtype, mean, chosen, monkeypatch):
+def test_half_precision_is_as_good_as_plain_pytorch(dtype, mean):
     """Against float64: no result and no gradient has twice the error of the formula that autograd differentiates.
 
     ∂L/∂p of that mean, as of values of one: its sum with the probabilities of a row is to cancel.
     """
-    monkeypatch.setenv("MULTIMAX_BACKEND", chosen)
-    scores, thresholds, gains = (tensor.detach().to(dtype) for tensor in case((256, 96)))
-    gains = 0.2 * gains
+    drawn = 2 * torch.randn(256, 96), torch.randn(2, 2), 0.2 * torch.randn(2, 2)
+    scores, thresholds, gains = (tensor.to(dtype) for tensor in drawn)
     upstream = (torch.randn(scores.shape) + mean).to(dtype)
 
     def errors(function):
@@ -130,45 +314,9 @@ def test_half_precision_is_as_good_as_plain_pytorch(dtype, mean, chosen, monkeyp
         assert ours <= 2 * plain
 
 
-TRANSFORMS = {
-    "vmap over scores": lambda f, x, b, g: torch.func.vmap(f, (0, None, None))(x, b, g),
-    "vmap over parameters": lambda f, x, b, g: torch.func.vmap(f, (None, 0, 0))(
-        x, torch.stack([b, 2 * b]), torch.stack([g, g])
-    ),
-    "grad": lambda f, x, b, g: torch.func.grad(lambda *inputs: f(*inputs)[..., 0].sum(), (0, 1, 2))(x, b, g),
-    "a gradient for each row": lambda f, x, b, g: torch.func.vmap(
-        torch.func.grad(lambda gains, row: f(row, b, gains)[0]), (None, 0)
-    )(g, x),
-    "jvp": lambda f, x, b, g: torch.func.jvp(f, (x, b, g), (torch.cos(x), torch.ones_like(b), torch.ones_like(g))),
-    "hessian": lambda f, x, b, g: torch.func.hessian(lambda gains: f(x, b, gains)[..., 0].sum())(g),
-    "forward mode": lambda f, x, b, g: torch.autograd.functional.jvp(f, (x, b, g), (x, b, g), strict=True),
-}
-
-
-@pytest.mark.parametrize("with_grad", [True, False])
-@pytest.mark.parametrize("transform", TRANSFORMS)
-@pytest.mark.parametrize("name", TWINS)
-@pytest.mark.parametrize("chosen", ["eager", "compiled"])
-def test_transforms_of_torch_func(chosen, name, transform, with_grad, monkeypatch):
-    monkeypatch.setenv("MULTIMAX_BACKEND", chosen)
-    if not with_grad and transform == "forward mode":
-        pytest.skip("it needs autograd")
-    inputs = torch.randn(4, 5), torch.randn(2, 2), torch.randn(2, 2)
-    with torch.set_grad_enabled(with_grad):
-        actual, expected = (TRANSFORMS[transform](function, *inputs) for function in TWINS[name])
-    torch.testing.assert_close(actual, expected)
-
-
-def test_who_compiles_a_mapping_sees_one_graph():
-    inputs = case((4, 5), dtype=torch.float32)
-    compiled = torch.compile(multimax, fullgraph=True, backend="aot_eager")
-    actual, expected = (gradients(function, inputs, torch.ones(4, 5)) for function in (compiled, multimax_formula))
-    torch.testing.assert_close(actual, expected)
-
-
 # ---------------------------------------------------------------- scores of any size, and no numbers
 
-INF, NAN, LOWEST = float("inf"), float("nan"), torch.finfo(torch.float32).min
+LOWEST = torch.finfo(torch.float32).min
 EXTREMES = torch.tensor([NAN, INF, -INF, -INF, -INF, LOWEST, -LOWEST, 1e30, -1e30, 1e20, -1e20])
 
 
@@ -199,20 +347,14 @@ def with_gradients(function, scores, thresholds, gains, upstream):
     return probabilities.detach(), *torch.autograd.grad((function(*inputs) * upstream[kept]).sum(), inputs)
 
 
-@pytest.fixture(params=["eager", "Inductor", pytest.param("C++", marks=needs_compiler)])
-def backend(request, monkeypatch):
-    monkeypatch.setenv("MULTIMAX_BACKEND", "eager" if request.param == "eager" else "compiled")
-    if request.param == "Inductor":
-        monkeypatch.setattr(cpp.Library, "serves", lambda self, tensor: False)
-
-
 def test_extreme_scores_are_the_same_to_every_backend(backend):
     for seed in range(EXTREME_ROWS // 30):
         case = extreme_case(seed)
         probabilities, *grads = with_gradients(multimax, *case)
         expected, expected_grad, *_ = with_gradients(multimax_formula, *case)
         torch.testing.assert_close(probabilities, expected, atol=1e-5, rtol=0, equal_nan=True)
-        assert all(grad.isfinite().all() for grad in grads)
+        if backend == "compiled":  # autograd has 0 · inf where the square of a score overflows
+            assert all(grad.isfinite().all() for grad in grads)
         near = case[0][~probabilities.isnan().any(-1)].abs() <= FAR  # the slope further away is that at FAR
         torch.testing.assert_close(grads[0][near], expected_grad[near], atol=1e-4, rtol=1e-4)
 

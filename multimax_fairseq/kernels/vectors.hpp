@@ -152,12 +152,6 @@ inline double sum(Doubles v) {
   return total;
 }
 
-inline float sum_of(const float* row, int64_t count) {
-  Vec totals = {};
-  each(count, [&](int64_t j, auto lanes) { totals += load(row + j, lanes, 0); });
-  return sum(totals);
-}
-
 inline float dot(const float* a, const float* b, int64_t count) {
   Vec even = {}, odd = {};  // two: each addition waits for the one before it
   int64_t j = 0;

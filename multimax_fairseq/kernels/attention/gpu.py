@@ -259,8 +259,9 @@ def _wrong(
         whole = attend(*(t.double() for t in (none, inputs[1], eye, *numbers)), factors=factors)
         kept = (shown > 0) | (whole == 0)
         factors = kept.double() / (1 - dropout)
-        share = kept[whole > 0].double().mean().item()
-        if abs(share - (1 - dropout)) > 0.02 or (shown - factors * whole).abs().max() > 0.02 * whole.max():
+        seen = kept[whole > 0].double()
+        share, deviation = seen.mean().item(), math.sqrt(dropout * (1 - dropout) / seen.numel())
+        if abs(share - (1 - dropout)) > 5 * deviation or (shown - factors * whole).abs().max() > 0.02 * whole.max():
             return f"dropout of {dropout} kept {share:.3f}"
 
     def results(function: Callable[..., Tensor], dtype: torch.dtype) -> List[Tensor]:

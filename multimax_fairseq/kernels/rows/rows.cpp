@@ -32,6 +32,12 @@ template <class Mapping>
 void forward(const Problem& problem, const float* scores, float* probabilities) {
   const int64_t width = problem.width;
   problem.each_group<Mapping>([&](const Mapping& mapping, int64_t row, int64_t end, int64_t, float* room) {
+    if constexpr (Mapping::ROWS_ABREAST) {
+      for (int height; width <= FEW_SCORES && row < end; row += height) {
+        height = std::min(int64_t(LANES), end - row);
+        mapping.forward_abreast(scores + row * width, probabilities + row * width, width, height, room);
+      }
+    }
     for (; row < end; ++row) mapping.forward(scores + row * width, probabilities + row * width, width, room);
   });
 }

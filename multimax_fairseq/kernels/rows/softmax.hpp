@@ -18,8 +18,9 @@ struct State {
 
 struct NoSums {};
 
-inline void scale(float* row, int64_t count, float factor) {
-  each(count, [&](int64_t j, auto lanes) { store(row + j, lanes, factor * load(row + j, lanes, 0)); });
+// `room` has whole vectors: a processor waits where it reads what it has just written in part.
+inline void scale(const float* room, int64_t count, float factor, float* p) {
+  each(count, [&](int64_t j, auto lanes) { store(p + j, lanes, factor * load(room + j, AllLanes{}, 0)); });
 }
 
 // Gradients clamp scores to this range: the square stays finite, so that 0 times it is 0.
@@ -92,30 +93,31 @@ struct ModulatorSums {
 template <int ORDER>
 class MultiMax {
  public:
+  static constexpr bool ROWS_ABREAST = false;
   static constexpr int NUMBERS = 4 * ORDER;
   using Sums = ModulatorSums<ORDER>;
 
   MultiMax(const float* thresholds, const float* gains) : sigma(thresholds, gains) {}
 
-  State forward(const float* scores, float* p, int64_t count, float*) const {
+  State forward(const float* scores, float* p, int64_t count, float* room) const {
     const Modulator<ORDER> sigma = this->sigma;  // here, it stays in registers
     Vec peaks = all(-INFINITE), largest = peaks, totals = {};
     each(count, [&](int64_t j, auto lanes) {
       const Vec x = load(scores + j, lanes, -INFINITE), modulated = sigma(x);
       largest = max(x, largest);  // loses NaN, as peaks may; exp(NaN) below keeps it
       peaks = max(peaks, modulated);
-      store(p + j, lanes, modulated);
+      store(room + j, AllLanes{}, modulated);
     });
     float peak = max(peaks);
     // 0 only in a row without scores: with scores whose sigma are all -inf or NaN, the row becomes NaN
     if (!(peak > -INFINITE) && max(largest) == -INFINITE) peak = 0;
-    each(count, [&](int64_t j, auto lanes) {
-      const Vec exponential = exp(load(p + j, lanes, -INFINITE) - peak);
+    for (int64_t j = 0; j < count; j += LANES) {
+      const Vec exponential = exp(load(room + j, AllLanes{}, 0) - peak);
       totals += exponential;
-      store(p + j, lanes, exponential);
-    });
+      store(room + j, AllLanes{}, exponential);
+    }
     const float total = sum(totals), factor = total == 0 ? 0 : 1 / total;
-    scale(p, count, factor);
+    scale(room, count, factor, p);
     return {peak, 0, factor};
   }
 
@@ -147,38 +149,41 @@ class MultiMax {
 // exp(x) / sum, times epsilon where a score is below the mean. The choice of what is kept has no gradient.
 class EvSoftmax {
  public:
+  static constexpr bool ROWS_ABREAST = false;
   static constexpr int NUMBERS = 0;
   using Sums = NoSums;
 
   EvSoftmax(const float* epsilon, const float*) : epsilon(*epsilon) {}
 
-  State forward(const float* scores, float* p, int64_t count, float*) const {
-    Vec peaks = all(LOWEST), counts = {};
-    Doubles totals = {};
+  State forward(const float* scores, float* p, int64_t count, float* room) const {
+    Vec peaks = all(LOWEST), counts = {}, weights = {};
+    Doubles sums = {};
     each(count, [&](int64_t j, auto lanes) {
       const Vec x = load(scores + j, lanes, -INFINITE);
       peaks = max(x, peaks);
       Doubles present[2];
       halves(x > -INFINITE ? x : Vec{}, present);
-      totals += present[0] + present[1];
+      sums += present[0] + present[1];
       counts += x > -INFINITE ? all(1.f) : Vec{};
     });
     // the largest is kept even if rounding puts the mean above it; x < mean exactly where x < cut
     const float peak = max(peaks);
-    const double mean = sum(totals) / sum(counts);
+    const double mean = sum(sums) / sum(counts);
     float cut = mean > peak ? peak : float(mean);
     if (cut < mean && cut < peak) cut = std::nextafter(cut, INFINITE);
-    again(scores, {peak, cut, 1}, p, count, nullptr);
-    const float weights = sum_of(p, count), factor = weights == 0 ? 0 : 1 / weights;
-    scale(p, count, factor);
+    each(count, [&](int64_t j, auto lanes) {
+      const Vec weight = weighted(load(scores + j, lanes, -INFINITE), {peak, cut, 1});
+      weights += weight;
+      store(room + j, AllLanes{}, weight);
+    });
+    const float total = sum(weights), factor = total == 0 ? 0 : 1 / total;
+    scale(room, count, factor, p);
     return {peak, cut, factor};
   }
 
   void again(const float* scores, State state, float* p, int64_t count, float*) const {
-    const float below = epsilon * state.factor;
     each(count, [&](int64_t j, auto lanes) {
-      const Vec x = load(scores + j, lanes, -INFINITE);
-      store(p + j, lanes, exp(x - state.peak) * (x < state.cut ? all(below) : all(state.factor)));
+      store(p + j, lanes, weighted(load(scores + j, lanes, -INFINITE), state));
     });
   }
 
@@ -194,6 +199,10 @@ class EvSoftmax {
 
  private:
   const float epsilon;
+
+  Vec weighted(Vec x, State state) const {
+    return exp(x - state.peak) * (x < state.cut ? all(epsilon * state.factor) : all(state.factor));
+  }
 };
 
 }  // namespace multimax

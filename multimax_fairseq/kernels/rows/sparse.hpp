@@ -16,6 +16,8 @@ constexpr float SMALLEST = std::numeric_limits<float>::min();
 constexpr float NOT_A_NUMBER = std::numeric_limits<float>::quiet_NaN();
 constexpr int MOST_STEPS = 50;  // twice what a row of 2^20 scores can need
 constexpr int64_t SHORT_SUM = 1 << 10;  // scores in a partial sum
+constexpr int STARTS = 3;  // steps at alpha = 1.5
+constexpr int64_t FEW_SCORES = 64;  // rows up to this length take less time LANES at once
 
 // The largest score of a row, or the lowest number, if there is none. `wrong`: a score is NaN or +inf.
 inline float largest(const float* scores, int64_t count, bool& wrong) {
@@ -45,6 +47,7 @@ inline int64_t keep(const float* scores, float peak, float limit, int64_t count,
 // do not belong to the support: sums of d and tau are in double precision, so that each d is on its side.
 class Sparsemax {
  public:
+  static constexpr bool ROWS_ABREAST = false;
   static constexpr int NUMBERS = 0;
   using Sums = NoSums;
 
@@ -235,6 +238,24 @@ inline void solve_in_double(const float* d, int64_t count, double c, double t, f
   for (int64_t j = 0; j < count; ++j) p[j] = base(j) == 0 ? 0 : float(std::pow(base(j), 1 / c));
 }
 
+// Swaps the off-diagonal blocks of HALF rows and HALF columns.
+template <int HALF, int... LANE>
+inline void swap_blocks(Vec& a, Vec& b, std::integer_sequence<int, LANE...>) {
+  const Vec first = {(LANE & HALF ? b[LANE & ~HALF] : a[LANE])...};
+  b = Vec{(LANE & HALF ? b[LANE] : a[LANE | HALF])...};
+  a = first;
+}
+
+// Transposes LANES rows of LANES numbers.
+template <int HALF = LANES / 2>
+inline void transpose(Vec* rows) {
+#pragma GCC unroll 16
+  for (int i = 0; i < LANES; ++i) {
+    if (!(i & HALF)) swap_blocks<HALF>(rows[i], rows[i + HALF], std::make_integer_sequence<int, LANES>{});
+  }
+  if constexpr (HALF > 1) transpose<HALF / 2>(rows);
+}
+
 // (exp(x) - 1 - x) / x^2 for x in [0, 1], to 1 unit in the last place: its series.
 inline Vec bent(Vec x) {
   Vec y = x * 2.087675699e-9f + 2.505210839e-8f;
@@ -253,6 +274,7 @@ inline Vec bent(Vec x) {
 template <class Power>
 class Entmax {
  public:
+  static constexpr bool ROWS_ABREAST = true;
   static constexpr int NUMBERS = Power::IS_COSTLY ? 1 : 0;
   struct Sums {
     double c = 0;  // dL/dc
@@ -279,8 +301,56 @@ class Entmax {
     state.cut = root.ratio[0];
     const float total = again(scores, state, p, count, room);
     state.factor = wrong ? NOT_A_NUMBER : total == 0 ? 0 : 1 / total;
-    scale(p, count, state.factor);
+    each(count, [&](int64_t j, auto lanes) { store(p + j, lanes, state.factor * load(p + j, lanes, 0)); });
     return state;
+  }
+
+  // `height` rows, at most LANES, each in a lane of its own. States are not wanted.
+  void forward_abreast(const float* scores, float* p, int64_t width, int height, float* room) const {
+    Vec d[FEW_SCORES], q[FEW_SCORES], peaks = all(LOWEST), totals = {};
+    uint32_t alone = 0;  // rows with NaN or +inf, or with a base near 0
+    for (int64_t start = 0; start < width; start += LANES) {
+      const int lanes = std::min(int64_t(LANES), width - start);
+      for (int i = 0; i < LANES; ++i) {
+        d[start + i] = i < height ? load(scores + i * width + start, lanes, -INFINITE) : all(-INFINITE);
+      }
+      transpose(d + start);
+    }
+    for (int64_t j = 0; j < width; ++j) alone |= lanes_above(d[j], all(-LOWEST)), peaks = max(d[j], peaks);
+    for (int64_t j = 0; j < width; ++j) d[j] -= peaks;
+    Root<Power> root(power);
+    if constexpr (Power::IS_COSTLY) {
+      // Start near the root, by way of alpha = 1.5, whose powers are cheap: the logarithm of the largest probability
+      // falls about linearly with c.
+      Root<HalfPower> start(HalfPower{nullptr});
+      for (int steps = 0; steps < STARTS; ++steps) {
+        start.clear();
+        for (int64_t j = 0; j < width; ++j) start.add(d[j]);
+        start.step();
+      }
+      root.t = exp2(2.f * power.c * (1.4f - 0.8f * power.c) * log2(start.t)), root.ratio = power.c / root.t;
+    }
+    for (int steps = 0; steps < MOST_STEPS; ++steps) {
+      root.clear();
+      for (int64_t j = 0; j < width; ++j) root.add(d[j]);
+      if (!root.step()) break;
+    }
+    for (int64_t j = 0; j < width; ++j) {
+      const Vec base_less_1 = root.ratio * d[j], base = 1.f + base_less_1;
+      totals += q[j] = base > 0.f ? power.power(base, base_less_1) : Vec{};
+      alone |= ~lanes_above(max(base, -base), power.edge);
+    }
+    const Vec factor = totals > 0.f ? 1.f / totals : Vec{};
+    for (int64_t start = 0; start < width; start += LANES) {
+      for (int i = 0; i < LANES; ++i) q[start + i] *= factor;
+      transpose(q + start);
+      for (int i = 0; i < height; ++i) {
+        store(p + i * width + start, int(std::min(int64_t(LANES), width - start)), q[start + i]);
+      }
+    }
+    for (int i = 0; i < height; ++i) {
+      if (alone >> i & 1) forward(scores + i * width, p + i * width, width, room);
+    }
   }
 
   // Returns the sum of p.
@@ -341,14 +411,20 @@ class Entmax {
       });
       return;
     }
-    float *left = room, *grad_left = left + count + LANES, *slope_left = grad_left + count + LANES;
-    int64_t kept = 0;
-    each(count, [&](int64_t j, auto lanes) {
-      const Vec y = load(p + j, lanes, 0);
-      const uint32_t above = lanes_above(y, Vec{});
-      compress(left + kept, y, above), compress(grad_left + kept, load(grad + j, lanes, 0), above);
-      kept += __builtin_popcount(above);
-    });
+    float* slope_left = room;
+    const float *left = p, *grad_left = grad;
+    int64_t kept = count;
+    if (count > FEW_SCORES) {
+      float *p_left = room + count + LANES, *g_left = p_left + count + LANES;
+      kept = 0;
+      each(count, [&](int64_t j, auto lanes) {
+        const Vec y = load(p + j, lanes, 0);
+        const uint32_t above = lanes_above(y, Vec{});
+        compress(p_left + kept, y, above), compress(g_left + kept, load(grad + j, lanes, 0), above);
+        kept += __builtin_popcount(above);
+      });
+      left = p_left, grad_left = g_left;
+    }
     const float c = power.c[0], reciprocal_of_c = 1 / c;
     Vec logs = {}, linear_products = {}, bends = {}, bend_products = {};
     each(kept, [&](int64_t j, auto lanes) {
@@ -361,9 +437,11 @@ class Entmax {
     });
     const float total = sum(slopes), inverse = total == 0 ? 0 : 1 / total, mean = sum(products) * inverse;
     sums.c += (sum(bends) * sum(linear_products) - (1 - c * sum(logs)) * sum(bend_products)) * inverse;
+    float* to = count > FEW_SCORES ? slope_left : grad_scores;
     each(kept, [&](int64_t j, auto lanes) {
-      store(slope_left + j, lanes, load(slope_left + j, lanes, 0) * (load(grad_left + j, lanes, 0) - mean));
+      store(to + j, lanes, load(slope_left + j, lanes, 0) * (load(grad_left + j, lanes, 0) - mean));
     });
+    if (count <= FEW_SCORES) return;
     each(count, [&](int64_t j, auto lanes) {
       const uint32_t above = lanes_above(load(p + j, lanes, 0), Vec{});
       store(grad_scores + j, lanes, expand(slope_left, above)), slope_left += __builtin_popcount(above);
