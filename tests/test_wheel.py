@@ -116,6 +116,8 @@ def test_without_fairseq_the_mappings_work_and_the_rest_says_in_a_line_what_is_m
     refused = run(*python, "-c", "import multimax_fairseq.models", check=False, **without_fairseq)
     last = refused.stderr.splitlines()[-1]
     assert "fairseq is not installed. Linux on x86-64 has it for Python 3.11 and 3.12" in last
+    result = run(*python, "-m", "multimax_fairseq", **without_fairseq)  # for --user-dir
+    assert "fairseq is not installed. Linux on x86-64" in result.stderr and len(result.stdout.splitlines()) == 1
     analyze = "from multimax_fairseq.without_fairseq import analyze; analyze()"  # the command of the wheel
     refused = run(*python, "-c", analyze, "a.pt", "--data", ".", "--out", "report", check=False, **without_fairseq)
     assert refused.returncode == 1 and len(refused.stderr.splitlines()) == 1
