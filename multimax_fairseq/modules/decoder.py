@@ -55,6 +55,7 @@ class MappedDecoder(TransformerDecoderBase):
     """
 
     defers_output_layer = False
+    __jit_unused_properties__ = ["is_sparse"]  # tracing compiles all others
 
     @classmethod
     def adopt(cls, decoder: TransformerDecoderBase, output_mapping: Optional[nn.Module]) -> "MappedDecoder":
