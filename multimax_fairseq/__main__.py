@@ -4,6 +4,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from .without_fairseq import advice, has_fairseq
+
 
 def print_options() -> None:
     """Print the options that the plugin adds to fairseq's commands; those of its criterions come last."""
@@ -27,8 +29,10 @@ def print_options() -> None:
 
 
 if sys.argv[1:] in (["-h"], ["--help"]):
-    print_options()
+    print_options() if has_fairseq() else sys.exit(advice())
 elif sys.argv[1:]:
     sys.exit(f"python -m multimax_fairseq takes --help, or nothing; got {' '.join(sys.argv[1:])}")
 else:
     print(Path(__file__).resolve().parent)
+    if not has_fairseq():  # and no command that takes a --user-dir
+        print(advice(), file=sys.stderr)

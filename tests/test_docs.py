@@ -39,7 +39,20 @@ def test_the_example_of_a_mapping_is_the_one_in_the_examples():
         assert line in example.splitlines(), line
 
 
-def test_the_tree_has_every_file_of_the_package():
-    tree = (ROOT / "docs" / "how-it-is-built.md").read_text()
-    files = {path.name for path in (ROOT / "multimax_fairseq").rglob("*.*") if path.suffix in (".py", ".cpp", ".hpp")}
-    assert {name for name in files - {"__init__.py", "__main__.py"} if name not in tree} == set()
+def test_the_tree_has_every_file_of_the_package_in_its_folder():
+    page = (ROOT / "docs" / "how-it-is-built.md").read_text()
+    (tree,) = re.findall(r"```\n(multimax_fairseq/\n.*?)```", page, flags=re.S)
+    folders, shown = [], set()  # folders: (indentation, path) from the outermost to the one that a line is in
+    for line in tree.splitlines():
+        indentation = len(line) - len(line.lstrip())
+        while folders and folders[-1][0] >= indentation:
+            folders.pop()
+        first = line.split()[0]
+        if first.endswith("/"):
+            folders.append((indentation, (folders[-1][1] if folders else "") + first))
+        shown |= {folders[-1][1] + name for name in re.findall(r"[\w.]+\.(?:py|cpp|hpp)\b", line)}
+    files = [path for path in (ROOT / "multimax_fairseq").rglob("*.*") if path.suffix in (".py", ".cpp", ".hpp")]
+    files = {str(path.relative_to(ROOT)) for path in files if path.name not in ("__init__.py", "__main__.py")}
+    assert sorted(files - shown) == []
+    inside = {name for name in shown if name.startswith("multimax_fairseq/") and not name.endswith("__init__.py")}
+    assert sorted(inside - files) == []

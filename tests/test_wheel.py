@@ -4,13 +4,16 @@ import importlib.metadata
 import os
 import re
 import shutil
+import site
 import subprocess
 import sys
 import tarfile
 import zipfile
+from pathlib import Path
 
 import pytest
 from conftest import PLUGIN, ROOT, TINY, needs_compiler, run
+from test_spawn import assert_two_processes_train_like_one
 
 import multimax_fairseq
 
@@ -83,3 +86,39 @@ def test_it_trains_with_its_own_kernels_and_the_doctor_finds_all_well(corpus, in
                   "--cpu", "--num-workers", 0, **where)  # fmt: skip
     assert "num_updates 2 " in trained.stderr + trained.stdout
     assert os.listdir(where["cwd"]) == ["checkpoints"]
+
+
+def test_two_spawned_processes_train_like_one(corpus, installed, tmp_path):
+    folder, where = installed
+    options = ["--user-dir", folder / "multimax_fairseq"]
+    assert_two_processes_train_like_one(tmp_path, corpus / "data-bin", *options, **where)
+
+
+@pytest.fixture(scope="module")
+def without_fairseq(installed, tmp_path_factory):
+    """An environment with the wheel and all that is installed here but fairseq."""
+    folder = tmp_path_factory.mktemp("without")
+    for path in map(Path, site.getsitepackages()):
+        for entry in path.iterdir():
+            if "fairseq" not in entry.name and not entry.name.endswith(".pth"):
+                (folder / entry.name).symlink_to(entry)
+    variables = {"PYTHONPATH": os.pathsep.join([str(installed[0]), str(folder)])}
+    return {"env": variables | {"MULTIMAX_BACKEND": "auto"}, "cwd": tmp_path_factory.mktemp("nothing")}
+
+
+def test_without_fairseq_the_mappings_work_and_the_rest_says_in_a_line_what_is_missing(without_fairseq):
+    python = [sys.executable, "-S"]  # finds what PYTHONPATH names and no more
+    result = run(*python, "-m", "multimax_fairseq.doctor", **without_fairseq)
+    assert result.stdout.endswith("All is well.\n") and "ok      fairseq is not installed. Linux" in result.stdout
+    imports = "import torch; from multimax_fairseq.attention import mapped_attention"
+    attend = "q = torch.ones(2, 3, 250, 8, requires_grad=True); mapped_attention(q, q, q, 'multimax').sum()"
+    run(*python, "-c", f"{imports}; {attend}.backward()", **without_fairseq)
+    refused = run(*python, "-c", "import multimax_fairseq.models", check=False, **without_fairseq)
+    last = refused.stderr.splitlines()[-1]
+    assert "fairseq is not installed. Linux on x86-64 has it for Python 3.11 and 3.12" in last
+    result = run(*python, "-m", "multimax_fairseq", **without_fairseq)  # for --user-dir
+    assert "fairseq is not installed. Linux on x86-64" in result.stderr and len(result.stdout.splitlines()) == 1
+    analyze = "from multimax_fairseq.without_fairseq import analyze; analyze()"  # the command of the wheel
+    refused = run(*python, "-c", analyze, "a.pt", "--data", ".", "--out", "report", check=False, **without_fairseq)
+    assert refused.returncode == 1 and len(refused.stderr.splitlines()) == 1
+    assert "fairseq is not installed. Linux on x86-64" in refused.stderr

@@ -243,6 +243,8 @@ class Entmax(nn.Module):
             raise ValueError(f"α of entmax is a number in (1, 2] or 'learned'; got {alpha!r}")
         return number
 
+    __jit_unused_properties__ = ["alpha"]  # tracing compiles all others
+
     @property
     def alpha(self) -> Union[float, Tensor]:
         """The number, or the learned (num_heads,) of them, in (1, 2]."""

@@ -3,7 +3,9 @@ the package, ``models`` and ``tasks`` of a ``--user-dir``.
 """
 
 from .. import compat
+from ..without_fairseq import require_fairseq
 
+require_fairseq()
 compat.apply()  # before any use of fairseq
 
 from fairseq.sequence_scorer import SequenceScorer  # noqa: E402

@@ -129,7 +129,7 @@ class MappedMultiheadAttention(MultiheadAttention):
         if self.add_zero_attn:
             keys, values = (torch.cat([tensor, tensor.new_zeros(1, *tensor.shape[1:])]) for tensor in (keys, values))
         bsz = query.size(1)
-        by_head = (tensor.view(len(tensor), bsz, self.num_heads, self.head_dim) for tensor in (queries, keys, values))
+        by_head = (tensor.view(tensor.size(0), bsz, self.num_heads, self.head_dim) for tensor in (queries, keys, values))
         return tuple(tensor.permute(1, 2, 0, 3) for tensor in by_head)
 
     def _mask(

@@ -54,8 +54,8 @@ class MappedDecoder(TransformerDecoderBase):
             :meth:`get_normalized_probs` then applies the output layer to the part of them that it is given.
     """
 
-    output_mapping: Optional[nn.Module]
     defers_output_layer = False
+    __jit_unused_properties__ = ["is_sparse"]  # tracing compiles all others
 
     @classmethod
     def adopt(cls, decoder: TransformerDecoderBase, output_mapping: Optional[nn.Module]) -> "MappedDecoder":
@@ -129,7 +129,13 @@ class MappedDecoder(TransformerDecoderBase):
         )
         return output, {**extra, DEFERRED: True} if deferred else extra
 
-    def get_normalized_probs(self, net_output, log_probs: bool, sample=None) -> Tensor:
+    @torch.jit.unused  # tracing compiles what fairseq exports, and that calls this
+    def get_normalized_probs(
+        self,
+        net_output: Tuple[Tensor, Optional[Dict[str, List[Optional[Tensor]]]]],
+        log_probs: bool,
+        sample: Optional[Dict[str, Tensor]] = None,
+    ) -> Tensor:
         """(Log-)probabilities, (…, len(dictionary)), of what :meth:`forward` returned, or of a part of it.
 
         The logarithms are finite: see :func:`log_probabilities`.
