@@ -129,8 +129,8 @@ class MappedMultiheadAttention(MultiheadAttention):
         if self.add_zero_attn:
             keys, values = (torch.cat([tensor, tensor.new_zeros(1, *tensor.shape[1:])]) for tensor in (keys, values))
         bsz = query.size(1)
-        by_head = (tensor.view(tensor.size(0), bsz, self.num_heads, self.head_dim) for tensor in (queries, keys, values))
-        return tuple(tensor.permute(1, 2, 0, 3) for tensor in by_head)
+        heads = bsz, self.num_heads, self.head_dim
+        return tuple(tensor.view(tensor.size(0), *heads).permute(1, 2, 0, 3) for tensor in (queries, keys, values))
 
     def _mask(
         self, keys: Tensor, key_padding_mask: Optional[Tensor], attn_mask: Optional[Tensor]
