@@ -18,7 +18,7 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     packages=find_packages(include=["multimax_fairseq", "multimax_fairseq.*"]),
-    package_data={"multimax_fairseq": ["*/*.cpp", "*/*.hpp"]},
+    package_data={"multimax_fairseq": ["**/*.cpp", "**/*.hpp"]},
     # fairseq 0.12.2 does not import on Python 3.11 and later; ve-fairseq is its main branch, packaged for them
     # (3.11 and 3.12), and provides the same package and commands.
     python_requires=">=3.10,<3.13",
