@@ -148,6 +148,8 @@ def _check(
     if not query.dtype == key.dtype == value.dtype or not query.is_floating_point():
         kinds = ", ".join(str(tensor.dtype) for tensor in (query, key, value))
         raise ValueError(f"query, key and value have one floating-point dtype; got {kinds}")
+    if any(tensor.device != query.device for tensor in (key, value, query if mask is None else mask)):
+        raise ValueError("query, key, value and attn_mask have to be on one device")
     if not 0 <= dropout_p <= 1:
         raise ValueError(f"dropout_p is a probability; got {dropout_p}")
     try:

@@ -1,8 +1,8 @@
 """Who may compute: the one guard of all kernels.
 
-The formulas are in :mod:`multimax_fairseq.mappings` and :mod:`multimax_fairseq.attention`. Kernels (C++ on a CPU, Triton
-on a GPU, PyTorch's compiler for σ of a vocabulary and for losses) compute the same from plain tensors in a plain context
-(:func:`is_plain`), unless the environment variable ``MULTIMAX_BACKEND`` says otherwise::
+The formulas are in :mod:`multimax_fairseq.mappings` and :mod:`multimax_fairseq.attention`. Kernels (C++ on a CPU,
+Triton on a GPU, PyTorch's compiler for σ of a vocabulary and for losses) compute the same from plain tensors in a
+plain context (:func:`is_plain`), unless the environment variable ``MULTIMAX_BACKEND`` says otherwise::
 
     auto      kernels; where they cannot be compiled the formula, with one warning that says why (the default)
     compiled  kernels; an error where they cannot be compiled
