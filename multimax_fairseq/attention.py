@@ -93,6 +93,8 @@ def mapped_attention(
         ValueError: shapes, dtypes or numbers that do not fit.
     """
     mapping = build_mapping(mapping) if isinstance(mapping, str) else mapping
+    if not isinstance(mapping, nn.Module):
+        raise ValueError(f"mapping is a module over the last dimension of scores, or a name; got {mapping!r}")
     leading = _check(query, key, value, attn_mask, dropout_p)
     dtype = autocast_dtype(query) or query.dtype
     wide = torch.float32 if query.is_cpu and dtype in HALF else dtype  # a CPU is no slower in fp32, and rounds once
