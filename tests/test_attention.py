@@ -471,6 +471,8 @@ def test_autocast_acts_as_on_pytorchs_function():
     ({"attn_mask": torch.zeros(6, 7)}, r"attn_mask has to broadcast to \(2, 5, 7\); got \(6, 7\)"),
     ({"attn_mask": torch.zeros(5, 7, dtype=torch.uint8)}, "true where a key takes part"),
     ({"dropout_p": 1.5}, "dropout_p is a probability"),
+    ({"value": torch.zeros(2, 7, 4, device="meta")}, "on one device"),
+    ({"mapping": torch.softmax}, "mapping is a module over the last dimension of scores, or a name; got"),
     ({"mapping": "soft"}, "there is no mapping 'soft'; choose from"),
 ])  # fmt: skip
 def test_what_does_not_fit_is_said(change, message):

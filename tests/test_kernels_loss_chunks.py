@@ -231,9 +231,8 @@ def test_whoever_takes_part_gets_pytorchs_own_operators(problem):
         assert loss(*[mode.from_tensor(tensor) for tensor in plain]).shape == ()
 
 
-def test_memory(problem):
+def test_memory():
     """No tensor of all logits; a profile, as who looks on gets the readable form, which has one."""
-    ours, whole, _ = problem
     tensors = [torch.randn(2_048, 3, requires_grad=True), torch.randn(11, 3, requires_grad=True)]
 
     def largest(loss):
