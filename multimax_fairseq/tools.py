@@ -128,6 +128,8 @@ def entry(state: Any, path: Path, *keys: Any) -> Any:
     """
     for depth, key in enumerate(keys, start=1):
         try:
+            if not isinstance(state, (dict, list, tuple, argparse.Namespace)):
+                raise TypeError
             state = (vars(state) if isinstance(state, argparse.Namespace) else state)[key]
         except (KeyError, IndexError, TypeError):
             name = ".".join(map(str, keys[:depth]))
