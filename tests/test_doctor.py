@@ -24,7 +24,7 @@ def test_a_mapping_that_is_wrong_in_single_precision(monkeypatch, capsys):
         def forward(self, scores):
             return super().forward(scores) * (1 if scores.dtype == torch.float64 else 1.1)
 
-    monkeypatch.setattr(mappings, "MAPPINGS", {"wrong": Wrong})
+    monkeypatch.setitem(mappings.MAPPINGS, "wrong", Wrong)
     monkeypatch.setattr(doctor, "check_backends", lambda: [])
     monkeypatch.setattr(sys, "argv", ["multimax-doctor"])
     assert doctor.main() == 1

@@ -28,7 +28,7 @@ TOGETHER = ["--distributed-world-size", 2, "--distributed-backend", "gloo", "--d
 def losses_of(folder, program, *options, **where):
     result = run(sys.executable, *program, *TRAINING, "--save-dir", folder, *options, **where)
     log = result.stderr + result.stdout
-    lines = [json.loads(line) for line in re.findall(r"\| train_inner \| (\{.*\})", log)]
+    lines = [json.loads(line) for line in re.findall(r"train_inner\W+(\{.*\})", log)]
     assert [line["num_updates"] for line in lines] == [str(update) for update in range(1, 9)], log
     return [float(line["loss"]) for line in lines], log
 

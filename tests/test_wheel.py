@@ -80,7 +80,7 @@ def test_it_trains_with_its_own_kernels_and_the_doctor_finds_all_well(corpus, in
     result = run(sys.executable, "-m", "multimax_fairseq.doctor", **where)
     assert result.stdout.endswith("All is well.\n") and "fp32 in C++" in result.stdout
     compiled = {path.name for path in (folder.parent / "extensions").rglob("*.so")}
-    assert {re.sub("-.*", "", name) for name in compiled} >= {"multimax", "sparse"}
+    assert {re.sub("-.*", "", name) for name in compiled} >= {"attention", "rows"}
     trained = run("fairseq-train", corpus / "data-bin", "--user-dir", folder / "multimax_fairseq", "--arch",
                   "multimax_transformer", *TINY, "--optimizer", "adam", "--max-tokens", 1000, "--max-update", 2,
                   "--cpu", "--num-workers", 0, **where)  # fmt: skip
@@ -108,8 +108,10 @@ def without_fairseq(installed, tmp_path_factory):
 
 def test_without_fairseq_the_mappings_work_and_the_rest_says_in_a_line_what_is_missing(without_fairseq):
     python = [sys.executable, "-S"]  # finds what PYTHONPATH names and no more
-    result = run(*python, "-m", "multimax_fairseq.doctor", **without_fairseq)
-    assert result.stdout.endswith("All is well.\n") and "ok      fairseq is not installed. Linux" in result.stdout
+    result = run(*python, "-m", "multimax_fairseq.doctor", check=False, **without_fairseq)
+    problems = re.findall("^PROBLEM (.*)", result.stdout, re.M)
+    assert all(re.match("(ve-)?fairseq is missing: pip install", line) for line in problems)  # if it could be had here
+    assert "ok      fairseq is not installed. Linux" in result.stdout
     imports = "import torch; from multimax_fairseq.attention import mapped_attention"
     attend = "q = torch.ones(2, 3, 250, 8, requires_grad=True); mapped_attention(q, q, q, 'multimax').sum()"
     run(*python, "-c", f"{imports}; {attend}.backward()", **without_fairseq)
