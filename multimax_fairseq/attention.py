@@ -93,6 +93,8 @@ def mapped_attention(
         ValueError: shapes, dtypes or numbers that do not fit.
     """
     mapping = build_mapping(mapping) if isinstance(mapping, str) else mapping
+    if not isinstance(mapping, nn.Module):
+        raise ValueError(f"mapping is a module over the last dimension of scores, or a name; got {mapping!r}")
     leading = _check(query, key, value, attn_mask, dropout_p)
     dtype = autocast_dtype(query) or query.dtype
     wide = torch.float32 if query.is_cpu and dtype in HALF else dtype  # a CPU is no slower in fp32, and rounds once
@@ -120,8 +122,8 @@ def _attend(
 ) -> Tensor:
     """:func:`mapped_attention` of (batch, heads, length, dim), scaled: chooses who computes."""
     rows = rows_of(mapping)
-    tensors = (query, key, value) if mask is None else (query, key, value, mask)
-    is_free = wants_compiled(*tensors)
+    numbers, masks = () if rows is None else rows.numbers, () if mask is None else (mask,)
+    is_free = wants_compiled(query, key, value, *numbers, *masks)
     if is_free and rows is not None and not (mask is not None and mask.requires_grad):
         kernels = kernels_for(query, key, value, rows, mask, is_causal, dropout_p)
         if kernels is not None:
@@ -135,22 +137,27 @@ def _check(
     query: Tensor, key: Tensor, value: Tensor, mask: Optional[Tensor], dropout_p: float
 ) -> Tuple[int, ...]:
     """The common leading dimensions; raises ValueError where there are none, or anything else does not fit."""
-    shapes = ", ".join(str(tuple(tensor.shape)) for tensor in (query, key, value))
+
+    def shapes() -> str:
+        return ", ".join(str(tuple(tensor.shape)) for tensor in (query, key, value))
+
     if min(tensor.dim() for tensor in (query, key, value)) < 2:
-        raise ValueError(f"query, key and value are (…, length, head_dim), of two dimensions or more; got {shapes}")
+        raise ValueError(f"query, key and value are (…, length, head_dim), of two dimensions or more; got {shapes()}")
     if query.size(-1) != key.size(-1) or key.size(-2) != value.size(-2):
         raise ValueError(
-            f"queries and keys have one head_dim, keys and values one length; got query, key, value: {shapes}"
+            f"queries and keys have one head_dim, keys and values one length; got query, key, value: {shapes()}"
         )
     if not query.dtype == key.dtype == value.dtype or not query.is_floating_point():
         kinds = ", ".join(str(tensor.dtype) for tensor in (query, key, value))
         raise ValueError(f"query, key and value have one floating-point dtype; got {kinds}")
+    if any(tensor.device != query.device for tensor in (key, value, query if mask is None else mask)):
+        raise ValueError("query, key, value and attn_mask have to be on one device")
     if not 0 <= dropout_p <= 1:
         raise ValueError(f"dropout_p is a probability; got {dropout_p}")
     try:
         leading = torch.broadcast_shapes(*(tensor.shape[:-2] for tensor in (query, key, value)))
     except RuntimeError:
-        raise ValueError(f"query, key and value do not broadcast before the last two dimensions: {shapes}") from None
+        raise ValueError(f"what stands before the last two dimensions does not broadcast: {shapes()}") from None
     if mask is None:
         return leading
     whole = (*leading, query.size(-2), key.size(-2))

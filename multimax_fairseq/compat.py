@@ -1,40 +1,97 @@
 """Lets fairseq run on current torch and numpy, which it was not written for."""
 
 import argparse
+import collections
 import functools
 import importlib
 import inspect
+import logging
 import types
+import warnings
+from typing import Any, Callable, Set, Tuple
 
 import numpy
+import omegaconf
 import torch
 
 # fairseq modules that use what numpy has removed.
 OUTDATED = ("fairseq.data.token_block_dataset", "fairseq.data.language_pair_dataset", "fairseq.data.data_utils")
 
 
+# How the warnings begin that fairseq's calls of hydra and torch cause.
+OUTDATED_CALLS = (
+    r"hydra\.experimental\.(initialize|compose)\(\) is no longer experimental",
+    r"\nThe version_base parameter is not specified",
+    r"In 'config': Usage of deprecated keyword in package header",
+    r"\n'config' is validated against ConfigStore schema",
+    r"\nThe strict flag in the compose API is deprecated",
+    r"`torch\.cuda\.amp\.",
+    r"Support for mismatched key_padding_mask and attn_mask is deprecated",
+)
+
+# What :func:`replace` has replaced in this process: owner and name.
+REPLACED: Set[Tuple[str, str]] = set()
+
+
+def replace(owner: Any, name: str, make: Callable[[Any], Any]) -> None:
+    """Put ``make(old)`` in the place of ``owner.name``, once, whoever else has wrapped it before or since.
+
+    Args:
+        owner: a class or a module.
+        make: gets what is there, and returns what is to be there.
+    """
+    key = (f"{owner.__module__}.{owner.__qualname__}" if isinstance(owner, type) else owner.__name__, name)
+    if key not in REPLACED:
+        REPLACED.add(key)
+        setattr(owner, name, make(getattr(owner, name)))
+
+
 def apply() -> None:
     """Restore what fairseq needs from older torch and numpy; does nothing if nothing is missing.
 
+    - Logging and warnings: :func:`import_quietly`.
     - torch loads fairseq's checkpoints: :func:`trust_plain_records`.
     - Encoder layers attend to padded batches: :func:`avoid_fused_layers`.
     - Only the three fairseq modules in ``OUTDATED`` see numpy through :class:`OldNumpy`.
     """
+    import_quietly()
     trust_plain_records()
     avoid_fused_layers()
     if not hasattr(numpy, "compat") or "interpolation" not in inspect.signature(numpy.percentile).parameters:
         for name in OUTDATED:
-            importlib.import_module(name).np = OldNumpy("numpy")
+            replace(importlib.import_module(name), "np", lambda _: OldNumpy("numpy"))
+
+
+def import_quietly() -> None:
+    """Import fairseq without what one of its models does to logging, and silence warnings that nobody can act on.
+
+    That model sets the root logger to DEBUG unless it has a handler. The warnings are about how fairseq, which has no
+    newer version, calls hydra and torch; each command would print twenty lines of them.
+    """
+    root, handler = logging.getLogger(), logging.NullHandler()
+    root.addHandler(handler)
+    try:
+        importlib.import_module("fairseq.tasks")
+    finally:
+        root.removeHandler(handler)
+    for message in OUTDATED_CALLS:
+        warnings.filterwarnings("ignore", message)
 
 
 def trust_plain_records() -> None:
     """Let torch ≥ 2.6 load fairseq's checkpoints; it loads only types on its list of safe ones.
 
-    Checkpoints hold an ``argparse.Namespace`` and, after ``--eval-bleu``, numpy arrays. These are plain records, so
-    loading stays safe with them on the list.
+    Checkpoints hold an ``argparse.Namespace`` and, after ``--eval-bleu``, numpy arrays; what the first of several
+    processes sends the others of a checkpoint has fairseq's placeholders for tensors, and omegaconf's configuration.
+    These are plain records, so loading stays safe with them on the list.
     """
     if hasattr(torch.serialization, "add_safe_globals"):
-        torch.serialization.add_safe_globals([argparse.Namespace, *_globals_of_arrays()])
+        from fairseq.distributed.utils import _TensorPlaceholder
+
+        containers = [omegaconf.DictConfig, omegaconf.ListConfig, omegaconf.base.ContainerMetadata]
+        values = [omegaconf.AnyNode, omegaconf.base.Metadata, collections.defaultdict, dict, int, list, Any]
+        records = [argparse.Namespace, _TensorPlaceholder, *containers, *values, *_globals_of_arrays()]
+        torch.serialization.add_safe_globals(records)
 
 
 def avoid_fused_layers() -> None:
@@ -45,16 +102,16 @@ def avoid_fused_layers() -> None:
     """
     from fairseq.modules.transformer_layer import TransformerEncoderLayerBase as Layer
 
-    build = Layer.__init__
-    if "can_use_fastpath" not in build.__code__.co_names or hasattr(build, "__wrapped__"):  # or done before
-        return
+    def without_fastpath(build):
+        @functools.wraps(build)
+        def build_unfused(layer, *args, **kwargs):
+            build(layer, *args, **kwargs)
+            layer.can_use_fastpath = False
 
-    @functools.wraps(build)
-    def build_unfused(layer, *args, **kwargs):
-        build(layer, *args, **kwargs)
-        layer.can_use_fastpath = False
+        return build_unfused
 
-    Layer.__init__ = build_unfused
+    if "can_use_fastpath" in inspect.getsource(Layer):
+        replace(Layer, "__init__", without_fastpath)
 
 
 class OldNumpy(types.ModuleType):

@@ -62,13 +62,14 @@ def check_backends() -> List[Finding]:
     """Which code computes here, and why. A missing backend is no fault: another takes its place."""
     import torch
 
-    from .kernels import backend, cpp
+    from .kernels import backend
+    from .kernels.rows import cpu
 
-    findings = [(True, f"backend: {backend.backend()} ({backend.ENVIRONMENT_VARIABLE}, or --multimax-backend)")]
+    findings = [(True, f"backend: {backend.backend()} ({backend.ENVIRONMENT_VARIABLE})")]
     with messages() as said:
-        compiled = cpp.ROWS.functions is not None
+        compiled = cpu.LIBRARY.functions is not None
     capability = torch.backends.cpu.get_cpu_capability()
-    reason = f" ({'; '.join(said)}): PyTorch's compiler takes its place" if not compiled else ""
+    reason = f" ({'; '.join(said)}): plain PyTorch takes its place" if not compiled else ""
     findings.append((True, f"CPU, {capability}: fp32 in {'C++' if compiled else 'no C++'}{reason}"))
     try:
         triton = f"Triton {importlib.import_module('triton').__version__}"
@@ -84,7 +85,7 @@ def check_backends() -> List[Finding]:
 
 
 def check_mappings() -> List[Finding]:
-    """Compare every mapping's probabilities and gradients with plain PyTorch in float64."""
+    """Compare every mapping, over rows and in attention, and its gradients with their formulas in float64."""
     import torch
 
     from .kernels.backend import ENVIRONMENT_VARIABLE
@@ -124,10 +125,13 @@ def check_mappings() -> List[Finding]:
 
 
 def _result(mapping, scores, upstream):
+    from .attention import mapped_attention
+
     scores = scores.detach().requires_grad_()
-    probabilities = mapping(scores)
-    (probabilities * upstream).sum().backward()
-    return probabilities.detach(), scores.grad
+    small = scores.masked_fill(scores.isinf(), 0.0) / 4
+    results = mapping(scores), mapped_attention(small, small, small, mapping)
+    sum((result * upstream).sum() for result in results).backward()
+    return *(result.detach() for result in results), scores.grad
 
 
 @contextmanager

@@ -52,13 +52,11 @@ import multimax_fairseq.models  # noqa: F401  registers the models
 from multimax_fairseq.analysis.files import UserError, import_user_dir
 from multimax_fairseq.attention import mapped_attention
 from multimax_fairseq.kernels.backend import compiled_graphs
-from multimax_fairseq.kernels.chunked_cross_entropy import chunked_cross_entropy
-from multimax_fairseq.kernels.chunked_entmax_loss import chunked_entmax_loss
-from multimax_fairseq.mappings import BUILT_IN, MAPPINGS, MultiMax, build_mapping, modulate
+from multimax_fairseq.kernels.loss import chunked_cross_entropy, chunked_entmax_loss
+from multimax_fairseq.mappings import BUILT_IN, MAPPINGS, SPARSE, MultiMax, build_mapping, modulate
 from multimax_fairseq.mappings.multimax import multimax_formula
 from multimax_fairseq.modules import MappedMultiheadAttention
 from multimax_fairseq.modules.attention import CAUSAL
-from multimax_fairseq.modules.transformer import SPARSE
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 Rows = List[Dict[str, Any]]

@@ -24,7 +24,7 @@ from check_kernels import DEVICE, DTYPES  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from multimax_fairseq.kernels.attention import gpu  # noqa: E402
-from multimax_fairseq.kernels.chunked_cross_entropy import chunked_cross_entropy  # noqa: E402
+from multimax_fairseq.kernels.loss import chunked_cross_entropy  # noqa: E402
 from multimax_fairseq.mappings import modulate, multimax  # noqa: E402
 from multimax_fairseq.mappings.multimax import modulate_formula, multimax_formula  # noqa: E402
 

@@ -42,7 +42,6 @@ from fairseq.modules import MultiheadAttention  # noqa: E402
 import multimax_fairseq.models  # noqa: E402, F401  torch.load then takes checkpoints of fairseq
 from multimax_fairseq import mappings  # noqa: E402
 from multimax_fairseq.analysis import cli as analysis_cli  # noqa: E402
-from multimax_fairseq.kernels.backend import set_backend  # noqa: E402
 from multimax_fairseq.mappings.multimax import INITS, TERMS  # noqa: E402
 from multimax_fairseq.models.options import MAPPING_OPTIONS, SITES  # noqa: E402
 from multimax_fairseq.modules.attention import MappedMultiheadAttention  # noqa: E402
@@ -322,8 +321,6 @@ def strange_flags(rng, _):
         expect(" error: " in output.getvalue(), *options, "end in", output.getvalue()[-200:])
     except ValueError as error:
         expect(str(error) and "\n" not in str(error).strip(), *options, "end in", error)
-    finally:
-        set_backend("auto")
 
 
 FLAG_VALUES = (*mappings.MAPPINGS, *SITES, *SCALES, *INITS, *TERMS, "1", "2", "0.5", "1.5", "inf", "k=3", "eager")

@@ -44,9 +44,9 @@ from torch._inductor.graph import GraphLowering  # noqa: E402
 from torch._inductor.virtualized import V  # noqa: E402
 from torch.fx.experimental.proxy_tensor import make_fx  # noqa: E402
 
-from multimax_fairseq.kernels import chunked_cross_entropy  # noqa: E402
 from multimax_fairseq.kernels.compiler import Kernel, compile_function  # noqa: E402
-from multimax_fairseq.kernels.rows import compiled  # noqa: E402
+from multimax_fairseq.kernels.loss import cross_entropy  # noqa: E402
+from multimax_fairseq.kernels.rows import compiled as rows  # noqa: E402
 
 H100 = types.SimpleNamespace(
     name="H100", major=9, minor=0, multi_processor_count=132, max_threads_per_multi_processor=2_048, warp_size=32,
@@ -125,7 +125,7 @@ def binaries(source, folder):
 
 def examples_of(name, dtype=torch.float16):
     """Arguments of a function of rows, by their names in its signature."""
-    function = getattr(compiled, name, None) or getattr(chunked_cross_entropy, name)
+    function = getattr(rows, name, None) or getattr(cross_entropy, name)
     assert isinstance(function, Kernel)
     matrix, parameters = torch.zeros(3_072, 160, dtype=dtype), torch.zeros(2, 2)
     known = {"thresholds": parameters, "gains": parameters, "smoothing": torch.zeros(1)}

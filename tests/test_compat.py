@@ -1,10 +1,20 @@
 """fairseq on current torch and numpy."""
 
 import argparse
+import ast
+import functools
+import io
+import re
+import sys
+from pathlib import Path
 
 import numpy
 import pytest
 import torch
+from conftest import PLUGIN, ROOT, TINY, run, save_checkpoint
+from fairseq import checkpoint_utils
+from fairseq.distributed.utils import _split_tensors_from_obj
+from omegaconf import OmegaConf
 
 from multimax_fairseq import compat
 
@@ -62,3 +72,80 @@ def test_both_datasets_that_need_numpy_compat_build(corpus, build):
     built.task.load_dataset("valid")  # language_pair_dataset
     lengths = [length for _, length in built.task.dataset("valid").buckets]
     assert 1 < len(lengths) <= 2 * 3 and lengths == sorted(lengths)  # 3 of each language, or the longer of the two
+
+
+REPLACED = """
+import sys, types
+import fairseq.tasks, fairseq.trainer, fairseq.models, fairseq.criterions, fairseq.optim, fairseq.data
+import fairseq.options, fairseq.sequence_generator, fairseq.sequence_scorer, fairseq.checkpoint_utils
+
+def names():
+    found = {}
+    for module_name, module in list(sys.modules.items()):
+        if module_name.split(".")[0] in ("fairseq", "fairseq_cli") and module is not None:
+            for name, value in list(vars(module).items()):
+                found[module_name, name] = value
+                if isinstance(value, type) and value.__module__ == module_name:
+                    found.update(((f"{module_name}.{value.__qualname__}", key), v) for key, v in vars(value).items())
+    return found
+
+before = names()
+import multimax_fairseq.models
+from multimax_fairseq import compat
+after = names()
+changed = {key for key in before if key[1][:2] != "__" or key[1] == "__init__" if after.get(key) is not before[key]}
+print(sorted(key for key in changed if not isinstance(before[key], (dict, set, list))))
+print(sorted(compat.REPLACED))
+"""
+
+
+def test_what_is_replaced_in_fairseq_is_in_the_list():
+    """Every name of every module and class of fairseq that an import changes; at most 5; documented."""
+    changed, listed = run(sys.executable, "-c", REPLACED).stdout.splitlines()[-2:]
+    assert changed == listed
+    names = ast.literal_eval(listed)
+    assert 2 <= len(names) <= 5
+    page = (ROOT / "docs" / "how-it-is-built.md").read_text()
+    for owner, name in names:
+        assert f"`{owner}.{name}`" in page
+
+
+def test_a_name_is_replaced_once_whoever_wraps_it(monkeypatch):
+    monkeypatch.setattr(compat, "REPLACED", set())
+
+    class Owner:
+        @staticmethod
+        def call():
+            return "fairseq"
+
+    def wrapping(text):
+        return lambda old: staticmethod(functools.wraps(old)(lambda: f"{text}({old()})"))
+
+    Owner.call = wrapping("theirs")(Owner.call)
+    compat.replace(Owner, "call", wrapping("ours"))
+    Owner.call = wrapping("others")(Owner.call)
+    compat.replace(Owner, "call", wrapping("ours"))
+    assert Owner.call() == "others(ours(theirs(fairseq)))"
+
+
+def test_a_checkpoint_that_one_process_sends_another(build, tmp_path):
+    """fairseq sends it through torch.load, with its configuration as omegaconf's."""
+    built = build("multimax_transformer_lm")
+    path = save_checkpoint(built, tmp_path / "a.pt")
+    state = checkpoint_utils.load_checkpoint_to_cpu(str(path))
+    assert OmegaConf.is_config(state["cfg"])
+    tensors, file = [], io.BytesIO()
+    torch.save(_split_tensors_from_obj(state, tensors), file)
+    file.seek(0)
+    assert torch.load(file)["cfg"] == state["cfg"] and tensors
+
+
+def test_the_root_logger_stays_as_it_is_and_a_command_starts_without_warnings(corpus):
+    code = "import logging, multimax_fairseq.models; root = logging.getLogger(); print(root.level, root.handlers)"
+    result = run(sys.executable, "-c", code)
+    assert (result.stdout, result.stderr) == ("30 []\n", "")
+    command = [Path(sys.executable).parent / "fairseq-train", corpus / "data-bin", "--user-dir", PLUGIN, "--arch",
+               "multimax_transformer", *TINY, "--optimizer", "adam", "--max-tokens", 500, "--max-update", 1,
+               "--no-save", "--cpu", "--num-workers", 0, "--disable-validation"]  # fmt: skip
+    log = run(*command)
+    assert not re.search("hydra|deprecat", log.stdout.split("begin training")[0] + log.stderr, re.I), log.stderr

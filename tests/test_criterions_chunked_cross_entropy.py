@@ -1,13 +1,11 @@
 """The criterion in fairseq: its numbers are those of the stock criteria, in one process and in two."""
 
-import json
-import re
 import sys
 
 import fairseq
 import pytest
 import torch
-from conftest import PLUGIN, TINY, TINY_LM, parse, run, trained_parameters
+from conftest import TINY, parse, trained_parameters
 from fairseq import tasks
 from fairseq.criterions import CRITERION_REGISTRY
 from fairseq.distributed import LegacyDistributedDataParallel, ModuleProxyWrapper
@@ -15,7 +13,7 @@ from fairseq.logging import metrics
 from torch.nn.parallel import DistributedDataParallel
 
 from multimax_fairseq.criterions.chunked_cross_entropy import check_output_layer
-from multimax_fairseq.kernels.chunked_cross_entropy import chunked_cross_entropy
+from multimax_fairseq.kernels.loss import chunked_cross_entropy
 
 TIED = ["--share-decoder-input-output-embed"]
 
@@ -112,11 +110,6 @@ def test_options_that_cannot_work(options, message, build):
         criterion(build("multimax_transformer"), "--criterion", "chunked_cross_entropy", *options)
 
 
-def test_unused_parameters_may_be_found_by_fairseqs_own_ddp(build):
-    criterion(build("multimax_transformer"), "--criterion", "chunked_cross_entropy", "--find-unused-parameters",
-              "--ddp-backend", "legacy_ddp")  # fmt: skip
-
-
 def test_an_adaptive_softmax_is_refused(build, batch):
     built = build("multimax_transformer_lm", "--adaptive-softmax-cutoff", "20,50")
     with pytest.raises(ValueError, match="--criterion adaptive_loss"):
@@ -136,35 +129,6 @@ def test_a_model_without_a_plain_projection_is_refused(build):
     model.decoder.__class__ = Scaled
     with pytest.raises(ValueError, match="Scaled is not known"):
         check_output_layer(model)
-
-
-TRAINING = [
-    *("--user-dir", PLUGIN, "--optimizer", "adam", "--lr", "5e-3", "--lr-scheduler", "inverse_sqrt", "--cpu"),
-    *("--warmup-updates", "20", "--max-tokens", "500", "--num-workers", "0", "--max-epoch", "1", "--seed", "1"),
-    *("--log-format", "json", "--log-interval", "5", "--no-save", "--output-mapping", "multimax"),
-]
-
-
-def train(data, arch, *options):
-    """The last logged line of training and of validation, as dictionaries."""
-    size = [*TINY_LM, "--task", "language_modeling", "--tokens-per-sample", 64]
-    result = run("fairseq-train", data, "--arch", arch, *size, *TRAINING, *options)
-    lines = re.findall(r"\| (train|valid) \| (\{.*\})", result.stderr + result.stdout)
-    return {kind: json.loads(line) for kind, line in lines}
-
-
-@pytest.mark.slow
-def test_training_logs_the_losses_of_the_stock_criterion(corpus):
-    expected, actual = (
-        train(corpus / "data-bin-lm", "multimax_transformer_lm", "--update-freq", 3, "--label-smoothing", 0.1, *TIED,
-              "--criterion", *criterion)
-        for criterion in (["label_smoothed_cross_entropy"], ["chunked_cross_entropy", "--chunk-tokens", 64])
-    )  # fmt: skip
-    for kind in ("train", "valid"):
-        for name in ("loss", "nll_loss", "ppl"):
-            value = float(expected[kind][f"{kind}_{name}"])
-            assert float(actual[kind][f"{kind}_{name}"]) == pytest.approx(value, rel=2e-3)
-    assert float(actual["train"]["train_gnorm"]) == pytest.approx(float(expected["train"]["train_gnorm"]), rel=0.02)
 
 
 def gradients(data, criterion, ranks, wrap=None):

@@ -1,24 +1,27 @@
 """Kernels by PyTorch's compiler: what happens without one, and how many are made."""
 
 import logging
+import os
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
 import torch._inductor.codecache
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
-from multimax_fairseq.kernels import backend, compiler, rows
-from multimax_fairseq.kernels.backend import set_backend
+from multimax_fairseq.kernels import backend, compiler
 from multimax_fairseq.kernels.compiler import Kernel
-from multimax_fairseq.kernels.rows.compiled import multimax_rows, multimax_rows_backward
-from multimax_fairseq.mappings import MultiMax
+from multimax_fairseq.kernels.rows import compiled as rows
+from multimax_fairseq.kernels.rows.compiled import modulate_rows, modulate_rows_backward
+from multimax_fairseq.mappings import modulate
 
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch):
     monkeypatch.delenv("MULTIMAX_BACKEND", raising=False)
-    monkeypatch.setattr(backend, "_chosen", "auto")
     monkeypatch.setattr(compiler, "_failure", "")
 
 
@@ -49,23 +52,22 @@ def test_without_a_compiler_one_warning_and_plain_pytorch(monkeypatch, caplog):
 
 def test_without_a_compiler_but_told_to_compile(monkeypatch):
     monkeypatch.setattr(compiler, "compile_function", fail)
-    set_backend("compiled")
+    os.environ["MULTIMAX_BACKEND"] = "compiled"  # until the fixture puts it back
     with pytest.raises(RuntimeError, match="no C"):
         Kernel(double)(*ARGUMENTS)
 
 
-def test_a_machine_without_a_compiler():
-    """The real thing: a process whose compiler is not there."""
+@pytest.mark.parametrize("environment", [
+    {"CXX": "/no/such/compiler", "PATH": "", "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"},
+    {"TORCHINDUCTOR_CACHE_DIR": "/dev/null/cache"},
+], ids=["no compiler", "no folder"])  # fmt: skip
+def test_a_machine_that_cannot_compile(environment):
+    """The real thing: a process whose compiler is not there, or whose folder for binaries cannot be made."""
     code = (
-        "import torch; from multimax_fairseq.mappings import MultiMax; "
-        "m = MultiMax(); x = torch.randn(3, 5, requires_grad=True); m(x).pow(2).sum().backward(); print(x.grad.shape)"
+        "import torch; from multimax_fairseq.kernels.loss import chunked_cross_entropy as loss; "
+        "x = torch.randn(3, 5, requires_grad=True); loss(x, x, torch.arange(3)).loss.backward(); print(x.grad.shape)"
     )
-    environment = {
-        "CXX": "/no/such/compiler",
-        "PATH": "",
-        "PYTHONPATH": ":".join(sys.path),
-        "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1",
-    }
+    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": ":".join(sys.path), **environment}
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert "torch.Size([3, 5])" in result.stdout, result.stderr
     assert result.stderr.count("MultiMax runs in plain PyTorch") == 1
@@ -73,26 +75,25 @@ def test_a_machine_without_a_compiler():
 
 def test_eager_never_compiles(monkeypatch):
     monkeypatch.setattr(compiler, "compile_function", fail)
-    set_backend("eager")
+    os.environ["MULTIMAX_BACKEND"] = "eager"  # until the fixture puts it back
     assert torch.equal(Kernel(double)(*ARGUMENTS), 2 * ARGUMENTS[0])
 
 
 @pytest.mark.parametrize("shape", [(1, 5), (5, 1)])
 def test_single_scores_and_rows_stay_eager(shape, monkeypatch):
     monkeypatch.setattr(compiler, "compile_function", fail)
-    set_backend("compiled")
+    os.environ["MULTIMAX_BACKEND"] = "compiled"  # until the fixture puts it back
     scores = torch.randn(shape)
     assert torch.equal(Kernel(double)(scores, *ARGUMENTS[1:]), 2 * scores)
 
 
 def test_one_kernel_for_all_shapes():
     """What an epoch and a generation run see: batches of any size, rows that grow from 1."""
-    set_backend("compiled")
-    module = MultiMax()
+    os.environ["MULTIMAX_BACKEND"] = "compiled"  # until the fixture puts it back
     before = None
     for shape in [(7, 5), (8, 4, 6, 6), (2, 300, 17), (64, 1, 33), (1, 1, 9), (3, 2), (2, 2), (40, 1), (160, 160)]:
         scores = torch.randn(shape, requires_grad=True)
-        module(scores).pow(2).sum().backward()
+        modulate(scores, *ARGUMENTS[1:]).pow(2).sum().backward()
         before = before or len(backend.compiled_graphs)
     assert len(backend.compiled_graphs) == before
 
@@ -101,52 +102,39 @@ def test_one_kernel_for_all_shapes():
 @pytest.mark.parametrize("rows", [2, 3, 64])
 def test_a_kernel_fits_every_shape(rows, width):
     """Nobody looks at a call again: what holds for the shape that was compiled for has to hold for all."""
-    set_backend("compiled")
+    os.environ["MULTIMAX_BACKEND"] = "compiled"  # until the fixture puts it back
     scores, grad = torch.randn(2, rows, width)
     parameters = torch.randn(2, 2, 2).mul_(0.1).unbind()
-    probabilities = multimax_rows.eager(scores, *parameters)
-    torch.testing.assert_close(multimax_rows(scores, *parameters), probabilities)
-    actual = multimax_rows_backward(scores, probabilities, grad, *parameters)
-    expected = multimax_rows_backward.eager(scores, probabilities, grad, *parameters)
-    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(modulate_rows(scores, *parameters), modulate_rows.eager(scores, *parameters))
+    actual = modulate_rows_backward(scores, grad, *parameters)
+    expected = modulate_rows_backward.eager(scores, grad, *parameters)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-4)
 
 
 def test_rows_that_are_not_contiguous():
-    set_backend("compiled")
+    os.environ["MULTIMAX_BACKEND"] = "compiled"  # until the fixture puts it back
     scores, parameters = torch.randn(12, 7).T, ARGUMENTS[1:]
-    torch.testing.assert_close(multimax_rows(scores, *parameters), multimax_rows.eager(scores, *parameters))
-    (result,) = multimax_rows.over_rows([scores], parameters)
-    torch.testing.assert_close(result, multimax_rows.eager(scores, *parameters))
+    torch.testing.assert_close(modulate_rows(scores, *parameters), modulate_rows.eager(scores, *parameters))
 
 
 def test_scores_of_the_shape_of_parameters():
     """What is compiled for is scores of another shape, and these very parameters."""
-    set_backend("compiled")
+    os.environ["MULTIMAX_BACKEND"] = "compiled"  # until the fixture puts it back
     kernel = Kernel(scaled)
     for scores in (torch.ones(2, 2), torch.ones(3, 5)):
         assert torch.equal(kernel(scores, torch.zeros(2, 2), torch.full((2, 2), 3.0)), 12 * scores)
 
 
 def test_the_first_call_is_announced(caplog):
-    set_backend("compiled")
+    os.environ["MULTIMAX_BACKEND"] = "compiled"  # until the fixture puts it back
     with caplog.at_level(logging.INFO):
         Kernel(double)(*ARGUMENTS)
         assert "compiling double" in caplog.text and "compiled double in" in caplog.text
 
 
-def test_rows_in_blocks_where_eager_and_whole_where_compiled(monkeypatch):
-    monkeypatch.setattr(compiler, "EAGER_BLOCK", 12)
-    scores = torch.arange(60.0).view(2, 5, 6)
-    for name, heights in (("eager", [2, 2, 2, 2, 2]), ("compiled", [10])):
-        set_backend(name)
-        blocks = Kernel(double).over_rows([scores], ARGUMENTS[1:])
-        assert [len(block) for block in blocks] == heights
-        torch.testing.assert_close(torch.cat(blocks), 2 * scores.view(10, 6))
-
-
 @pytest.mark.parametrize("width", [160, 5_000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", ["multimax_rows", "multimax_rows_backward"])
+@pytest.mark.parametrize("name", ["modulate_rows", "modulate_rows_backward"])
 def test_what_the_compiler_takes_for_granted_holds_for_every_shape(name, dtype, width, monkeypatch):
     """Its guards, that is. Nobody checks them at a call: they may only say what the choice of a kernel settles."""
     kernel, traced = getattr(rows, name), []
@@ -161,10 +149,10 @@ def test_what_the_compiler_takes_for_granted_holds_for_every_shape(name, dtype, 
 
     monkeypatch.setattr(torch._inductor, "compile", compile_traced)
     monkeypatch.setattr(torch._inductor.codecache.PyCodeCache, "write", stop)
-    count = {"multimax_rows": 1, "multimax_rows_backward": 3}[name]
+    count = {"modulate_rows": 1, "modulate_rows_backward": 2}[name]
     arguments = [torch.zeros(50, width, dtype=dtype)] * count + [torch.zeros(2, 2)] * 2
     with pytest.raises(Exception, match="all the code is there"), torch._inductor.config.patch(fx_graph_cache=False):
-        compiler.compile_function(kernel.eager, compiler._examples(arguments, 2))
+        compiler.compile_function(kernel.eager, compiler._examples(arguments))
     ((_, inputs),) = traced
     environment, symbols = inputs[0].fake_mode.shape_env, [size.node.expr for size in inputs[0].shape]
     for height in (2, 10**6):
@@ -180,7 +168,7 @@ def test_a_kernel_for_each_number_of_threads(monkeypatch):
         return function
 
     monkeypatch.setattr(compiler, "compile_function", compile_function)
-    set_backend("compiled")
+    os.environ["MULTIMAX_BACKEND"] = "compiled"  # until the fixture puts it back
     compiled_for, kernel, before = [], Kernel(double), torch.get_num_threads()
     try:
         for threads in (1, 2, 1):
@@ -197,3 +185,23 @@ def test_threads_of_an_earlier_process_are_not_taken_over(monkeypatch):
     monkeypatch.setattr(torch._inductor, "compile", lambda graph, inputs, options: given.append(options))
     compiler.compile_function(double, ARGUMENTS)
     assert given[0]["cpp.threads"] == torch.get_num_threads()
+
+
+def run_in_two_threads(kernel, results):
+    threads = [threading.Thread(target=lambda: results.append(kernel(*ARGUMENTS))) for _ in range(2)]
+    [thread.start() for thread in threads], [thread.join() for thread in threads]
+
+
+@pytest.mark.parametrize("first_call", [
+    run_in_two_threads,
+    lambda kernel, results: results.append(make_fx(kernel, tracing_mode="symbolic")(*ARGUMENTS)(*ARGUMENTS)),
+    lambda kernel, results: results.append(torch.func.vmap(lambda _: kernel(*ARGUMENTS))(torch.ones(1))[0]),
+], ids=["threads", "make_fx", "vmap"])  # fmt: skip
+def test_a_first_call_in_any_context_leaves_kernels_that_compile(first_call):
+    kernel, results, before = Kernel(double), [], len(backend.compiled_graphs)
+    first_call(kernel, results)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert kernel(*map(mode.from_tensor, ARGUMENTS)).shape == ARGUMENTS[0].shape
+    results.append(kernel(*ARGUMENTS))
+    assert all(torch.equal(result, 2 * ARGUMENTS[0]) for result in results) and not compiler._failure
+    assert len(backend.compiled_graphs) == before + 1

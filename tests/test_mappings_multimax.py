@@ -204,27 +204,55 @@ def test_normal_initialisation_has_the_paper_s_spread():
     assert correlations.abs().max() < 5 / 500**0.5
 
 
-def test_drawing_leaves_the_global_generator_alone():
-    torch.manual_seed(0)
-    state = torch.get_rng_state()
-    MultiMax()
-    MultiMax().reset_parameters()
-    assert torch.equal(torch.get_rng_state(), state)
-
-
-def test_modules_made_in_a_row_have_numbers_of_their_own():
+def test_the_same_seed_gives_the_same_numbers():
     def three():
         torch.manual_seed(1)
-        modules = [MultiMax() for _ in range(3)]
-        torch.rand(1)
-        modules.append(MultiMax())
-        return torch.stack([torch.cat([m.thresholds, m.gains]).detach().flatten() for m in modules])
+        return torch.stack([torch.cat(MultiMax().coefficients()).detach().flatten() for _ in range(3)])
 
     numbers = three()
-    assert len(numbers.flatten().unique()) == numbers.numel()
-    assert torch.equal(three(), numbers)
-    torch.manual_seed(2)
-    assert not torch.equal(torch.cat([MultiMax().thresholds, MultiMax().gains]).flatten(), numbers[0])
+    assert len(numbers.unique()) == numbers.numel() and torch.equal(three(), numbers)
+
+
+@pytest.mark.parametrize("terms", ["below,above", "above"])
+@pytest.mark.parametrize("init", ["normal", "identity", "shaped"])
+def test_a_module_made_without_memory_starts_like_another(init, terms):
+    """As FSDP makes modules: without memory, then with any, then reset_parameters."""
+    torch.manual_seed(1)
+    expected = MultiMax(init=init, terms=terms)
+    with torch.device("meta"):
+        module = MultiMax(init=init, terms=terms)
+    module.to_empty(device="cpu")
+    with torch.no_grad():
+        for tensor in [*module.parameters(), *module.buffers()]:
+            tensor.fill_(7.0)
+    torch.manual_seed(1)
+    module.reset_parameters()
+    scores = random_scores(3, 4)
+    assert torch.equal(module(scores), expected(scores))
+    for one, other in zip(module.parameters(), expected.parameters()):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("terms", ["below,above", "below"])
+def test_a_scaled_module_is_the_same_mapping_with_other_parameters(terms):
+    """They are a tenth of the numbers, and get the numbers' gradients; a state dict has the numbers."""
+    plain = MultiMax(terms=terms)
+    scaled = MultiMax(init="identity", terms=terms, lr_scale=10)
+    scaled.load_state_dict(plain.state_dict())
+    for name, number in plain.state_dict().items():
+        torch.testing.assert_close(scaled.state_dict()[name], number)
+        torch.testing.assert_close(scaled.get_parameter(name), number / 10)
+    scores = random_scores(5, 9)
+    for module in (plain, scaled):
+        (module(scores) ** 2).sum().backward()
+    torch.testing.assert_close(scaled(scores), plain(scores))
+    for number, parameter in zip(plain.parameters(), scaled.parameters()):
+        torch.testing.assert_close(parameter.grad, number.grad)
+    scaled.gradient_scale = 0.25
+    scaled.zero_grad()
+    (scaled(scores) ** 2).sum().backward()
+    for number, parameter in zip(plain.parameters(), scaled.parameters()):
+        torch.testing.assert_close(parameter.grad, 0.25 * number.grad)
 
 
 @pytest.mark.parametrize("order", [1, 2])
@@ -256,6 +284,9 @@ def test_shaped_has_one_side_where_one_is_learned():
         ({"terms": ("left",)}, ["below", "above", "left"]),
         ({"terms": ("below", "middle")}, ["below", "above", "middle"]),
         ({"terms": ()}, ["below", "above"]),
+        ({"terms": ""}, ["below", "above"]),
+        ({"lr_scale": 0}, ["above 0", "0"]),
+        ({"lr_scale": float("inf")}, ["finite", "inf"]),
     ],
 )
 def test_wrong_options_are_told_the_choices(options, choices):

@@ -1,9 +1,7 @@
 """Checkpoints of the stock architecture, and modulators in the log."""
 
-import io
 import logging
 
-import fairseq.optim
 import pytest
 import torch
 from fairseq.logging import metrics
@@ -137,44 +135,33 @@ def test_layers_to_keep_of_a_stock_checkpoint(build, batch):
         assert layer.self_attn.mapping.gains.eq(0).all()
 
 
-@pytest.mark.parametrize("flag, value", [("--modulator-weight-decay", 0), ("--modulator-clip-norm", 1),
-                                         ("--modulator-lr-scale", 10)])  # fmt: skip
 @pytest.mark.parametrize("arch", ["multimax_transformer", "multimax_transformer_lm"])
-def test_training_modulators_apart_where_there_are_none_is_an_error(arch, flag, value, build):
-    with pytest.raises(ValueError, match=f"^{flag}: this model has no modulators.*--attention-mapping multimax"):
-        build(arch, "--attention-mapping", "softmax", flag, value)
-    build(arch, "--attention-mapping", "softmax", "--output-mapping", "multimax", flag, value)
+def test_a_learning_rate_of_modulators_that_are_not_there_is_an_error(arch, build):
+    with pytest.raises(ValueError, match="^--modulator-lr-scale 10.0: this model has no modulators.*multimax"):
+        build(arch, "--attention-mapping", "softmax", "--modulator-lr-scale", 10)
+    build(arch, "--attention-mapping", "softmax", "--output-mapping", "multimax", "--modulator-lr-scale", 10)
 
 
-@pytest.mark.parametrize("before, after, message", [
-    (["softmax"], ["sparsemax"], "--attention-mapping: .*trained with softmax, .*has sparsemax in decoder; go on"),
-    (["entmax15"], ["entmax15", "--output-mapping", "multimax"], "--output-mapping: .*trained with softmax"),
-    (["multimax"], ["multimax", "--attention-mapping-sites", "decoder", "--multimax-init", "shaped"], None),
+def test_the_log_has_the_numbers_that_sigma_uses(build):
+    models = [build("multimax_transformer_lm", "--modulator-lr-scale", scale).model.train() for scale in (1, 10)]
+    logs = []
+    for model in models:
+        with metrics.aggregate(new_root=True) as log:
+            model.set_num_updates(1)
+        logs.append(log.get_smoothed_values())
+    assert logs[0] == pytest.approx(logs[1], abs=1.1e-4) and logs[0]["decoder_b"] > 0
+
+
+@pytest.mark.parametrize("mapping, is_refused", [
+    ("sparsemax", True), ("entmax15", True), ("entmax", True), ("evsoftmax", False), ("multimax", False),
 ])  # fmt: skip
-def test_going_on_with_another_mapping_is_an_error_and_starting_anew_is_not(before, after, message, build):
-    """fairseq loads the state of the optimizer in the first case only."""
-
-    def make(*mapping):
-        built = build("multimax_transformer_lm", "--optimizer", "adam", "--lr", 0.1, "--attention-mapping", *mapping)
-        parameters = list(built.model.train().parameters())
-        return built.model, fairseq.optim.build_optimizer(built.cfg.optimizer, parameters)
-
-    source, optimizer = make(*before)
-    file = io.BytesIO()
-    torch.save([source.state_dict(), optimizer.state_dict()], file)
-    file.seek(0)
-    weights, state = torch.load(file)
-    model, optimizer = make(*after)
-    model.load_state_dict(weights, strict=True)
-    if message is None:
-        return optimizer.load_state_dict(state)
-    with pytest.raises(ValueError, match=message):
-        optimizer.load_state_dict(state)
-    other, optimizer = make(*before)  # has nothing to do with that model
-    optimizer.load_state_dict(state)
-
-
-def test_a_stock_checkpoint_goes_on_with_any_mapping(build):
-    model = build("multimax_transformer_lm", "--attention-mapping", "sparsemax").model.train()
-    model.load_state_dict(build("transformer_lm").model.state_dict(), strict=True)
-    model.check_resumed()
+def test_guided_alignment_needs_probabilities_above_0(mapping, is_refused, build, batch):
+    built = build("multimax_transformer", "--attention-mapping", mapping)
+    sample = batch(built)
+    built.model.get_targets(sample, None)
+    sample["alignments"] = torch.tensor([[0, 0]])
+    if is_refused:
+        with pytest.raises(ValueError, match=f"{mapping} makes most of them 0: leave cross out of"):
+            built.model.get_targets(sample, None)
+        built = build("multimax_transformer", "--attention-mapping", mapping, "--attention-mapping-sites", "decoder")
+    assert built.model.get_targets(sample, None) is sample["target"]

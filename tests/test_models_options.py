@@ -3,26 +3,39 @@
 from argparse import Namespace
 
 import pytest
+import torch
 from hydra._internal.utils import run_and_report
 from omegaconf import OmegaConf
 
-from multimax_fairseq.kernels import backend
-from multimax_fairseq.mappings import MAPPINGS
+from multimax_fairseq.mappings import MAPPINGS, parse_options
 from multimax_fairseq.models import MappingChoice, MappingOptions
 from multimax_fairseq.models.multimax_transformer import MultimaxTransformerModel
 from multimax_fairseq.models.multimax_transformer_lm import MultimaxTransformerLanguageModel
-from multimax_fairseq.models.options import MAPPING_OPTIONS, SITES, SOFTMAX, with_defaults
+from multimax_fairseq.models.options import (
+    MAPPING_OPTIONS,
+    SITES,
+    available_sites,
+    describe,
+    with_defaults,
+)
+
+LM = {"encoder_layers": None}
 
 
-def choose(available_sites=SITES, **options):
-    return MappingChoice.from_options(Namespace(**options), available_sites)
+def choose(**options):
+    return MappingChoice.from_options(Namespace(**{"encoder_layers": 6, **options}))
+
+
+def in_words(**options):
+    return describe(Namespace(**{"encoder_layers": 6, "attention_mapping": "multimax", **options}))
 
 
 def test_the_defaults_are_those_of_the_documentation():
     choice = choose()
-    assert choice.attention == ("multimax", {"order": 2, "init": "normal", "terms": ("below", "above")})
+    arguments = {"order": 2, "init": "normal", "terms": "below,above", "lr_scale": 1.0}
+    assert choice.attention == ("multimax", arguments)
     assert choice.sites == ("encoder", "decoder", "cross")
-    assert choice.output == SOFTMAX
+    assert choice.output == ("softmax", {})
     assert {name: value for name, value in vars(MappingOptions()).items() if name != "_name"} == {
         "attention_mapping": "multimax",
         "attention_mapping_sites": "encoder,decoder,cross",
@@ -33,34 +46,20 @@ def test_the_defaults_are_those_of_the_documentation():
         "multimax_terms": "below,above",
         "multimax_init": "normal",
         "entmax_alpha": "1.5",
-        "multimax_backend": "auto",
         "modulator_lr_scale": 1.0,
-        "modulator_weight_decay": None,
-        "modulator_clip_norm": None,
         "log_modulators": "site",
     }
 
 
-def test_the_backend_is_set_for_the_process(monkeypatch):
-    monkeypatch.setattr(backend, "_chosen", "auto")
-    monkeypatch.delenv("MULTIMAX_BACKEND", raising=False)
-    choose(multimax_backend="compiled")
-    assert backend.backend() == "compiled"
-    with pytest.raises(ValueError, match="--multimax-backend: there is no backend 'quick'"):
-        choose(multimax_backend="quick")
-    monkeypatch.setenv("MULTIMAX_BACKEND", "swift")
-    with pytest.raises(ValueError, match="MULTIMAX_BACKEND: there is no backend 'swift'"):
-        choose()
-
-
 @pytest.mark.parametrize("name", MAPPINGS)
 def test_every_mapping_can_be_chosen(name):
-    assert choose(attention_mapping=name).attention_at("cross")[0] == name
+    choice = choose(attention_mapping=name)
+    assert choice.attention[0] == name and choice.is_stock_at("cross") == (name == "softmax")
 
 
 def test_other_sites_have_softmax():
     choice = choose(attention_mapping="sparsemax", attention_mapping_sites="encoder, cross")
-    assert [choice.attention_at(site)[0] for site in SITES] == ["sparsemax", "softmax", "sparsemax"]
+    assert [choice.is_stock_at(site) for site in SITES] == [False, True, False]
 
 
 @pytest.mark.parametrize("options, message", [
@@ -74,7 +73,10 @@ def test_other_sites_have_softmax():
     ({"output_mapping": "softmin"}, "--output-mapping.*'softmin'.*softmax, multimax"),
     ({"output_mapping": "multimax", "adaptive_softmax_cutoff": "10,20"}, "adaptive-softmax-cutoff"),
     ({"multimax_order": 3}, "orders 1, 2; got 3"),
-    ({"multimax_terms": "beside"}, "--multimax-terms.*'beside'.*below, above"),
+    ({"multimax_terms": "beside"}, "the terms below, above, or one of them; got .'beside'"),
+    ({"modulator_lr_scale": 0.0}, "learning rate is scaled by a finite number above 0; got 0.0"),
+    ({"modulator_lr_scale": "ten"}, "learning rate is scaled by a finite number above 0; got 'ten'"),
+    ({"modulator_lr_scale": float("nan")}, "learning rate is scaled by a finite number above 0; got nan"),
     ({"multimax_init": "zeros"}, "normal or identity or shaped"),
     ({"attention_mapping": "entmax", "entmax_alpha": "1"}, r"\(1, 2\] or 'learned'"),
     ({"attention_mapping": "entmax", "entmax_alpha": "2.5"}, r"\(1, 2\] or 'learned'"),
@@ -91,20 +93,21 @@ def test_a_wrong_choice_says_what_to_choose(options, message):
 
 def test_sites_that_the_model_does_not_have():
     with pytest.raises(ValueError, match="choose from: decoder"):
-        choose(available_sites=("decoder",), attention_mapping_sites="encoder")
-    choose(available_sites=("decoder",), attention_mapping_sites="encoder", attention_mapping="softmax")
+        choose(**LM, attention_mapping_sites="encoder")
+    choose(**LM, attention_mapping_sites="encoder", attention_mapping="softmax")
+    assert available_sites(Namespace(encoder_layers=1, no_cross_attention=True)) == ("encoder", "decoder")
 
 
-def test_softmax_goes_with_everything_of_fairseqs():
+def test_checking_draws_nothing():
+    state = torch.get_rng_state()
+    choose(output_mapping="multimax", multimax_init="normal")
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_what_goes_together():
     choose(attention_mapping="softmax", encoder_xformers_att_config="{}", adaptive_softmax_cutoff="10,20")
-
-
-def test_xformers_where_softmax_stays():
     choose(attention_mapping_sites="decoder", encoder_xformers_att_config="{}")
-
-
-def test_sites_of_a_config_file_may_be_a_list():
-    assert choose(attention_mapping_sites=["encoder", "cross"]).sites == ("encoder", "cross")
+    assert choose(attention_mapping_sites=["encoder", "cross"]).sites == ("encoder", "cross")  # of a config file
 
 
 def test_an_architecture_sets_what_the_command_line_leaves_open():
@@ -152,31 +155,70 @@ def test_hydra_shows_a_wrong_choice_without_a_trace(model, capsys):
 
 def test_a_config_that_is_known_and_one_from_a_checkpoint():
     known = {option.name for option in MAPPING_OPTIONS}
-    cfg = OmegaConf.create({"layers": 3, "modulator_weight_decay": None})
+    cfg = OmegaConf.create({"layers": 3, "multimax_backend": "auto"})
     with_defaults(lays_seven, lambda: known)(cfg)
     assert cfg.layers == 3
     cfg.from_an_earlier_version = 1
     with_defaults(lays_seven, lambda: known)(cfg)
 
 
-def test_a_choice_in_words():
-    assert choose(attention_mapping="softmax").describe() == choose(
-        attention_mapping="softmax", attention_mapping_sites="decoder", multimax_init="identity"
-    ).describe()
-    words = choose(attention_mapping="entmax", attention_mapping_sites="cross,decoder").describe()
-    assert words == {
-        "--attention-mapping": "entmax alpha=1.5 in cross, decoder",
-        "--attention-scale": "none",
-        "--output-mapping": "softmax",
-    }
-    scaled = choose(attention_mapping="softmax", attention_scale="learned").describe()
+def test_mappings_in_words():
+    stock = {"--attention-mapping": "softmax", "--attention-scale": "none", "--output-mapping": "softmax"}
+    assert describe(Namespace(encoder_layers=6)) == stock  # fairseq's own model
+    for same in [{}, {"attention_mapping_sites": "decoder"}, {"multimax_init": "shaped"}, {"modulator_lr_scale": 2}]:
+        assert in_words(attention_mapping="softmax", **same) == stock
+    assert in_words(attention_mapping="entmax", attention_mapping_sites="cross,decoder") == {
+        **stock, "--attention-mapping": "entmax alpha=1.5 in cross, decoder",
+    }  # fmt: skip
+    scaled = in_words(attention_mapping="softmax", attention_scale="learned")
     assert scaled["--attention-scale"] == "learned" and scaled["--attention-mapping"].startswith("softmax in cross")
+    assert in_words(output_mapping="multimax")["--output-mapping"] == "multimax order=2 terms=above,below"
     for one, other in [
         ({"entmax_alpha": "1.50"}, {"entmax_alpha": 1.5}),
         ({"attention_mapping": "multimax", "multimax_terms": "above,below"}, {"attention_mapping": "multimax"}),
         ({"attention_mapping_sites": "cross,encoder,cross"}, {"attention_mapping_sites": ["encoder", "cross"]}),
     ]:
-        same = [choose(**{"attention_mapping": "entmax", **options}).describe() for options in (one, other)]
+        same = [in_words(**{"attention_mapping": "entmax", **options}) for options in (one, other)]
         assert same[0] == same[1]
-    of_lm = [choose(("decoder",), attention_mapping_sites=s).describe() for s in ("decoder", "encoder,decoder,cross")]
+    of_lm = [in_words(**LM, attention_mapping_sites=sites) for sites in ("decoder", "encoder,decoder,cross")]
     assert of_lm[0] == of_lm[1]
+
+
+# ---------------------------------------------------------------- options of a mapping of one's own
+
+
+class Sharp(torch.nn.Module):
+    def __init__(
+        self, temperature: float = 0.5, rounds: int = 1, cold: bool = False, kind: str = "x", num_heads=None
+    ):
+        super().__init__()
+
+
+@pytest.fixture
+def registry(monkeypatch):
+    monkeypatch.setitem(MAPPINGS, "sharp", Sharp)
+
+
+def test_options_have_the_types_of_the_constructor(registry):
+    options = parse_options("sharp", "temperature=0.25, rounds=3,cold=true,kind=y")
+    assert options == {"temperature": 0.25, "rounds": 3, "cold": True, "kind": "y"}
+    assert choose(attention_mapping="sharp", mapping_options="rounds=3").attention == ("sharp", {"rounds": 3})
+    words = in_words(attention_mapping="sharp", mapping_options="rounds=3")["--attention-mapping"]
+    assert words == "sharp rounds=3 in cross, decoder, encoder"
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("heat=1", "sharp has no 'heat'; it takes: temperature, rounds, cold, kind"),
+    ("num_heads=4", "sharp has no 'num_heads'"),
+    ("rounds=1.5", "rounds of sharp is of type int; got '1.5'"),
+    ("cold=yes", "cold of sharp is of type bool; got 'yes'"),
+    ("temperature", "temperature of sharp is of type float; got ''"),
+])  # fmt: skip
+def test_options_that_a_registered_mapping_cannot_take(text, message, registry):
+    with pytest.raises(ValueError, match=message):
+        parse_options("sharp", text)
+
+
+def test_mappings_of_the_package_have_flags_of_their_own():
+    with pytest.raises(ValueError, match="multimax has options of its own"):
+        parse_options("multimax", "order=1")

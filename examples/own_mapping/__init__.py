@@ -1,4 +1,4 @@
-"""Two mappings of our own, for ``fairseq-train --user-dir examples/own_mapping``."""
+"""Three mappings of our own, for ``fairseq-train --user-dir examples/own_mapping``."""
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,18 @@ class TopKSoftmax(nn.Module):
     def forward(self, scores: Tensor) -> Tensor:
         kept = scores.topk(min(self.k, scores.size(-1)), dim=-1)
         return torch.zeros_like(scores).scatter(-1, kept.indices, softmax(kept.values))
+
+
+@register_mapping("temperatures")
+class Temperatures(nn.Module):
+    """Softmax with a learned temperature for each head."""
+
+    def __init__(self, num_heads: int = 1):
+        super().__init__()
+        self.log_temperature = nn.Parameter(torch.zeros(num_heads, 1, 1))
+
+    def forward(self, scores: Tensor) -> Tensor:
+        return torch.softmax(scores * (-self.log_temperature).exp(), dim=-1)
 
 
 @register_mapping("softmax_plus_one")

@@ -17,8 +17,7 @@ class ModulatorParameters(NamedTuple):
 
 def parameters_of(mapping: MultiMax) -> ModulatorParameters:
     """The numbers of a modulator as σ uses them."""
-    numbers = (mapping.thresholds, mapping.effective_gains)
-    return ModulatorParameters(*(tensor.detach().double().cpu() for tensor in numbers))
+    return ModulatorParameters(*(tensor.detach().double().cpu() for tensor in mapping.coefficients()))
 
 
 def slope(scores: Tensor, thresholds: Tensor, gains: Tensor) -> Tensor:

@@ -8,13 +8,13 @@ from fairseq.criterions.label_smoothed_cross_entropy import LabelSmoothedCrossEn
 from fairseq.dataclass import FairseqDataclass
 from fairseq.dataclass.constants import DDP_BACKEND_CHOICES
 from fairseq.models.transformer import TransformerDecoderBase
+from fairseq.modules.quantization.scalar.modules import IntLinear
 from omegaconf import II
 from torch import Tensor, nn
 
-from ..kernels.chunked_cross_entropy import chunked_cross_entropy
-from ..kernels.chunked_loss import check_options
+from ..kernels.loss import check_options, chunked_cross_entropy
 from ..modules import MappedDecoder
-from ..modules.transformer import refuse_cross_entropy
+from ..modules.decoder import refuse_cross_entropy
 
 # Output layers known to be only a projection, followed in ours by an output mapping.
 OUTPUT_LAYERS = (TransformerDecoderBase.output_layer, MappedDecoder.output_layer)
@@ -41,7 +41,7 @@ class ChunkedCrossEntropyCriterion(LabelSmoothedCrossEntropyCriterion):
     """fairseq's ``label_smoothed_cross_entropy`` (``cross_entropy`` if smoothing is 0), in a fraction of its memory.
 
     The model computes features. Projection, output mapping and loss are then computed for one chunk of tokens at a
-    time, without padding (see :func:`..kernels.chunked_cross_entropy.chunked_cross_entropy`). The log shows the same
+    time, without padding (see :func:`..kernels.loss.cross_entropy.chunked_cross_entropy`). The log shows the same
     numbers.
 
     Args:
@@ -111,8 +111,7 @@ class ChunkedCrossEntropyCriterion(LabelSmoothedCrossEntropyCriterion):
             projection.weight,
             targets,
             projection.bias,
-            None if mapping is None else mapping.thresholds,
-            None if mapping is None else mapping.effective_gains,
+            *((None, None) if mapping is None else mapping.coefficients()),
             label_smoothing=self.eps,
             chunk_tokens=self.chunk_tokens,
             reduce=reduce,
@@ -133,11 +132,16 @@ def check_output_layer(model: nn.Module, criterion: str = "chunked_cross_entropy
             f"--criterion {criterion}: an adaptive softmax has no logits of all words; use --criterion "
             "adaptive_loss, or drop --adaptive-softmax-cutoff"
         )
+    others = "" if criterion == "entmax_loss" else ": use --criterion cross_entropy or label_smoothed_cross_entropy"
+    if isinstance(getattr(decoder, "output_projection", None), IntLinear):
+        raise ValueError(
+            f"--criterion {criterion} computes the output layer itself, without the noise of --quant-noise-scalar, "
+            f"which is in there, too: drop --quant-noise-scalar{others.replace(': use', ', or use')}"
+        )
     if not isinstance(getattr(decoder, "output_projection", None), nn.Linear) or (
         getattr(type(decoder), "output_layer", None) not in OUTPUT_LAYERS
     ):
         raise ValueError(
             f"--criterion {criterion} needs a Transformer whose output layer is a linear projection of its "
-            f"decoder's features; that of {type(decoder).__name__} is not known to be one: use --criterion "
-            "cross_entropy or label_smoothed_cross_entropy"
+            f"decoder's features; that of {type(decoder).__name__} is not known to be one{others}"
         )

@@ -1,16 +1,13 @@
 """The loss of sparse output mappings, for this package's Transformers."""
 
-import functools
 from typing import Union
 
-import fairseq.criterions
-from fairseq.criterions import FairseqCriterion, register_criterion
+from fairseq.criterions import register_criterion
 from fairseq.logging import metrics
 from torch import Tensor, nn
 
-from ..kernels.chunked_entmax_loss import EntmaxLosses, chunked_entmax_loss
-from ..models.options import option_errors
-from ..modules.transformer import SPARSE, refuse_cross_entropy
+from ..kernels.loss import EntmaxLosses, chunked_entmax_loss
+from ..mappings import SPARSE
 from .chunked_cross_entropy import (
     ChunkedCrossEntropyCriterion,
     ChunkedCrossEntropyCriterionConfig,
@@ -22,7 +19,7 @@ from .chunked_cross_entropy import (
 class EntmaxLossCriterion(ChunkedCrossEntropyCriterion):
     """The Fenchel-Young loss of the model's ``--output-mapping``, sparsemax, entmax15 or entmax, in bounded memory.
 
-    See :func:`..kernels.chunked_entmax_loss.chunked_entmax_loss`. Training and validation log, per token: ``loss``,
+    See :func:`..kernels.loss.entmax.chunked_entmax_loss`. Training and validation log, per token: ``loss``,
     in its own unit (neither bits nor nats); ``plain_loss``, the same without label smoothing; ``impossible``, the
     percentage of tokens with probability 0; ``support``, the number of types above 0.
 
@@ -47,7 +44,10 @@ class EntmaxLossCriterion(ChunkedCrossEntropyCriterion):
     def check(self, model: nn.Module) -> None:
         check_output_layer(model, "entmax_loss")
         if not getattr(model.decoder, "is_sparse", False):
-            refuse_entmax_loss()
+            raise ValueError(
+                f"--criterion entmax_loss trains --output-mapping {', '.join(SPARSE)}, and this model has another "
+                "one: use --criterion chunked_cross_entropy, label_smoothed_cross_entropy or cross_entropy"
+            )
 
     @classmethod
     def reduce_metrics(cls, logging_outputs) -> None:
@@ -61,35 +61,3 @@ class EntmaxLossCriterion(ChunkedCrossEntropyCriterion):
         metrics.log_scalar("plain_loss", total("plain_loss") / tokens, tokens, round=3)
         metrics.log_scalar("impossible", 100 * total("impossible") / tokens, tokens, round=2)
         metrics.log_scalar("support", total("support") / tokens, tokens, round=1)
-
-
-def refuse_entmax_loss() -> None:
-    """Raise the error for a model that :class:`EntmaxLossCriterion` does not fit."""
-    raise ValueError(
-        f"--criterion entmax_loss trains --output-mapping {', '.join(SPARSE)}, and this model has another one: use "
-        "--criterion chunked_cross_entropy, label_smoothed_cross_entropy or cross_entropy"
-    )
-
-
-def install() -> None:
-    """Make a criterion refuse a task whose model it does not fit; does nothing the second time.
-
-    fairseq's own criterions see no model before the data are loaded; this checks earlier, when they are built.
-    """
-    build = fairseq.criterions.build_criterion
-    if hasattr(build, "refuses_models"):  # not __wrapped__: another plugin's wrapper has that too
-        return
-
-    @functools.wraps(build)
-    @option_errors()
-    def build_criterion(cfg, task, *args, **kwargs) -> FairseqCriterion:
-        criterion = build(cfg, task, *args, **kwargs)
-        output = getattr(task, "output_mapping", None)  # None: the model is not built yet, or not ours
-        if output in SPARSE and not isinstance(criterion, EntmaxLossCriterion):
-            refuse_cross_entropy(output)
-        if output not in (None, *SPARSE) and isinstance(criterion, EntmaxLossCriterion):
-            refuse_entmax_loss()
-        return criterion
-
-    build_criterion.refuses_models = True
-    fairseq.criterions.build_criterion = build_criterion

@@ -1,9 +1,5 @@
-"""Fast versions of the formulas in :mod:`multimax_fairseq.mappings`; :mod:`.backend` chooses what computes.
+"""The formulas of :mod:`multimax_fairseq.mappings` and :mod:`multimax_fairseq.attention`, fast.
 
-- PyTorch's compiler (:mod:`.compiler`): functions of rows (:mod:`.rows`) and losses in chunks of tokens
-  (:mod:`.chunked_loss`): :mod:`.chunked_cross_entropy` and :mod:`.chunked_entmax_loss`.
-- C++, for fp32 on a CPU (:mod:`.cpp`, :mod:`.cpp_attention`, :mod:`.sparse`).
-- Triton, for attention on a GPU (:mod:`.triton_attention`); elsewhere plain PyTorch (:mod:`.blockwise_attention`).
-
-The other packages call :mod:`.fused`, :mod:`.sparse` and :mod:`.attention`: functions that autograd differentiates.
+A folder for each operation: :mod:`.rows`, :mod:`.attention`, and :mod:`.loss`. :mod:`.backend` says whether
+anything but the formula may compute. Who only wants to know what is computed never opens this folder.
 """

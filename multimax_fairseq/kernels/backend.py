@@ -1,19 +1,18 @@
-"""The one place that chooses the backend.
+"""Who may compute: the one guard of all kernels.
 
-PyTorch's compiler makes one function for all shapes of each of the :mod:`.rows`: C++ on a CPU and Triton on a GPU.
-For fp32 on a CPU some are also written in C++ (:mod:`.cpp`); the compiler's serve where that cannot be compiled.
-Both are on by default where there is a compiler. The environment variable ``MULTIMAX_BACKEND`` comes first, then
-:func:`set_backend` (``--multimax-backend``), then ``auto``::
+The formulas are in :mod:`multimax_fairseq.mappings` and :mod:`multimax_fairseq.attention`. Kernels (C++ on a CPU,
+Triton on a GPU, PyTorch's compiler for σ of a vocabulary and for losses) compute the same from plain tensors in a
+plain context (:func:`is_plain`), unless the environment variable ``MULTIMAX_BACKEND`` says otherwise::
 
-    auto      compiled; eager, with one warning that says why, where compiling fails
-    compiled  compiled; an error where that fails
-    eager     plain PyTorch
+    auto      kernels; where they cannot be compiled the formula, with one warning that says why (the default)
+    compiled  kernels; an error where they cannot be compiled
+    eager     the formulas, differentiated by autograd
 """
 
 import logging
 import os
 from contextlib import nullcontext
-from typing import Callable, ContextManager, List, Optional, Sequence, Tuple
+from typing import Any, Callable, ContextManager, List, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -28,26 +27,13 @@ COMPILED_DEVICES = ("cpu", "cuda")
 # What PyTorch's dispatcher sees in a plain tensor and a plain context. All else stands for somebody who takes part:
 # batches of torch.func.vmap, tracers, subclasses, numbers that are zero or negative without being written so.
 PLAIN_TYPES = (Tensor, torch.nn.Parameter)
-PLAIN_KEYS = 0
+PLAIN_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.Undefined)
 for _key in "BackendSelect ADInplaceOrView AutogradCPU AutogradCUDA AutocastCPU AutocastCUDA CPU CUDA".split():
-    PLAIN_KEYS |= torch._C.DispatchKeySet(torch._C._parse_dispatch_key(_key)).raw_repr()
+    PLAIN_KEYS = PLAIN_KEYS | torch._C.DispatchKeySet(torch._C._parse_dispatch_key(_key))
 
 _is_compiling = getattr(torch.compiler, "is_compiling", None) or torch._utils.is_compiling  # before torch 2.3
 
 compiled_graphs: List[Tuple[str, float]] = []  # in this process: name of the kernel or file, seconds
-
-_chosen = "auto"
-
-
-def set_backend(name: str) -> None:
-    """Choose the backend of this process; the environment variable overrides it.
-
-    Raises:
-        ValueError: ``name``, or the environment variable, is not in ``BACKENDS``.
-    """
-    global _chosen
-    _chosen = _checked(name, "--multimax-backend")
-    backend()
 
 
 def backend() -> str:
@@ -56,7 +42,10 @@ def backend() -> str:
     Raises:
         ValueError: the environment variable is not in ``BACKENDS``.
     """
-    return _checked(os.environ.get(ENVIRONMENT_VARIABLE) or _chosen, ENVIRONMENT_VARIABLE)
+    name = os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
+    if name not in BACKENDS:
+        raise ValueError(f"{ENVIRONMENT_VARIABLE}: there is no backend {name!r}; choose from: {', '.join(BACKENDS)}")
+    return name
 
 
 def wants_compiled(*tensors: Tensor) -> bool:
@@ -68,16 +57,27 @@ def is_plain(*tensors: Tensor) -> bool:
     """Whether these are nothing but numbers in memory, and nobody is watching what is computed of them.
 
     Only then may a kernel take their addresses. Tracing, ``torch.compile``, ``torch.func``, forward-mode
-    differentiation, fake and other special tensors get the formula, in PyTorch's own operators. It takes some 3 µs.
+    differentiation, fake and other special tensors get the formula, in PyTorch's own operators. It takes some 5 µs.
     """
     if _is_compiling() or forward_ad._current_level >= 0:
         return False
-    keys = torch._C._dispatch_tls_local_include_set().raw_repr()  # of modes: tracers, transforms, dispatch modes
+    keys = torch._C._dispatch_tls_local_include_set()  # of modes: tracers, transforms, dispatch modes
     for tensor in tensors:
         if type(tensor) not in PLAIN_TYPES:
             return False
-        keys |= torch._C._dispatch_keys(tensor).raw_repr()
-    return not keys & ~PLAIN_KEYS
+        keys = keys | torch._C._dispatch_keys(tensor)
+    return (keys - PLAIN_KEYS).highestPriorityTypeId() == torch._C.DispatchKey.Undefined
+
+
+def keep(ctx: Any, *tensors: Optional[Tensor]) -> None:
+    """Save tensors for the backward, where :func:`kept` gives them back."""
+    ctx.save_for_backward(*tensors)
+    ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in tensors]
+
+
+def kept(ctx: Any) -> List[Optional[Tensor]]:
+    """What :func:`keep` was given, in its dtypes, whatever saved-tensor hooks have made of it; to be read once."""
+    return [tensor if tensor is None else tensor.to(dtype) for tensor, dtype in zip(ctx.saved_tensors, ctx.dtypes)]
 
 
 def gradients_of(
@@ -112,23 +112,7 @@ def no_autocast(tensor: Tensor) -> ContextManager:
     return nullcontext() if autocast_dtype(tensor) is None else torch.autocast(tensor.device.type, enabled=False)
 
 
-def is_traced() -> bool:
-    """Whether a whole model is being traced or compiled: the trace is to have the formula, not these kernels."""
-    return torch.jit.is_tracing() or _is_compiling()
-
-
-def is_transformed() -> bool:
-    """Whether ``torch.func`` or forward-mode differentiation is active: both need the formula."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-
-
 def note_compiled(name: str, seconds: float) -> None:
     """Record that something has been compiled."""
     compiled_graphs.append((name, seconds))
     logger.info("compiled %s in %.1f s", name, seconds)
-
-
-def _checked(name: str, where: str) -> str:
-    if name not in BACKENDS:
-        raise ValueError(f"{where}: there is no backend {name!r}; choose from: {', '.join(BACKENDS)}")
-    return name

@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import threading
 import time
 from typing import Any, Callable, Dict, List, Sequence, Tuple
 
@@ -28,34 +29,31 @@ INDUCTOR_OPTIONS = {
 # vocabulary, have a kernel of their own, as Inductor sums them in another way.
 EXAMPLE_ROWS, EXAMPLE_WIDTH = 3_072, 160
 WIDE, WIDE_EXAMPLE = 4_096, 4_128
+PARAMETERS = 2  # last arguments, which keep their shape
 MOST_SCORES = 2**31 - 1  # up to here a GPU's kernel counts in 32 bits
 
-# Scores in a block of an eager kernel on a CPU: 512 KiB in fp32. Some three tensors of that size are in use at a
-# time, and fit into a cache of 2 MiB.
-EAGER_BLOCK = 2**17
-
 _failure = ""  # why compiling is not tried again
+_lock = threading.RLock()  # PyTorch traces in one thread at a time
 
 
 class Kernel:
     """A function of rows of scores, (rows, width), that is compiled when it is first called.
 
-    Its first argument has that shape; others have it too, or (rows, 1), or a fixed one. The last ``parameters``
-    arguments, thresholds and gains, have no rows. What it writes to must be contiguous.
+    Its first argument has that shape; others have it too, or (rows, 1), or a fixed one. The last two, thresholds
+    and gains, say, have no rows. What it writes to must be contiguous.
 
     Its graph is traced and compiled here, not by ``torch.compile``, which checks at every call whether its kernel
     still fits. Those checks take twice the time of the rest of a call, and more than softmax of short rows. Here each
     combination of dtypes, devices, order and number of threads has a kernel, which fits every shape.
     """
 
-    def __init__(self, function: Callable[..., Any], parameters: int = 2):
+    def __init__(self, function: Callable[..., Any]):
         functools.update_wrapper(self, function)
         self.eager = function
-        self.parameters = parameters
         self._compiled: Dict[Tuple, Callable[..., Any]] = {}
 
-    def compiles(self, scores: Tensor) -> bool:
-        """Whether a call with these ``scores`` runs compiled.
+    def compiles(self, scores: Tensor, *others: Tensor) -> bool:
+        """Whether a call with these arguments runs compiled.
 
         Rows of one score, and single rows, stay eager: there is little to compute, and the compiler would make
         another kernel for them.
@@ -63,33 +61,23 @@ class Kernel:
         return (
             min(scores.shape) > 1
             and scores.numel() <= MOST_SCORES
-            and wants_compiled(scores)
+            and wants_compiled(scores, *others)
             and not (_failure and backend() == "auto")
         )
 
     def __call__(self, *arguments: Tensor) -> Any:
-        if self.compiles(arguments[0]):
+        if self.compiles(*arguments):
             return self._run_compiled(arguments)
         return self.eager(*arguments)
 
-    def over_rows(self, rows: Sequence[Tensor], parameters: Sequence[Tensor]) -> List[Any]:
-        """Results for tensors of one shape, (…, width): one for all rows, or one for each block where eager."""
-        width = rows[0].shape[-1]
-        flat = [tensor.reshape(-1, width) for tensor in rows]
-        if self.compiles(flat[0]):
-            return [self._run_compiled((*flat, *parameters))]
-        if flat[0].device.type != "cpu":
-            return [self.eager(*flat, *parameters)]
-        blocks = zip(*(tensor.split(max(EAGER_BLOCK // width, 1)) for tensor in flat))
-        return [self.eager(*block, *parameters) for block in blocks]
-
     def _run_compiled(self, arguments: Sequence[Tensor]) -> Any:
         kinds = [(tensor.dtype, tensor.device) for tensor in arguments]
-        shapes = tuple(tensor.shape for tensor in arguments[len(arguments) - self.parameters :])
+        shapes = tuple(tensor.shape for tensor in arguments[-PARAMETERS:])
         variant = (*kinds, *shapes, arguments[0].size(1) > WIDE, torch.get_num_threads())
         compiled = self._compiled.get(variant)
         if compiled is None:
-            compiled = self._compiled[variant] = self._compile(arguments)
+            with _lock:
+                compiled = self._compiled[variant] = self._compiled.get(variant) or self._compile(arguments)
         return compiled(*(tensor.contiguous() for tensor in arguments))
 
     def _compile(self, arguments: Sequence[Tensor]) -> Callable[..., Any]:
@@ -97,28 +85,21 @@ class Kernel:
         logger.info("compiling %s; PyTorch keeps it for the next run", self.__name__)
         start = time.perf_counter()
         try:
-            compiled = compile_function(self.eager, _examples(arguments, self.parameters))
+            compiled = compile_function(self.eager, _examples(arguments))
         except Exception as error:
             if backend() == "compiled":
                 raise
             _failure = str(error).strip().partition("\n")[0] or type(error).__name__
             logger.warning(
                 "MultiMax runs in plain PyTorch, which is slower, as compiling it failed: %s "
-                "(--multimax-backend eager, or %s=eager, says so from the start)", _failure, ENVIRONMENT_VARIABLE
+                "(%s=eager says so from the start)", _failure, ENVIRONMENT_VARIABLE
             )
             return self.eager
         note_compiled(self.__name__, time.perf_counter() - start)
         return compiled
 
 
-def kernel(function: Callable[..., Any]) -> Kernel:
-    """Decorator: see :class:`Kernel`."""
-    return Kernel(function)
-
-
-def row_kernel(function: Callable[..., Any]) -> Kernel:
-    """Decorator: a :class:`Kernel` of rows alone, without thresholds and gains."""
-    return Kernel(function, parameters=0)
+kernel = Kernel  # as a decorator
 
 
 def compile_function(function: Callable[..., Any], examples: Sequence[Tensor]) -> Callable[..., Any]:
@@ -138,12 +119,11 @@ def compile_function(function: Callable[..., Any], examples: Sequence[Tensor]) -
         return torch._inductor.compile(graph, inputs, options=options)
 
 
-def _examples(arguments: Sequence[Tensor], parameters: int) -> List[Tensor]:
+def _examples(arguments: Sequence[Tensor]) -> List[Tensor]:
     """Zeros in place of the arguments, in the shapes to compile for."""
     shape = arguments[0].shape
     example_width = EXAMPLE_WIDTH if shape[1] <= WIDE else WIDE_EXAMPLE
     examples = {shape: (EXAMPLE_ROWS, example_width), (shape[0], 1): (EXAMPLE_ROWS, 1)}
-    count = len(arguments) - parameters
-    return [tensor.new_zeros(examples.get(tensor.shape, tensor.shape)) for tensor in arguments[:count]] + [
-        torch.zeros_like(tensor) for tensor in arguments[count:]
+    return [tensor.new_zeros(examples.get(tensor.shape, tensor.shape)) for tensor in arguments[:-PARAMETERS]] + [
+        torch.zeros_like(tensor) for tensor in arguments[-PARAMETERS:]
     ]

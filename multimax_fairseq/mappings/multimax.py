@@ -10,8 +10,8 @@ Source: Zhou, Fritz, Keuper, *MultiMax: Sparse and Multi-Modal Attention Learnin
 235:61897-61912). In the paper's temperatures t, g_b,n = 1 − t_b,n and g_d,n = t_d,n − 1: g = 0 is softmax.
 """
 
-import hashlib
-from typing import Optional, Sequence
+import math
+from typing import Any, Dict, Sequence, Tuple, Union
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from ..kernels.rows import Rows
 from ..kernels.rows.mapped import map_rows
 from ..kernels.rows.modulated import modulated
 from .masking import compute_dtype, is_absent, masked_softmax
+from .option import Option
 
 TERMS = ("below", "above")  # the columns of thresholds and gains: (b_n, d_n) and (g_b,n, g_d,n)
 ORDERS = (1, 2)
@@ -106,40 +107,13 @@ def _check_shapes(thresholds: Tensor, gains: Tensor) -> None:
         )
 
 
-class _Draws:
-    """Random numbers that depend on torch's random state, and leave it unchanged.
-
-    If torch's state has changed since the last draw, it seeds the generator anew; if not, as between modules made in
-    a row, the generator goes on. So under one ``torch.manual_seed`` the same modules made in the same order get the
-    same numbers, and no two of them share any.
-    """
-
-    def __init__(self):
-        self.state: Optional[Tensor] = None
-        self.generator = torch.Generator()
-
-    def generator_now(self) -> torch.Generator:
-        state = torch.get_rng_state()
-        if self.state is None or not torch.equal(state, self.state):
-            digest = hashlib.blake2b(state.numpy().tobytes(), digest_size=8).digest()
-            self.generator.manual_seed(int.from_bytes(digest, "little"))
-            self.state = state
-        return self.generator
-
-
-_draws = _Draws()
-
-
 class MultiMax(nn.Module):
     """:func:`multimax` over the last dimension, with its own thresholds and gains.
 
     Args:
         order: N of σ, 1 or 2.
         init: ``"normal"`` draws thresholds and gains from a normal of std 0.02 truncated at ±2, as the paper's
-            authors do. Drawing leaves torch's global random state unchanged, so that models with other mappings
-            start from the same projections under the same seed. The draws depend on that state; modules made in a
-            row differ. (Repeating ``torch.manual_seed(s)`` after one module, with nothing else drawn, goes unnoticed:
-            the next module is the second in the row.)
+            authors do.
             ``"identity"`` sets them to 0: exact softmax at step 0, and still trainable (the gradient of a gain does
             not vanish with the gain).
             ``"shaped"`` starts all modules in the shape that the paper shows: thresholds of 0 below and 2 above,
@@ -150,55 +124,99 @@ class MultiMax(nn.Module):
             other second orders give the same within 1 %, so the numbers are round.
         terms: which sides are learned, of ``("below", "above")``. The other side is switched off: its gains and
             thresholds are 0 and get no gradient.
+        lr_scale: the learning rate of thresholds and gains, times that of other parameters, with every optimizer: the
+            trained tensors are the numbers divided by it. A state dict holds the numbers themselves.
 
     Attributes:
-        thresholds: parameter (N, 2), rows (b_n, d_n).
-        gains: parameter (N, 2), rows (g_b,n, g_d,n).
+        thresholds: parameter (N, 2), rows (b_n, d_n), divided by ``lr_scale``.
+        gains: parameter (N, 2), rows (g_b,n, g_d,n), likewise; :meth:`coefficients` has both as σ uses them.
+        gradient_scale: factor of the gradient that the parameters get, 1 unless set.
 
     Raises:
-        ValueError: an order, initialisation or term that does not exist.
+        ValueError: an order, initialisation, term or scale that does not exist.
     """
 
-    def __init__(self, order: int = 2, init: str = "normal", terms: Sequence[str] = TERMS):
+    options = (
+        Option("multimax_order", "order", "order N of MultiMax's modulator: 1 or 2"),
+        Option("multimax_terms", "terms", "comma-separated sides of the modulator that are learned: below, above"),
+        Option("multimax_init", "init", "start of the modulator: normal (std 0.02, as in the paper), identity "
+               "(softmax at step 0), or shaped (steeper below, flatter above)", may_change=True),
+        Option("modulator_lr_scale", "lr_scale", "learning rate of the modulators, times that of the other "
+               "parameters", may_change=True),
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        order: int = 2,
+        init: str = "normal",
+        terms: Union[str, Sequence[str]] = ",".join(TERMS),
+        lr_scale: float = 1.0,
+    ):
         super().__init__()
+        terms = [term.strip() for term in (terms.split(",") if isinstance(terms, str) else terms)]
         if order not in ORDERS:
             raise ValueError(f"MultiMax has the orders {', '.join(map(str, ORDERS))}; got {order!r}")
         if init not in INITS:
             raise ValueError(f"MultiMax can start as {' or '.join(INITS)}; got {init!r}")
         if not terms or set(terms) - set(TERMS):
-            raise ValueError(f"MultiMax learns the terms {', '.join(TERMS)}, or one of them; got {list(terms)}")
+            raise ValueError(f"MultiMax learns the terms {', '.join(TERMS)}, or one of them; got {terms}")
+        if not (isinstance(lr_scale, (int, float)) and 0 < lr_scale < math.inf):
+            raise ValueError(f"the modulators' learning rate is scaled by a finite number above 0; got {lr_scale!r}")
         self.order = order
         self.init = init
         self.terms = tuple(term for term in TERMS if term in terms)
-        learned = torch.tensor([float(term in terms) for term in TERMS])
-        self.register_buffer("learned", learned, persistent=False)  # (2,)
+        self.lr_scale = lr_scale
+        self.gradient_scale = 1.0
         self.thresholds = nn.Parameter(torch.zeros(order, 2))
         self.gains = nn.Parameter(torch.zeros(order, 2))
         self.reset_parameters()
 
+    @torch.no_grad()
     def reset_parameters(self) -> None:
-        starts = {"identity": [torch.zeros(2, 2)] * 2, "shaped": map(torch.tensor, (SHAPED_THRESHOLDS, SHAPED_GAINS))}
-        with torch.no_grad():
-            for parameter, start in zip((self.thresholds, self.gains), starts.get(self.init, [None] * 2)):
-                if start is None:
-                    start = torch.empty(self.order, 2, device="cpu")
-                    nn.init.trunc_normal_(start, std=0.02, a=-2.0, b=2.0, generator=_draws.generator_now())
-                parameter.copy_(start[: self.order].to(parameter.device) * self.learned.to(parameter.device))
+        for parameter, shape in ((self.thresholds, SHAPED_THRESHOLDS), (self.gains, SHAPED_GAINS)):
+            if self.init == "normal":
+                nn.init.trunc_normal_(parameter, std=0.02, a=-2.0, b=2.0)
+            else:
+                parameter.copy_(torch.tensor(shape)[: self.order] if self.init == "shaped" else torch.zeros(1))
+            parameter.div_(self.lr_scale)
+            for side, term in enumerate(TERMS):
+                if term not in self.terms:
+                    parameter[:, side] = 0
 
     def extra_repr(self) -> str:
-        return f"order={self.order}, init={self.init!r}, terms={self.terms}"
+        return f"order={self.order}, init={self.init!r}, terms={self.terms}, lr_scale={self.lr_scale}"
 
     def rows(self) -> Rows:
-        return Rows("multimax", (self.thresholds, self.effective_gains), multimax_formula)
+        return Rows("multimax", self.coefficients(), multimax_formula)
 
     def forward(self, scores: Tensor) -> Tensor:
-        return multimax(scores, self.thresholds, self.effective_gains)
+        return multimax(scores, *self.coefficients())
 
     def modulate(self, scores: Tensor) -> Tensor:
         """:func:`modulate` with this module's parameters; softmax of it is :meth:`forward`."""
-        return modulate(scores, self.thresholds, self.effective_gains)
+        return modulate(scores, *self.coefficients())
 
-    @property
-    def effective_gains(self) -> Tensor:
-        """(N, 2): the gains, 0 on a side that is not learned, so that its threshold gets no gradient either."""
-        return self.gains if self.terms == TERMS else self.gains * self.learned
+    def coefficients(self) -> Tuple[Tensor, Tensor]:
+        """Thresholds and gains, both (N, 2), as σ uses them: a side that is not learned has gains of 0.
+
+        A parameter q stands for the number p = ``lr_scale`` · q, and gets ``gradient_scale`` times the gradient of p.
+        """
+        thresholds, gains = map(self._number, (self.thresholds, self.gains))
+        if self.terms != TERMS:  # with a gain of 0 the threshold gets no gradient either
+            side = TERMS.index(self.terms[0])
+            gains = nn.functional.pad(gains[:, side : side + 1], (side, 1 - side))
+        return thresholds, gains
+
+    def _number(self, parameter: Tensor) -> Tensor:
+        if self.lr_scale == self.gradient_scale == 1:
+            return parameter
+        return (self.lr_scale * parameter).detach() + self.gradient_scale * (parameter - parameter.detach())
+
+    def _save_to_state_dict(self, destination: Dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name, _ in self.named_parameters(prefix[:-1]) if self.lr_scale != 1 else ():
+            destination[name] = destination[name] * self.lr_scale
+
+    def _load_from_state_dict(self, state_dict: Dict[str, Tensor], prefix: str, *args: Any) -> None:
+        own = {name: tensor / self.lr_scale for name, tensor in state_dict.items() if name.startswith(prefix)}
+        super()._load_from_state_dict(own, prefix, *args)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..kernels.rows import Rows
 from ..kernels.rows.mapped import map_rows
 from .masking import compute_dtype, is_absent
+from .option import Option
 
 LEARNED_ALPHA_MIN = 1.01
 
@@ -174,10 +175,11 @@ def _project(scores: Tensor, projection: Callable[[Tensor], Tensor]) -> Tensor:
     peak = x.detach().amax(-1, keepdim=True)
     # Subtracting the peak changes no projection, but saves digits where scores are large. A row of nothing but −inf,
     # or with NaN or +inf, gets scores of 0, and its result is replaced.
-    absent = is_absent(x)
+    absent, is_number = is_absent(x), peak < math.inf
     d = (x - peak).masked_fill(~peak.isfinite() | absent, 0.0).masked_fill(absent & peak.isfinite(), -1e30)
-    probabilities = projection(d)
-    return probabilities.masked_fill(absent, 0.0).masked_fill(~(peak < math.inf), math.nan).to(scores.dtype)
+    probabilities = projection(d).masked_fill(absent, 0.0)
+    no_number = x.masked_fill(is_number, 0.0) * math.nan  # nor has it a gradient
+    return torch.where(is_number, probabilities, no_number).to(scores.dtype)
 
 
 class Sparsemax(nn.Module):
@@ -218,6 +220,11 @@ class Entmax(nn.Module):
     Raises:
         ValueError: α is neither ``"learned"`` nor a number in (1, 2].
     """
+
+    options = (
+        Option("entmax_alpha", "alpha", "α of entmax: a number in (1, 2], or learned (one a head, one for the "
+               "vocabulary)"),
+    )  # fmt: skip
 
     def __init__(self, alpha: Union[float, str] = 1.5, num_heads: Optional[int] = None):
         super().__init__()

@@ -6,15 +6,19 @@ from .. import compat
 
 compat.apply()  # before any use of fairseq
 
+from fairseq.sequence_scorer import SequenceScorer  # noqa: E402
+from fairseq.trainer import Trainer  # noqa: E402
+
 from .. import criterions  # noqa: E402, F401
-from . import backend_option, modulator_training, sparse_decoding  # noqa: E402
+from .checkpoints import checks_mappings  # noqa: E402
 from .multimax_transformer import MultimaxTransformerModel  # noqa: E402
 from .multimax_transformer_lm import MultimaxTransformerLanguageModel  # noqa: E402
 from .options import MappingChoice, MappingOptions  # noqa: E402
+from .sparse_search import smooths_zeros  # noqa: E402
 
-backend_option.install()
-modulator_training.install()
-sparse_decoding.install()
+# With those of compat.apply, all that is replaced in fairseq: docs/how-it-is-built.md says why.
+compat.replace(Trainer, "load_checkpoint", checks_mappings)
+compat.replace(SequenceScorer, "generate", smooths_zeros)
 
 __all__ = [
     "MappingChoice",

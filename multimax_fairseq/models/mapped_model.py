@@ -1,18 +1,20 @@
 """What translation and language models with mappings have in common."""
 
+import functools
 import logging
 from collections import defaultdict
 from typing import Any, Dict, List
 
 import torch
 from fairseq.logging import metrics
+from fairseq.tasks import FairseqTask
 from torch import Tensor, nn
 
-from ..mappings import MAPPINGS, MultiMax
-from ..modules import MappedMultiheadAttention
+from ..mappings import MAPPINGS, SPARSE, MultiMax
 from ..modules.scale import LearnedScale, LogLengthScale
-from .modulator_training import ModulatorTraining, loaded_models
+from .attach import attach, attention_sites
 from .options import MappingChoice
+from .sparse_search import build_sparse_generator
 
 logger = logging.getLogger(__name__)
 
@@ -20,70 +22,58 @@ SYMBOLS = ("b", "d", "g_b", "g_d")
 
 
 class MappedModelMixin:
-    """Loads checkpoints and logs modulators; as a base class it is named before the stock class."""
+    """Gives a model its mappings, loads checkpoints, logs modulators; a base class named before the stock class."""
 
     @classmethod
     def hub_models(cls) -> Dict[str, str]:
         """None: fairseq's are of the stock classes (start from them with --finetune-from-model)."""
         return {}
 
-    def _load_from_state_dict(
-        self, state_dict: Dict[str, Tensor], prefix: str, local_metadata: Dict[str, Any], *args, **kwargs
-    ) -> None:
-        # Not in fairseq's upgrade_state_dict: --encoder-layers-to-keep renumbers the layers after that.
-        add_missing_mappings(self, state_dict, prefix)
-        self._trained_with = local_metadata.get("mappings", {})  # absent from stock fairseq's checkpoints
-        if self.training:
-            loaded_models.add(self)
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args, **kwargs)
-
-    def _save_to_state_dict(self, destination: Dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        # Beside the module versions that torch keeps there, so a resumed run knows the mappings that its checkpoint
-        # was trained with, and no parameter is added.
-        if hasattr(destination, "_metadata"):
-            destination._metadata[prefix[:-1]]["mappings"] = self.mapping_choice.describe()
-
-    def set_mapping_options(self, args: Any, choice: MappingChoice) -> None:
-        """Set the model's choice, and the modulator options of ``args`` (:class:`.options.MappingOptions`).
+    def set_mapping_options(self, args: Any, task: FairseqTask, choice: MappingChoice) -> None:
+        """Attach the mappings of ``choice``, and do what else ``args`` (:class:`.options.MappingOptions`) say.
 
         Raises:
-            ValueError: a number is out of range, or modulators are to be trained and there are none.
+            ValueError: the modulators are to have a learning rate of their own, and there are none.
         """
-        self.mapping_choice = choice
+        attach(self, choice)
         self.logged_modulators = getattr(args, "log_modulators", "site")
-        self.modulator_training = ModulatorTraining.from_options(args)
-        modulators = [modulator for group in modulators_by_site(self).values() for modulator in group]
-        if self.modulator_training.flags and not modulators:
+        scale = getattr(args, "modulator_lr_scale", 1)
+        if scale != 1 and not modulators_by_site(self):
             raise ValueError(
-                f"{', '.join(self.modulator_training.flags)}: this model has no modulators to train apart; use "
-                "--attention-mapping multimax or --output-mapping multimax, or drop what asks for it"
+                f"--modulator-lr-scale {scale}: this model has no modulators; use --attention-mapping multimax or "
+                "--output-mapping multimax, or drop it"
             )
-        for modulator in modulators:
-            self.modulator_training.mark(modulator.parameters())
+        if self.decoder.is_sparse:
+            task.build_generator = functools.partial(build_sparse_generator, task.build_generator)
+
+    def get_targets(self, sample: Dict[str, Any], net_output: Any) -> Tensor:
+        """As the stock model's.
+
+        Raises:
+            ValueError: the batch has word alignments, and cross-attention can give them a probability of 0.
+        """
+        if sample.get("alignments") is not None:
+            for site, _, attention in attention_sites(self):
+                mapping = getattr(attention, "mapping", None)
+                if site == "cross" and isinstance(mapping, tuple(MAPPINGS[name] for name in SPARSE)):
+                    raise ValueError(
+                        "guided alignment (--load-alignments) is the logarithm of cross-attention's probabilities, "
+                        f"and {type(mapping).__name__.lower()} makes most of them 0: leave cross out of "
+                        "--attention-mapping-sites, or drop --load-alignments"
+                    )
+        return super().get_targets(sample, net_output)
+
+    def _load_from_state_dict(self, state_dict: Dict[str, Tensor], prefix: str, *args, **kwargs) -> None:
+        # Not in fairseq's upgrade_state_dict: --encoder-layers-to-keep renumbers the layers after that.
+        add_missing_mappings(self, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def set_num_updates(self, num_updates: int) -> None:
         super().set_num_updates(num_updates)
         # fairseq calls this before each batch; an update can have many (--update-freq)
-        previous = getattr(self, "_logged_update", None)
-        if self.training and num_updates != previous:
-            if previous is not None:  # the first call can come from loading a checkpoint, without an optimizer
-                self.modulator_training.check_applied()
+        if self.training and num_updates != getattr(self, "_logged_update", None):
             self._logged_update = num_updates
             log_modulators(self, self.logged_modulators)
-
-    def check_resumed(self) -> None:
-        """Raise ValueError if a resumed run has other mappings than its checkpoint was trained with.
-
-        Starting a new run from such weights is allowed; it does not load the optimizer's state.
-        """
-        for flag, mapping in self.mapping_choice.describe().items():
-            before = self._trained_with.get(flag, mapping)
-            if before != mapping:
-                raise ValueError(
-                    f"{flag}: the checkpoint was trained with {before}, this run has {mapping}; go on with the same, "
-                    "or start a new run from it with --finetune-from-model or --reset-optimizer"
-                )
 
 
 def add_missing_mappings(model: nn.Module, state_dict: Dict[str, Tensor], prefix: str) -> None:
@@ -117,11 +107,11 @@ def add_missing_mappings(model: nn.Module, state_dict: Dict[str, Tensor], prefix
 def modulators_by_site(model: nn.Module) -> Dict[str, List[MultiMax]]:
     """A model's MultiMax modules in model order, by site: encoder, decoder, cross, output."""
     modulators = defaultdict(list)
-    for module in model.modules():
-        if isinstance(module, MappedMultiheadAttention) and isinstance(module.mapping, MultiMax):
-            modulators[module.site].append(module.mapping)
-        elif isinstance(getattr(module, "output_mapping", None), MultiMax):
-            modulators["output"].append(module.output_mapping)
+    for site, _, attention in attention_sites(model):
+        if isinstance(getattr(attention, "mapping", None), MultiMax):
+            modulators[site].append(attention.mapping)
+    if isinstance(getattr(model.decoder, "output_mapping", None), MultiMax):
+        modulators["output"].append(model.decoder.output_mapping)
     return dict(modulators)
 
 
@@ -135,24 +125,12 @@ def log_modulators(model: nn.Module, detail: str = "site") -> None:
     Args:
         detail: ``"module"`` (sites and modules), ``"site"`` or ``"none"``.
     """
-    modulators = modulators_by_site(model) if detail != "none" else {}
-    if not modulators:
-        return
-    with torch.no_grad():
-        groups = [torch.stack([torch.cat([m.thresholds, m.gains], dim=1) for m in g]) for g in modulators.values()]
-        numbers = torch.cat([group.flatten() for group in groups]).tolist()  # one transfer: one wait for a GPU
-    start = 0
-    for site, group in zip(modulators, groups):
-        rows = [
-            numbers[i : i + 4] for i in range(start, start + group.numel(), 4)
-        ]  # modules · orders of b, d, g_b, g_d
-        start += group.numel()
-        for symbol, column in zip(SYMBOLS, zip(*rows)):
-            mean = sum(map(abs, column)) / len(column)
+    for site, group in modulators_by_site(model).items() if detail != "none" else ():
+        rows = torch.stack([torch.cat(m.coefficients(), dim=1).detach() for m in group]).cpu()  # (modules, orders, 4)
+        for symbol, mean in zip(SYMBOLS, rows.abs().mean((0, 1)).tolist()):
             metrics.log_scalar(f"{site}_{symbol}", mean, priority=1000, round=4)
-        if detail == "module":
-            for number, row in enumerate(rows):
-                layer, order = divmod(number, group.size(1))
-                name = site if site == "output" else f"{site}_{layer}"
-                for symbol, value in zip(SYMBOLS, row):
-                    metrics.log_scalar(f"{name}_{symbol}{order + 1}", value, priority=1001, round=4)
+        for number, orders in enumerate(rows.tolist() if detail == "module" else ()):
+            name = site if site == "output" else f"{site}_{number}"
+            for order, values in enumerate(orders, start=1):
+                for symbol, value in zip(SYMBOLS, values):
+                    metrics.log_scalar(f"{name}_{symbol}{order}", value, priority=1001, round=4)

@@ -5,12 +5,12 @@ from typing import Set
 
 from fairseq.dataclass.utils import gen_parser_from_dataclass
 from fairseq.models import ARCH_CONFIG_REGISTRY, register_model, register_model_architecture
-from fairseq.models.transformer import TransformerConfig, TransformerModel
+from fairseq.models.transformer import TransformerModel
 from omegaconf import OmegaConf
 
-from ..modules import MappedDecoder, MappedEncoder
+from .checkpoints import warn_of_what_is_gone
 from .mapped_model import MappedModelMixin
-from .options import SITES, MappingChoice, MappingOptions, option_errors, with_defaults
+from .options import MappingChoice, MappingOptions, option_errors, with_defaults
 
 
 @register_model("multimax_transformer")
@@ -29,24 +29,13 @@ class MultimaxTransformerModel(MappedModelMixin, TransformerModel):
         # A copy, as a namespace: fairseq saves the original in the checkpoint, and the stock model cannot add fields
         # to the config of fairseq-hydra-train.
         namespace = Namespace(**(OmegaConf.to_container(args) if OmegaConf.is_config(args) else vars(args)))
-        has_cross_attention = not getattr(namespace, "no_cross_attention", False)
-        sites = SITES if has_cross_attention else tuple(site for site in SITES if site != "cross")
-        namespace.mapping_choice = MappingChoice.from_options(namespace, available_sites=sites)
+        choice = MappingChoice.from_options(namespace)
+        warn_of_what_is_gone(namespace)
         model = super().build_model(namespace, task)
-        task.output_mapping = namespace.mapping_choice.output[0]  # for the criterion, which is built next
-        model.set_mapping_options(namespace, namespace.mapping_choice)
+        model.set_mapping_options(namespace, task, choice)
         # The checkpoint has to know how many layers --encoder-layers-to-keep has left.
         args.encoder_layers, args.decoder_layers = namespace.encoder_layers, namespace.decoder_layers
         return model
-
-    @classmethod
-    def build_encoder(cls, args, src_dict, embed_tokens):
-        return MappedEncoder(TransformerConfig.from_namespace(args), src_dict, embed_tokens)
-
-    @classmethod
-    def build_decoder(cls, args, tgt_dict, embed_tokens):
-        cfg = TransformerConfig.from_namespace(args)
-        return MappedDecoder(cfg, tgt_dict, embed_tokens, no_encoder_attn=cfg.no_cross_attention)
 
 
 def known_fields() -> Set[str]:

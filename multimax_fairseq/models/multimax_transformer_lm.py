@@ -7,8 +7,7 @@ from fairseq import utils
 from fairseq.models import ARCH_CONFIG_REGISTRY, register_model, register_model_architecture
 from fairseq.models.transformer_lm import TransformerLanguageModel, TransformerLanguageModelConfig
 
-from ..kernels.chunked_loss import default_chunk_tokens
-from ..modules import MappedDecoder
+from ..kernels.loss import default_chunk_tokens
 from .mapped_model import MappedModelMixin
 from .options import MappingChoice, MappingOptions, option_errors, with_defaults
 
@@ -25,20 +24,17 @@ class MultimaxTransformerLanguageModel(MappedModelMixin, TransformerLanguageMode
     @classmethod
     @option_errors()
     def build_model(cls, args, task):
-        choice = MappingChoice.from_options(args, available_sites=("decoder",))
-        # The stock build_model names its decoder's class; other models call a method to build it.
+        choice = MappingChoice.from_options(args)
         model = super().build_model(args, task)
-        MappedDecoder.adopt(model.decoder, choice)
-        task.output_mapping = choice.output[0]  # for the criterion, which is built next
-        model.set_mapping_options(args, choice)
+        model.set_mapping_options(args, task, choice)
         return model
 
     def prepare_for_inference_(self, cfg) -> None:
         """Also makes ``fairseq-eval-lm`` compute logits for one chunk of tokens at a time.
 
         Stock ``--softmax-batch`` bounds only what follows the output layer, and is unbounded by default. Here it
-        also bounds the output layer (see :class:`.MappedDecoder`), and its default is one chunk, except in an
-        ensemble, where it also applies to the other models. Commands call ``get_normalized_probs``; a model loaded
+        also bounds the output layer (see :class:`..modules.MappedDecoder`), and its default is one chunk, except in
+        an ensemble, where it also applies to the other models. Commands call ``get_normalized_probs``; a model loaded
         in Python (without --path) may be asked for logits.
         """
         super().prepare_for_inference_(cfg)

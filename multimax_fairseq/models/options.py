@@ -1,29 +1,24 @@
-"""The options of mappings, declared once for translation and language models."""
+"""The options of mappings: those of the classes in :mod:`..mappings`, and what a model does with them."""
 
 from argparse import Namespace
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, make_dataclass
 from difflib import get_close_matches
 from typing import Any, Callable, Dict, Iterator, Optional, Sequence, Set, Tuple, Union
 
+import torch
 from fairseq.dataclass import FairseqDataclass
 from hydra.errors import CompactHydraException
 from omegaconf import OmegaConf
-from torch import nn
 
-from ..kernels.backend import backend, set_backend
-from ..mappings import BUILT_IN, MAPPINGS, build_mapping, parse_options
-from ..mappings.multimax import TERMS
+from ..mappings import BUILT_IN, MAPPINGS, SPARSE, arguments_of, build_mapping, parse_options
 from ..modules.scale import SCALES
-from ..modules.transformer import SPARSE
 
 SITES = ("encoder", "decoder", "cross")
 OUTPUT_MAPPINGS = ("softmax", "multimax", *SPARSE)
 LOG_MODULATORS = ("site", "module", "none")
 
 Mapping = Tuple[str, Dict[str, Any]]  # the arguments of build_mapping
-SOFTMAX: Mapping = ("softmax", {})
-
 
 class OptionError(CompactHydraException, ValueError):
     """A ValueError that ``fairseq-hydra-train`` shows without fifty lines of traceback."""
@@ -38,8 +33,21 @@ def option_errors() -> Iterator[None]:
         raise OptionError(str(error)) from error
 
 
+# The options of the package's own mappings, as their classes declare them: by mapping, by field.
+OWN_OPTIONS = {name: {option.name: option for option in getattr(MAPPINGS[name], "options", ())} for name in MAPPINGS}
+
+
+def _own_fields() -> Iterator[Tuple[str, type, Any]]:
+    """The fields of a dataclass for ``OWN_OPTIONS``; an argument that also takes words is a string."""
+    for name, options in OWN_OPTIONS.items():
+        for option in options.values():
+            argument = arguments_of(MAPPINGS[name])[option.argument]
+            kind = argument.annotation if argument.annotation in (int, float, str) else str
+            yield option.name, kind, field(default=kind(argument.default), metadata={"help": option.help})
+
+
 @dataclass
-class MappingOptions(FairseqDataclass):
+class MappingOptions(make_dataclass("OwnOptions", _own_fields(), bases=(FairseqDataclass,))):
     """Each field is a field of a Hydra config and, with dashes, an option of ``fairseq-train``."""
 
     attention_mapping: str = field(
@@ -71,44 +79,6 @@ class MappingOptions(FairseqDataclass):
             "with --criterion entmax_loss"
         },
     )
-    multimax_order: int = field(default=2, metadata={"help": "order N of MultiMax's modulator: 1 or 2"})
-    multimax_terms: str = field(
-        default=",".join(TERMS),
-        metadata={"help": f"comma-separated sides of the modulator that are learned: {', '.join(TERMS)}"},
-    )
-    multimax_init: str = field(
-        default="normal",
-        metadata={
-            "help": "start of the modulator: normal (std 0.02, as in the paper), identity (softmax at step 0), or "
-            "shaped (steeper below, flatter above)"
-        },
-    )
-    entmax_alpha: str = field(
-        default="1.5",
-        metadata={"help": "α of entmax: a number in (1, 2], or learned (one a head, one for the vocabulary)"},
-    )
-    multimax_backend: str = field(
-        default="auto",
-        metadata={
-            "help": "how MultiMax is computed in this run: auto (compiled, where that is possible), compiled, or "
-            "eager (plain PyTorch). No checkpoint restores it; fairseq-generate and fairseq-eval-lm take it as "
-            "--model-overrides \"{'multimax_backend': 'eager'}\". The environment variable MULTIMAX_BACKEND "
-            "overrides it"
-        },
-    )
-    modulator_lr_scale: float = field(
-        default=1.0, metadata={"help": "learning rate of the modulators, times that of the other parameters"}
-    )
-    modulator_weight_decay: Optional[float] = field(
-        default=None, metadata={"help": "weight decay of the modulators (default: that of the other parameters)"}
-    )
-    modulator_clip_norm: Optional[float] = field(
-        default=None,
-        metadata={
-            "help": "clip the gradient of the modulators to this norm, all of them together and apart from "
-            "--clip-norm (0: no limit; default: inside --clip-norm)"
-        },
-    )
     log_modulators: str = field(
         default="site",
         metadata={"help": f"thresholds and gains in the log, of each of: {', '.join(LOG_MODULATORS)}"},
@@ -116,6 +86,10 @@ class MappingOptions(FairseqDataclass):
 
 
 MAPPING_OPTIONS = tuple(option for option in fields(MappingOptions) if not option.name.startswith("_"))
+FIELDS = {option.name: option for option in MAPPING_OPTIONS}
+
+# Options of version 0.2.0 that are gone, and what a checkpoint says where they were not used.
+GONE = {"modulator_weight_decay": None, "modulator_clip_norm": None, "multimax_backend": "auto"}
 
 # fairseq's own options for xFormers, by the site whose softmax they replace.
 XFORMERS_OPTIONS = {
@@ -142,8 +116,9 @@ def with_defaults(
         if OmegaConf.is_config(args):
             # In omegaconf 2.0 (fairseq 0.12.2) a missing field reads as None, so work on those that exist.
             given = OmegaConf.to_container(args)
-            if known_fields is not None and not {option.name for option in MAPPING_OPTIONS} <= given.keys():
-                check_fields(given, known_fields() | vars(_defaults_of(architecture)).keys())  # not a checkpoint's
+            if known_fields is not None and not FIELDS.keys() <= given.keys():
+                # not a checkpoint's
+                check_fields(given, known_fields() | GONE.keys() | vars(_defaults_of(architecture)).keys())
             namespace = Namespace(**{name: value for name, value in given.items() if value is not None})
             namespace.base_layers = getattr(namespace, "base_layers", 0)  # its trainer asks whether this is > 0
         for option in MAPPING_OPTIONS:
@@ -174,7 +149,7 @@ def check_fields(given: Dict[str, Any], known: Set[str]) -> None:
 
 @dataclass(frozen=True)
 class MappingChoice:
-    """:class:`MappingOptions`, checked, in the form that the modules use.
+    """:class:`MappingOptions`, in the form that the modules use.
 
     Attributes:
         attention: the mapping of the attention modules at ``sites``.
@@ -189,87 +164,104 @@ class MappingChoice:
     scale: str = "none"
 
     @classmethod
-    def from_options(cls, args: Any, available_sites: Sequence[str] = SITES) -> "MappingChoice":
-        """Check the user's choices. Also sets the backend, which belongs to the process, not to the model.
+    def from_options(cls, args: Any) -> "MappingChoice":
+        """Check the user's choices; draws no random numbers that anybody else would see.
 
         Args:
             args: fairseq's namespace or config of the model, with the attributes of :class:`MappingOptions`; a
                 missing one has its default.
-            available_sites: the sites that the model has.
 
         Raises:
             ValueError: a choice does not exist, or this model cannot honour it; says what to do instead.
         """
-        options = Namespace(**{o.name: getattr(args, o.name, o.default) for o in MAPPING_OPTIONS})
+        options = Namespace(**{name: getattr(args, name, option.default) for name, option in FIELDS.items()})
         _check_name("attention-mapping", options.attention_mapping, tuple(MAPPINGS))
         _check_name("attention-scale", options.attention_scale, tuple(SCALES))
         _check_name("log-modulators", options.log_modulators, LOG_MODULATORS)
-        sites = _names("attention-mapping-sites", options.attention_mapping_sites, SITES)
-        arguments = {
-            "multimax": {
-                "order": options.multimax_order,
-                "init": options.multimax_init,
-                "terms": _names("multimax-terms", options.multimax_terms, TERMS),
-            },
-            "entmax": {"alpha": options.entmax_alpha},
-        }
-        own = parse_options(options.attention_mapping, options.mapping_options)
-        if options.attention_mapping not in BUILT_IN:
-            arguments[options.attention_mapping] = own
-        for name, wanted in arguments.items():  # a wrong option is an error even if it is not used
-            build_mapping(name, **wanted)
-        if (options.attention_mapping, options.attention_scale) != ("softmax", "none"):
-            _check_attention(args, sites, available_sites)
         _check_output(args, options.output_mapping)
-        if options.entmax_alpha != "learned":
-            arguments["entmax"]["alpha"] = float(options.entmax_alpha)
-        if options.multimax_backend != "auto":  # auto, as in every checkpoint, keeps this run's choice
-            set_backend(options.multimax_backend)
-        backend()  # or an error, if the environment names none
+        sites = _names("attention-mapping-sites", options.attention_mapping_sites, SITES)
+        available = available_sites(args)
+        if (options.attention_mapping, options.attention_scale) != ("softmax", "none"):
+            _check_attention(args, sites, available)
+        parse_options(options.attention_mapping, options.mapping_options)
+        with torch.random.fork_rng(devices=[]):
+            for name in {*BUILT_IN, options.attention_mapping}:  # a wrong option is an error even if it is not used
+                build_mapping(name, **_mapping(name, options)[1])
         return cls(
-            attention=(options.attention_mapping, arguments.get(options.attention_mapping, {})),
-            sites=tuple(site for site in sites if site in available_sites),
+            attention=_mapping(options.attention_mapping, options),
+            sites=tuple(site for site in sites if site in available),
             scale=options.attention_scale,
-            output=(options.output_mapping, arguments.get(options.output_mapping, {})),
+            output=_mapping(options.output_mapping, options),
         )
 
     def is_stock_at(self, site: str) -> bool:
         """Whether the attention modules at ``site`` stay fairseq's own."""
-        return self.attention_at(site) == SOFTMAX and self.scale_at(site) == "none"
+        return site not in self.sites or (self.attention[0], self.scale) == ("softmax", "none")
 
-    def build_output(self) -> Optional[nn.Module]:
-        """The module of the output layer's mapping; None for softmax."""
-        return None if self.output == SOFTMAX else build_mapping(self.output[0], **self.output[1])
 
-    def describe(self) -> Dict[str, str]:
-        """The mappings that the weights are trained for, in words, by flag."""
+def describe(args: Any) -> Dict[str, str]:
+    """The mappings that a model's weights are trained for, in words, by flag.
 
-        def words(mapping: Mapping) -> str:
-            name, options = mapping
-            return " ".join([name, *(f"{key}={value}" for key, value in sorted(options.items()) if key != "init")])
+    Args:
+        args: any model's namespace or config, as a checkpoint has it; without :class:`MappingOptions` it is softmax.
+    """
+    if getattr(args, "attention_mapping", None) is None:
+        args = Namespace(attention_mapping="softmax")
+    options = Namespace(**{name: getattr(args, name, option.default) for name, option in FIELDS.items()})
 
-        sites = "" if all(map(self.is_stock_at, SITES)) else f" in {', '.join(sorted(self.sites))}"
-        return {
-            "--attention-mapping": words(self.attention) + sites,
-            "--attention-scale": self.scale,
-            "--output-mapping": words(self.output),
-        }
+    def words(name: str) -> str:
+        own = OWN_OPTIONS.get(name, {}).values()
+        values = {option.argument: getattr(options, option.name) for option in own if not option.may_change}
+        values = [f"{argument}={_plain(value)}" for argument, value in sorted(values.items())]
+        return " ".join([name, *values, *([] if name in BUILT_IN else [options.mapping_options])]).strip()
 
-    def attention_at(self, site: str) -> Mapping:
-        """The mapping of the attention modules at ``site``."""
-        return self.attention if site in self.sites else SOFTMAX
+    sites = _split(options.attention_mapping_sites)
+    sites = sorted(site for site in available_sites(args) if site in sites)
+    is_stock = (options.attention_mapping, options.attention_scale) == ("softmax", "none") or not sites
+    return {
+        "--attention-mapping": "softmax" if is_stock else f"{words(options.attention_mapping)} in {', '.join(sites)}",
+        "--attention-scale": "none" if is_stock else options.attention_scale,
+        "--output-mapping": words(options.output_mapping),
+    }
 
-    def scale_at(self, site: str) -> str:
-        """The ``--attention-scale`` of the attention modules at ``site``."""
-        return self.scale if site in self.sites else "none"
+
+def available_sites(args: Any) -> Tuple[str, ...]:
+    """The sites of the model that has these options."""
+    if getattr(args, "encoder_layers", None) is None:
+        return ("decoder",)
+    return SITES[:2] if getattr(args, "no_cross_attention", False) else SITES
+
+
+def _mapping(name: str, options: Any) -> Mapping:
+    """The mapping of a name, with the arguments that ``options`` give it."""
+    if name not in BUILT_IN:
+        return name, parse_options(name, options.mapping_options)
+    return name, {option.argument: getattr(options, option.name) for option in OWN_OPTIONS[name].values()}
+
+
+def _plain(value: Any) -> str:
+    """A value in one way of writing: the numbers and names of a comma-separated list, or of a list."""
+
+    def plain(part: str) -> str:
+        try:
+            return f"{float(part):g}"
+        except ValueError:
+            return part
+
+    return ",".join(sorted(map(plain, _split(value))))
+
+
+def _split(names: Union[str, Sequence[str]]) -> Sequence[str]:
+    """The parts of a comma-separated list; from a config file: of a list."""
+    parts = str(names).split(",") if isinstance(names, (str, int, float)) else names
+    return [str(part).strip() for part in parts]
 
 
 def _names(flag: str, names: Union[str, Sequence[str]], choices: Sequence[str]) -> Tuple[str, ...]:
-    """The names in a comma-separated list (from a config file: a list), in the order of ``choices``."""
-    names = tuple(name.strip() for name in (names.split(",") if isinstance(names, str) else names))
-    for name in names:
+    """The names in a list, in the order of ``choices``."""
+    for name in _split(names):
         _check_name(flag, name, choices)
-    return tuple(name for name in choices if name in names)
+    return tuple(name for name in choices if name in _split(names))
 
 
 def _check_name(flag: str, name: str, choices: Sequence[str]) -> None:

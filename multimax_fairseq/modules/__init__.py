@@ -1,13 +1,6 @@
-"""fairseq's attention, layers, encoder and decoder with mappings other than softmax."""
+"""fairseq's attention and decoder with mappings other than softmax."""
 
 from .attention import MappedMultiheadAttention
-from .transformer import MappedDecoder, MappedEncoder
-from .transformer_layer import MappedDecoderLayer, MappedEncoderLayer
+from .decoder import MappedDecoder
 
-__all__ = [
-    "MappedDecoder",
-    "MappedDecoderLayer",
-    "MappedEncoder",
-    "MappedEncoderLayer",
-    "MappedMultiheadAttention",
-]
+__all__ = ["MappedDecoder", "MappedMultiheadAttention"]

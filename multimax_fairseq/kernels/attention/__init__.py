@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from ..backend import gradients_of, is_plain
+from ..backend import gradients_of, is_plain, keep, kept
 from ..rows import Rows
 from ..scores import HALF
 from . import cpu, gpu
@@ -85,17 +85,17 @@ class _Attention(Function):
         rows = call.rows._replace(numbers=numbers)
         output, saved = call.kernels.forward(query, key, value, rows, mask, *call[3:])
         ctx.call, ctx.count = call._replace(rows=rows._replace(numbers=())), len(numbers)
-        ctx.save_for_backward(mask, query, key, value, *numbers, *saved)
+        keep(ctx, mask, query, key, value, *numbers, *saved)
         return output
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
-        mask, query, key, value, *rest = ctx.saved_tensors  # read once: checkpointing allows no second read
+        mask, query, key, value, *rest = kept(ctx)
         call = ctx.call
         numbers, saved = tuple(rest[: ctx.count]), tuple(rest[ctx.count :])
         if not torch.is_grad_enabled() and is_plain(grad, query, key, value, *rest):
-            rows, inputs = call.rows._replace(numbers=numbers), (query.to(grad), key.to(grad), value.to(grad))
-            return None, None, *call.kernels.backward(*inputs, rows, mask, *call[3:], saved, grad)
+            rows = call.rows._replace(numbers=numbers)
+            return None, None, *call.kernels.backward(query, key, value, rows, mask, *call[3:], saved, grad)
         if call.dropout:
             raise RuntimeError(
                 "attention with dropout has no gradients of gradients, and none in batches: leave out its dropout, "

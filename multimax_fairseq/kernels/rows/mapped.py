@@ -6,15 +6,15 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from ..backend import gradients_of, is_plain, wants_compiled
+from ..backend import gradients_of, is_plain, keep, kept, wants_compiled
 from ..scores import HALF
 from . import Rows, cpu
 
 
 def map_rows(rows: Rows, scores: Tensor, dim: int = -1) -> Tensor:
     """``rows.formula`` of ``scores``, over a dimension; in C++ for fp32 and half precision on a CPU."""
-    if scores.numel() == 0:
-        return scores.clone()
+    if scores.numel() == 0:  # the numbers get gradients of 0, which who trains in several processes waits for
+        return sum((0 * number.sum() for number in rows.numbers), scores.clone())
     if dim not in (-1, scores.dim() - 1):
         return map_rows(rows, scores.movedim(dim, -1)).movedim(-1, dim)
     if not (scores.is_cpu and wants_compiled(scores, *rows.numbers)):
@@ -34,13 +34,13 @@ class _Rows(Function):
     def forward(ctx, name: str, formula: Callable[..., Tensor], scores: Tensor, *numbers: Tensor) -> Tensor:
         ctx.name, ctx.formula = name, formula
         probabilities = cpu.forward(Rows(name, numbers), scores)
-        ctx.save_for_backward(scores, probabilities, *numbers)
+        keep(ctx, scores, probabilities, *numbers)
         return probabilities
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
-        scores, probabilities, *numbers = ctx.saved_tensors  # read once: checkpointing allows no second read
+        scores, probabilities, *numbers = kept(ctx)
         if torch.is_grad_enabled() or not is_plain(grad, scores):
             return None, None, *gradients_of(ctx.formula, (scores, *numbers), ctx.needs_input_grad[2:], grad)
         rows = Rows(ctx.name, tuple(numbers))
-        return None, None, *cpu.backward(rows, scores.to(grad), probabilities.to(grad), grad)
+        return None, None, *cpu.backward(rows, scores, probabilities, grad)

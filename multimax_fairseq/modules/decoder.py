@@ -1,40 +1,23 @@
-"""Transformer encoder and decoder made of the layers of :mod:`.transformer_layer`."""
+"""fairseq's decoder with an output mapping; it marks its causal masks, and can leave the output layer for later."""
 
 import math
 from typing import Any, Dict, List, Optional, Tuple, Union
 
 import torch
-from fairseq.distributed import fsdp_wrap
-from fairseq.models.transformer import TransformerConfig, TransformerDecoderBase, TransformerEncoderBase
-from fairseq.modules.checkpoint_activations import checkpoint_wrapper
+from fairseq.models.transformer import TransformerDecoderBase
 from torch import Tensor, nn
 
-from ..kernels.chunked_loss import default_chunk_tokens
-from ..mappings import compute_dtype
-from .attention import CAUSAL
-from .transformer_layer import MappedDecoderLayer, MappedEncoderLayer, with_mapping
-
-
-def wrap_layer(layer: nn.Module, cfg: TransformerConfig) -> nn.Module:
-    """What fairseq wraps around a layer: ``--checkpoint-activations``, and sharding where FSDP is on.
-
-    A checkpointed layer is sharded whatever its size, as FSDP must then be the outer of the two.
-    """
-    if not cfg.checkpoint_activations:
-        return fsdp_wrap(layer, min_num_params=cfg.min_params_to_wrap)
-    return fsdp_wrap(checkpoint_wrapper(layer, offload_to_cpu=cfg.offload_activations), min_num_params=0)
-
+from ..kernels.loss import default_chunk_tokens
+from ..mappings import MultiMax, compute_dtype
+from .attention import CAUSAL, MappedMultiheadAttention
 
 # Key in what a decoder returns besides its output: the output is features, and the output layer is still to come.
 DEFERRED = "output_layer_deferred"
 
-
-# Output mappings that give most words probability 0.
-SPARSE = ("sparsemax", "entmax15", "entmax")
-
-# Below any logarithm of a probability, also times the weight of a language model in the search.
-LOWEST_LOG = -(2.0**10)
-ZERO_LOG = -(2.0**16)
+# What stands for the logarithm of 0 is between LOG_ZERO − DEPTH and LOG_ZERO, by the word's score. Twice that is
+# still the logarithm of an fp32 number, so that sampling can draw such a word where nothing else is allowed, also
+# where the logarithms of two models are added.
+LOG_ZERO, DEPTH = -32.0, 8.0
 
 
 def refuse_cross_entropy(mapping: str) -> None:
@@ -45,49 +28,54 @@ def refuse_cross_entropy(mapping: str) -> None:
     )
 
 
-class MappedEncoder(TransformerEncoderBase):
-    """fairseq's encoder with the mappings of ``cfg.mapping_choice``."""
+def log_probabilities(probabilities: Tensor, scores: Tensor) -> Tensor:
+    """The logarithms, finite where a probability is 0, in the order of the scores everywhere.
 
-    def build_encoder_layer(self, cfg: TransformerConfig) -> nn.Module:
-        return wrap_layer(MappedEncoderLayer(cfg, return_fc=self.return_fc), cfg)
+    fairseq's search sums logarithms over steps and models, with weights, and takes −inf for what it has forbidden
+    itself. So log 0 is here a number between −40 and −32, that much lower, the lower the score::
+
+        log (p + exp z),    z = −32 + d / (1 − d / 8),    d = score − largest score
+
+    Args:
+        probabilities: (…, words), fp32 or fp64.
+        scores: the same shape, from which a sparse mapping has made them.
+    """
+    distance = scores - scores.amax(-1, keepdim=True)
+    return torch.logaddexp(probabilities.log(), LOG_ZERO + distance / (1 - distance / DEPTH))
 
 
 class MappedDecoder(TransformerDecoderBase):
-    """fairseq's decoder with the mappings of ``cfg.mapping_choice``, in its attention and on the vocabulary.
+    """fairseq's decoder, with an output mapping.
 
     Attributes:
-        output_mapping: None for softmax; a MultiMax, whose σ modulates the logits; or one of ``SPARSE``, which
+        output_mapping: None for softmax; a MultiMax, whose σ modulates the logits; or a sparse mapping, which
             :meth:`get_normalized_probs` applies to them.
-        is_sparse: whether it is one of ``SPARSE``.
-        ranks_zeros: whether log 0 is a number below ``LOWEST_LOG`` instead of −inf, in the order of words' scores,
-            for a search that may have nothing else to choose.
         defers_output_layer: whether a full forward of more tokens than a chunk returns features;
             :meth:`get_normalized_probs` then applies the output layer to the part of them that it is given.
     """
 
+    output_mapping: Optional[nn.Module]
     defers_output_layer = False
-    ranks_zeros = False
-
-    def __init__(self, cfg, dictionary, embed_tokens, no_encoder_attn=False, output_projection=None):
-        super().__init__(cfg, dictionary, embed_tokens, no_encoder_attn, output_projection)
-        self._set_output_mapping(cfg.mapping_choice)
 
     @classmethod
-    def adopt(cls, decoder: TransformerDecoderBase, choice: Any) -> "MappedDecoder":
-        """Turn fairseq's ``decoder``, without cross-attention, into one with the mappings of ``choice``."""
+    def adopt(cls, decoder: TransformerDecoderBase, output_mapping: Optional[nn.Module]) -> "MappedDecoder":
+        """Give fairseq's ``decoder`` an output mapping; returns the same object.
+
+        The gradient of the vocabulary's thresholds and gains is a sum over all words, which grows with √V: times
+        1 / √V it does not dominate the norm that ``--clip-norm`` bounds. Adam's updates stay the same.
+        """
         decoder.__class__ = cls
-        decoder.cfg.mapping_choice = choice
-        for layer in decoder.layers.children():  # iterating over the list itself would drop layers
-            if hasattr(layer, "self_attn"):  # a BASE layer has none
-                layer.self_attn = with_mapping(layer.self_attn, decoder.cfg, "decoder")
-        decoder._set_output_mapping(choice)
+        decoder.output_mapping = output_mapping
+        if isinstance(output_mapping, MultiMax):
+            output_mapping.gradient_scale = len(decoder.dictionary) ** -0.5
+        if decoder.is_sparse:
+            decoder._shrink_features()
         return decoder
 
-    def _set_output_mapping(self, choice: Any) -> None:
-        self.output_mapping = choice.build_output()
-        self.is_sparse = choice.output[0] in SPARSE
-        if self.is_sparse:
-            self._shrink_features()
+    @property
+    def is_sparse(self) -> bool:
+        """Whether the output mapping gives most words probability 0."""
+        return self.output_mapping is not None and not isinstance(self.output_mapping, MultiMax)
 
     def _shrink_features(self) -> None:
         """Start with smaller features, as sparse mappings need smaller logits, by the weight of the last layer norm.
@@ -106,9 +94,6 @@ class MappedDecoder(TransformerDecoderBase):
                 c = float(self.output_mapping.alpha) - 1
                 norm.weight.mul_(min(1 / (c * math.log(len(self.dictionary))), 1))
 
-    def build_decoder_layer(self, cfg: TransformerConfig, no_encoder_attn: bool = False) -> nn.Module:
-        return wrap_layer(MappedDecoderLayer(cfg, no_encoder_attn), cfg)
-
     def buffered_future_mask(self, tensor: Tensor) -> Union[Tensor, Tuple[Tensor]]:
         """As the stock decoder's, marked as hiding what comes after each query, and nothing else.
 
@@ -118,8 +103,10 @@ class MappedDecoder(TransformerDecoderBase):
         """
         mask = super().buffered_future_mask(tensor)
         setattr(mask, CAUSAL, True)
-        is_copied = self.cfg.checkpoint_activations and not self.cfg.cross_self_attention
-        return (mask,) if is_copied and not self.cfg.mapping_choice.is_stock_at("decoder") else mask
+        if not self.cfg.checkpoint_activations or self.cfg.cross_self_attention:
+            return mask
+        is_mapped = any(isinstance(m, MappedMultiheadAttention) and m.site == "decoder" for m in self.modules())
+        return (mask,) if is_mapped else mask
 
     def forward(
         self,
@@ -145,25 +132,22 @@ class MappedDecoder(TransformerDecoderBase):
     def get_normalized_probs(self, net_output, log_probs: bool, sample=None) -> Tensor:
         """(Log-)probabilities, (…, len(dictionary)), of what :meth:`forward` returned, or of a part of it.
 
+        The logarithms are finite: see :func:`log_probabilities`.
+
         Raises:
             ValueError: the logarithm of a sparse mapping is asked for in training.
         """
         output, extra = net_output[:2]
         if extra and DEFERRED in extra:
             net_output = (self.output_layer(output), extra)
-        if self.is_sparse:
-            return self._sparse_probabilities(net_output[0], log_probs)
-        return super().get_normalized_probs(net_output, log_probs, sample)
-
-    def _sparse_probabilities(self, logits: Tensor, log_probs: bool) -> Tensor:
+        if not self.is_sparse:
+            return super().get_normalized_probs(net_output, log_probs, sample)
         if log_probs and self.training:
             refuse_cross_entropy(type(self.output_mapping).__name__.lower())
+        logits = net_output[0]
         scores = logits.to(compute_dtype(logits.dtype))
         probabilities = self.output_mapping(scores)
-        if not (log_probs and self.ranks_zeros):
-            return probabilities.log() if log_probs else probabilities
-        distance = (scores - scores.amax(-1, keepdim=True)).clamp(min=ZERO_LOG / 2)
-        return torch.where(probabilities > 0, probabilities.log(), ZERO_LOG + distance)
+        return log_probabilities(probabilities, scores) if log_probs else probabilities
 
     def output_layer(self, features: Tensor) -> Tensor:
         """Logits, (…, len(dictionary)), of features, (…, output_embed_dim).

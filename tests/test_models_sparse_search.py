@@ -1,16 +1,21 @@
-"""Search and scores of sparse models: with fairseq's own generator, all strategies, against exhaustive search."""
+"""Search and scores of sparse models: fairseq's own generator, all its strategies, beside other models."""
 
-import itertools
+import functools
 import logging
 import math
+import shutil
 from argparse import Namespace
 
 import pytest
 import torch
+from conftest import TINY_LM, parse
+from fairseq import tasks
 from fairseq.sequence_generator import SequenceGenerator
 from fairseq.sequence_scorer import SequenceScorer
+from fairseq.tasks import FairseqTask
+from fairseq.token_generation_constraints import pack_constraints
 
-from multimax_fairseq.models.sparse_decoding import SparseScores
+from multimax_fairseq.models.sparse_search import SparseScores, SparseSearch
 
 SPARSE = ["sparsemax", "entmax15", "entmax"]
 
@@ -108,64 +113,67 @@ def test_an_ensemble_of_a_sparse_and_a_dense_model(build, batch):
     check(hypotheses, 5)
 
 
-def search_everything(built, sample, row, limit):
-    """All translations of probability above 0 that end before a length limit, and whether none goes on beyond it."""
-    found, prefixes, is_complete = [], [[]], True
-    while prefixes:
-        longer = []
-        for prefix in prefixes:
-            with torch.no_grad():
-                net_input = {"src_tokens": sample["net_input"]["src_tokens"][[row]],
-                             "src_lengths": sample["net_input"]["src_lengths"][[row]],
-                             "prev_output_tokens": torch.tensor([[2, *prefix]])}  # fmt: skip
-                p = built.model.get_normalized_probs(built.model(**net_input), log_probs=False)[0, -1]
-            for token in p.nonzero().flatten().tolist():
-                if token == 2:
-                    found.append([*prefix, 2])
-                elif len(prefix) == limit:
-                    is_complete = False
-                else:
-                    longer.append([*prefix, token])
-        prefixes = longer
-        if len(prefixes) > 20:
-            return found, False
-    return found, is_complete
+@pytest.mark.parametrize("how", [{"beam": 3}, {"beam": 3, "sampling": True}], ids=str)
+@pytest.mark.parametrize("weight", [-0.3, 0.0, 0.005, 0.3, 1.0])
+@pytest.mark.parametrize("output", ["softmax", "sparsemax"])
+def test_a_sparse_language_model_beside_another_model(output, weight, how, build, batch, corpus, tmp_path):
+    shutil.copy(corpus / "data-bin" / "dict.en.txt", tmp_path / "dict.txt")
+    _, cfg = parse([tmp_path, "--task", "language_modeling", "--arch", "multimax_transformer_lm", *TINY_LM,
+                    "--output-mapping", "sparsemax"])  # fmt: skip
+    lm = sharpened(Namespace(model=tasks.setup_task(cfg.task).build_model(cfg.model).eval()), 30).model
+    built = sharpened(build("multimax_transformer", "--output-mapping", output), 3)
+    sample = batch(built, size=3)
+    results = []
+    for extra in ({"lm_model": lm, "lm_weight": weight}, {}):
+        torch.manual_seed(0)
+        args = Namespace(max_len_b=10, **how)
+        generator = built.task.build_generator([built.model], args, extra_gen_cls_kwargs=extra)
+        results.append(generator.generate([built.model], sample))
+    for hypos in results[0]:
+        assert hypos and all(hypo["positional_scores"].isfinite().all() for hypo in hypos)
+    tokens = [[hypo["tokens"].tolist() for hypos in found for hypo in hypos] for found in results]
+    assert (tokens[0] == tokens[1]) == (weight == 0) or "sampling" in how
 
 
-def ends_soon(built):
-    """The score of </s> is, at random, a little above or below the best of the others."""
-    decoder = built.model.decoder
-    output_layer = decoder.output_layer
+@pytest.mark.parametrize("output", ["softmax", *SPARSE])
+def test_a_search_that_may_only_find_the_reference_finds_it(output, build, batch):
+    built = sharpened(build("multimax_transformer", "--output-mapping", output), 50)
+    sample = batch(built, size=20)
+    references = [[token for token in row if token != 1] for row in sample["target"].tolist()]
+    number = {int(identity): row for row, identity in enumerate(sample["id"])}
 
-    def with_ends(features):
-        logits = output_layer(features)
-        logits[..., 2] = logits.amax(-1) + 2 * (100 * features[..., 0]).sin()
-        return logits
+    def allowed(identity, tokens):
+        return [(references[number[int(identity)]] + 100 * [2])[len(tokens) - 1]]
 
-    decoder.output_layer = with_ends
-    return built
+    args = Namespace(beam=1, max_len_b=200)
+    generator = built.task.build_generator([built.model], args, prefix_allowed_tokens_fn=allowed)
+    for hypos, reference in zip(generator.generate([built.model], sample), references):
+        assert hypos[0]["tokens"].tolist() == reference and hypos[0]["score"].isfinite()
 
 
-def test_a_beam_that_held_everything_is_counted_as_exact(build, batch):
-    counted = {True: 0, False: 0}
-    for factor, beam in itertools.product((8, 15, 40), (1, 2, 5)):
-        built = build("multimax_transformer", "--output-mapping", "sparsemax", seed=beam)
-        built = ends_soon(sharpened(built, factor))
-        sample = batch(built, size=4)
-        for row in range(4):
-            one = {"id": sample["id"][[row]], "target": sample["target"][[row]],
-                   "net_input": {name: tensor[[row]] for name, tensor in sample["net_input"].items()}}  # fmt: skip
-            generator, (hypos,) = generate(built, one, beam=beam, min_len=0)
-            check([hypos], beam)
-            everything, is_complete = search_everything(built, sample, row, 5)
-            is_exact = is_complete and len(everything) <= beam
-            counted[is_exact] += 1
-            assert generator.watch.sentences == 1
-            if generator.watch.exact:
-                assert is_exact and {tuple(hypo["tokens"].tolist()) for hypo in hypos} == set(map(tuple, everything))
-            elif is_exact:  # that more than the beam went on is the only reason left
-                assert len(everything) == beam
-    assert min(counted.values()) > 3
+def test_the_words_of_lexical_constraints_can_have_probability_0(build, batch):
+    built = sharpened(build("multimax_transformer", "--output-mapping", "sparsemax"), 50)
+    sample = batch(built, size=2)
+    constraints = pack_constraints([[torch.tensor([9])], [torch.tensor([12])]])
+    args = Namespace(beam=4, max_len_b=8, constraints="ordered")
+    generator = built.task.build_generator([built.model], args)
+    found = built.task.inference_step(generator, [built.model], sample, constraints=constraints)
+    assert all(word in hypos[0]["tokens"].tolist() for hypos, word in zip(found, (9, 12)))
+
+
+def test_another_plugins_wrapper_is_asked_too(build, monkeypatch):
+    calls, theirs = [], FairseqTask.build_generator
+
+    @functools.wraps(theirs)
+    def counted(*args, **kwargs):
+        calls.append(args)
+        return theirs(*args, **kwargs)
+
+    monkeypatch.setattr(FairseqTask, "build_generator", counted)
+    built = build("multimax_transformer", "--output-mapping", "sparsemax")
+    generator = built.task.build_generator([built.model], Namespace(beam=3))
+    assert len(calls) == 1 and isinstance(generator, SparseSearch)
+    assert type(build("multimax_transformer").task.build_generator([built.model], Namespace())) is SequenceGenerator
 
 
 def test_dense_models_are_searched_and_scored_as_ever(build, batch):
@@ -191,12 +199,6 @@ def test_a_reference_of_probability_0_is_said_to_have_it(number, build, batch):
         expected = log_probability(models, sample, row, hypo["tokens"].tolist())
         torch.testing.assert_close(hypo["positional_scores"], expected, atol=1e-4, rtol=1e-4)
         assert hypo["score"] == -math.inf
-
-
-def test_constraints_are_refused(build):
-    built = build("multimax_transformer", "--output-mapping", "sparsemax")
-    with pytest.raises(ValueError, match="--constraints"):
-        built.task.build_generator([built.model], Namespace(constraints="ordered"))
 
 
 def test_scores_of_a_language_model_are_those_of_the_paper(build, batch, caplog):

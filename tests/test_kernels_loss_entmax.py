@@ -5,12 +5,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_kernels_chunked_cross_entropy import Dtypes, Largest, case, in_double, run_as_on_a_gpu, without_last_word
-from torch.autograd import Function
+from test_kernels_loss_cross_entropy import case, in_double, without_last_word
 from torch.nn import functional as F
 
-from multimax_fairseq.kernels import chunked_loss
-from multimax_fairseq.kernels.chunked_entmax_loss import chunked_entmax_loss
+from multimax_fairseq.kernels.loss import chunked_entmax_loss, chunks
 from multimax_fairseq.mappings import entmax, entmax15, sparsemax
 
 MAPPINGS = {2.0: sparsemax, 1.5: entmax15, 1.2: lambda scores: entmax(scores, 1.2)}
@@ -25,7 +23,6 @@ PADDING = 1
 def whole(tensors, targets, alpha, smoothing=0.0):
     """The loss of each token, (tokens,), from the definition, with a maximiser that is not differentiated."""
     x = F.linear(tensors["features"], tensors["weight"], tensors.get("bias"))
-    x = x if x.dtype == torch.float64 else x.float()
     p = entmax(x.detach(), alpha.detach() if isinstance(alpha, torch.Tensor) else alpha)
     entropy = (p - p**alpha).sum(1) / (alpha * (alpha - 1))
     target_logits = x.gather(1, targets.unsqueeze(1)).squeeze(1)
@@ -55,49 +52,6 @@ def test_losses_and_gradients_are_those_of_the_package(alpha, bias, chunk_tokens
     losses = chunked(tensors, targets, alpha, chunk_tokens=chunk_tokens, reduce=False).loss
     torch.testing.assert_close(losses, expected, atol=1e-9, rtol=1e-10)
     assert not losses.requires_grad
-
-
-class Repeated(Function):
-    """A loss that has one backward, for ``gradcheck``, which asks for several."""
-
-    @staticmethod
-    def forward(ctx, loss, *inputs):
-        with torch.enable_grad():
-            inputs = [tensor.detach().requires_grad_() for tensor in inputs]
-            result = loss(*inputs)
-            ctx.gradients = torch.autograd.grad(result, inputs)
-        return result.detach()
-
-    @staticmethod
-    def backward(ctx, grad):
-        return (None, *(grad * gradient for gradient in ctx.gradients))
-
-
-@pytest.mark.parametrize("bias, smoothing", [(True, 0.1), (False, 0.0)])
-@pytest.mark.parametrize("alpha", MAPPINGS)
-def test_gradients_are_those_of_differences(alpha, bias, smoothing):
-    tensors, targets = case(tokens=5, width=3, vocabulary=7, order=0, bias=bias, seed=3)
-    names = list(tensors)
-
-    def loss(*values):
-        return chunked(dict(zip(names, values)), targets, alpha, smoothing, chunk_tokens=2).loss
-
-    assert torch.autograd.gradcheck(lambda *inputs: Repeated.apply(loss, *inputs), tuple(tensors.values()))
-
-
-@pytest.mark.parametrize("start", [1.05, 1.5, 1.9])
-def test_the_gradient_of_a_learned_alpha_is_that_of_differences(start):
-    """The maximiser moves with α, too; that this does not change the loss is what is tested."""
-    tensors, targets = case(tokens=5, width=3, vocabulary=7, order=0, seed=4)
-    names = list(tensors)
-    alpha = torch.tensor(start, dtype=torch.float64, requires_grad=True)
-
-    def loss(alpha, *values):
-        mapping = lambda scores: entmax(scores, alpha)  # noqa: E731
-        return chunked_entmax_loss(targets=targets, mapping=mapping, alpha=alpha, **dict(zip(names, values)),
-                                   label_smoothing=0.1, chunk_tokens=2).loss  # fmt: skip
-
-    assert torch.autograd.gradcheck(lambda *inputs: Repeated.apply(loss, *inputs), (alpha, *tensors.values()))
 
 
 @settings(max_examples=30, deadline=None)
@@ -145,37 +99,10 @@ def errors_against_double(tensors, targets, alpha):
 
 def test_compiled_kernels_in_single_precision_stay_close_to_double(monkeypatch):
     monkeypatch.setenv("MULTIMAX_BACKEND", "compiled")
-    monkeypatch.setattr(chunked_loss, "CPU_BLOCK", 3 * 301)  # no multiple of 16 bytes
+    monkeypatch.setattr(chunks, "CPU_BLOCK", 3 * 301)  # no multiple of 16 bytes
     tensors, targets = case(tokens=70, width=16, vocabulary=301, order=0, dtype=torch.float32)
     errors = errors_against_double(tensors, targets, 1.4)
     assert max(errors.values()) < 2e-5, errors
-
-
-@pytest.mark.parametrize("features_dtype", [torch.float32, torch.bfloat16])
-def test_under_autocast_no_result_has_twice_the_error_of_plain_pytorch(features_dtype):
-    tensors, targets = case(tokens=300, width=64, vocabulary=500, order=0, dtype=torch.float32)
-    tensors["features"] = tensors["features"].detach().to(features_dtype).requires_grad_()
-    alpha = torch.tensor(1.5, requires_grad=True)
-    expected = exact_results(tensors, targets, alpha)
-    with torch.autocast("cpu", torch.bfloat16):
-        plain = whole(tensors, targets, alpha, 0.1).sum()
-        with Dtypes() as dtypes:
-            ours = chunked(tensors, targets, alpha, 0.1, 70).loss
-    assert dtypes.of_products == {torch.bfloat16}
-    plain, ours = results(plain, tensors, alpha), results(ours, tensors, alpha)
-    assert [tensor.dtype for tensor in ours] == [tensor.dtype for tensor in plain]
-    ours, plain = errors_of(ours, expected), errors_of(plain, expected)
-    assert all(ours[name] <= 2 * plain[name] + 1e-6 for name in plain), (ours, plain)
-
-
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float16, 5e-3), (torch.bfloat16, 3e-2)])
-@pytest.mark.parametrize("aligned", [True, False])
-def test_half_precision_gradients_stay_close_to_double(aligned, dtype, tolerance, monkeypatch):
-    if not aligned:
-        run_as_on_a_gpu(monkeypatch, vocabulary=301)
-    tensors, targets = case(tokens=70, width=16, vocabulary=301, order=0, dtype=dtype)
-    errors = errors_against_double(tensors, targets, 1.5)
-    assert max(errors.values()) < tolerance, errors
 
 
 def test_logits_that_overflowed_to_minus_infinity_have_no_part():
@@ -195,20 +122,3 @@ def test_no_tokens_at_all():
     losses = chunked(tensors, targets, 1.5)
     gradients = torch.autograd.grad(losses.loss, list(tensors.values()))
     assert all(kind == 0 for kind in losses) and all(not gradient.any() for gradient in gradients)
-
-
-@pytest.mark.parametrize("grad", [True, False])
-def test_no_tensor_is_larger_than_a_chunk_of_logits(grad):
-    tensors, targets = case(tokens=128, vocabulary=500, order=0)
-    with Largest() as largest, torch.set_grad_enabled(grad):
-        chunked(tensors, targets, 1.5, 0.1, 16)
-    assert largest.numel == 16 * 500
-
-
-@pytest.mark.parametrize("options, message", [
-    ({"label_smoothing": 1.0}, "--label-smoothing"), ({"chunk_tokens": -1}, "--chunk-tokens"),
-])  # fmt: skip
-def test_options_out_of_range(options, message):
-    tensors, targets = case(order=0)
-    with pytest.raises(ValueError, match=message):
-        chunked_entmax_loss(targets=targets, mapping=sparsemax, alpha=2.0, **tensors, **options)

@@ -1,4 +1,4 @@
-"""Output projection and the loss of a sparse mapping together, in the chunks of :mod:`.chunked_loss`.
+"""Output projection and the loss of a sparse mapping together, in the chunks of :mod:`.chunks`.
 
 With p the mapping's output, x the V logits of a token, t its target, x̄ their mean and H_α Tsallis' entropy, the
 Fenchel-Young loss and its gradients are as follows. As p maximises the first line, only H_α depends on α::
@@ -12,14 +12,14 @@ Sources: Blondel, Martins & Niculae 2020, *Learning with Fenchel-Young losses* (
 sparse seq2seq search space* (NAACL).
 """
 
-from typing import Callable, List, NamedTuple, Optional, Tuple, Union
+from typing import Callable, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
 from torch import Tensor
 
-from .chunked_loss import RowsLoss, blocks_of_rows, check_options, chunked_loss, gradient_scale
-from .compiler import kernel
-from .scores import compute_dtype, is_absent
+from ..compiler import kernel
+from ..scores import compute_dtype, is_absent
+from .chunks import RowsLoss, blocks_of_rows, check_options, chunked_loss
 
 
 class EntmaxLosses(NamedTuple):
@@ -47,7 +47,7 @@ def chunked_entmax_loss(
 
     Args:
         features, weight, targets, bias, label_smoothing, chunk_tokens, reduce: as those of
-            :func:`.chunked_cross_entropy.chunked_cross_entropy`.
+            :func:`.cross_entropy.chunked_cross_entropy`.
         mapping: α-entmax for this ``alpha``: logits, (rows, V), fp32 at least, to probabilities. It is not
             differentiated.
         alpha: in (1, 2], a number or a tensor of one; 2 for sparsemax, 1.5 for 1.5-entmax.
@@ -72,7 +72,7 @@ def entmax_loss_rows_(
     """Replaces the logits by their gradient, without the part that only the target has.
 
     Args:
-        logits: (rows, V); becomes p − ε / V, times :func:`.chunked_loss.gradient_scale`.
+        logits: (rows, V); becomes p − ε / V.
         probabilities: (rows, V), fp32 at least.
         target_logits: (rows, 1), of the dtype of ``probabilities``.
         alpha, smoothing: (1,) each; ε / V.
@@ -91,39 +91,52 @@ def entmax_loss_rows_(
     slope = (alpha * (change - u * (change + p)) + (alpha - 1) * change) / (scale * scale)
     total = x.masked_fill(absent, 0.0).sum(-1, keepdim=True)
     support = (p > 0).to(p.dtype).sum(-1, keepdim=True)
-    logits.copy_((p - smoothing).masked_fill(absent, 0.0) * gradient_scale(logits.dtype))
+    logits.copy_((p - smoothing).masked_fill(absent, 0.0))
     return loss, total, support, slope.sum(-1, keepdim=True)
 
 
 class _EntmaxLoss(RowsLoss):
     """Arguments as in :func:`chunked_entmax_loss`."""
 
-    kinds = EntmaxLosses
+    kinds, kernel = EntmaxLosses, entmax_loss_rows_
 
     def __init__(self, mapping, alpha: Union[float, Tensor], label_smoothing: float, padding: Optional[int]):
         self.mapping, self.alpha = mapping, alpha
         self.parameters = (alpha,) if isinstance(alpha, Tensor) else ()
         self.label_smoothing, self.padding = label_smoothing, padding
 
-    def losses(self, logits: Tensor, targets: Tensor) -> Tuple[Tensor, ...]:
-        return self.losses_and_gradients_(logits, targets)[0]
+    def formula(self, logits: Tensor, targets: Tensor, *parameters: Tensor) -> Tuple[Tensor, ...]:
+        (alpha,) = parameters or (self.alpha,)
+        p, x = self.mapping(logits), logits.masked_fill(is_absent(logits), 0.0)
+        positive, target_logits = p > 0, logits.gather(-1, targets)
+        q = torch.where(positive, p, 1.0)  # whose part of the entropy is 0, as that of 0, but has derivatives
+        entropy = -(q * torch.expm1((alpha - 1) * q.log())).sum(-1) / (alpha * (alpha - 1))
+        plain_loss = (p * (x - target_logits)).sum(-1) + entropy
+        words = torch.arange(x.size(-1), device=x.device) != (-1 if self.padding is None else self.padding)
+        mean = torch.where(words, x, 0.0).sum(-1) / words.sum()
+        loss = plain_loss + self.label_smoothing * (target_logits.squeeze(-1) - mean)
+        impossible = p.gather(-1, targets).squeeze(-1) == 0
+        return loss, plain_loss, impossible.to(p.dtype), positive.sum(-1).to(p.dtype)
 
-    def losses_and_gradients_(self, logits: Tensor, targets: Tensor) -> Tuple[Tuple[Tensor, ...], List[Tensor]]:
-        dtype, scale = compute_dtype(logits.dtype), gradient_scale(logits.dtype)
+    def compiled_(self, logits: Tensor, targets: Tensor) -> Tuple[Sequence[Tensor], Sequence[Tensor]]:
+        dtype = compute_dtype(logits.dtype)
         smoothing = self.label_smoothing / (logits.size(1) - (self.padding is not None))
         alpha = torch.as_tensor(self.alpha, dtype=dtype, device=logits.device).reshape(1)
-        numbers = alpha, torch.full_like(alpha, smoothing)
-        target_logits = logits.gather(1, targets).to(dtype)
         rows = []
-        for block, block_targets, block_target_logits in blocks_of_rows(logits, targets, target_logits):
-            probabilities = self.mapping(block.to(dtype))
-            padding_logits = 0.0 if self.padding is None else block[:, [self.padding]].to(dtype)
-            loss, total, support, grad_alpha = entmax_loss_rows_(block, probabilities, block_target_logits, *numbers)
+        for block, block_targets in blocks_of_rows(logits, targets):
+            x = block.to(dtype)
+            p, target_logits = self.mapping(x), x.gather(1, block_targets)
+            padding_logits = 0.0 if self.padding is None else x[:, [self.padding]]
+            loss, total, support, grad_alpha = entmax_loss_rows_(
+                block, p, target_logits, alpha, torch.full_like(alpha, smoothing)
+            )
             if self.padding is not None:
-                block[:, self.padding] = (probabilities[:, self.padding] * scale).to(block.dtype)
-            impossible = (probabilities.gather(1, block_targets) == 0).to(dtype)
-            smoothed = loss + self.label_smoothing * block_target_logits - smoothing * (total - padding_logits)
-            rows.append((smoothed, loss, impossible, support, grad_alpha))
-        *losses, grad_alpha = (torch.cat(kind) for kind in zip(*rows))
-        logits.scatter_add_(1, targets, logits.new_full(targets.shape, -(1 - self.label_smoothing) * scale))
-        return tuple(losses), [grad_alpha.sum(dtype=torch.float64).view(p.shape) for p in self.parameters]
+                block[:, self.padding] = p[:, self.padding].to(block.dtype)
+            # The target's own is overwritten, as what is stored is rounded: 1 − ε taken from it would leave 0.
+            target_p = p.gather(1, block_targets)
+            share = smoothing if self.padding is None else smoothing * (block_targets != self.padding)
+            block.scatter_(1, block_targets, (target_p - 1 + (self.label_smoothing - share)).to(block.dtype))
+            smoothed = loss + self.label_smoothing * target_logits - smoothing * (total - padding_logits)
+            rows.append((smoothed, loss, (target_p == 0).to(dtype), support, grad_alpha))
+        *losses, grad_alpha = (torch.cat(kind).squeeze(1) for kind in zip(*rows))
+        return losses, [grad_alpha.sum(dtype=torch.float64).view(p.shape) for p in self.parameters]

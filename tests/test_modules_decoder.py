@@ -1,4 +1,4 @@
-"""Encoder and decoder: the output mapping, and what fairseq wraps around layers."""
+"""The decoder's output mapping and causal mask, and what fairseq wraps around layers."""
 
 import math
 
@@ -8,9 +8,10 @@ import torch
 from fairseq.modules.checkpoint_activations import CheckpointFunction
 
 from multimax_fairseq.kernels.attention import multimax_attention
-from multimax_fairseq.mappings import MultiMax
-from multimax_fairseq.modules import MappedDecoderLayer, MappedEncoderLayer, MappedMultiheadAttention, attention
+from multimax_fairseq.mappings import MultiMax, build_mapping
+from multimax_fairseq.modules import MappedMultiheadAttention, attention
 from multimax_fairseq.modules.attention import CAUSAL
+from multimax_fairseq.modules.decoder import log_probabilities
 
 
 def logits(built, sample):
@@ -135,15 +136,40 @@ def test_layer_drop_keeps_the_mapped_layers(build, batch):
     built = build("multimax_transformer", "--encoder-layerdrop", 0.5, "--decoder-layerdrop", 0.5)
     layers, used = built.model.train().encoder.layers, []
     for layer in layers._modules.values():
-        assert isinstance(layer, MappedEncoderLayer)
+        assert isinstance(layer.self_attn, MappedMultiheadAttention)
         layer.register_forward_hook(lambda layer, *_: used.append(layer))
     for _ in range(10):
         assert torch.isfinite(logits(built, batch(built))).all()
     assert 0 < len(used) < 20
 
 
-def test_every_attention_of_a_built_model_is_mapped(build):
-    model = build("multimax_transformer").model
-    sites = [module.site for module in model.modules() if isinstance(module, MappedMultiheadAttention)]
-    assert sorted(sites) == ["cross", "cross", "decoder", "decoder", "encoder", "encoder"]
-    assert all(isinstance(layer, MappedDecoderLayer) for layer in model.decoder.layers)
+@pytest.mark.parametrize("name", ["sparsemax", "entmax15", "entmax"])
+def test_logarithms_of_a_sparse_vocabulary_are_finite_and_in_the_order_of_the_scores(name):
+    scores = 4 * torch.randn(50, 40)
+    scores[0], scores[1, 1:] = 0, -1e30
+    scores[2] = torch.linspace(-500, 0, 40)
+    probabilities = build_mapping(name)(scores)
+    logs = log_probabilities(probabilities, scores)
+    is_positive = probabilities > 1e-9
+    torch.testing.assert_close(logs[is_positive], probabilities[is_positive].log(), atol=1e-6, rtol=0)
+    assert logs[probabilities == 0].max() <= -32 and logs.min() >= -40
+    order = scores.argsort(-1)
+    ordered, spread = logs.gather(-1, order).diff(dim=-1), scores.gather(-1, order).diff(dim=-1)
+    assert ordered.min() >= 0 and ordered[3:][spread[3:] > 1e-3].min() > 0
+
+
+def test_the_gradient_of_a_vocabularys_modulator_is_divided_by_the_root_of_its_size(build, batch):
+    built = build("multimax_transformer_lm", "--output-mapping", "multimax")
+    built.model.train()
+    mapping, gradients = built.model.decoder.output_mapping, []
+    assert mapping.gradient_scale == len(built.task.target_dictionary) ** -0.5
+    for mapping.gradient_scale in (1, mapping.gradient_scale):  # noqa: B020
+        built.model.zero_grad()
+        torch.manual_seed(0)
+        loss = logits(built, batch(built)).logsumexp(-1).sum()
+        loss.backward()
+        gradients.append([p.grad.clone() for p in built.model.parameters()] + [loss.detach()])
+    for parameter, whole, scaled in zip([*built.model.parameters(), None], *gradients):
+        is_modulator = parameter is mapping.thresholds or parameter is mapping.gains
+        factor = len(built.task.target_dictionary) ** -0.5 if is_modulator else 1
+        torch.testing.assert_close(scaled, factor * whole, atol=0 if factor == 1 else 1e-6, rtol=1e-6)

@@ -1,0 +1,97 @@
+"""The walk: which attention gets which mapping, and with which numbers it starts."""
+
+import pytest
+import torch
+from fairseq.modules import MultiheadAttention
+
+from multimax_fairseq.mappings import MultiMax
+from multimax_fairseq.models import attach
+from multimax_fairseq.models.attach import attention_sites
+from multimax_fairseq.modules import MappedMultiheadAttention
+
+SITES = [("encoder", 0), ("encoder", 1), ("decoder", 0), ("cross", 0), ("decoder", 1), ("cross", 1)]
+
+
+@pytest.mark.parametrize("options", [[], ["--checkpoint-activations"], ["--encoder-layerdrop", 0.9],
+                                     ["--decoder-layerdrop", 0.9], ["--quant-noise-pq", 0.2]], ids=str)  # fmt: skip
+def test_every_attention_is_found_whatever_is_around_its_layer(options, build):
+    for arch in ("transformer", "multimax_transformer"):
+        found = list(attention_sites(build(arch, *options).model))
+        assert [(site, number) for site, number, _ in found] == SITES
+        kind = MultiheadAttention if arch == "transformer" else MappedMultiheadAttention
+        assert all(type(attention) is kind for *_, attention in found)
+        if arch == "multimax_transformer":
+            assert [attention.site for *_, attention in found] == [site for site, _ in SITES]
+    assert list(attention_sites(torch.nn.Linear(1, 1))) == []
+
+
+def test_self_attention_over_both_sides_is_the_decoders(build):
+    model = build("multimax_transformer", "--cross-self-attention", "--no-cross-attention").model
+    assert [site for site, *_ in attention_sites(model)] == ["encoder", "encoder", "decoder", "decoder"]
+
+
+@pytest.mark.parametrize("site", ["encoder", "decoder", "cross"])
+def test_a_mapping_is_at_its_sites_and_nowhere_else(site, build):
+    model = build("multimax_transformer", "--attention-mapping-sites", site).model
+    for name, _, attention in attention_sites(model):
+        assert type(attention) is (MappedMultiheadAttention if name == site else MultiheadAttention)
+        assert name != site or isinstance(attention.mapping, MultiMax)
+
+
+@pytest.mark.parametrize("arch", ["transformer", "transformer_lm"])
+def test_drawing_modulators_changes_nothing_else(arch, build):
+    """Neither the stock model's parameters, nor what is drawn next."""
+    stock, mapped, other = (
+        (build(name, *options).model, torch.rand(3))
+        for name, options in [
+            (arch, []),
+            (f"multimax_{arch}", ["--output-mapping", "multimax"]),
+            (f"multimax_{arch}", ["--attention-mapping", "sparsemax"]),
+        ]
+    )
+    expected = dict(stock[0].named_parameters())
+    for model, drawn in (mapped, other):
+        actual = dict(model.named_parameters())
+        assert all(".mapping." in name or ".output_mapping." in name for name in actual.keys() - expected.keys())
+        for name, parameter in expected.items():
+            assert torch.equal(actual[name], parameter)
+        assert torch.equal(drawn, stock[1])
+
+
+def numbers(model):
+    return torch.stack([torch.cat(m.mapping.coefficients()).detach() for *_, m in attention_sites(model)]).flatten()
+
+
+def test_modulators_depend_on_the_seed_alone(build):
+    """All differ, and what the process has done before does not matter."""
+    first = numbers(build("multimax_transformer").model)
+    assert len(first.unique()) == len(first)
+    MultiMax(), MultiMax()
+    assert torch.equal(numbers(build("multimax_transformer").model), first)
+    torch.testing.assert_close(numbers(build("multimax_transformer", "--modulator-lr-scale", 10).model), first)
+    assert not torch.isclose(numbers(build("multimax_transformer", seed=2).model), first).any()
+
+
+def test_a_learned_alpha_has_one_value_a_head(build):
+    options = ["--attention-mapping", "entmax"]
+    assert build("multimax_transformer", *options).model.encoder.layers[0].self_attn.mapping.alpha == 1.5
+    learned = build("multimax_transformer", *options, "--entmax-alpha", "learned").model
+    assert learned.encoder.layers[0].self_attn.mapping.alpha.shape == (2,)
+
+
+def test_evaluation_of_a_loaded_encoder_uses_the_mapping_too(build, batch):
+    """fairseq 0.12.2 leaves for a fused softmax kernel in layers that have been loaded and never trained."""
+    options = ["--attention-mapping", "sparsemax", "--dropout", 0]
+    source, target = build("multimax_transformer", *options), build("multimax_transformer", *options, seed=2)
+    target.model.load_state_dict(source.model.state_dict())
+    sample = batch(source)["net_input"]
+    with torch.no_grad():
+        expected = source.model.train()(**sample)[0]
+        torch.testing.assert_close(target.model.eval()(**sample)[0], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_parameters_cannot_be_added_to_what_is_spread_over_processes(build, monkeypatch):
+    monkeypatch.setattr(attach, "FullyShardedDataParallel", torch.nn.Linear)  # some of the model's modules
+    with pytest.raises(ValueError, match="--ddp-backend fully_sharded"):
+        build("multimax_transformer")
+    build("multimax_transformer", "--attention-mapping", "sparsemax")
