@@ -52,7 +52,7 @@ def exact(inputs, rows, grad, mask=None, is_causal=False, factors=1):
 
 
 def assert_near(found, expected):
-    """Scores are rounded before the mapping; gradients of its numbers, from the fifth on, are sums over all rows."""
+    """Scores are rounded before the mapping; the gradients of its numbers, from the fifth on, sum over all rows."""
     for place, (result, other) in enumerate(zip(found, expected, strict=True)):
         error = 1e-5 if place < 4 else 5e-5
         torch.testing.assert_close(result.double(), other, atol=error * max(1, other.abs().max().item()), rtol=0)
@@ -149,8 +149,6 @@ def test_what_it_serves(monkeypatch):
     softmax = Rows("softmax")
     assert cpu.serves(*inputs, softmax, None)
     assert not cpu.serves(*(tensor.double() for tensor in inputs), softmax, None)
-    assert not cpu.serves(inputs[0][:, :, :0], *inputs[1:], softmax, None)
-    assert not cpu.serves(*inputs, softmax, torch.zeros(1, 1, 1, 40, dtype=torch.float64))
     assert not cpu.serves(*inputs, Rows("entmax", (torch.full((BSZ, 1, 40, 1), 1.5),)), None)
     monkeypatch.setattr(cpu, "sgemm", lambda: None)
     assert not cpu.serves(*inputs, softmax, None)
