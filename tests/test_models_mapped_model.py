@@ -163,5 +163,7 @@ def test_guided_alignment_needs_probabilities_above_0(mapping, is_refused, build
     if is_refused:
         with pytest.raises(ValueError, match=f"{mapping} makes most of them 0: leave cross out of"):
             built.model.get_targets(sample, None)
+        with pytest.raises(ValueError, match="leave cross out of"):
+            build("multimax_transformer", "--attention-mapping", mapping, "--load-alignments")
         built = build("multimax_transformer", "--attention-mapping", mapping, "--attention-mapping-sites", "decoder")
     assert built.model.get_targets(sample, None) is sample["target"]

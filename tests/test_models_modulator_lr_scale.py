@@ -96,8 +96,10 @@ def assert_ten_times(scaled, plain, is_half=False):
         torch.testing.assert_close(scaled[0][name], factor * move, atol=tolerance, rtol=1e-4)
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+@pytest.mark.parametrize("optimizer, precision", [
+    (optimizer, precision) for optimizer in ("sgd", "adam") for precision in PRECISIONS
+    if (optimizer, precision) != ("sgd", "fp16 without copies")  # fairseq has no such pair
+])  # fmt: skip
 def test_the_first_update_in_every_precision(optimizer, precision, trainer):
     plain, scaled = (moves(trainer(precision, scale, optimizer, lr=0.05), 1) for scale in (1, 10))
     assert_ten_times(scaled, plain, is_half="without" in precision)

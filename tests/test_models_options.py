@@ -135,7 +135,7 @@ def lays_seven(args):
 @pytest.mark.parametrize("fields, message", [
     ({"attention_maping": "softmax"}, "^model.attention_maping: .* nearest one is model.attention_mapping$"),
     ({"multimax-order": 1}, "nearest one is model.multimax_order$"),
-    ({"layer": 3}, "nearest one is model.layers$"),
+    ({**{option.name: option.default for option in MAPPING_OPTIONS}, "layer": 3}, "nearest one is model.layers$"),
     ({"multimax_order": None}, "^model.multimax_order: null is no value; leave it out for the default, 2$"),
 ])  # fmt: skip
 def test_a_field_of_a_config_that_nobody_knows(fields, message):
@@ -155,7 +155,7 @@ def test_hydra_shows_a_wrong_choice_without_a_trace(model, capsys):
 
 def test_a_config_that_is_known_and_one_from_a_checkpoint():
     known = {option.name for option in MAPPING_OPTIONS}
-    cfg = OmegaConf.create({"layers": 3, "multimax_backend": "auto"})
+    cfg = OmegaConf.create({"layers": 3})
     with_defaults(lays_seven, lambda: known)(cfg)
     assert cfg.layers == 3
     cfg.from_an_earlier_version = 1

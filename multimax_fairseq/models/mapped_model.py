@@ -33,7 +33,8 @@ class MappedModelMixin:
         """Attach the mappings of ``choice``, and do what else ``args`` (:class:`.options.MappingOptions`) say.
 
         Raises:
-            ValueError: the modulators are to have a learning rate of their own, and there are none.
+            ValueError: the modulators are to have a learning rate of their own, and there are none; or see
+                :meth:`check_alignments`.
         """
         attach(self, choice)
         self.logged_modulators = getattr(args, "log_modulators", "site")
@@ -43,25 +44,27 @@ class MappedModelMixin:
                 f"--modulator-lr-scale {scale}: this model has no modulators; use --attention-mapping multimax or "
                 "--output-mapping multimax, or drop it"
             )
+        if getattr(getattr(task, "cfg", None), "load_alignments", False):
+            self.check_alignments()
         if self.decoder.is_sparse:
             task.build_generator = functools.partial(build_sparse_generator, task.build_generator)
 
     def get_targets(self, sample: Dict[str, Any], net_output: Any) -> Tensor:
-        """As the stock model's.
-
-        Raises:
-            ValueError: the batch has word alignments, and cross-attention can give them a probability of 0.
-        """
+        """As the stock model's; raises ValueError as :meth:`check_alignments` if the batch has word alignments."""
         if sample.get("alignments") is not None:
-            for site, _, attention in attention_sites(self):
-                mapping = getattr(attention, "mapping", None)
-                if site == "cross" and isinstance(mapping, tuple(MAPPINGS[name] for name in SPARSE)):
-                    raise ValueError(
-                        "guided alignment (--load-alignments) is the logarithm of cross-attention's probabilities, "
-                        f"and {type(mapping).__name__.lower()} makes most of them 0: leave cross out of "
-                        "--attention-mapping-sites, or drop --load-alignments"
-                    )
+            self.check_alignments()
         return super().get_targets(sample, net_output)
+
+    def check_alignments(self) -> None:
+        """Raise ValueError if cross-attention, which is to follow word alignments, can give them probability 0."""
+        for site, _, attention in attention_sites(self):
+            mapping = getattr(attention, "mapping", None)
+            if site == "cross" and isinstance(mapping, tuple(MAPPINGS[name] for name in SPARSE)):
+                raise ValueError(
+                    "guided alignment (--load-alignments) is the logarithm of cross-attention's probabilities, and "
+                    f"{type(mapping).__name__.lower()} makes most of them 0: leave cross out of "
+                    "--attention-mapping-sites, or drop --load-alignments"
+                )
 
     def _load_from_state_dict(self, state_dict: Dict[str, Tensor], prefix: str, *args, **kwargs) -> None:
         # Not in fairseq's upgrade_state_dict: --encoder-layers-to-keep renumbers the layers after that.

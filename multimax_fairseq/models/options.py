@@ -20,6 +20,7 @@ LOG_MODULATORS = ("site", "module", "none")
 
 Mapping = Tuple[str, Dict[str, Any]]  # the arguments of build_mapping
 
+
 class OptionError(CompactHydraException, ValueError):
     """A ValueError that ``fairseq-hydra-train`` shows without fifty lines of traceback."""
 
@@ -116,9 +117,8 @@ def with_defaults(
         if OmegaConf.is_config(args):
             # In omegaconf 2.0 (fairseq 0.12.2) a missing field reads as None, so work on those that exist.
             given = OmegaConf.to_container(args)
-            if known_fields is not None and not FIELDS.keys() <= given.keys():
-                # not a checkpoint's
-                check_fields(given, known_fields() | GONE.keys() | vars(_defaults_of(architecture)).keys())
+            if known_fields is not None and "base_layers" not in given:  # a checkpoint's has it, from below
+                check_fields(given, known_fields() | vars(_defaults_of(architecture)).keys())
             namespace = Namespace(**{name: value for name, value in given.items() if value is not None})
             namespace.base_layers = getattr(namespace, "base_layers", 0)  # its trainer asks whether this is > 0
         for option in MAPPING_OPTIONS:
