@@ -93,6 +93,8 @@ def mapped_attention(
         ValueError: shapes, dtypes or numbers that do not fit.
     """
     mapping = build_mapping(mapping) if isinstance(mapping, str) else mapping
+    if not isinstance(mapping, nn.Module):
+        raise ValueError(f"mapping is a module over the last dimension of scores, or a name; got {mapping!r}")
     leading = _check(query, key, value, attn_mask, dropout_p)
     dtype = autocast_dtype(query) or query.dtype
     wide = torch.float32 if query.is_cpu and dtype in HALF else dtype  # a CPU is no slower in fp32, and rounds once
@@ -148,6 +150,8 @@ def _check(
     if not query.dtype == key.dtype == value.dtype or not query.is_floating_point():
         kinds = ", ".join(str(tensor.dtype) for tensor in (query, key, value))
         raise ValueError(f"query, key and value have one floating-point dtype; got {kinds}")
+    if any(tensor.device != query.device for tensor in (key, value, query if mask is None else mask)):
+        raise ValueError("query, key, value and attn_mask have to be on one device")
     if not 0 <= dropout_p <= 1:
         raise ValueError(f"dropout_p is a probability; got {dropout_p}")
     try:

@@ -3,9 +3,11 @@
 import logging
 import math
 import os
+from functools import partial
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from conftest import load_script
 
 from multimax_fairseq.attention import attend, mapped_attention
@@ -78,6 +80,21 @@ def test_kernels_that_are_right_are_trusted(options, caplog):
         mapped_attention(*tensors, mapping, **options)
     finally:
         gpu._wrong = tried
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_the_first_call_may_be_without_gradients(context, caplog):
+    tensors, mapping = case()
+    with context():
+        mapped_attention(*tensors, mapping)
+    assert len(gpu._tried) == 1 and not gpu._distrusted and not caplog.records
+
+
+def test_the_first_call_may_be_checkpointed(caplog):
+    tensors, mapping = case()
+    function = partial(mapped_attention, mapping=mapping, dropout_p=0.5)
+    torch.utils.checkpoint.checkpoint(function, *tensors, use_reentrant=False).sum().backward()
+    assert len(gpu._tried) == 1 and not gpu._distrusted and not caplog.records
 
 
 def wrong_forward(monkeypatch):

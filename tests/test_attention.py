@@ -3,6 +3,7 @@
 ``ATTENTION_CASES=2000 pytest tests/test_attention.py -k random`` takes so many random cases.
 """
 
+import itertools
 import math
 import os
 import random
@@ -272,9 +273,15 @@ TRANSFORMS = {
 }
 
 
-@pytest.mark.parametrize("transform", TRANSFORMS)
-@pytest.mark.parametrize("keys", [0, 64, 256], ids=["rows", "64 keys", "256 keys"])
-@pytest.mark.parametrize("name", MAPPINGS)
+def cells():
+    """Mapping, number of keys (0: rows alone), transform."""
+    for name, keys, transform in itertools.product(MAPPINGS, (0, 64, 256), TRANSFORMS):
+        takes_seconds = transform in ("torch.compile", "export", "torch.jit.trace")
+        marks = [pytest.mark.slow] if takes_seconds and keys and name != "multimax" else []
+        yield pytest.param(name, keys, transform, marks=marks, id=f"{name}, {keys or 'no'} keys, {transform}")
+
+
+@pytest.mark.parametrize(("name", "keys", "transform"), cells())
 def test_torch_transforms_it_as_its_own_operators(name, keys, transform):
     """At no length does the answer to "does this work?" change."""
     function, x = Attends(name, keys).case()
@@ -464,6 +471,8 @@ def test_autocast_acts_as_on_pytorchs_function():
     ({"attn_mask": torch.zeros(6, 7)}, r"attn_mask has to broadcast to \(2, 5, 7\); got \(6, 7\)"),
     ({"attn_mask": torch.zeros(5, 7, dtype=torch.uint8)}, "true where a key takes part"),
     ({"dropout_p": 1.5}, "dropout_p is a probability"),
+    ({"value": torch.zeros(2, 7, 4, device="meta")}, "on one device"),
+    ({"mapping": torch.softmax}, "mapping is a module over the last dimension of scores, or a name; got"),
     ({"mapping": "soft"}, "there is no mapping 'soft'; choose from"),
 ])  # fmt: skip
 def test_what_does_not_fit_is_said(change, message):

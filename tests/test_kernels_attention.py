@@ -97,12 +97,12 @@ def test_many_equal_scores_and_large_values_do_not_overflow(dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize(("length", "causal", "mean"), [(256, True, 4.0), (40, False, 1.0)])
+@pytest.mark.parametrize(("length", "causal", "mean"), [(160, True, 4.0), (40, False, 1.0)])
 @pytest.mark.parametrize("name", MAPPINGS)
 def test_no_result_or_gradient_has_twice_the_error_of_plain_pytorch(name, length, causal, mean, dtype):
     """Root mean squares over seeds: the error of a few numbers may be next to nothing by luck."""
     squares = torch.zeros(3, 6, dtype=torch.float64)
-    for seed in range(8 if dtype == torch.float32 else 3):
+    for seed in range(4 if dtype == torch.float32 else 2):
         torch.manual_seed(seed)
         mapping = make(name, 2)
         inputs, upstream = draw(1, 2, length, length, 64, dtype=dtype, mean=mean), torch.randn(1, 2, length, 64)

@@ -14,6 +14,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from multimax_fairseq.kernels import backend, compiler
 from multimax_fairseq.kernels.compiler import Kernel
+from multimax_fairseq.kernels.rows import compiled as rows
 from multimax_fairseq.kernels.rows.compiled import modulate_rows, modulate_rows_backward
 from multimax_fairseq.mappings import modulate
 

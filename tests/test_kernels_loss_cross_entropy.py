@@ -62,7 +62,7 @@ def chunked(tensors, targets, smoothing=0.0, chunk_tokens=0, **options):
 @pytest.mark.parametrize("order, bias", [(0, False), (0, True), (1, False), (2, True)])
 @pytest.mark.parametrize("chunk_tokens", [0, 1, 5, 23])
 @pytest.mark.parametrize("backend", ["eager", "compiled"])
-def test_losses_and_gradients_are_those_of_the_whole_logits(backend, chunk_tokens, order, bias, smoothing, monkeypatch):
+def test_losses_and_gradients_are_those_of_all_logits(backend, chunk_tokens, order, bias, smoothing, monkeypatch):
     monkeypatch.setenv("MULTIMAX_BACKEND", backend)
     monkeypatch.setattr(chunks, "CPU_BLOCK", 2 * 41)
     tensors, targets = case(order=order, bias=bias)

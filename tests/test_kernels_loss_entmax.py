@@ -8,8 +8,7 @@ from hypothesis import strategies as st
 from test_kernels_loss_cross_entropy import case, in_double, without_last_word
 from torch.nn import functional as F
 
-from multimax_fairseq.kernels.loss import chunks
-from multimax_fairseq.kernels.loss import chunked_entmax_loss
+from multimax_fairseq.kernels.loss import chunked_entmax_loss, chunks
 from multimax_fairseq.mappings import entmax, entmax15, sparsemax
 
 MAPPINGS = {2.0: sparsemax, 1.5: entmax15, 1.2: lambda scores: entmax(scores, 1.2)}

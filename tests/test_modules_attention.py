@@ -9,6 +9,7 @@ from fairseq.modules import MultiheadAttention
 
 from multimax_fairseq.mappings import MAPPINGS, build_mapping
 from multimax_fairseq.modules import MappedMultiheadAttention
+from multimax_fairseq.modules.attention import CAUSAL
 from multimax_fairseq.modules.scale import SCALES, build_scale
 
 EMBED_DIM, NUM_HEADS, SRC_LEN, BSZ = 8, 2, 5, 3
@@ -208,3 +209,60 @@ def test_an_attention_that_is_not_fairseqs_own_is_refused():
 
     with pytest.raises(TypeError, match="Slower attends in its own way.*leave cross out of --attention"):
         MappedMultiheadAttention.adopt(Slower(EMBED_DIM, NUM_HEADS), build_mapping("sparsemax"), "cross")
+
+
+@pytest.mark.parametrize("options", [{"add_bias_kv": True}, {"add_zero_attn": True}], ids=["bias", "zero"])
+@pytest.mark.parametrize("mask", [None, PADDING], ids=["whole", "padded"])
+def test_keys_that_belong_to_no_token_are_as_in_stock_attention(mask, options):
+    stock, mapped = make(self_attention=True, **options)
+    x, causal = inputs(), additive(float("-inf"))
+    setattr(causal, CAUSAL, True)
+    expected, expected_weights = stock(x, x, x, key_padding_mask=mask, attn_mask=additive(float("-inf")))
+    output, weights = mapped(x, x, x, key_padding_mask=mask, attn_mask=causal)
+    torch.testing.assert_close((output, weights), (expected, expected_weights))
+    without_weights, _ = mapped(x, x, x, key_padding_mask=mask, attn_mask=causal, need_weights=False)
+    torch.testing.assert_close(without_weights, expected)
+
+
+@pytest.mark.parametrize("length, bsz", [(0, 2), (5, 0)])
+@pytest.mark.parametrize("need_weights", [False, True])
+@pytest.mark.parametrize("name", MAPPINGS)
+def test_no_queries_or_no_sentences(name, length, bsz, need_weights):
+    _, mapped = make(name, encoder_decoder_attention=True)
+    query, memory = torch.randn(length, bsz, EMBED_DIM), torch.randn(7, bsz, EMBED_DIM)
+    assert mapped(query, memory, memory, need_weights=need_weights)[0].shape == query.shape
+
+
+def test_a_mask_for_each_head():
+    stock, mapped = make()
+    x, mask = inputs(), torch.rand(BSZ * NUM_HEADS, SRC_LEN, SRC_LEN) > 0.5
+    mask[:, :, 0] = False
+    expected, _ = stock(x, x, x, attn_mask=mask)
+    torch.testing.assert_close(mapped(x, x, x, attn_mask=mask, need_weights=False)[0], expected)
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("name", ["multimax", "entmax15"])
+def test_it_can_be_traced_and_compiled_into_one_graph(name, scale):
+    _, mapped = make(name, scale)
+    x = inputs()
+    expected, _ = mapped(x, x, x)
+    traced = torch.jit.trace(mapped, (x.flip(0), x.flip(0), x.flip(0)))
+    torch.testing.assert_close(traced(x, x, x)[0], expected)
+    compiled = torch.compile(mapped, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, x, x, need_weights=False)[0], expected)
+
+
+@pytest.mark.parametrize("mask", [None, "causal"])
+@pytest.mark.parametrize("name", MAPPINGS)
+def test_with_and_without_weights_is_the_same(name, mask):
+    _, mapped = make(name)
+    x = inputs().requires_grad_()
+    attn_mask = None if mask is None else additive(float("-inf"))
+    if mask:
+        setattr(attn_mask, CAUSAL, True)
+    results = []
+    for need_weights in (True, False):
+        output, _ = mapped(x, x, x, key_padding_mask=PADDING, attn_mask=attn_mask, need_weights=need_weights)
+        results.append([output, *torch.autograd.grad(output.square().sum(), [x, *mapped.parameters()])])
+    torch.testing.assert_close(*results, atol=1e-5, rtol=1e-4)

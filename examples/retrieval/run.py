@@ -58,7 +58,7 @@ from multimax_fairseq.analysis.files import (  # noqa: E402
     replacing,
 )
 from multimax_fairseq.mappings import BUILT_IN, build_mapping, parse_options  # noqa: E402
-from multimax_fairseq.modules.scale import build_scale  # noqa: E402
+from multimax_fairseq.modules.scale import LogLengthScale, build_scale  # noqa: E402
 
 PROJECTED = 32  # numbers of a projected query or key
 UPDATES, BATCH, LEARNING_RATE = 1_500, 128, 3e-3
@@ -122,7 +122,8 @@ class Layer(nn.Module):
         scores = torch.einsum("bd,bld->bl", self.query(query), self.key(keys)) / math.sqrt(PROJECTED)
         if self.scale is None:
             return scores
-        return scores * self.scale(lambda: torch.tensor(float(keys.size(1)))).view(-1)
+        counts = [torch.full((1, 1, 1, 1), float(keys.size(1)))] if isinstance(self.scale, LogLengthScale) else []
+        return scores * self.scale(*counts).view(-1)
 
     def forward(self, query: Tensor, keys: Tensor, values: Tensor) -> Tuple[Tensor, Tensor]:
         """The output, (batch, d), and the probabilities, (batch, length)."""

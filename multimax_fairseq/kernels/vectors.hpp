@@ -1,5 +1,5 @@
-// Vectors of fp32 numbers, as wide as the target processor allows, by the extension that GCC and Clang share; functions
-// of vectors, and loops over arrays.
+// Vectors of fp32 numbers, by the extension that GCC and Clang share, as wide as the target processor allows;
+// functions of them, and loops over arrays.
 
 #pragma once
 

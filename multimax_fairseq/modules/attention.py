@@ -206,8 +206,7 @@ class MappedMultiheadAttention(MultiheadAttention):
         """
         bsz, num_heads, tgt_len, src_len = probabilities.shape
         if values.size(0) == bsz * num_heads:
-            output = torch.bmm(probabilities.view(-1, tgt_len, src_len), values)
-            return output.view(bsz, num_heads, tgt_len, -1)
+            return torch.bmm(probabilities.flatten(0, 1), values).view(bsz, num_heads, tgt_len, self.head_dim)
         values = values.view(-1, num_heads, src_len, self.head_dim)
         by_sentence = probabilities.view(values.size(0), -1, num_heads, tgt_len, src_len)
         # einsum computes a beam in one product; matmul would copy the values for each hypothesis

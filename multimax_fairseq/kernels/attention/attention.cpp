@@ -1,6 +1,6 @@
-// Attention in blocks, for fp32 on a CPU: softmax, MultiMax, the sparse mappings and EvSoftMax, with their gradients. Each
-// thread works through blocks of its own without waiting between products and mapping: a block of scores, which has
-// whole rows, stays in its cache from the first product to the last.
+// Attention in blocks, for fp32 on a CPU, with every mapping, and its gradients. Each thread works through blocks of
+// its own without waiting between products and mapping: a block of scores, which has whole rows, stays in its cache
+// from the first product to the last.
 
 #include "../rows/mappings.hpp"
 
@@ -155,7 +155,8 @@ class Attention : Problem {
       });
       // One part after the other, so that sums do not depend on who is first. Parts are begun in this order.
       while (added_parts[head].load(std::memory_order_acquire) != part) std::this_thread::yield();
-      scatter(grad_k, part > 0, head_dim, of(grad_key, head)), scatter(grad_v, part > 0, value_dim, of(grad_value, head));
+      scatter(grad_k, part > 0, head_dim, of(grad_key, head));
+      scatter(grad_v, part > 0, value_dim, of(grad_value, head));
       added_parts[head].store(part + 1, std::memory_order_release);
     });
     std::vector<double> totals(numbers.count * NUMBERS);
@@ -178,8 +179,8 @@ class Attention : Problem {
     }
   };
 
-  // Calls body(head, part, memory) for each part of each head, in as many threads as PyTorch would use, even with work
-  // for only one: inside a team the BLAS uses no threads of its own, for which small products would mostly wait.
+  // Calls body(head, part, memory) for each part of each head, in as many threads as PyTorch would use, even with
+  // work for only one: inside a team the BLAS uses no threads of its own, for which small products would mostly wait.
   template <class Body>
   void each_part(Body body) const {
     std::atomic<int64_t> next(0);

@@ -1,7 +1,8 @@
 """Attention with the built-in mappings, fp32 on a CPU, in C++: plain functions, without autograd.
 
-Blocks of queries, whose rows of scores are whole, go to the threads. PyTorch's BLAS computes the products. Dropout draws
-its mask from the position of each probability, by the counter-based generator Philox4x32-10; the backward draws it again.
+Threads take blocks of queries, whose rows of scores are whole. PyTorch's BLAS computes the products. Dropout draws
+its mask from the position of each probability, by the counter-based generator Philox4x32-10; the backward draws it
+again.
 """
 
 import ctypes
@@ -19,8 +20,8 @@ from ..rows.cpu import Numbers
 ADDRESS, INTEGER = cpp.ADDRESS, cpp.INTEGER
 
 # Scores in a block: 1 MiB; the backward has two. A block has 128 queries at most, as a causal one wastes queries²/2
-# scores. There are at least so many blocks, and so many parts of heads, each of BLOCKS_PER_PART at least, that threads
-# can share: their number decides nothing, and results do not depend on it.
+# scores. There are at least so many blocks, and so many parts of heads, of that many blocks at least, for threads to
+# share; how many threads there are decides nothing, so that results do not depend on it.
 SCORES, MOST_QUERIES = 2**18, 128
 BLOCKS, PARTS, BLOCKS_PER_PART = 16, 32, 2
 
@@ -51,15 +52,17 @@ class Problem(ctypes.Structure):
 
 
 ARGUMENTS = [INTEGER, ctypes.POINTER(Problem)]
-LIBRARY = cpp.Library(Path(__file__).with_name("attention.cpp"), {"attend": ARGUMENTS, "attend_backward": ARGUMENTS})
+LIBRARY = cpp.Library(
+    Path(__file__).with_name("attention.cpp"), {"attend": ARGUMENTS, "attend_backward": ARGUMENTS}
+)
 
 
 def serves(query: Tensor, key: Tensor, value: Tensor, rows: Rows, mask: Optional[Tensor]) -> bool:
-    """Whether :func:`forward` takes these arguments: some numbers, fp32, on a CPU, where there are a compiler and BLAS."""
-    tensors = (query, key, value) if mask is None else (query, key, value, mask)
-    if not all(LIBRARY.serves(tensor) and tensor.numel() for tensor in tensors) or sgemm() is None:
+    """Whether :func:`forward` takes these arguments, of one dtype and not empty: fp32, where there is a compiler."""
+    if query.dtype != torch.float32 or LIBRARY.functions is None or sgemm() is None:
         return False
-    return all(number.numel() in (1, query.size(1)) for number in rows.numbers) or rows.name == "multimax"
+    shape = (*query.shape[:3], key.size(-2))
+    return rows.name != "entmax" or Numbers(rows, torch.Size(shape)).count in (1, query.size(1))
 
 
 @functools.lru_cache(maxsize=None)
@@ -144,7 +147,11 @@ def _call(
     seed: int,
     **tensors: Tensor,
 ) -> Tuple[Optional[Tensor], ...]:
-    """Call ``function`` with a :class:`Problem` of these tensors, named as its fields; returns gradients of numbers."""
+    """Call ``function`` with a :class:`Problem` of these tensors, named as its fields.
+
+    Returns:
+        for the backward, the gradients of ``rows.numbers``.
+    """
     (bsz, num_heads, tgt_len, head_dim), (*_, src_len, value_dim) = query.shape, value.shape
     shapes = {
         "query": query.shape,
@@ -171,14 +178,15 @@ def _call(
     )  # fmt: skip
     scratch_size = sum(size + LANES for size in sizes) // LANES * LANES
     scratch, grads = query.new_empty(threads, scratch_size), query.new_empty(numbers.shape)
-    problem = Problem(bsz, num_heads, tgt_len, src_len, head_dim, value_dim, is_causal, block, parts, threads, scratch_size)
+    layout = is_causal, block, parts, threads, scratch_size
+    problem = Problem(bsz, num_heads, tgt_len, src_len, head_dim, value_dim, *layout)
     problem.first, problem.second = numbers.addresses()
     problem.rows_of_each, problem.count = numbers.rows_of_each, numbers.count
     kept = []  # copies, until they have been read
     for name, tensor in tensors.items():
         if tensor.shape != shapes.get(name, tensor.shape):
             raise ValueError(f"{name} is {tuple(tensor.shape)}; expected {tuple(shapes[name])}")
-        if tensor.stride(-1) != 1:
+        if tensor.stride(-1) != 1 or name == "states":
             tensor = tensor.contiguous()
         kept.append(tensor)
         address = tensor.data_ptr()

@@ -186,6 +186,7 @@ def _length_first(tensor: Tensor) -> Tensor:
 # Of the problem that kernels are tried on: more than one block of each, and no multiple of one.
 TGT_LEN, SRC_LEN, DROPOUT = 150, 170, 0.25
 
+_tried = set()  # devices with the constants of kernels
 _distrusted = set()  # devices on which a kernel was wrong, or failed
 
 
@@ -200,8 +201,11 @@ def is_right(query: Tensor, rows: Rows, mask: Optional[Tensor], is_causal: bool,
     order = len(rows.numbers[0]) if rows.numbers else 0
     key = query.device, query.dtype, query.size(-1), order, mask_rows, is_causal, dropout > 0
     if key not in _tried:
+        # whoever calls may want no gradients, or count what is saved for them, as activation checkpointing does
+        hooks = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
         try:
-            problem = _wrong(rows.formula, *key)
+            with torch.inference_mode(False), torch.enable_grad(), hooks:
+                problem = _wrong(rows.formula, *key)
         except Exception as error:  # whatever a compiler or a driver raises
             if backend() == "compiled":
                 raise
@@ -219,9 +223,6 @@ def is_right(query: Tensor, rows: Rows, mask: Optional[Tensor], is_causal: bool,
                 name, problem, torch.__version__, version(), *key[1:],
             )  # fmt: skip
     return query.device not in _distrusted
-
-
-_tried = set()
 
 
 def _wrong(
@@ -279,6 +280,7 @@ def _wrong(
             kind = name if name == "output" else f"gradient of {name}"
             return f"{kind} has an error of {error:.1e}, where PyTorch's has {usual:.1e}"
     return ""
+
 
 def version() -> Optional[str]:
     """Triton's; None if it is missing, or older than ``FIRST_TRITON``."""

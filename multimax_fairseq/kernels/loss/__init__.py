@@ -1,4 +1,4 @@
-"""Output projection and loss together, in bounded memory: :mod:`.cross_entropy` and :mod:`.entmax`, over :mod:`.chunks`."""
+"""Output projection and loss together, in bounded memory."""
 
 from .chunks import check_options, default_chunk_tokens
 from .cross_entropy import TokenLosses, chunked_cross_entropy

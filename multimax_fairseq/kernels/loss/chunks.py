@@ -3,11 +3,11 @@
 A chunk of logits is computed into a buffer. Its gradient replaces it there, and its part of the gradients of features
 and weight is added to them; then the next chunk takes the buffer. All of this happens in the forward: the loss is one
 number, so the backward only multiplies, and no logits are computed twice. A :class:`RowsLoss` computes the loss from
-rows of logits. :func:`whole_losses` is what all of this computes, in two lines: it serves wherever somebody takes part
-who needs PyTorch's own operators (tracing, ``torch.func``, second derivatives).
+rows of logits. :func:`whole_losses` is what all of this computes, in two lines: it serves where PyTorch's own
+operators are needed (tracing, ``torch.func``, second derivatives).
 
-Precision. Losses, and gradients before they are rounded, are fp32 at least. For half precision, a GPU's products give
-fp32. On a CPU those of fp16 are computed in fp32, which is also faster, and bf16's are rounded once, as PyTorch's are.
+Precision. Losses, and gradients before they are rounded, are fp32 at least. Products of half precision are fp32 on a
+GPU. On a CPU those of fp16 are computed in fp32, which is also faster, and bf16's are rounded as PyTorch's are.
 """
 
 from typing import Any, Callable, Iterator, List, Optional, Sequence, Tuple
@@ -252,7 +252,7 @@ def _losses_and_gradients_(
 
 
 def _rounded(grad: Tensor, dtype: torch.dtype) -> Tuple[Tensor, Optional[Tensor]]:
-    """Gradients of logits in ``dtype``, and in fp16, which holds none below 6e-8, what they have been multiplied with."""
+    """Gradients of logits in ``dtype``, and what they are multiplied with in fp16, which holds none below 6e-8."""
     if dtype != torch.float16:
         return grad.to(dtype), None
     scale = FP16_LARGEST_GRADIENT / torch.linalg.vector_norm(grad, float("inf")).clamp(min=FP16_LARGEST_GRADIENT**-3)

@@ -12,7 +12,7 @@ Sources: Blondel, Martins & Niculae 2020, *Learning with Fenchel-Young losses* (
 sparse seq2seq search space* (NAACL).
 """
 
-from typing import Callable, NamedTuple, Sequence, Optional, Tuple, Union
+from typing import Callable, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
 from torch import Tensor

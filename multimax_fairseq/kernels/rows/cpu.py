@@ -86,7 +86,8 @@ class Numbers:
         """The gradients of ``rows.numbers``, from what the C++ has written."""
         if self.rows.name == "evsoftmax":
             return [None]
-        grads = grads if self.rows.name == "multimax" else [grads.sum_to_size(number.shape) for number in self.rows.numbers]
+        if self.rows.name == "entmax":
+            grads = [grads.sum_to_size(self.rows.numbers[0].shape)]
         return [grad.to(number.dtype) for grad, number in zip(grads, self.rows.numbers)]
 
 

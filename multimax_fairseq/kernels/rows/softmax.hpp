@@ -1,5 +1,5 @@
-// Softmax of rows of fp32 scores: plain, of modulated scores (MultiMax), and without those below the mean (EvSoftMax).
-// The formulas are those of mappings/. mappings.hpp says what each of these classes has.
+// Softmax of rows of fp32 scores: plain, of modulated scores (MultiMax), and without those below the mean
+// (EvSoftMax); mappings.hpp says what these classes have.
 
 #pragma once
 

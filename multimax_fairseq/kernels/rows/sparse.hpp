@@ -1,7 +1,7 @@
 // Sparsemax, 1.5-entmax and alpha-entmax of rows of fp32 scores; mappings.hpp says what these classes have.
 //
-// With c = alpha - 1 and d = x - max x, they are p = max(t + c d, 0)^(1/c) for the t in (0, 1] that makes sum p = 1. Sources:
-// the gradients, Peters, Niculae & Martins 2019, and that of alpha, Correia, Niculae & Martins 2019.
+// With c = alpha - 1 and d = x - max x, they are p = max(t + c d, 0)^(1/c) for the t in (0, 1] that makes sum p = 1.
+// Sources: the gradients, Peters, Niculae & Martins 2019, and that of alpha, Correia, Niculae & Martins 2019.
 
 #pragma once
 
@@ -43,8 +43,8 @@ inline int64_t keep(const float* scores, float peak, float limit, int64_t count,
   return kept;
 }
 
-// p = max(d - tau, 0), tau = (the sum of d > tau, less 1) / their number. Scores on a grid are often exactly at tau, and
-// do not belong to the support: sums of d and tau are in double precision, so that each d is on its side.
+// p = max(d - tau, 0), tau = (the sum of d > tau, less 1) / their number. Scores on a grid are often exactly at tau,
+// and do not belong to the support: sums of d and tau are in double precision, so that each d is on its side.
 class Sparsemax {
  public:
   static constexpr bool ROWS_ABREAST = false;
@@ -58,12 +58,14 @@ class Sparsemax {
     const float peak = largest(scores, count, wrong);
     const int64_t kept = keep(scores, peak, -1, count, room);
     double tau = -1, support = 0, before = -1;
-    for (int steps = 0; support != before && steps < MOST_STEPS; ++steps) {  // tau rises until nothing more falls below
+    for (int steps = 0; support != before && steps < MOST_STEPS; ++steps) {  // tau rises until none falls below
       Doubles totals = {}, counts = {};
       for (int64_t j = 0; j < kept; j += LANES) {
         Doubles d[2];
         halves(load(room + j, AllLanes{}, 0), d);
-        for (const Doubles& half : d) totals += half > tau ? half : 0., counts += half > tau ? 1. + Doubles{} : Doubles{};
+        for (const Doubles& half : d) {
+          totals += half > tau ? half : Doubles{}, counts += half > tau ? Doubles{} + 1. : Doubles{};
+        }
       }
       before = support, support = sum(counts), tau = (sum(totals) - 1) / support;
     }
@@ -148,11 +150,11 @@ inline Vec reciprocal(Vec x) {
 #endif
 }
 
-// What 1.5-entmax and alpha-entmax differ in. power(base, base - 1) gives q = base^(1/c), for base > 0, and slope(q, base,
-// 1 / base) is base^(1/c-1). shrink(sum) is sum^-c. bend is (1 - c) / 2c, or 0 where its factor base^(1/c-2) may be
-// infinite. near is how near t must come to its root, relative to c t. slope_of(p) is p^(1-c), and 0 for p = 0; where c is
-// large, it falls so steeply to this 0 that fp32 has too few digits of a small p: a row with a base nearer to 0 than edge
-// is solved again in double precision.
+// What 1.5-entmax and alpha-entmax differ in. power(base, base - 1) gives q = base^(1/c), for base > 0, and slope(q,
+// base, 1 / base) is base^(1/c-1). shrink(sum) is sum^-c. bend is (1 - c) / 2c, or 0 where its factor base^(1/c-2)
+// may be infinite. near is how near t must come to its root, relative to c t. slope_of(p) is p^(1-c), and 0 for p =
+// 0; where c is large, it falls so steeply to this 0 that fp32 has too few digits of a small p: a row with a base
+// nearer to 0 than edge is solved again in double precision.
 
 struct HalfPower {
   static constexpr bool IS_COSTLY = false;
@@ -177,10 +179,10 @@ struct AnyPower {
   Vec slope_of(Vec p) const { return p >= SMALLEST ? exp2((1.f - c) * log2(p)) : p * 0.f; }
 };
 
-// The search for t, in each lane of its own or the same in all. t is the root of N(t) - 1 with the norm
-// N(t) = (sum max(t + c d, 0)^(1/c))^c. That is convex and nearly straight, so Newton's method from t = 1 falls to the root
-// in a few steps and never below it: what is 0 at one step stays 0, and the next step leaves it out. With
-// q = max(1 + (c / t) d, 0)^(1/c), whose largest is 1, digits are kept where c is small:
+// The search for t, the same in all lanes or a row in each. t is the root of N(t) - 1 with the norm N(t) = (sum max(t
+// + c d, 0)^(1/c))^c. That is convex and nearly straight, so Newton's method from t = 1 falls to the root in a few
+// steps and never below it: what is 0 at one step stays 0, and the next step leaves it out. With q = max(1 + (c / t)
+// d, 0)^(1/c), whose largest is 1, digits are kept where c is small. Newton's method on a norm is ours.
 //
 //   p = q / sum q        t <- t - (t - (sum q)^-c) sum q / sum q^(1-c)
 template <class Power>
