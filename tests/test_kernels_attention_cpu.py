@@ -52,7 +52,7 @@ def exact(inputs, rows, grad, mask=None, is_causal=False, factors=1):
 
 
 def assert_near(found, expected):
-    """Scores are rounded before the mapping; gradients of its numbers, from the fifth on, are sums over all rows."""
+    """Scores are rounded before the mapping; the gradients of its numbers, from the fifth on, sum over all rows."""
     for place, (result, other) in enumerate(zip(found, expected, strict=True)):
         error = 1e-5 if place < 4 else 5e-5
         torch.testing.assert_close(result.double(), other, atol=error * max(1, other.abs().max().item()), rtol=0)
