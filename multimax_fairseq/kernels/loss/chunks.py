@@ -224,8 +224,8 @@ def _over_chunks(
             half, scale = _rounded(grad, dtype)
             if grads[0] is not None:
                 _add_product_(grads[0][tokens], half, weight, True, scale)
-            if grads[1] is not None:
-                _add_product_(grads[1], half.t(), inputs, start == 0, scale)
+            if grads[1] is not None:  # a product for each chunk, rounded once in all
+                _add_product_(grads[1], half.t(), inputs, start == 0, scale, len(features) > chunk_tokens)
     numbers = [torch.cat(kind) for kind in zip(*numbers)]
     return numbers, [*grads, *(gradient.to(exact) for gradient in grads_of_parameters)]
 
@@ -259,18 +259,24 @@ def _rounded(grad: Tensor, dtype: torch.dtype) -> Tuple[Tensor, Optional[Tensor]
     return torch.mul(grad, scale, out=torch.empty_like(grad, dtype=dtype)), scale
 
 
-def _add_product_(total: Tensor, left: Tensor, right: Tensor, is_first: bool, scale: Optional[Tensor]) -> None:
-    """Adds ``left @ right / scale`` to ``total``, or overwrites it if it is the first."""
+def _add_product_(
+    total: Tensor, left: Tensor, right: Tensor, is_first: bool, scale: Optional[Tensor], is_one_of_many: bool = False
+) -> None:
+    """Adds ``left @ right / scale`` to ``total``, or overwrites it if it is the first; unrounded if others follow."""
     if left.dtype == total.dtype:
         if is_first:
             torch.mm(left, right, out=total)
         else:
             total.addmm_(left, right)
         return
-    multiply = wide_product if has_wide_products(total) else torch.mm
+    is_wide = has_wide_products(total)
+    multiply, as_factor = (wide_product if is_wide else torch.mm), (lambda factor: factor)
+    if is_one_of_many and not is_wide:
+        as_factor = torch.Tensor.float  # here PyTorch rounds the product of half-precision matrices
+    right = as_factor(right)
     rows = max(PRODUCT_AT_A_TIME // total.size(1), 1)
     for part, left_part in zip(total.split(rows), left.split(rows)):
-        product = multiply(left_part, right)
+        product = multiply(as_factor(left_part), right)
         if scale is not None:
             product /= scale
         if is_first:
