@@ -65,7 +65,7 @@ def test_steps_with_reordered_beams_equal_the_full_forward(name, sites, scale, b
 
 @pytest.mark.parametrize("flag", [
     "--cross-self-attention", "--no-cross-attention", "--encoder-learned-pos", "--layernorm-embedding",
-    "--share-all-embeddings", "--encoder-normalize-before",
+    "--share-all-embeddings", "--encoder-normalize-before", "--quant-noise-pq=0.2",
 ])  # fmt: skip
 def test_options_of_the_stock_model_work(flag, build, batch):
     built = build("multimax_transformer", flag, *(["--no-cross-attention"] if "cross-self" in flag else []))
@@ -77,22 +77,6 @@ def test_options_of_the_stock_model_work(flag, build, batch):
     reached = [gain.abs().sum() > 0 for gain in gains if gain is not None]
     # without cross-attention nothing flows from the two layers of the encoder
     assert all(reached) and len(reached) == len(gains) - (2 if flag == "--no-cross-attention" else 0)
-
-
-def test_quant_noise(build, batch):
-    built = build("multimax_transformer", "--quant-noise-pq", 0.2, "--quant-noise-pq-block-size", 8)
-    assert torch.isfinite(built.model.train()(**batch(built)["net_input"])[0]).all()
-
-
-@pytest.mark.parametrize("options, message", [
-    (["--attention-mapping", "softmin"], "there is no 'softmin'"),
-    (["--output-mapping", "multimax", "--adaptive-softmax-cutoff", "10,20"], "adaptive"),
-    (["--attention-mapping-sites", "cross", "--no-cross-attention"], "none of these; choose from: encoder, decoder"),
-    (["--attention-mapping-sites", "cross", "--no-cross-attention", "--cross-self-attention"], "none of these"),
-])  # fmt: skip
-def test_a_wrong_choice_stops_at_model_build(options, message, build):
-    with pytest.raises(ValueError, match=message):
-        build("multimax_transformer", *options)
 
 
 def test_a_misspelt_field_of_a_config_file_stops_at_model_build(build):
