@@ -30,14 +30,14 @@ def test_a_namespace_can_be_loaded_and_what_is_unsafe_cannot(tmp_path):
         torch.load(tmp_path / "unsafe.pt")
 
 
-@pytest.mark.parametrize("dtype", ["int64", "float32", "float64"])
-def test_an_array_can_be_loaded(dtype, tmp_path):
+def test_an_array_can_be_loaded(tmp_path):
     """--eval-bleu leaves counts of n-grams in a checkpoint."""
     compat.apply()
-    counts = numpy.arange(4, dtype=dtype)
-    torch.save({"counts": counts}, tmp_path / "counts.pt")
-    loaded = torch.load(tmp_path / "counts.pt")["counts"]
-    assert loaded.dtype == dtype and (loaded == counts).all()
+    for dtype in ("int64", "float32", "float64"):
+        counts = numpy.arange(4, dtype=dtype)
+        torch.save({"counts": counts}, tmp_path / "counts.pt")
+        loaded = torch.load(tmp_path / "counts.pt")["counts"]
+        assert loaded.dtype == dtype and (loaded == counts).all()
 
 
 def test_old_numpy_is_numpy_and_what_fairseq_asks_for():
@@ -47,21 +47,6 @@ def test_old_numpy_is_numpy_and_what_fairseq_asks_for():
     assert old.percentile(values, 40, interpolation="lower") == 2
     assert old.percentile(values, 40) == numpy.percentile(values, 40)
     assert old.percentile(values, 40, method="higher") == 4
-
-
-def test_a_trained_encoder_attends_to_a_padded_batch(build, batch):
-    built = build("transformer")
-    built.model.load_state_dict(built.model.state_dict())  # after which fairseq 0.12.2 would take the fused kernel
-    inputs = batch(built)["net_input"]
-    assert inputs["src_tokens"].eq(built.task.source_dictionary.pad()).any()
-    with torch.no_grad():
-        assert torch.isfinite(built.model(**inputs)[0]).all()
-
-
-def test_other_libraries_see_numpy_as_it_is():
-    before = vars(numpy).copy()
-    compat.apply()
-    assert vars(numpy) == before
 
 
 def test_both_datasets_that_need_numpy_compat_build(corpus, build):
