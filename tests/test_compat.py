@@ -49,10 +49,20 @@ def test_old_numpy_is_numpy_and_what_fairseq_asks_for():
     assert old.percentile(values, 40, method="higher") == 4
 
 
-def test_both_datasets_that_need_numpy_compat_build(corpus, build):
-    built = build("multimax_transformer_lm", "--sample-break-mode", "eos", "--tokens-per-sample", 64)
-    built.task.load_dataset("valid")  # token_block_dataset
-    assert len(built.task.dataset("valid")) == 60
+def test_a_trained_encoder_attends_to_a_padded_batch(build, batch):
+    built = build("transformer")
+    built.model.load_state_dict(built.model.state_dict())  # after which fairseq 0.12.2 would take the fused kernel
+    inputs = batch(built)["net_input"]
+    assert inputs["src_tokens"].eq(built.task.source_dictionary.pad()).any()
+    with torch.no_grad():
+        assert torch.isfinite(built.model(**inputs)[0]).all()
+
+
+def test_both_datasets_that_need_numpy_compat_build(build, batch):
+    for mode, blocks in (("eos", 60), ("complete", 9), ("none", 9)):
+        built = build("multimax_transformer_lm", "--sample-break-mode", mode, "--tokens-per-sample", 64)
+        built.task.load_dataset("valid")  # token_block_dataset
+        assert len(built.task.dataset("valid")) == blocks and batch(built, "valid")["ntokens"] > 0
     built = build("multimax_transformer", "--num-batch-buckets", 3)
     built.task.load_dataset("valid")  # language_pair_dataset
     lengths = [length for _, length in built.task.dataset("valid").buckets]
@@ -60,7 +70,7 @@ def test_both_datasets_that_need_numpy_compat_build(corpus, build):
 
 
 REPLACED = """
-import sys, types
+import sys, types, numpy
 import fairseq.tasks, fairseq.trainer, fairseq.models, fairseq.criterions, fairseq.optim, fairseq.data
 import fairseq.options, fairseq.sequence_generator, fairseq.sequence_scorer, fairseq.checkpoint_utils
 
@@ -74,10 +84,11 @@ def names():
                     found.update(((f"{module_name}.{value.__qualname__}", key), v) for key, v in vars(value).items())
     return found
 
-before = names()
+before, numpy_before = names(), vars(numpy).copy()
 import multimax_fairseq.models
 from multimax_fairseq import compat
 after = names()
+assert vars(numpy) == numpy_before  # as other libraries see it
 changed = {key for key in before if key[1][:2] != "__" or key[1] == "__init__" if after.get(key) is not before[key]}
 print(sorted(key for key in changed if not isinstance(before[key], (dict, set, list))))
 print(sorted(compat.REPLACED))
