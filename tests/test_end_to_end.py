@@ -157,11 +157,11 @@ def test_a_language_model_from_training_to_perplexity(corpus, tmp_path):
     log = train(corpus / "data-bin-lm", "multimax_transformer_lm", tmp_path, "--max-epoch", 2, "--attention-mapping",
                 "entmax", "--entmax-alpha", "learned", "--output-mapping", "multimax")  # fmt: skip
     assert_learned(log)
-    checkpoint = tmp_path / "checkpoint_last.pt"
-    result = run("fairseq-eval-lm", corpus / "data-bin-lm", "--user-dir", PLUGIN, "--path", checkpoint, "--gen-subset",
+    path = tmp_path / "checkpoint_last.pt"
+    result = run("fairseq-eval-lm", corpus / "data-bin-lm", "--user-dir", PLUGIN, "--path", path, "--gen-subset",
                  "valid", "--cpu", "--sample-break-mode", "none", "--tokens-per-sample", 64)  # fmt: skip
     (found,) = re.findall(r"Perplexity: ([\d.]+)", result.stdout + result.stderr)
-    assert float(found) == pytest.approx(perplexity(checkpoint), rel=1e-4)
+    assert float(found) == pytest.approx(perplexity(path), rel=1e-4)
 
 
 def test_a_sparse_vocabulary_from_training_to_translations(corpus, tmp_path):
@@ -253,7 +253,6 @@ def test_score_translation_scores_what_fairseq_generates(translation, corpus, tm
     result = run(*script, "--reference", corpus / "text" / "test.en", "--out", tmp_path / "test")
     assert re.search(r"BLEU\|nrefs:1\|case:mixed.*version:.* = [\d.]+", result.stdout)
     hypotheses = (tmp_path / "test.hypotheses").read_text().splitlines()
-    assert len(hypotheses) == 40
     generated = dict(re.findall(r"^D-(\d+)\t\S+\t(.*)$", (tmp_path / "test.generate").read_text(), re.M))
     assert hypotheses == [re.sub(r" ([.,?!])", r"\1", generated[str(index)]) for index in range(40)]
     assert not list(tmp_path.glob("*.part"))
@@ -266,18 +265,3 @@ def test_beam_search_and_teacher_forcing_are_the_same_model(precision, tolerance
     result = call("check_decoding", corpus / "data-bin", "--sentences", 10,
                   "--path", translation[0] / "checkpoint_last.pt", *precision)  # fmt: skip
     assert float(re.search(r"largest difference (\S+) nat", result.stdout)[1]) < tolerance
-
-
-def test_the_demos_corpus_is_prepared_once(tmp_path):
-    prepare = ["bash", ROOT / "scripts" / "prepare_demo.sh", "--out", tmp_path / "corpus"]
-    run(*prepare)
-    folder = tmp_path / "corpus"
-    counts = {path.name: len(path.read_text().splitlines()) for path in (folder / "text").iterdir()}
-    assert " ." in (folder / "text" / "test.de").read_text() and " ." not in (folder / "raw" / "test.de").read_text()
-    assert counts == {
-        f"{split}.{kind}": number
-        for split, number in (("train", 20000), ("valid", 500), ("test", 500))
-        for kind in ("de", "en", "align")
-    }
-    assert "already prepared" in run(*prepare).stdout
-    assert "other settings" in run(*prepare, "--seed", 2, check=False).stderr
