@@ -1,9 +1,8 @@
-"""The translation architectures."""
+"""The architectures, and the translation model."""
 
 import pytest
 import torch
 from conftest import parse
-from fairseq.models import ARCH_CONFIG_REGISTRY
 from omegaconf import OmegaConf
 from test_models_options import MAPPING_OPTIONS, SITES
 
@@ -12,24 +11,24 @@ from multimax_fairseq.mappings import MAPPINGS
 from multimax_fairseq.modules.scale import SCALES
 
 ARCHITECTURES = [
-    "transformer",
-    "transformer_tiny",
-    "transformer_iwslt_de_en",
-    "transformer_wmt_en_de",
-    "transformer_vaswani_wmt_en_de_big",
+    *("transformer", "transformer_tiny", "transformer_iwslt_de_en", "transformer_wmt_en_de"),
+    *("transformer_vaswani_wmt_en_de_big", "transformer_lm", "transformer_lm_gpt", "transformer_lm_big"),
+    "transformer_lm_baevski_wiki103",
 ]
 
 
 @pytest.mark.parametrize("stock", ARCHITECTURES)
 def test_dimensions_and_defaults_are_those_of_the_stock_architecture(stock, corpus):
-    expected, _ = parse([corpus / "data-bin", "--arch", stock])
-    actual, _ = parse([corpus / "data-bin", "--arch", f"multimax_{stock}"])
-    extra = set(vars(actual)) - set(vars(expected))
-    assert extra == {option.name for option in MAPPING_OPTIONS}
-    assert actual.attention_mapping == "multimax" and actual.attention_mapping_sites == ",".join(SITES)
-    for name, value in vars(expected).items():
-        assert name == "arch" or getattr(actual, name) == value
-    assert stock in ARCH_CONFIG_REGISTRY
+    data = [corpus / "data-bin-lm", "--task", "language_modeling"] if "_lm" in stock else [corpus / "data-bin"]
+    parsed = [parse([*data, "--arch", arch]) for arch in (stock, f"multimax_{stock}")]
+    if "_lm" in stock:
+        expected, actual = ({**cfg.model, "arch": cfg.model._name} for _, cfg in parsed)
+    else:
+        expected, actual = (vars(args) for args, _ in parsed)
+    own = {option.name: option.default for option in MAPPING_OPTIONS}
+    assert {name: actual[name] for name in actual.keys() - expected.keys()} == own
+    assert {name for name in expected if actual[name] != expected[name]} <= {"arch", "_name"}
+    assert actual["arch"] == f"multimax_{expected['arch']}"
 
 
 SCALED = [(",".join(SITES), scale) for scale in SCALES]

@@ -5,29 +5,11 @@ from copy import deepcopy
 
 import pytest
 import torch
-from conftest import parse
 from fairseq.sequence_scorer import SequenceScorer
 
-import multimax_fairseq.models  # noqa: F401
 from multimax_fairseq.kernels.loss import default_chunk_tokens
 from multimax_fairseq.mappings import MAPPINGS
-from multimax_fairseq.models import MappingOptions
 from multimax_fairseq.modules import MappedDecoder
-
-ARCHITECTURES = ["transformer_lm", "transformer_lm_gpt", "transformer_lm_big", "transformer_lm_baevski_wiki103"]
-
-
-@pytest.mark.parametrize("stock", ARCHITECTURES)
-def test_dimensions_and_defaults_are_those_of_the_stock_architecture(stock, corpus):
-    data = [corpus / "data-bin-lm", "--task", "language_modeling"]
-    expected, expected_cfg = parse([*data, "--arch", stock])
-    actual, actual_cfg = parse([*data, "--arch", f"multimax_{stock}"])
-    expected, actual = dict(expected_cfg.model), dict(actual_cfg.model)
-    assert actual.pop("_name") == f"multimax_{expected.pop('_name')}"
-    for name, default in vars(MappingOptions()).items():
-        if name != "_name":
-            assert actual.pop(name) == default
-    assert actual == expected
 
 
 @pytest.mark.parametrize("name", MAPPINGS)

@@ -55,14 +55,11 @@ def oracle(mapping, name):
     return functools.partial(reference.entmax, alpha=1.5) if "entmax" in name else getattr(reference, name)
 
 
-FOR_EACH_HEAD = (torch.arange(BSZ * NUM_HEADS * SRC_LEN**2) % 7 < 3).view(-1, SRC_LEN, SRC_LEN)
-FOR_EACH_HEAD[:, :, 0] = False
 MASKS = {
     "none": None,
     "causal": causal_mask(),
     "added": additive(float("-inf")),
     "bias": -100 * torch.arange(SRC_LEN).float().expand(SRC_LEN, SRC_LEN),
-    "heads": FOR_EACH_HEAD,
 }
 
 
@@ -72,11 +69,23 @@ MASKS = {
 def test_softmax_is_fairseqs_attention(name, padding, options):
     stock, mapped = make(self_attention=True, **options)
     x, arguments = inputs(), {"key_padding_mask": padding, "attn_mask": MASKS[name]}
-    without_weights = stock(x, x, x, need_weights=False, **arguments)
-    torch.testing.assert_close(mapped(x, x, x, need_weights=False, **arguments), without_weights)
+    without_weights, _ = mapped(x, x, x, need_weights=False, **arguments)
+    if not options:
+        torch.testing.assert_close(without_weights, stock(x, x, x, need_weights=False, **arguments)[0])
     stock._set_skip_embed_dim_check()  # the torch kernel that it leaves through has no weights per head
     for kind in ({}, {"need_head_weights": True}):
-        torch.testing.assert_close(mapped(x, x, x, **arguments, **kind), stock(x, x, x, **arguments, **kind))
+        expected = stock(x, x, x, **arguments, **kind)
+        torch.testing.assert_close(mapped(x, x, x, **arguments, **kind), expected)
+        torch.testing.assert_close(without_weights, expected[0])
+
+
+def test_a_mask_for_each_head():
+    stock, mapped = make()
+    x, mask = inputs(), torch.rand(BSZ * NUM_HEADS, SRC_LEN, SRC_LEN) > 0.5
+    mask[:, :, 0] = False
+    torch.testing.assert_close(
+        mapped(x, x, x, attn_mask=mask, need_weights=False)[0], stock(x, x, x, attn_mask=mask)[0]
+    )
 
 
 @pytest.mark.parametrize("name", MAPPINGS)
