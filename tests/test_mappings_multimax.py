@@ -102,13 +102,6 @@ def test_gradients_of_scores_thresholds_and_gains(order, dim):
     assert gradgradcheck(partial(multimax, dim=dim), [inputs[0].detach()[:2, :4].requires_grad_(), *inputs[1:]])
 
 
-def test_identity_is_trainable():
-    module = MultiMax(init="identity")
-    assert not module.thresholds.any() and not module.gains.any()
-    (module(random_scores(4, 6, dtype=torch.float32)) ** 2).sum().backward()
-    assert (module.gains.grad.abs() > 1e-6).all()
-
-
 @pytest.mark.parametrize("order", [1, 2])
 def test_module_is_the_function_of_its_parameters(order):
     module = with_parameters(MultiMax(order=order))

@@ -85,9 +85,14 @@ def test_a_misspelt_field_of_a_config_file_stops_at_model_build(build):
     cfg = OmegaConf.create({"_name": "multimax_transformer", **size})
     assert built.task.build_model(cfg).encoder.layers[0].self_attn.mapping.lr_scale == 3
     built.task.build_model(cfg)  # as a checkpoint has it: with all that the architecture has added
-    for wrong in ("attention_maping", "encoder_layer", "multimax-order"):
-        with pytest.raises(ValueError, match=f"^model.{wrong}: .* no such field; the nearest one is model"):
-            built.task.build_model(OmegaConf.create({"_name": "multimax_transformer", **size, wrong: 1}))
+    for wrong, value, message in [
+        ("attention_maping", 1, "the model has no such field; the nearest one is model.attention_mapping$"),
+        ("encoder_layer", 1, "the model has no such field; the nearest one is model.encoder_layers$"),
+        ("multimax-order", 1, "the model has no such field; the nearest one is model.multimax_order$"),
+        ("multimax_order", None, "null is no value; leave it out for the default, 2$"),
+    ]:
+        with pytest.raises(ValueError, match=f"^model.{wrong}: {message}"):
+            built.task.build_model(OmegaConf.create({"_name": "multimax_transformer", **size, wrong: value}))
 
 
 def test_hub_models_of_the_stock_class_are_not_offered():
