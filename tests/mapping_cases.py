@@ -130,6 +130,7 @@ def weighted_gradient(function, scores):
 
 def assert_matches_oracle(case, scores):
     probabilities = case.function(scores)
+    assert probabilities.dtype == scores.dtype
     torch.testing.assert_close(probabilities.double(), case.expected(scores), **case.tolerance(scores.dtype))
 
 

@@ -1,68 +1,32 @@
 """Two processes that share the batches of an update train like one that takes them one after the other."""
 
-import gzip
 import json
-import os
 import re
-import socket
-import subprocess
-from itertools import islice
-from pathlib import Path
+import sys
 
 import pytest
 import torch
-from conftest import PLUGIN, ROOT, TINY, environment, parse, run, train_command
+from conftest import PLUGIN, TINY, parse, run
 from fairseq import tasks
+from test_spawn import TOGETHER, TWO_GPUS
 
 pytestmark = pytest.mark.slow
 
 TRAINING = [
     *("--user-dir", PLUGIN, "--arch", "multimax_transformer", "--output-mapping", "multimax", *TINY),
-    *("--criterion", "label_smoothed_cross_entropy", "--label-smoothing", "0.1", "--clip-norm", "1"),
+    *("--criterion", "chunked_cross_entropy", "--label-smoothing", "0.1", "--clip-norm", "1"),
     *("--optimizer", "adam", "--lr", "5e-3", "--lr-scheduler", "inverse_sqrt", "--warmup-updates", "10"),
     *("--num-workers", "0", "--log-format", "json", "--log-interval", "1", "--cpu"),
     # Both processes draw from the same seed, where one process goes on drawing.
     *("--dropout", "0"),
 ]
-# fairseq's own way to start processes counts graphics cards, so each gets its rank here; its c10d is tied to these
-# cards, too, and its legacy_ddp is not.
-TOGETHER = ["--distributed-world-size", "2", "--distributed-backend", "gloo", "--ddp-backend", "legacy_ddp",
-            "--distributed-no-spawn"]  # fmt: skip
 
 
-def free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
-
-
-def updates(log):
-    """The lines of all updates in a log, and of the validations."""
-    lines = re.findall(r"\| (train_inner|valid) \| (\{.*\})", log)
+def train(*command):
+    """The lines of all updates, and of the validations, in the log of the first process."""
+    result = run(sys.executable, *command)
+    lines = re.findall(r"\| (train_inner|valid) \| (\{.*\})", result.stderr + result.stdout)
     return [[json.loads(line) for kind, line in lines if kind == wanted] for wanted in ("train_inner", "valid")]
-
-
-def train_alone(*command):
-    result = run(*command)
-    return updates(result.stderr + result.stdout)
-
-
-def train_together(*command):
-    """The same command in two processes; what the first one logs."""
-    address = ["--distributed-init-method", f"tcp://127.0.0.1:{free_port()}"]
-    commands = [[*command, *TOGETHER, *address, "--distributed-rank", rank] for rank in (0, 1)]
-    processes = [
-        subprocess.Popen([str(part) for part in command], text=True, env=environment(),
-                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        for command in commands
-    ]  # fmt: skip
-    try:
-        outputs = [process.communicate(timeout=300)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
-    return updates(outputs[0])
 
 
 def assert_same_training(alone, together, folders):
@@ -91,30 +55,11 @@ def test_two_processes_train_like_one_with_twice_the_update_frequency(corpus, tm
     batches = task.get_batch_iterator(task.dataset("train"), max_tokens=500, required_batch_size_multiple=8, seed=1)
     assert len(batches) % 2, "for the last update of an epoch the second process has to be without a batch"
 
-    command = ["fairseq-train", *data, *TRAINING, "--max-epoch", 2, "--save-dir"]
-    alone = train_alone(*command, tmp_path / "alone", "--update-freq", 2)
-    together = train_together(*command, tmp_path / "together")
+    (tmp_path / "spawn.py").write_text(TWO_GPUS)
+    options = [*data, *TRAINING, "--max-epoch", 2, "--save-dir"]
+    alone = train("-m", "fairseq_cli.train", *options, tmp_path / "alone", "--update-freq", 2)
+    together = train(tmp_path / "spawn.py", *options, tmp_path / "together", *TOGETHER)
     assert_same_training(alone, together, [tmp_path / "alone", tmp_path / "together"])
     losses = [float(line["loss"]) for line in alone[0]]
     assert len(losses) == len(batches) + 1  # two epochs
     assert losses[0] - losses[-1] > 0.5, "nothing was learned, so equal losses say nothing"
-
-
-@pytest.mark.skipif(not os.environ.get("MULTIMAX_DATA"), reason="MULTIMAX_DATA does not say where Multi30k is")
-def test_two_processes_train_the_model_of_multi30k_like_one(tmp_path):
-    """The recipe's own command and model, on as much of the text as four updates need."""
-    published = Path(os.environ["MULTIMAX_DATA"]) / "multi30k"
-    source = tmp_path / "source"
-    source.mkdir()
-    for path in published.glob("*.gz"):
-        with gzip.open(path) as text:
-            (source / path.stem).write_bytes(b"".join(islice(text, 2000 if path.name.startswith("train") else 100)))
-    place = tmp_path / "place"
-    run("bash", ROOT / "scripts" / "prepare_multi30k.sh", "--out", place, "--vocab-size", 1000, "--from", source)
-    recipe = train_command("multi30k_de_en", tmp_path / "recipe", "--max-update", 4)
-    command = ["fairseq-train", place / "data-bin", *recipe[1:], "--dropout", "0", "--max-tokens", "1024",
-               "--log-format", "json", "--log-interval", "1", "--cpu", "--log-file", tmp_path / "log", "--save-dir"]
-    alone = train_alone(*command, tmp_path / "alone", "--update-freq", 2)
-    together = train_together(*command, tmp_path / "together")
-    assert len(alone[0]) == 4
-    assert_same_training(alone, together, [tmp_path / "alone", tmp_path / "together"])

@@ -49,9 +49,8 @@ def test_modulate_at_points_computed_by_hand(x, order_1, order_2):
 def test_modulate_agrees_with_oracle(dtype, order):
     thresholds, gains = THRESHOLDS[:order], GAINS[:order]
     scores = masked_scores(6, 20, scale=5.0, dtype=dtype)
-    expected = reference.over_rows(
-        lambda row: reference.modulator(row, thresholds.tolist(), gains.tolist()), scores
-    )
+    oracle = partial(reference.modulator, thresholds=thresholds.tolist(), gains=gains.tolist())
+    expected = reference.over_rows(oracle, scores)
     modulated = modulate(scores, thresholds, gains)
     assert modulated.dtype == dtype
     # A few roundings of terms up to 20 in the arithmetic's dtype (fp32 for half), one of the result.
@@ -93,88 +92,33 @@ def test_gains_of_zero_are_softmax(order, dtype):
     torch.testing.assert_close(MultiMax(order=order, init="identity")(scores), expected, **tolerance)
 
 
-def test_columns_are_below_and_above():
-    """The first column acts below its threshold and the second above its own, whatever the row."""
-    scores, thresholds = torch.tensor([-1.0, 3.0]), torch.tensor([[0.0, 2.0], [0.0, 2.0]])
-    for row in (0, 1):
-        for column, changed in ((0, [True, False]), (1, [False, True])):
-            gains = torch.zeros(2, 2)
-            gains[row, column] = 0.5
-            assert (modulate(scores, thresholds, gains) != scores).tolist() == changed
-
-
-def test_is_not_shift_invariant():
-    scores = torch.tensor([-1.0, 0.0, 1.0, 2.0])
-    thresholds, gains = THRESHOLDS.float(), GAINS.float()
-    difference = multimax(scores + 3, thresholds, gains) - multimax(scores, thresholds, gains)
-    assert difference.abs().max() > 0.05
-
-
-def points_for_gradients():
-    """Scores at least 0.1 from each threshold, two of them absent; one row is empty."""
-    scores = torch.tensor([[-1.5, 0.1, -INF, 0.62, 2.0], [-INF] * 5, [1.25, -0.6, 0.3, -INF, -3.0]])
-    return [tensor.double().clone().requires_grad_() for tensor in (scores, THRESHOLDS, GAINS)]
-
-
 @pytest.mark.parametrize("order", [1, 2])
 @pytest.mark.parametrize("dim", [0, -1])
 def test_gradients_of_scores_thresholds_and_gains(order, dim):
-    scores, thresholds, gains = points_for_gradients()
-    thresholds, gains = thresholds[:order], gains[:order]
-    assert gradcheck(partial(multimax, dim=dim), (scores, thresholds, gains))
-
-
-def test_second_gradients_of_scores_thresholds_and_gains():
-    scores, thresholds, gains = points_for_gradients()
-    scores = scores.detach()[:2, :4].requires_grad_()
-    assert gradgradcheck(multimax, (scores, thresholds, gains))
-
-
-def test_every_parameter_gets_a_gradient_to_which_empty_rows_add_nothing():
-    scores, thresholds, gains = points_for_gradients()
-    (multimax(scores, thresholds, gains) ** 2).sum().backward()
-    assert (thresholds.grad.abs() > 1e-6).all() and (gains.grad.abs() > 1e-6).all()
-    with_empty = thresholds.grad.clone(), gains.grad.clone()
-    thresholds.grad = gains.grad = None
-    (multimax(scores[[0, 2]], thresholds, gains) ** 2).sum().backward()
-    torch.testing.assert_close((thresholds.grad, gains.grad), with_empty, atol=1e-14, rtol=0)
-
-
-def test_identity_is_trainable():
-    module = MultiMax(init="identity")
-    assert not module.thresholds.any() and not module.gains.any()
-    (module(random_scores(4, 6, dtype=torch.float32)) ** 2).sum().backward()
-    assert (module.gains.grad.abs() > 1e-6).all()
+    """Scores at least 0.1 from each threshold, two of them absent; one row is empty."""
+    scores = torch.tensor([[-1.5, 0.1, -INF, 0.62, 2.0], [-INF] * 5, [1.25, -0.6, 0.3, -INF, -3.0]])
+    inputs = [tensor.double().clone().requires_grad_() for tensor in (scores, THRESHOLDS[:order], GAINS[:order])]
+    assert gradcheck(partial(multimax, dim=dim), inputs)
+    assert gradgradcheck(partial(multimax, dim=dim), [inputs[0].detach()[:2, :4].requires_grad_(), *inputs[1:]])
 
 
 @pytest.mark.parametrize("order", [1, 2])
 def test_module_is_the_function_of_its_parameters(order):
     module = with_parameters(MultiMax(order=order))
-    assert {name: tuple(value.shape) for name, value in module.state_dict().items()} == {
+    assert {name: value.shape for name, value in module.state_dict().items()} == {
         "thresholds": (order, 2),
         "gains": (order, 2),
     }
     for dtype in DTYPES:
         scores = masked_scores(2, 3, 5, scale=2.0, dtype=dtype)
-        thresholds, gains = module.thresholds, module.gains
-        assert torch.equal(module(scores), multimax(scores, thresholds, gains))
-        assert torch.equal(module.modulate(scores), modulate(scores, thresholds, gains))
-
-
-def test_state_dict_goes_from_module_to_module():
-    torch.manual_seed(0)
-    source = MultiMax()
-    target = MultiMax(init="identity")
-    target.load_state_dict(source.state_dict())
-    scores = random_scores(3, 4)
-    assert torch.equal(target(scores), source(scores))
+        assert torch.equal(module(scores), multimax(scores, module.thresholds, module.gains))
+        assert torch.equal(module.modulate(scores), modulate(scores, module.thresholds, module.gains))
 
 
 @pytest.mark.parametrize(("term", "column"), [("below", 0), ("above", 1)])
 @pytest.mark.parametrize("order", [1, 2])
 def test_one_term_leaves_the_other_side_alone(term, column, order):
     module = MultiMax(order=order, terms=(term,))
-    assert set(module.state_dict()) == {"thresholds", "gains"}
     assert not module.gains[:, 1 - column].any() and not module.thresholds[:, 1 - column].any()
     assert module.gains[:, column].all() and module.thresholds[:, column].all()
 
@@ -184,8 +128,7 @@ def test_one_term_leaves_the_other_side_alone(term, column, order):
     assert torch.equal(module.modulate(scores) == scores, untouched)
     (module(scores) ** 2).sum().backward()
     for parameter in (module.thresholds, module.gains):
-        assert not parameter.grad[:, 1 - column].any()
-        assert parameter.grad[:, column].all()
+        assert not parameter.grad[:, 1 - column].any() and parameter.grad[:, column].all()
 
 
 def test_normal_initialisation_has_the_paper_s_spread():
@@ -202,15 +145,6 @@ def test_normal_initialisation_has_the_paper_s_spread():
     assert (values.std() - 0.02).abs() < 4 * 0.02 / 8000**0.5
     correlations = torch.corrcoef(values.T) - torch.eye(8)  # no number is a copy of another
     assert correlations.abs().max() < 5 / 500**0.5
-
-
-def test_the_same_seed_gives_the_same_numbers():
-    def three():
-        torch.manual_seed(1)
-        return torch.stack([torch.cat(MultiMax().coefficients()).detach().flatten() for _ in range(3)])
-
-    numbers = three()
-    assert len(numbers.unique()) == numbers.numel() and torch.equal(three(), numbers)
 
 
 @pytest.mark.parametrize("terms", ["below,above", "above"])
@@ -257,48 +191,18 @@ def test_a_scaled_module_is_the_same_mapping_with_other_parameters(terms):
 
 @pytest.mark.parametrize("order", [1, 2])
 def test_shaped_is_steeper_below_and_flatter_above(order):
-    module = MultiMax(order=order, init="shaped")
     x = torch.linspace(-12, 12, 481, dtype=torch.float64, requires_grad=True)
-    thresholds, gains = (rows.tolist() for rows in (module.thresholds, module.gains))
-    torch.testing.assert_close(
-        module.modulate(x).detach(), reference.over_rows(lambda row: reference.modulator(row, thresholds, gains), x),
-        atol=1e-6, rtol=0,
-    )  # fmt: skip
-    (slope,) = torch.autograd.grad(module.modulate(x).sum(), x)
+    (slope,) = torch.autograd.grad(MultiMax(order=order, init="shaped").modulate(x).sum(), x)
     assert slope[x < 0].min() >= 1.5 and slope[x > 2].max() <= 0.5 and slope[x > 2].min() > 0
     assert slope[(x > 0) & (x < 2)].eq(1).all()
-
-
-def test_shaped_has_one_side_where_one_is_learned():
-    module = MultiMax(init="shaped", terms=("above",))
-    assert module.thresholds.tolist() == [[0, 2], [0, 2]]
-    assert module.gains[:, 0].eq(0).all() and module.gains[:, 1].lt(0).all()
-
-
-@pytest.mark.parametrize(
-    ("options", "choices"),
-    [
-        ({"order": 0}, ["1", "2", "0"]),
-        ({"order": 3}, ["1", "2", "3"]),
-        ({"init": "zeros"}, ["normal", "identity", "shaped", "'zeros'"]),
-        ({"terms": ("left",)}, ["below", "above", "left"]),
-        ({"terms": ("below", "middle")}, ["below", "above", "middle"]),
-        ({"terms": ()}, ["below", "above"]),
-        ({"terms": ""}, ["below", "above"]),
-        ({"lr_scale": 0}, ["above 0", "0"]),
-        ({"lr_scale": float("inf")}, ["finite", "inf"]),
-    ],
-)
-def test_wrong_options_are_told_the_choices(options, choices):
-    with pytest.raises(ValueError) as error:
-        MultiMax(**options)
-    assert all(choice in str(error.value) for choice in choices)
+    (one_side,) = torch.autograd.grad(MultiMax(order=order, init="shaped", terms="above").modulate(x).sum(), x)
+    assert torch.equal(one_side, slope.where(x > 2, 1.0))
 
 
 @pytest.mark.parametrize("function", [modulate, multimax])
 @pytest.mark.parametrize(
     ("thresholds", "gains"),
-    [((2, 3), (2, 3)), ((4,), (4,)), ((2, 2), (1, 2)), ((2, 2, 1), (2, 2, 1)), ((0, 2), (0, 2)), ((3, 2), (3, 2))],
+    [((2, 3), (2, 3)), ((4,), (4,)), ((2, 2), (1, 2)), ((0, 2), (0, 2)), ((3, 2), (3, 2))],
 )
 def test_wrong_shapes_are_named(function, thresholds, gains):
     with pytest.raises(ValueError, match=r"\(order, 2\), order 1 or 2, rows \(below, above\)") as error:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from fairseq.logging import metrics
 
-from multimax_fairseq.models.mapped_model import add_missing_mappings, log_modulators, modulators_by_site
+from multimax_fairseq.models.mapped_model import add_missing_mappings, modulators_by_site
 
 ARCHITECTURES = [("transformer", "multimax_transformer"), ("transformer_lm", "multimax_transformer_lm")]
 
@@ -32,46 +32,30 @@ def log_probabilities(built, sample):
 @pytest.mark.parametrize("stock, mapped", ARCHITECTURES)
 def test_a_stock_checkpoint_loads_and_starts_as_softmax(stock, mapped, build, batch, caplog):
     source, target = build(stock, seed=1), build(mapped, "--output-mapping", "multimax", seed=2)
+    sample, number = batch(source), 2 * sum(map(len, modulators_by_site(target.model).values()))
     with caplog.at_level(logging.INFO, "multimax_fairseq"):
         target.model.load_state_dict(source.model.state_dict(), strict=True)
-    (record,) = caplog.records
-    number = 2 * sum(map(len, modulators_by_site(target.model).values()))
+        own = build(mapped, "--output-mapping", "multimax", seed=3)
+        own.model.load_state_dict(target.model.state_dict(), strict=True)
+    (record,) = caplog.records  # its own checkpoint lacks nothing
     assert f"lacks {number} parameters of mappings" in record.message and "identity" in record.message
-    sample = batch(source)
-    torch.testing.assert_close(
-        log_probabilities(target, sample), log_probabilities(source, sample), atol=2e-6, rtol=0
-    )
-
-
-@pytest.mark.parametrize("arch", ["multimax_transformer", "multimax_transformer_lm"])
-def test_its_own_checkpoint_is_loaded_as_it_is(arch, build, caplog):
-    source, target = build(arch, seed=1), build(arch, seed=2)
-    with caplog.at_level(logging.INFO, "multimax_fairseq"):
-        target.model.load_state_dict(source.model.state_dict(), strict=True)
-    assert not caplog.records
-    loaded = target.model.state_dict()
-    expected = {name: parameter for name, parameter in source.model.named_parameters() if ".mapping." in name}
-    assert expected
-    for name, parameter in expected.items():
-        torch.testing.assert_close(loaded[name], parameter, atol=0, rtol=0)
+    for built in (target, own):
+        actual, expected = log_probabilities(built, sample), log_probabilities(source, sample)
+        torch.testing.assert_close(actual, expected, atol=2e-6, rtol=0)
 
 
 def test_only_what_is_missing_is_added_under_the_name_of_the_model(build):
-    model = build("multimax_transformer_lm").model
+    """A modulator starts as the identity, a learned alpha at 1.5."""
+    options = ["--output-mapping", "entmax", "--entmax-alpha", "learned"]
     state = {"lm.decoder.layers.0.self_attn.mapping.gains": torch.ones(2, 2)}
-    add_missing_mappings(model, state, "lm.")
-    assert set(state) == {
-        f"lm.decoder.layers.{layer}.self_attn.mapping.{kind}" for layer in (0, 1) for kind in ("thresholds", "gains")
+    add_missing_mappings(build("multimax_transformer_lm", *options).model, state, "lm.")
+    alpha = state.pop("lm.decoder.output_mapping.alpha_logits")
+    assert alpha.sigmoid().item() * 0.99 + 1.01 == pytest.approx(1.5)
+    assert {name: tensor.eq(tensor[0, 0]).all() and tensor[0, 0].item() for name, tensor in state.items()} == {
+        f"lm.decoder.layers.{layer}.self_attn.mapping.{kind}": float((layer, kind) == (0, "gains"))
+        for layer in (0, 1)
+        for kind in ("thresholds", "gains")
     }
-    assert state["lm.decoder.layers.0.self_attn.mapping.gains"].eq(1).all()
-    assert state["lm.decoder.layers.1.self_attn.mapping.gains"].eq(0).all()
-
-
-def test_a_missing_learned_alpha_starts_at_one_and_a_half(build):
-    options = ["--attention-mapping", "entmax", "--entmax-alpha", "learned"]
-    target = build("multimax_transformer_lm", *options)
-    target.model.load_state_dict(build("transformer_lm").model.state_dict(), strict=True)
-    torch.testing.assert_close(target.model.decoder.layers[0].self_attn.mapping.alpha, torch.full((2,), 1.5))
 
 
 def test_state_names_are_stable(build):
@@ -84,41 +68,38 @@ def test_state_names_are_stable(build):
     }
 
 
-def test_mean_absolute_parameters_of_each_site_are_logged(build):
-    model = build("multimax_transformer", "--output-mapping", "multimax", "--log-modulators", "module").model.train()
+def logged(model):
+    with metrics.aggregate(new_root=True) as log:
+        model.set_num_updates(1)
+    return log.get_smoothed_values()
+
+
+@pytest.mark.parametrize("scale", [1, 10])  # of the parameters; the log has the numbers that σ uses
+def test_mean_absolute_parameters_of_each_site_are_logged(scale, build):
+    options = ["--output-mapping", "multimax", "--log-modulators", "module", "--modulator-lr-scale", scale]
+    model = build("multimax_transformer", *options).model.train()
     with torch.no_grad():
         for group in modulators_by_site(model).values():
             for number, modulator in enumerate(group):
-                modulator.thresholds.copy_(torch.tensor([[1.0, 2.0], [-3.0, -4.0]]) * (number + 1))
-                modulator.gains.copy_(torch.tensor([[0.1, -0.2], [0.3, -0.4]]) * (number + 1))
-    with metrics.aggregate(new_root=True) as log:
-        model.set_num_updates(1)
-    values = log.get_smoothed_values()
+                modulator.thresholds.copy_(torch.tensor([[1.0, 2.0], [-3.0, -4.0]]) * (number + 1) / scale)
+                modulator.gains.copy_(torch.tensor([[0.1, -0.2], [0.3, -0.4]]) * (number + 1) / scale)
+    values = logged(model)
     assert {name.split("_")[0] for name in values} == {"encoder", "decoder", "cross", "output"}
-    # 4 numbers a site, and of each module the 8 themselves: two layers at three sites, and the output
+    # 4 numbers a site, and of each module the 8 themselves: two layers at three sites, and the output.
+    # Of two layers, the second has twice the numbers of the first: 1.5 times the mean over orders.
     assert len(values) == 4 * 4 + 7 * 8
-    assert values["cross_1_b2"] == -6.0 and values["encoder_0_d2"] == -4.0
-    assert values["decoder_1_g_b1"] == pytest.approx(0.2) and values["output_g_d2"] == pytest.approx(-0.4)
-    # two layers, the second with twice the numbers of the first: 1.5 times the mean over orders
-    assert values["encoder_b"] == pytest.approx(3.0) and values["cross_d"] == pytest.approx(4.5)
-    assert values["decoder_g_b"] == pytest.approx(0.3) and values["encoder_g_d"] == pytest.approx(0.45)
-    assert values["output_b"] == pytest.approx(2.0)
+    expected = {"cross_1_b2": -6.0, "encoder_0_d2": -4.0, "decoder_1_g_b1": 0.2, "output_g_d2": -0.4,
+                "encoder_b": 3.0, "cross_d": 4.5, "decoder_g_b": 0.3, "encoder_g_d": 0.45,
+                "output_b": 2.0}  # fmt: skip
+    assert {name: values[name] for name in expected} == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("options, names", [([], {"decoder_b", "decoder_d", "decoder_g_b", "decoder_g_d"}),
-                                            (["--log-modulators", "none"], set())])  # fmt: skip
-def test_by_default_only_sites_are_logged(options, names, build):
-    model = build("multimax_transformer_lm", *options).model.train()
-    with metrics.aggregate(new_root=True) as log:
-        model.set_num_updates(1)
-    assert set(log.get_smoothed_values()) == names
-
-
-def test_nothing_is_logged_without_modulators_or_outside_training(build):
-    with metrics.aggregate(new_root=True) as log:
-        log_modulators(build("multimax_transformer", "--attention-mapping", "sparsemax").model)
-        build("multimax_transformer").model.eval().set_num_updates(1)
-    assert not log.get_smoothed_values()
+def test_what_is_logged_by_default_and_where_nothing_is(build):
+    names = {"decoder_b", "decoder_d", "decoder_g_b", "decoder_g_d"}
+    assert set(logged(build("multimax_transformer_lm").model.train())) == names
+    for options in (["--log-modulators", "none"], ["--attention-mapping", "sparsemax"]):
+        assert not logged(build("multimax_transformer_lm", *options).model.train())
+    assert not logged(build("multimax_transformer_lm").model.eval())
 
 
 def test_layers_to_keep_of_a_stock_checkpoint(build, batch):
@@ -140,16 +121,6 @@ def test_a_learning_rate_of_modulators_that_are_not_there_is_an_error(arch, buil
     with pytest.raises(ValueError, match="^--modulator-lr-scale 10.0: this model has no modulators.*multimax"):
         build(arch, "--attention-mapping", "softmax", "--modulator-lr-scale", 10)
     build(arch, "--attention-mapping", "softmax", "--output-mapping", "multimax", "--modulator-lr-scale", 10)
-
-
-def test_the_log_has_the_numbers_that_sigma_uses(build):
-    models = [build("multimax_transformer_lm", "--modulator-lr-scale", scale).model.train() for scale in (1, 10)]
-    logs = []
-    for model in models:
-        with metrics.aggregate(new_root=True) as log:
-            model.set_num_updates(1)
-        logs.append(log.get_smoothed_values())
-    assert logs[0] == pytest.approx(logs[1], abs=1.1e-4) and logs[0]["decoder_b"] > 0
 
 
 @pytest.mark.parametrize("mapping, is_refused", [

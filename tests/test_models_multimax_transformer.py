@@ -1,9 +1,8 @@
-"""The translation architectures."""
+"""The architectures, and the translation model."""
 
 import pytest
 import torch
 from conftest import parse
-from fairseq.models import ARCH_CONFIG_REGISTRY
 from omegaconf import OmegaConf
 from test_models_options import MAPPING_OPTIONS, SITES
 
@@ -12,24 +11,24 @@ from multimax_fairseq.mappings import MAPPINGS
 from multimax_fairseq.modules.scale import SCALES
 
 ARCHITECTURES = [
-    "transformer",
-    "transformer_tiny",
-    "transformer_iwslt_de_en",
-    "transformer_wmt_en_de",
-    "transformer_vaswani_wmt_en_de_big",
+    *("transformer", "transformer_tiny", "transformer_iwslt_de_en", "transformer_wmt_en_de"),
+    *("transformer_vaswani_wmt_en_de_big", "transformer_lm", "transformer_lm_gpt", "transformer_lm_big"),
+    "transformer_lm_baevski_wiki103",
 ]
 
 
 @pytest.mark.parametrize("stock", ARCHITECTURES)
 def test_dimensions_and_defaults_are_those_of_the_stock_architecture(stock, corpus):
-    expected, _ = parse([corpus / "data-bin", "--arch", stock])
-    actual, _ = parse([corpus / "data-bin", "--arch", f"multimax_{stock}"])
-    extra = set(vars(actual)) - set(vars(expected))
-    assert extra == {option.name for option in MAPPING_OPTIONS}
-    assert actual.attention_mapping == "multimax" and actual.attention_mapping_sites == ",".join(SITES)
-    for name, value in vars(expected).items():
-        assert name == "arch" or getattr(actual, name) == value
-    assert stock in ARCH_CONFIG_REGISTRY
+    data = [corpus / "data-bin-lm", "--task", "language_modeling"] if "_lm" in stock else [corpus / "data-bin"]
+    parsed = [parse([*data, "--arch", arch]) for arch in (stock, f"multimax_{stock}")]
+    if "_lm" in stock:
+        expected, actual = ({**cfg.model, "arch": cfg.model._name} for _, cfg in parsed)
+    else:
+        expected, actual = (vars(args) for args, _ in parsed)
+    own = {option.name: option.default for option in MAPPING_OPTIONS}
+    assert {name: actual[name] for name in actual.keys() - expected.keys()} == own
+    assert {name for name in expected if actual[name] != expected[name]} <= {"arch", "_name"}
+    assert actual["arch"] == f"multimax_{expected['arch']}"
 
 
 SCALED = [(",".join(SITES), scale) for scale in SCALES]
@@ -65,7 +64,7 @@ def test_steps_with_reordered_beams_equal_the_full_forward(name, sites, scale, b
 
 @pytest.mark.parametrize("flag", [
     "--cross-self-attention", "--no-cross-attention", "--encoder-learned-pos", "--layernorm-embedding",
-    "--share-all-embeddings", "--encoder-normalize-before",
+    "--share-all-embeddings", "--encoder-normalize-before", "--quant-noise-pq=0.2",
 ])  # fmt: skip
 def test_options_of_the_stock_model_work(flag, build, batch):
     built = build("multimax_transformer", flag, *(["--no-cross-attention"] if "cross-self" in flag else []))
@@ -79,22 +78,6 @@ def test_options_of_the_stock_model_work(flag, build, batch):
     assert all(reached) and len(reached) == len(gains) - (2 if flag == "--no-cross-attention" else 0)
 
 
-def test_quant_noise(build, batch):
-    built = build("multimax_transformer", "--quant-noise-pq", 0.2, "--quant-noise-pq-block-size", 8)
-    assert torch.isfinite(built.model.train()(**batch(built)["net_input"])[0]).all()
-
-
-@pytest.mark.parametrize("options, message", [
-    (["--attention-mapping", "softmin"], "there is no 'softmin'"),
-    (["--output-mapping", "multimax", "--adaptive-softmax-cutoff", "10,20"], "adaptive"),
-    (["--attention-mapping-sites", "cross", "--no-cross-attention"], "none of these; choose from: encoder, decoder"),
-    (["--attention-mapping-sites", "cross", "--no-cross-attention", "--cross-self-attention"], "none of these"),
-])  # fmt: skip
-def test_a_wrong_choice_stops_at_model_build(options, message, build):
-    with pytest.raises(ValueError, match=message):
-        build("multimax_transformer", *options)
-
-
 def test_a_misspelt_field_of_a_config_file_stops_at_model_build(build):
     built = build("multimax_transformer")
     size = {"encoder_layers": 1, "decoder_layers": 1, "encoder_embed_dim": 8, "decoder_embed_dim": 8,
@@ -102,9 +85,14 @@ def test_a_misspelt_field_of_a_config_file_stops_at_model_build(build):
     cfg = OmegaConf.create({"_name": "multimax_transformer", **size})
     assert built.task.build_model(cfg).encoder.layers[0].self_attn.mapping.lr_scale == 3
     built.task.build_model(cfg)  # as a checkpoint has it: with all that the architecture has added
-    for wrong in ("attention_maping", "encoder_layer", "multimax-order"):
-        with pytest.raises(ValueError, match=f"^model.{wrong}: .* no such field; the nearest one is model"):
-            built.task.build_model(OmegaConf.create({"_name": "multimax_transformer", **size, wrong: 1}))
+    for wrong, value, message in [
+        ("attention_maping", 1, "the model has no such field; the nearest one is model.attention_mapping$"),
+        ("encoder_layer", 1, "the model has no such field; the nearest one is model.encoder_layers$"),
+        ("multimax-order", 1, "the model has no such field; the nearest one is model.multimax_order$"),
+        ("multimax_order", None, "null is no value; leave it out for the default, 2$"),
+    ]:
+        with pytest.raises(ValueError, match=f"^model.{wrong}: {message}"):
+            built.task.build_model(OmegaConf.create({"_name": "multimax_transformer", **size, wrong: value}))
 
 
 def test_hub_models_of_the_stock_class_are_not_offered():

@@ -1,6 +1,5 @@
 """Search and scores of sparse models: fairseq's own generator, all its strategies, beside other models."""
 
-import functools
 import logging
 import math
 import shutil
@@ -12,10 +11,9 @@ from conftest import TINY_LM, parse
 from fairseq import tasks
 from fairseq.sequence_generator import SequenceGenerator
 from fairseq.sequence_scorer import SequenceScorer
-from fairseq.tasks import FairseqTask
 from fairseq.token_generation_constraints import pack_constraints
 
-from multimax_fairseq.models.sparse_search import SparseScores, SparseSearch
+from multimax_fairseq.models.sparse_search import SparseSearch
 
 SPARSE = ["sparsemax", "entmax15", "entmax"]
 
@@ -45,7 +43,7 @@ def check(hypotheses, beam):
             assert hypo["tokens"][-1] == 2 and not {1, 2} & set(hypo["tokens"][:-1].tolist())
 
 
-@pytest.mark.parametrize("beam", [1, 5, 200])
+@pytest.mark.parametrize("beam", [1, 200])
 @pytest.mark.parametrize("factor", [1, 50])
 @pytest.mark.parametrize("mapping", SPARSE)
 def test_a_limit_of_five_tokens_leaves_no_empty_list(mapping, factor, beam, build, batch):
@@ -89,32 +87,23 @@ def log_probability(models, sample, row, tokens):
     return steps.log()
 
 
-@pytest.mark.parametrize("number", [1, 2])
-def test_scores_are_the_logarithms_of_the_mean_of_the_models_probabilities(number, build, batch):
-    models = [sharpened(build("multimax_transformer", "--output-mapping", "entmax15", seed=seed), 4)
-              for seed in range(1, 1 + number)]  # fmt: skip
-    sample = batch(models[0], size=2)
-    built, models = models[0], [each.model for each in models]
-    _, hypotheses = generate(built, sample, models)
+@pytest.mark.parametrize("outputs", [["entmax15"], ["entmax15", "entmax15"], ["entmax15", "softmax"]], ids="-".join)
+def test_scores_are_the_logarithms_of_the_mean_of_the_models_probabilities(outputs, build, batch):
+    builts = [sharpened(build("multimax_transformer", "--output-mapping", output, seed=seed), 4)
+              for seed, output in enumerate(outputs)]  # fmt: skip
+    sample, models = batch(builts[0], size=2), [built.model for built in builts]
+    _, hypotheses = generate(builts[0], sample, models)
     check(hypotheses, 5)
     for row, hypos in enumerate(hypotheses):
         for hypo in hypos:
             expected = log_probability(models, sample, row, hypo["tokens"].tolist())
-            is_limit = expected[-1] == -math.inf and len(expected) == 6
-            torch.testing.assert_close(hypo["positional_scores"][:-1], expected[:-1], atol=1e-4, rtol=1e-4)
-            expected = 0.0 if is_limit else expected[-1].item()
-            assert hypo["positional_scores"][-1].item() == pytest.approx(expected, abs=1e-4)
-
-
-def test_an_ensemble_of_a_sparse_and_a_dense_model(build, batch):
-    sparse = sharpened(build("multimax_transformer", "--output-mapping", "sparsemax"), 50)
-    dense = build("multimax_transformer", seed=2)
-    _, hypotheses = generate(sparse, batch(sparse, size=2), [dense.model, sparse.model])
-    check(hypotheses, 5)
+            if expected[-1] == -math.inf and len(expected) == 6:  # the limit
+                expected[-1] = 0.0
+            torch.testing.assert_close(hypo["positional_scores"], expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("how", [{"beam": 3}, {"beam": 3, "sampling": True}], ids=str)
-@pytest.mark.parametrize("weight", [-0.3, 0.0, 0.005, 0.3, 1.0])
+@pytest.mark.parametrize("weight", [-0.3, 0.0, 0.3])
 @pytest.mark.parametrize("output", ["softmax", "sparsemax"])
 def test_a_sparse_language_model_beside_another_model(output, weight, how, build, batch, corpus, tmp_path):
     shutil.copy(corpus / "data-bin" / "dict.en.txt", tmp_path / "dict.txt")
@@ -132,7 +121,7 @@ def test_a_sparse_language_model_beside_another_model(output, weight, how, build
     for hypos in results[0]:
         assert hypos and all(hypo["positional_scores"].isfinite().all() for hypo in hypos)
     tokens = [[hypo["tokens"].tolist() for hypos in found for hypo in hypos] for found in results]
-    assert tokens[0] == tokens[1] if weight == 0 else tokens[0] != tokens[1] or abs(weight) < 0.1 or "sampling" in how
+    assert tokens[0] == tokens[1] if weight == 0 else tokens[0] != tokens[1] or "sampling" in how
 
 
 @pytest.mark.parametrize("output", ["softmax", *SPARSE])
@@ -161,28 +150,13 @@ def test_the_words_of_lexical_constraints_can_have_probability_0(build, batch):
     assert all(word in hypos[0]["tokens"].tolist() for hypos, word in zip(found, (9, 12)))
 
 
-def test_another_plugins_wrapper_is_asked_too(build, monkeypatch):
-    calls, theirs = [], FairseqTask.build_generator
-
-    @functools.wraps(theirs)
-    def counted(*args, **kwargs):
-        calls.append(args)
-        return theirs(*args, **kwargs)
-
-    monkeypatch.setattr(FairseqTask, "build_generator", counted)
-    built = build("multimax_transformer", "--output-mapping", "sparsemax")
-    generator = built.task.build_generator([built.model], Namespace(beam=3))
-    assert len(calls) == 1 and isinstance(generator, SparseSearch)
-    assert type(build("multimax_transformer").task.build_generator([built.model], Namespace())) is SequenceGenerator
-
-
 def test_dense_models_are_searched_and_scored_as_ever(build, batch):
-    built = build("multimax_transformer")
-    generator, _ = generate(built, batch(built, size=2))
-    assert type(generator) is SequenceGenerator
+    built, sparse = build("multimax_transformer"), build("multimax_transformer", "--output-mapping", "sparsemax")
+    assert type(generate(built, batch(built, size=2))[0]) is SequenceGenerator
+    assert isinstance(generate(sparse, batch(sparse, size=2))[0], SparseSearch)
     sample = batch(built, size=2)
     scorer = SequenceScorer(built.task.target_dictionary)
-    for hypos, row in zip(scorer.generate([built.model], sample), range(2)):
+    for row, hypos in enumerate(scorer.generate([built.model], sample)):
         expected = log_probability([built.model], sample, row, hypos[0]["tokens"].tolist())
         torch.testing.assert_close(hypos[0]["positional_scores"], expected, atol=1e-4, rtol=1e-4)
     assert not hasattr(scorer, "sparse_scores")
@@ -233,10 +207,3 @@ def test_scores_of_a_language_model_are_those_of_the_paper(build, batch, caplog)
     with caplog.at_level(logging.INFO):
         del scorer
     assert "epsilon-perplexity" in caplog.text
-
-
-def test_scores_of_a_certain_model_are_perfect():
-    scores = SparseScores(10)
-    scores.update(torch.zeros(3), torch.ones(3))
-    results = scores.results()
-    assert (results["sparsemax_score"], results["jensen_shannon_divergence"], results["impossible"]) == (1, 0, 0)

@@ -178,7 +178,7 @@ def _project(scores: Tensor, projection: Callable[[Tensor], Tensor]) -> Tensor:
     absent, is_number = is_absent(x), peak < math.inf
     d = (x - peak).masked_fill(~peak.isfinite() | absent, 0.0).masked_fill(absent & peak.isfinite(), -1e30)
     probabilities = projection(d).masked_fill(absent, 0.0)
-    no_number = x.masked_fill(is_number, 0.0) * math.nan  # nor has it a gradient
+    no_number = x.masked_fill(is_number, 0.0) * torch.where(is_number, 0.0, math.nan)  # nor has it a gradient
     return torch.where(is_number, probabilities, no_number).to(scores.dtype)
 
 
