@@ -5,9 +5,8 @@ from 0 in it.
 """
 
 import os
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 from unittest.mock import patch
 
 import torch
@@ -72,7 +71,10 @@ def measure(
     Raises:
         UserError: something that the user can fix; before long work, but for scores that no trained model has.
     """
-    gold = None if alignments is None else _gold(alignments)
+    try:
+        gold = None if alignments is None else read_alignments(alignments)
+    except ValueError as error:
+        raise UserError(str(error)) from error
     device = torch.device("cuda" if torch.cuda.is_available() and not cpu else "cpu")
     loaded = [load(path, label, data, split, max_sentences, device) for path, label in zip(paths, labels)]
     first = loaded[0]
@@ -96,24 +98,13 @@ def measure(
     # one s for all models at each site: see sparsity_at
     sites = dict.fromkeys(site for measurement in measurements for site, _ in measurement.heads)
     references = {site: common_reference(m.tail(site) for m in measurements) for site in sites}
-    with _in_plain_pytorch():
+    with patch.dict(os.environ, MULTIMAX_BACKEND="eager"):  # a few rows are not worth half a minute of compiling
         return {
             "top_k": TOP_K,
             "skipped": len(there) - len(indices),
             "models": [measurement.results(references) for measurement in measurements],
             "simplex": _simplex(measurements),
         }
-
-
-def _gold(path: Path) -> List[GoldAlignment]:
-    try:
-        return read_alignments(path)
-    except FileNotFoundError:
-        raise UserError(f"there is no file {path}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is no text in UTF-8: alignments are lines such as 0-0 1-2") from None
-    except ValueError as error:
-        raise UserError(str(error)) from error
 
 
 def _check_seeds(loaded: Sequence[LoadedModel]) -> None:
@@ -126,13 +117,6 @@ def _check_seeds(loaded: Sequence[LoadedModel]) -> None:
         ]
         if kinds.setdefault(model.label, kind) != kind:
             raise UserError(f"models called {model.label!r} differ in more than the seed: give them other --labels")
-
-
-@contextmanager
-def _in_plain_pytorch() -> Iterator[None]:
-    """For a few hundred rows of three scores, which are not worth half a minute of compiling."""
-    with patch.dict(os.environ, MULTIMAX_BACKEND="eager"):
-        yield
 
 
 class Measurement:
