@@ -162,11 +162,7 @@ def batches(
     dataset: FairseqDataset, indices: Sequence[int], max_tokens: int, device: torch.device
 ) -> Iterator[Dict[str, Any]]:
     """Batches of sentences of similar length on the device: at most ``max_tokens`` tokens, or a single sentence."""
-    groups: List[List[int]] = [[]]
-    for index in sorted(indices, key=dataset.num_tokens):
-        if groups[-1] and (len(groups[-1]) + 1) * dataset.num_tokens(index) > max_tokens:
-            groups.append([])
-        groups[-1].append(index)
-    for group in groups:
+    ordered = numpy.array(sorted(indices, key=dataset.num_tokens))
+    for group in dataset.batch_by_size(ordered, max_tokens=max(max_tokens, dataset.num_tokens(ordered[-1]))):
         sample = dataset.collater([dataset[index] for index in group])
         yield utils.apply_to_sample(lambda tensor: tensor.to(device), sample)

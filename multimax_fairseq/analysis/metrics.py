@@ -248,7 +248,7 @@ class ScoreHistogram:
         self.num_bins, self.width = num_bins, width
         self.low, self.high = math.inf, -math.inf
         self._first = 0  # k of the first bin
-        self._counts = torch.zeros(0, dtype=torch.float64)  # whole numbers, as bincount's weights
+        self._counts = torch.zeros(0, dtype=torch.int64)
 
     def update(self, scores: Tensor) -> None:
         """Count scores of any shape, except those that are not finite."""
@@ -263,11 +263,9 @@ class ScoreHistogram:
         while math.floor(self.high / self.width) - math.floor(self.low / self.width) >= self.num_bins:
             self.width *= 2
             before = before.div(2, rounding_mode="floor")
-        self._first = math.floor(self.low / self.width)
-        counts = torch.bincount((values / self.width).floor().long() - self._first).double()
-        old = torch.bincount(before - self._first, self._counts, minlength=len(counts))
-        old[: len(counts)] += counts
-        self._counts = old
+        first, last = math.floor(self.low / self.width), math.floor(self.high / self.width)
+        counts = torch.bincount((values / self.width).floor().long() - first, minlength=last - first + 1)
+        self._first, self._counts = first, counts.index_add(0, before - first, self._counts)
 
     @property
     def edges(self) -> List[float]:
@@ -276,7 +274,7 @@ class ScoreHistogram:
 
     @property
     def counts(self) -> List[int]:
-        return self._counts.long().tolist()
+        return self._counts.tolist()
 
     def bulk(self, low: float = 5e-4, high: float = 5e-4) -> Tuple[float, float]:
         """The range of the scores without the lowest and the highest share of them, to the width of a bin."""
