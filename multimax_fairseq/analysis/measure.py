@@ -280,8 +280,6 @@ class Measurement:
         """
         if self.gold is None:
             return
-        if not self.loaded.is_translation:
-            raise UserError(f"{self.loaded.path} is no translation model: it has nothing to align")
         if not any(site == "cross" for site, _, _ in attention_modules(self.loaded.model)):
             raise UserError(f"{self.loaded.path} has no cross-attention: it has nothing to align")
         if len(self.gold) != len(self.loaded.dataset):
