@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any, Dict
 
 import torch
-from multimax_fairseq.analysis.files import (
+
+from multimax_fairseq.models import MappingOptions
+from multimax_fairseq.tools import (
     ArgumentParser,
     UserError,
     check_output,
@@ -19,8 +21,6 @@ from multimax_fairseq.analysis.files import (
     read_checkpoint,
     replacing,
 )
-
-from multimax_fairseq.models import MappingOptions
 
 PREFIX = "multimax_"
 STOCK = {"attention_mapping": "softmax", "attention_scale": "none", "output_mapping": "softmax"}
