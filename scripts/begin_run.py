@@ -138,7 +138,7 @@ def begin(run: Path, arguments: list[str]) -> str:
         check_settings(run, cfg, there)
         length = cfg.optimization.max_update, cfg.optimization.max_epoch
         if 0 < length[0] <= progress.updates or 0 < length[1] < progress.epoch:
-            trained.touch()
+            trained.exists() or trained.touch()
         elif length != tuple(there["optimization"][key] for key in LENGTH):
             trained.unlink(missing_ok=True)  # a longer one
     else:

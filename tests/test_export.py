@@ -86,9 +86,9 @@ def test_int8(page, run_block, monkeypatch):
 
 
 @pytest.mark.slow
-def test_compiling(run_block):
+@pytest.mark.parametrize("page", ["multimax"], indirect=True)  # each takes half a minute
+def test_compiling(page, run_block):
     names = run_block("torch.compile")
-    torch._dynamo.reset()  # each model is compiled from scratch: there is a limit to how often a function is
     inputs = other_sizes(names)[0]
     with torch.no_grad():
         torch.testing.assert_close(names["compiled"](*inputs), names["function"](*inputs), **CLOSE)

@@ -126,22 +126,6 @@ def test_no_result_or_gradient_has_twice_the_error_of_plain_pytorch(name, length
     assert (errors[1] <= 2 * errors[0] + 2e-7).all(), errors
 
 
-@needs_compiler
-@pytest.mark.parametrize("name", MAPPINGS)
-def test_threads_changed_between_forward_and_backward_change_nothing(name, monkeypatch):
-    choose("C++", monkeypatch)
-    inputs, mapping, before, found = draw(1, 4, 40, 200, 64), make(name, 4), torch.get_num_threads(), []
-    try:
-        for first, second in ((1, 1), (8, 1), (2, 8)):
-            torch.set_num_threads(first)
-            output = mapped_attention(*inputs, mapping, scale=3.0)
-            torch.set_num_threads(second)
-            found.append(torch.autograd.grad(output.square().sum(), [*inputs, *mapping.parameters()]))
-    finally:
-        torch.set_num_threads(before)
-    torch.testing.assert_close(found[1:], found[:1] * 2, atol=0, rtol=0)
-
-
 # ---------------------------------------------------------------- dropout
 
 

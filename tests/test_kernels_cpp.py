@@ -73,7 +73,7 @@ def test_without_a_compiler_that_can_the_other_kernels_serve(compiler, folder, m
     with caplog.at_level(logging.INFO), pytest.MonkeyPatch.context() as patch:
         patch.setenv("CXX", compiler)  # and not later, when Inductor may look at it
         assert not library.serves(torch.zeros(2, 3)) and not library.serves(torch.zeros(2, 3))
-    assert caplog.text.count("rows.cpp: not compiled, so others take the place of its kernels: ") == 1
+    assert caplog.text.count("rows.cpp: not compiled, so plain PyTorch takes its place: ") == 1
     assert not folder.exists() or not any(folder.iterdir())
     monkeypatch.setattr(cpu, "LIBRARY", library)
     scores = torch.randn(5, 7)
@@ -151,7 +151,7 @@ def test_what_cannot_be_loaded_is_not_compiled_at_every_start(is_library, foreig
     monkeypatch.setattr(cpp, "_run", None)  # cannot be called
     with caplog.at_level(logging.INFO):
         assert new_library().functions is None
-    assert "not compiled, so others take" in caplog.text
+    assert "not compiled, so plain" in caplog.text
     assert ("undefined symbol: map_rows" if is_library else f"remove {kept} to have it compiled") in caplog.text
 
 

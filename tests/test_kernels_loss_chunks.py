@@ -112,7 +112,7 @@ def backend(request, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", LOSSES)
 def test_no_gradient_has_more_than_plain_pytorchs_error(name, dtype, smoothing, case, backend):
-    for chunk_tokens, more in ((0, 1.02), (100, 1.25)):  # bf16: each chunk's part is rounded, then the sum
+    for chunk_tokens, more in ((0, 1.02), (100, 1.5)):  # bf16: each chunk's part is rounded, then the sum
         found = errors(*LOSSES[name], *sure(dtype=dtype, **case), smoothing=smoothing, chunk_tokens=chunk_tokens)
         assert all(ours <= more * plain + 1e-6 for ours, plain in found), (chunk_tokens, found)
 

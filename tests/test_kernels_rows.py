@@ -185,26 +185,6 @@ def test_half_precision_loses_only_what_rounding_takes(mapping, dtype):
         torch.testing.assert_close(ours, exact.to(dtype), atol=0, rtol=0)
 
 
-def test_open_reports_of_the_package():
-    """deep-spin/entmax: NaN of the bisection in fp16 (30), a loss of NaN (23)."""
-    for dtype in (torch.float16, torch.bfloat16, torch.float32):
-        scores = torch.tensor([[-1e4, 2.0, 1.0, -6e4], [6e4, 6e4, 0.0, -6e4], [0.0, 0.0, 0.0, 0.0]], dtype=dtype)
-        for alpha in (1.0001, 1.01, 1.5, 2.0):
-            probabilities, gradient = gradients(partial(entmax, alpha=alpha), [scores], torch.ones_like(scores))
-            torch.testing.assert_close(probabilities.float().sum(-1), torch.ones(3), atol=5e-3, rtol=0)
-            assert gradient.isfinite().all()
-
-
-@pytest.mark.parametrize("width", [4, 80])
-def test_scores_at_the_very_edge_of_the_support(width):
-    """Whole numbers, as ties and masks make them: what is exactly at the threshold has a probability of exactly 0."""
-    scores = torch.full((20, width), -5.0)
-    scores[:, :3] = torch.tensor([0.0, -1.0, -2.0])
-    for mapping, edge in ((sparsemax, 1), (entmax15, 2), (partial(entmax, alpha=1.5), 2)):
-        scores[:, 1:3] = -float(edge)
-        assert torch.equal(mapping(scores), torch.eye(width)[:1].expand(20, -1))
-
-
 @twins
 def test_rows_that_are_not_contiguous_and_other_dimensions(name):
     mapping, _, learned, _ = TWINS[name]

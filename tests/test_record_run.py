@@ -70,7 +70,8 @@ def test_the_mapping_is_that_of_the_checkpoint(kind):
 def test_settings_are_all_that_can_change_a_result(corpus):
     """Each of these options is one setting more or another; those of machines, paths and logs are none."""
     settings_of = load_script("settings").settings_of
-    command = [corpus / "data-bin", "--user-dir", PLUGIN, "--arch", "multimax_transformer", "--optimizer", "adam", "--lr", "1e-3"]
+    command = [corpus / "data-bin", "--user-dir", PLUGIN, "--arch", "multimax_transformer",
+               "--optimizer", "adam", "--lr", "1e-3"]
     usual = settings_of(parse(command)[1])
     assert (usual["arch"], usual["lr"], usual["dropout"], usual["task"]) == (
         "multimax_transformer", [0.001], 0.1, "translation")

@@ -1,10 +1,10 @@
-"""C++ kernels for fp32 on a CPU: they take half the time of those that Inductor makes of :mod:`.rows`.
+"""C++ for fp32 on a CPU: compiles and loads ``rows/rows.cpp`` and ``attention/attention.cpp``.
 
-A source file is compiled when one of its functions is first called, in about a second, by PyTorch's compiler for
+A source file is compiled when one of its functions is first called, in some seconds, by PyTorch's compiler for
 extensions (``CXX``, else ``c++``). PyTorch's folder of extensions (``TORCH_EXTENSIONS_DIR``, else
 ``~/.cache/torch_extensions``) keeps the result for the next run. The source includes nothing of PyTorch: it is given
 addresses. It uses the OpenMP that PyTorch has loaded (GNU's on Linux), since a second one would start threads of its
-own. If the compiler is for another OpenMP, the file does not load, and Inductor serves, in the next run too.
+own. If the compiler is for another OpenMP, the file does not load, and plain PyTorch serves, in the next run too.
 
 ``torch.utils.cpp_extension.load`` needs ninja, and waits forever on the lock of a run that was interrupted while
 compiling. Here, runs that compile at once do not wait: each moves a whole file into place. Its last bytes are a
@@ -66,7 +66,7 @@ class Library:
         except (AttributeError, ImportError, OSError, ValueError, subprocess.SubprocessError) as error:
             lines = (getattr(error, "stderr", None) or str(error)).splitlines() or [type(error).__name__]
             reason = next((line for line in lines if "error" in line), lines[0])
-            logger.info("%s: not compiled, so others take the place of its kernels: %s", self.source.name, reason)
+            logger.info("%s: not compiled, so plain PyTorch takes its place: %s", self.source.name, reason)
             return None
         return functions
 

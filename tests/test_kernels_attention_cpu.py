@@ -1,0 +1,198 @@
+"""Attention in C++: layouts, threads, memory and dropout. All of it against float64 is in test_attention.py."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import load_script, needs_compiler
+from test_kernels_rows_cpu import CAPABILITIES, ORACLES, Rows, compiled_for, rows_of
+
+from multimax_fairseq.kernels.attention import cpu
+
+BSZ, HEADS = 2, 3
+pytestmark = needs_compiler
+check_kernels = load_script("check_kernels")  # has the random numbers of dropout
+names = pytest.mark.parametrize("name", ORACLES)
+
+
+@pytest.fixture(autouse=True, scope="module", params=CAPABILITIES)
+def library(request, tmp_path_factory):
+    with compiled_for(request.param, cpu, tmp_path_factory.mktemp("extensions")):
+        yield
+
+
+@pytest.fixture(params=[2**18, 40 * 7, 1], ids="blocks of {} scores".format)
+def blocks(request, monkeypatch):
+    monkeypatch.setattr(cpu, "SCORES", request.param)
+
+
+def case(tgt_len=40, src_len=40, head_dim=16, value_dim=16):
+    shapes = (tgt_len, head_dim), (src_len, head_dim), (src_len, value_dim), (tgt_len, value_dim)
+    query, key, value, grad = (torch.randn(BSZ, HEADS, *shape) for shape in shapes)
+    return [query / head_dim**0.25, key / head_dim**0.25, value], grad
+
+
+def results(inputs, rows, grad, mask=None, is_causal=False, dropout=0.0, seed=0):
+    options = rows, mask, is_causal, dropout, seed
+    output, saved = cpu.forward(*inputs, *options)
+    return [output, *(g for g in cpu.backward(*inputs, *options, saved, grad) if g is not None)]
+
+
+def exact(inputs, rows, grad, mask=None, is_causal=False, factors=1):
+    doubles = [tensor.detach().double().requires_grad_() for tensor in (*inputs, *rows.numbers)]
+    query, key, value, *numbers = doubles
+    scores = query @ key.mT if mask is None else query @ key.mT + mask
+    if is_causal:
+        scores = scores.masked_fill(torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1), -math.inf)
+    empty = (scores == -math.inf).all(-1, keepdim=True)
+    probabilities = ORACLES[rows.name](scores.masked_fill(empty, 0), *numbers).masked_fill(empty, 0)
+    output = (probabilities * factors) @ value
+    return [output, *torch.autograd.grad(output, doubles[:3] if rows.name == "evsoftmax" else doubles, grad.double())]
+
+
+def assert_near(found, expected):
+    """Scores are rounded before the mapping; the gradients of its numbers, from the fifth on, sum over all rows."""
+    for place, (result, other) in enumerate(zip(found, expected, strict=True)):
+        error = 1e-5 if place < 4 else 5e-5
+        torch.testing.assert_close(result.double(), other, atol=error * max(1, other.abs().max().item()), rtol=0)
+
+
+@names
+@pytest.mark.parametrize("sizes", [(40, 40, 16, 16), (1, 300, 5, 8), (129, 17, 33, 1), (70, 200, 1, 20)])
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_output_and_gradients_are_those_of_double_precision(name, sizes, is_causal, blocks):
+    inputs, grad = case(*sizes)
+    rows = rows_of(name)
+    assert cpu.serves(*inputs, rows, None)
+    assert_near(results(inputs, rows, grad, None, is_causal), exact(inputs, rows, grad, None, is_causal))
+
+
+@names
+@pytest.mark.parametrize("shape", [(1, 1, 1), (BSZ, 1, 1), (1, HEADS, 40), (1, 1, 40), (BSZ, HEADS, 40)])
+def test_masks_of_any_shape(name, shape):
+    mask = torch.randn(*shape, 33).masked_fill(torch.rand(*shape, 33) < 0.3, -math.inf)
+    mask[-1, -1, -1] = -math.inf
+    inputs, grad = case(40, 33)
+    rows = rows_of(name)
+    assert_near(results(inputs, rows, grad, mask, True), exact(inputs, rows, grad, mask, True))
+
+
+@names
+def test_any_layout_in_memory(name):
+    """As projections give them, and with head_dim first; the same of what was saved."""
+    inputs, grad = case()
+    rows, mask, expected = rows_of(name), torch.randn(BSZ, HEADS, 40, 40), None
+    for way in (
+        lambda x: x,
+        lambda x: x.permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3),
+        lambda x: x.mT.contiguous().mT,
+    ):
+        options = rows, way(mask), True, 0.3, 5
+        output, saved = cpu.forward(*map(way, inputs), *options)
+        found = [output, *cpu.backward(*map(way, inputs), *options, tuple(map(way, saved)), way(grad))]
+        expected = expected or found
+        torch.testing.assert_close(found, expected, atol=0, rtol=0)
+
+
+@names
+@pytest.mark.parametrize("heads", [1, HEADS])
+def test_any_number_of_threads_gives_the_same_bits(name, heads):
+    """Also where it changes between forward and backward."""
+    inputs, grad = case(300, 300)
+    inputs, grad = [tensor[:1, :heads] for tensor in inputs], grad[:1, :heads]
+    rows, before, expected = rows_of(name), torch.get_num_threads(), None
+    if name == "entmax" and heads == 1:
+        rows = Rows(name, (torch.tensor(1.4),))
+    try:
+        for first, second in ((1, 1), (2, 2), (2, 1), (5, 64), (3, 3), (3, 3)):
+            torch.set_num_threads(first)
+            output, saved = cpu.forward(*inputs, rows, None, True, 0.2, 7)
+            torch.set_num_threads(second)
+            found = [output, *cpu.backward(*inputs, rows, None, True, 0.2, 7, saved, grad)]
+            expected = expected or found
+            torch.testing.assert_close(found, expected, atol=0, rtol=0)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_memory_for_threads_is_bounded(monkeypatch):
+    """Of the size of a head's keys and of a block, not of all heads, nor of length²."""
+    taken, original = [], torch.Tensor.new_empty
+    monkeypatch.setattr(
+        torch.Tensor, "new_empty", lambda *given, **options: taken.append(original(*given, **options)) or taken[-1]
+    )
+    query = torch.zeros(1, 8, 2_048, 16)
+    cpu.forward(query, query, query, rows_of("multimax"), None, True, 0.0, 0)
+    most = torch.get_num_threads() * (4 * 2_048 * 16 + 2 * cpu.SCORES + 2 * 128 * 16 + 6 * 2_048 + 2_048)
+    assert max(tensor.numel() for tensor in taken) <= max(most, query.numel())
+
+
+@names
+def test_what_is_not_a_number_stays_in_its_row(name):
+    (query, key, value), _ = case()
+    query[:, :, 3] = math.nan
+    output, _ = cpu.forward(query, key, value, rows_of(name), None, True, 0.0, 0)
+    assert output[:, :, 3].isnan().all() and output[:, :, [*range(3), *range(4, 40)]].isfinite().all()
+
+
+def test_shapes_that_do_not_go_together():
+    (query, key, value), _ = case()
+    with pytest.raises(ValueError, match=r"key is \(2, 3, 39, 16\); expected \(2, 3, 40, 16\)"):
+        cpu.forward(query, key[:, :, 1:], value, Rows("softmax"), None, False, 0.0, 0)
+    with pytest.raises(RuntimeError, match="expand"):
+        cpu.forward(query, key, value, Rows("softmax"), torch.zeros(1, 1, 1, 39), False, 0.0, 0)
+
+
+def test_what_it_serves(monkeypatch):
+    inputs, _ = case()
+    softmax = Rows("softmax")
+    assert cpu.serves(*inputs, softmax, None)
+    assert not cpu.serves(*(tensor.double() for tensor in inputs), softmax, None)
+    assert not cpu.serves(*inputs, Rows("entmax", (torch.full((BSZ, 1, 40, 1), 1.5),)), None)
+    monkeypatch.setattr(cpu, "sgemm", lambda: None)
+    assert not cpu.serves(*inputs, softmax, None)
+
+
+# ---------------------------------------------------------------- dropout
+
+
+def kept(seed, heads, tgt_len, src_len, dropout):
+    """Which probabilities are kept, (heads, tgt_len, src_len): of a key j the counter is (16 ⌊j / 64⌋ + j mod 16,
+    query, head, 0), and of its four numbers that of number ⌊j / 16⌋ mod 4 decides."""
+    head, query, key = (axis.ravel() for axis in np.mgrid[:heads, :tgt_len, :src_len])
+    counters = 16 * (key // 64) + key % 16, query, head, 0 * head
+    numbers = np.stack(check_kernels.philox(counters, (seed % 2**32, seed >> 32), 10))
+    decides = numbers[key // 16 % 4, np.arange(key.size)]
+    return torch.from_numpy(decides >= int(dropout * 2**32)).view(heads, tgt_len, src_len)
+
+
+@names
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_dropout_forward_and_backward_by_the_same_mask_in_double_precision(name, is_causal, blocks):
+    seed, dropout, (inputs, grad) = 0x0123_4567_89AB_CDEF, 0.3, case(40, 70)
+    factors = kept(seed, BSZ * HEADS, 40, 70, dropout).view(BSZ, HEADS, 40, 70) / (1 - dropout)
+    rows = rows_of(name)
+    found = results(inputs, rows, grad, None, is_causal, dropout, seed)
+    assert_near(found, exact(inputs, rows, grad, None, is_causal, factors))
+
+
+def test_the_mask_has_the_rate_and_is_independent_of_place_and_seed():
+    """Equal scores, and values that show the probabilities one by one."""
+    heads, length, dropout, masks = 4, 256, 0.1, []
+    scores, value = torch.zeros(1, heads, length, length), torch.eye(length).expand(1, heads, -1, -1)
+    for seed in (1, 2, 2**40):
+        masks.append(cpu.forward(scores, scores, value, Rows("softmax"), None, False, dropout, seed)[0][0] > 0)
+        assert torch.equal(masks[-1], kept(seed, heads, length, length, dropout))
+    dropped = torch.stack(masks).logical_not().double()  # (seeds, heads, queries, keys)
+    assert abs(dropped.mean() - dropout) < 4 * (dropout * (1 - dropout) / dropped.numel()) ** 0.5
+    for each in (dropped.mean((1, 2, 3)), dropped.mean((0, 2, 3)), dropped.mean((0, 1, 3)), dropped.mean((0, 1, 2))):
+        deviation = (dropout * (1 - dropout) * len(each) / dropped.numel()) ** 0.5
+        assert (each - dropout).abs().max() < 5 * deviation
+    deviations = (dropped - dropout) / (dropout * (1 - dropout)) ** 0.5
+    for dim in range(4):
+        for distance in (1, 2, 16, 64):
+            if distance < dropped.size(dim):
+                first = deviations.narrow(dim, 0, dropped.size(dim) - distance)
+                second = deviations.narrow(dim, distance, dropped.size(dim) - distance)
+                assert abs((first * second).mean()) < 4.5 / first.numel() ** 0.5
