@@ -255,30 +255,24 @@ def test_a_padded_query_passes_its_token_on():
     torch.testing.assert_close(rollout[0, 3], torch.eye(4, dtype=torch.float64)[3])
 
 
-def test_source_and_target_together_sum_to_one():
-    decoder, cross, encoder = (
-        [attention(2, 2, *shape, seed=seed) for seed in range(3)] for shape in [(5, 5), (5, 7), (7, 7)]
+@pytest.mark.parametrize("of_source", [0, 4])
+@pytest.mark.parametrize("has_cross", [True, False])
+def test_rollout_of_translation_is_a_product_over_source_and_target_together(of_source, has_cross):
+    """Decoders may attend to the source with their self-attention (--cross-self-attention), and have no other."""
+    encoder, decoder, cross = (
+        [attention(2, 2, *shape, seed=seed) for seed in range(3)] for shape in [(4, 4), (3, of_source + 3), (3, 4)]
     )
-    over_source, over_target = translation_rollout(decoder, cross, encoder)
-    torch.testing.assert_close(over_source.sum(-1) + over_target.sum(-1), torch.ones(2, 5, dtype=torch.float64))
-    # each cross-attention halves what has come from the target before
-    torch.testing.assert_close(over_target.sum(-1), torch.full((2, 5), 1 / 8, dtype=torch.float64))
-
-
-def test_rollout_of_translation_by_hand():
-    """One layer on each side, of the four kinds: decoders may attend to the source with their self-attention too
-    (--cross-self-attention), and may have no cross-attention."""
-    encoder, cross = attention(1, 2, 4, 4), attention(1, 2, 3, 4)
-    encoded = (encoder.mean(1)[0] + torch.eye(4)) / 2
-    for of_source in (0, 4):
-        decoder = attention(1, 2, 3, of_source + 3)
-        means = decoder.mean(1)[0]
-        over_source, over_target = translation_rollout([decoder], [], [encoder])
-        torch.testing.assert_close(over_source[0], means[:, :of_source] @ encoded[:of_source] / 2)
-        torch.testing.assert_close(over_target[0], (means[:, of_source:] + torch.eye(3)) / 2)
-        both_source, both_target = translation_rollout([decoder], [cross], [encoder])
-        torch.testing.assert_close(both_source, (over_source + cross.mean(1) @ encoded) / 2)
-        torch.testing.assert_close(both_target, over_target / 2)
+    expected = torch.eye(7, dtype=torch.float64).repeat(2, 1, 1)
+    expected[:, :4, :4] = attention_rollout(encoder)
+    for layer in range(3):
+        parts = [(decoder[layer], slice(4 - of_source, 7)), (cross[layer], slice(4))]
+        for weights, columns in parts[: 1 + has_cross]:
+            step = torch.eye(7, dtype=torch.float64).repeat(2, 1, 1)
+            step[:, 4:, columns] += weights.mean(1)
+            step[:, 4:] /= 2
+            expected = step @ expected
+    computed = translation_rollout(decoder, cross if has_cross else [], encoder)
+    torch.testing.assert_close(torch.cat(computed, dim=-1), expected[:, 4:])
 
 
 def test_without_layers_there_is_no_rollout():

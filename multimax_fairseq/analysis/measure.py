@@ -34,7 +34,7 @@ from .metrics import (
     common_reference,
     falling_share,
     is_monotone,
-    mean_cosine_similarity,
+    mean_average_distance,
     translation_rollout,
 )
 
@@ -135,8 +135,8 @@ class Measurement:
         self.heads: Dict[Site, MeanMetrics] = {}
         self.histograms: Dict[Site, ScoreHistogram] = {}
         self.mappings: Dict[Site, Optional[nn.Module]] = {}
-        # (side, layer) → sum of similarities, sentences with a similarity, all sentences
-        self._similarity: Dict[Site, List[float]] = {}
+        # (side, layer) → sum of MADs, sentences with a MAD, all sentences
+        self._distances: Dict[Site, List[float]] = {}
         self._errors: Dict[Tuple[str, int, str], AlignmentError] = {}
         # decoder layers that attend to source and target together
         self._cross_self = bool(getattr(getattr(loaded.model, "decoder", None), "cross_self_attention", False))
@@ -209,12 +209,12 @@ class Measurement:
         self.histograms[site].update(scores)
 
     def _on_layer(self, output: LayerOutput) -> None:
-        similarity = mean_cosine_similarity(output.hidden, self._masks[output.side]).double()
-        is_defined = ~similarity.isnan()
-        total = self._similarity.setdefault((output.side, output.layer), [0.0, 0, 0])
-        total[0] += similarity[is_defined].sum().item()
+        distance = mean_average_distance(output.hidden, self._masks[output.side]).double()
+        is_defined = ~distance.isnan()
+        total = self._distances.setdefault((output.side, output.layer), [0.0, 0, 0])
+        total[0] += distance[is_defined].sum().item()
         total[1] += int(is_defined.sum())
-        total[2] += len(similarity)
+        total[2] += len(distance)
 
     def _on_rollout(self) -> None:
         """Compute rollouts of the sentences to draw, and their alignment error."""
@@ -384,10 +384,9 @@ class Measurement:
     def _layers(self) -> List[Dict[str, Any]]:
         """MAD and mean cosine similarity of each layer's output; layer 0 is the first layer's input."""
         rows = []
-        for (side, layer), (total, count, sentences) in self._similarity.items():
-            similarity = total / count if count else None
-            mad = None if similarity is None else 1 - similarity
-            row = {"side": side, "layer": layer, "mad": mad, "cosine_similarity": similarity}
+        for (side, layer), (total, count, sentences) in self._distances.items():
+            mad = total / count if count else None
+            row = {"side": side, "layer": layer, "mad": mad, "cosine_similarity": 1 - mad if count else None}
             rows.append({**row, "sentences": sentences, "undefined": sentences - count})
         return rows
 
