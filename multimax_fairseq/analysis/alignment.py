@@ -14,7 +14,6 @@ from torch import Tensor
 
 Links = Set[Tuple[int, int]]  # (source word, target word), from 0
 
-SUBWORDS = ("none", "subword-nmt", "sentencepiece")
 SENTENCEPIECE_SPACE = "\u2581"
 
 
@@ -65,7 +64,7 @@ class AlignmentError:
 
 
 def guess_subwords(symbols: Sequence[str]) -> str:
-    """Guess how a dictionary marks pieces of words: one of ``SUBWORDS``."""
+    """Guess how a dictionary marks pieces of words: ``"none"``, ``"subword-nmt"`` or ``"sentencepiece"``."""
     if any(symbol.startswith(SENTENCEPIECE_SPACE) for symbol in symbols):
         return "sentencepiece"
     return "subword-nmt" if any(symbol.endswith("@@") for symbol in symbols) else "none"

@@ -32,7 +32,6 @@ from ..tools import (
 
 PAGE = "report.html"
 TABLES = ("heads", "sites", "modules", "layers", "alignment", "output")
-SUBWORDS = ("none", "subword-nmt", "sentencepiece")
 
 
 def parser() -> ArgumentParser:
@@ -59,7 +58,7 @@ def parser() -> ArgumentParser:
     text = "gold word alignments of the split, Pharaoh format (i-j), for the alignment error rate"
     add("--alignments", type=Path, metavar="FILE", help=text)
     text = "how pieces of words are marked in the data (default: as its dictionary looks)"
-    add("--subwords", choices=SUBWORDS, help=text)
+    add("--subwords", choices=("none", "subword-nmt", "sentencepiece"), help=text)
     add("--user-dir", type=Path, metavar="DIR", help="a folder with your own mappings, if the models have some")
     add("--cpu", action="store_true", help="do not use a GPU")
     add("--no-progress-bar", action="store_true")
