@@ -96,15 +96,9 @@ def read_checkpoint(path: Path) -> Dict[str, Any]:
     import torch
 
     try:
-        with open(path, "rb") as file:
-            if not file.read(1):
-                raise UserError(f"{path} is empty: it is no checkpoint")
-    except FileNotFoundError:
-        raise UserError(f"there is no checkpoint {path}") from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
-    try:
         state = _load(path)
+    except OSError as error:
+        raise UserError(f"the checkpoint {path} cannot be read: {error.strerror or error}") from error
     except Exception as error:  # unpickling can raise anything
         what = "cannot be read as a checkpoint of fairseq (damaged, cut off, or something else)"
         reason = ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])

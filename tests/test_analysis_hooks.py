@@ -5,7 +5,7 @@ import torch
 from fairseq.modules import MultiheadAttention
 
 from multimax_fairseq.analysis import attention_modules, collect, recording
-from multimax_fairseq.analysis.hooks import output_mapping, token_masks
+from multimax_fairseq.analysis.hooks import output_mapping
 
 MODELS = [
     ("transformer", []),
@@ -144,11 +144,3 @@ def test_a_model_without_attention_is_an_error_that_says_so(build):
     embedding = build("transformer_lm").model.decoder.embed_tokens
     with pytest.raises(ValueError, match="Embedding has no attention to analyse"):
         attention_modules(embedding)
-
-
-def test_masks_are_true_where_tokens_are(build, batch):
-    built = build("transformer")
-    sample = batch(built)
-    masks = token_masks(built.model, sample)
-    assert torch.equal(masks["encoder"].sum(1), sample["net_input"]["src_lengths"])
-    assert masks["cross"].sum() == sample["ntokens"]

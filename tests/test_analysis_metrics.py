@@ -15,7 +15,6 @@ from multimax_fairseq.analysis import (
     falling_share,
     is_monotone,
     mean_average_distance,
-    mean_cosine_similarity,
     metrics,
     row_metrics,
     slope,
@@ -34,20 +33,16 @@ def row(*numbers):
 # ---------------------------------------------------------------------- by hand
 
 
-def test_multimodality_by_hand():
-    scores, probabilities = row(5.0, 4.0, 3.0, 0.0), row(0.5, 0.3, 0.15, 0.05)
-    # above ε = 2 and below the largest: 4 and 3, which lack 0.2 and 0.35 to the top
-    assert metrics.multimodality(scores, probabilities, threshold=2.0) == pytest.approx(1 - (0.2 + 0.35) / 2)
-
-
-def test_multimodality_of_the_largest_by_hand():
+# Of four scores, what the relevant ones below the largest lack to its probability.
+@pytest.mark.parametrize("options, lacks", [
+    ({"threshold": 2.0}, [0.2, 0.35]),
+    ({"k": 3}, [0.2, 0.35]),  # wherever the threshold lies
+    ({"k": 3, "threshold": 4.5}, [0.2, 0.35]),
+    ({"k": 9}, [0.2, 0.35, 0.45]),  # fewer are there
+])  # fmt: skip
+def test_multimodality_by_hand(options, lacks):
     scores, probabilities = row(5.0, 4.0, 3.0, 0.0, ABSENT), row(0.5, 0.3, 0.15, 0.05, 0.0)
-    # the three largest are 5, 4 and 3, wherever the threshold lies
-    for threshold in (None, 4.5):
-        assert metrics.multimodality(scores, probabilities, threshold, k=3) == pytest.approx(1 - (0.2 + 0.35) / 2)
-    # fewer than k are there
-    assert metrics.multimodality(scores, probabilities, k=9) == pytest.approx(1 - (0.2 + 0.35 + 0.45) / 3)
-    assert metrics.multimodality(row(5.0, 5.0, ABSENT), row(0.5, 0.5, 0.0), k=2).isnan()
+    assert metrics.multimodality(scores, probabilities, **options) == pytest.approx(1 - sum(lacks) / len(lacks))
 
 
 def test_one_s_for_all_models_is_the_geometric_mean_of_their_tails():
@@ -229,12 +224,6 @@ def test_mad_against_the_loop_over_pairs(hidden):
     assert mean_average_distance(hidden[:, :1]).isnan().all()  # one token
 
 
-def test_mad_by_hand():
-    hidden = torch.tensor([[[1.0, 0.0], [0.0, 2.0], [-3.0, 0.0]]])  # cosines 0, −1, 0
-    assert mean_cosine_similarity(hidden).item() == pytest.approx(-1 / 3)
-    assert mean_average_distance(hidden).item() == pytest.approx(4 / 3)
-
-
 def test_what_padding_holds_does_not_matter(hidden):
     mask = torch.tensor([True, True, False, True, False, True])
     expected = mean_average_distance(hidden[:, mask])
@@ -266,35 +255,24 @@ def test_a_padded_query_passes_its_token_on():
     torch.testing.assert_close(rollout[0, 3], torch.eye(4, dtype=torch.float64)[3])
 
 
-def test_rollout_of_translation_by_hand():
-    """One layer on each side: half of ½ A + ½ I stays with the target, the other half is C (½ E + ½ I)."""
-    encoder, decoder, cross = (attention(1, 2, *shape) for shape in [(4, 4), (3, 3), (3, 4)])
-    over_source, over_target = translation_rollout([decoder], [cross], [encoder])
-    encoded = (encoder.mean(1)[0] + torch.eye(4)) / 2
-    torch.testing.assert_close(over_target[0], (decoder.mean(1)[0] + torch.eye(3)) / 4)
-    torch.testing.assert_close(over_source[0], cross.mean(1)[0] @ encoded / 2)
-
-
-def test_source_and_target_together_sum_to_one():
-    decoder, cross, encoder = (
-        [attention(2, 2, *shape, seed=seed) for seed in range(3)] for shape in [(5, 5), (5, 7), (7, 7)]
+@pytest.mark.parametrize("of_source", [0, 4])
+@pytest.mark.parametrize("has_cross", [True, False])
+def test_rollout_of_translation_is_a_product_over_source_and_target_together(of_source, has_cross):
+    """Decoders may attend to the source with their self-attention (--cross-self-attention), and have no other."""
+    encoder, decoder, cross = (
+        [attention(2, 2, *shape, seed=seed) for seed in range(3)] for shape in [(4, 4), (3, of_source + 3), (3, 4)]
     )
-    over_source, over_target = translation_rollout(decoder, cross, encoder)
-    torch.testing.assert_close(over_source.sum(-1) + over_target.sum(-1), torch.ones(2, 5, dtype=torch.float64))
-    # each cross-attention halves what has come from the target before
-    torch.testing.assert_close(over_target.sum(-1), torch.full((2, 5), 1 / 8, dtype=torch.float64))
-
-
-def test_rollout_of_attention_to_source_and_target_by_hand():
-    """--cross-self-attention, with and without cross-attention: what A has of the source goes through its rollout."""
-    encoder, decoder, cross = (attention(1, 2, *shape) for shape in [(4, 4), (3, 7), (3, 4)])
-    encoded, means = (encoder.mean(1)[0] + torch.eye(4)) / 2, decoder.mean(1)[0]
-    over_source, over_target = translation_rollout([decoder], [], [encoder])
-    torch.testing.assert_close(over_source[0], means[:, :4] @ encoded / 2)
-    torch.testing.assert_close(over_target[0], (means[:, 4:] + torch.eye(3)) / 2)
-    both_source, both_target = translation_rollout([decoder], [cross], [encoder])
-    torch.testing.assert_close(both_source, (over_source + cross.mean(1) @ encoded) / 2)
-    torch.testing.assert_close(both_target, over_target / 2)
+    expected = torch.eye(7, dtype=torch.float64).repeat(2, 1, 1)
+    expected[:, :4, :4] = attention_rollout(encoder)
+    for layer in range(3):
+        parts = [(decoder[layer], slice(4 - of_source, 7)), (cross[layer], slice(4))]
+        for weights, columns in parts[: 1 + has_cross]:
+            step = torch.eye(7, dtype=torch.float64).repeat(2, 1, 1)
+            step[:, 4:, columns] += weights.mean(1)
+            step[:, 4:] /= 2
+            expected = step @ expected
+    computed = translation_rollout(decoder, cross if has_cross else [], encoder)
+    torch.testing.assert_close(torch.cat(computed, dim=-1), expected[:, 4:])
 
 
 def test_without_layers_there_is_no_rollout():

@@ -125,7 +125,7 @@ def test_averaged_checkpoints_generate(translation, corpus, tmp_path):
 @pytest.mark.parametrize("arguments, message", [
     (["--last", "9", "{folder}"], "holds 3 checkpoints of whole epochs, not 9"),
     (["--last", "2", "{folder}/checkpoint1.pt"], "--last goes with one folder"),
-    (["{folder}/absent.pt"], "there is no checkpoint"),
+    (["{folder}/absent.pt"], "absent.pt cannot be read: No such file"),
     (["{folder}/checkpoint1.pt", "{stock}/checkpoint1.pt"], "is of another model than"),
 ])  # fmt: skip
 def test_averaging_the_wrong_files_says_what_is_wrong(arguments, message, translation, stock, tmp_path):

@@ -7,11 +7,10 @@
 from importlib import import_module
 
 _OFFERED = {
-    "alignment": "AlignmentError hard_alignment parse_alignment read_alignments word_attention words_of_tokens",
+    "alignment": "AlignmentError hard_alignment read_alignments word_attention words_of_tokens",
     "hooks": "Attention Collected LayerOutput Output attention_modules collect recording",
-    "metrics": "MeanMetrics RowMetrics ScoreHistogram attention_rollout effective_support entropy falling_share "
-    "is_monotone mean_average_distance mean_cosine_similarity multimodality row_metrics slope sparsity support "
-    "top_share translation_rollout",
+    "metrics": "MeanMetrics RowMetrics ScoreHistogram attention_rollout falling_share is_monotone "
+    "mean_average_distance multimodality row_metrics slope sparsity translation_rollout",
 }
 _HOMES = {name: module for module, names in _OFFERED.items() for name in names.split()}
 __all__ = sorted(_HOMES)

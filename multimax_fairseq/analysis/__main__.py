@@ -2,5 +2,5 @@
 
 from .cli import main
 
-if __name__ == "__main__":  # processes that draw may import this file
+if __name__ == "__main__":
     main()

@@ -5,6 +5,7 @@ mean over a target word's pieces), Zenkel, Wuebker & DeNero 2019.
 """
 
 import re
+from itertools import accumulate
 from pathlib import Path
 from typing import List, NamedTuple, Optional, Sequence, Set, Tuple, Union
 
@@ -13,7 +14,6 @@ from torch import Tensor
 
 Links = Set[Tuple[int, int]]  # (source word, target word), from 0
 
-SUBWORDS = ("none", "subword-nmt", "sentencepiece")
 SENTENCEPIECE_SPACE = "\u2581"
 
 
@@ -24,33 +24,23 @@ class GoldAlignment(NamedTuple):
     possible: Links
 
 
-def parse_alignment(line: str) -> GoldAlignment:
-    """Read one line of Pharaoh format, words counted from 0: ``0-1`` is a sure link, ``0?1`` a possible one.
-
-    Raises:
-        ValueError: not of this format.
-    """
-    sure, possible = set(), set()
-    for link in line.split():
-        match = re.fullmatch(r"(\d+)([-?])(\d+)", link)
-        if not match:
-            raise ValueError(f"{link!r} is not a link of Pharaoh format, such as 3-4 (sure) or 3?4 (possible)")
-        (sure if match[2] == "-" else possible).add((int(match[1]), int(match[3])))
-    return GoldAlignment(sure, possible | sure)
-
-
 def read_alignments(path: Union[str, Path]) -> List[GoldAlignment]:
-    """Read a file of :func:`parse_alignment` lines, one for each sentence pair.
+    """Read a file of Pharaoh format, a sentence pair a line, words counted from 0: ``0-1`` is a sure link, ``0?1`` a
+    possible one.
 
     Raises:
         ValueError: a line is not of this format; gives its number.
     """
     alignments = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            alignments.append(parse_alignment(line))
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number}: {error}") from None
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
+        links = [(link, re.fullmatch(r"(\d+)([-?])(\d+)", link)) for link in line.split()]
+        for link, match in links:
+            if not match:
+                text = f"{link!r} is not a link of Pharaoh format, such as 3-4 (sure) or 3?4 (possible)"
+                raise ValueError(f"{path}, line {number}: {text}")
+        possible = {(int(match[1]), int(match[3])) for _, match in links}
+        sure = {(int(match[1]), int(match[3])) for _, match in links if match[2] == "-"}
+        alignments.append(GoldAlignment(sure, possible))
     return alignments
 
 
@@ -74,7 +64,7 @@ class AlignmentError:
 
 
 def guess_subwords(symbols: Sequence[str]) -> str:
-    """Guess how a dictionary marks pieces of words: one of ``SUBWORDS``."""
+    """Guess how a dictionary marks pieces of words: ``"none"``, ``"subword-nmt"`` or ``"sentencepiece"``."""
     if any(symbol.startswith(SENTENCEPIECE_SPACE) for symbol in symbols):
         return "sentencepiece"
     return "subword-nmt" if any(symbol.endswith("@@") for symbol in symbols) else "none"
@@ -88,19 +78,13 @@ def words_of_tokens(tokens: Sequence[str], subwords: str) -> List[int]:
         subwords: ``"none"`` (a token is a word), ``"subword-nmt"`` (``Kar@@ toffel``) or ``"sentencepiece"``
             (``▁Kar toffel``).
     """
-    if subwords not in SUBWORDS:
-        raise ValueError(f"there is no marking of subwords {subwords!r}; choose from: {', '.join(SUBWORDS)}")
-    words, word = [], 0
-    for position, token in enumerate(tokens):
-        if position:
-            continues = {
-                "none": False,
-                "subword-nmt": tokens[position - 1].endswith("@@"),
-                "sentencepiece": not token.startswith(SENTENCEPIECE_SPACE),
-            }
-            word += not continues[subwords]
-        words.append(word)
-    return words
+    begins = {
+        "none": lambda before, token: True,
+        "subword-nmt": lambda before, token: not before.endswith("@@"),
+        "sentencepiece": lambda before, token: token.startswith(SENTENCEPIECE_SPACE),
+    }[subwords]
+    numbers = accumulate((begins(*pair) for pair in zip(tokens, tokens[1:])), initial=0)
+    return list(numbers)[: len(tokens)]
 
 
 def word_attention(attention: Tensor, tgt_words: Sequence[int], src_words: Sequence[int]) -> Tensor:

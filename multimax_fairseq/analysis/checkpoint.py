@@ -1,7 +1,5 @@
 """Loads a model and its data from files; errors say what to do."""
 
-import glob
-import os
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, NamedTuple, Sequence, Tuple
 from unittest.mock import patch
@@ -65,8 +63,6 @@ def load_model(path: Path, data: Path) -> Tuple[nn.Module, Any, FairseqTask]:
     """
     if not data.is_dir():
         raise UserError(f"there is no folder {data}")
-    if os.pathsep in str(data):
-        raise UserError(f"{data}: fairseq takes {os.pathsep!r} for what separates folders: give one without it")
     content = read_checkpoint(path)  # with checks that fairseq does not make
     try:
         with patch.object(torch, "load", lambda *_, **__: content):  # so fairseq need not read it again
@@ -95,9 +91,6 @@ def load_split(task: FairseqTask, data: Path, split: str) -> FairseqDataset:
     Raises:
         UserError: it is missing, empty, or cannot be read.
     """
-    # fairseq cannot open a file without tokens, and closing it raises another error
-    if any(file.stat().st_size == 0 for file in data.glob(f"{glob.escape(split)}.*bin")):
-        raise UserError(f"the split {split!r} of {data} is empty: there is nothing in it")
     try:
         task.load_dataset(split)
     except FileNotFoundError as error:
@@ -162,11 +155,7 @@ def batches(
     dataset: FairseqDataset, indices: Sequence[int], max_tokens: int, device: torch.device
 ) -> Iterator[Dict[str, Any]]:
     """Batches of sentences of similar length on the device: at most ``max_tokens`` tokens, or a single sentence."""
-    groups: List[List[int]] = [[]]
-    for index in sorted(indices, key=dataset.num_tokens):
-        if groups[-1] and (len(groups[-1]) + 1) * dataset.num_tokens(index) > max_tokens:
-            groups.append([])
-        groups[-1].append(index)
-    for group in groups:
+    ordered = numpy.array(sorted(indices, key=dataset.num_tokens))
+    for group in dataset.batch_by_size(ordered, max_tokens=max(max_tokens, dataset.num_tokens(ordered[-1]))):
         sample = dataset.collater([dataset[index] for index in group])
         yield utils.apply_to_sample(lambda tensor: tensor.to(device), sample)

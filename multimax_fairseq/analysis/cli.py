@@ -32,7 +32,6 @@ from ..tools import (
 
 PAGE = "report.html"
 TABLES = ("heads", "sites", "modules", "layers", "alignment", "output")
-SUBWORDS = ("none", "subword-nmt", "sentencepiece")
 
 
 def parser() -> ArgumentParser:
@@ -59,7 +58,7 @@ def parser() -> ArgumentParser:
     text = "gold word alignments of the split, Pharaoh format (i-j), for the alignment error rate"
     add("--alignments", type=Path, metavar="FILE", help=text)
     text = "how pieces of words are marked in the data (default: as its dictionary looks)"
-    add("--subwords", choices=SUBWORDS, help=text)
+    add("--subwords", choices=("none", "subword-nmt", "sentencepiece"), help=text)
     add("--user-dir", type=Path, metavar="DIR", help="a folder with your own mappings, if the models have some")
     add("--cpu", action="store_true", help="do not use a GPU")
     add("--no-progress-bar", action="store_true")
@@ -84,10 +83,7 @@ def analyze(args: argparse.Namespace, command: str) -> None:
     Raises:
         UserError: something that the user can fix; raised before long work.
     """
-    try:
-        from . import figures
-    except ImportError as error:
-        raise UserError(f"figures are drawn with matplotlib: pip install matplotlib ({error})") from error
+    from . import figures  # here, as --help needs no matplotlib
     from .page import Picture, render_page
 
     out = args.redraw or args.out
@@ -133,20 +129,12 @@ def _check(args: argparse.Namespace) -> None:
     args.labels = args.labels or _labels_of(args.checkpoints)
     if len(args.labels) != len(args.checkpoints):
         raise UserError(f"{len(args.checkpoints)} checkpoints need as many --labels")
-    if len({path.absolute() for path in args.checkpoints}) < len(args.checkpoints):
-        raise UserError("the same checkpoint is given twice")
-    for label in args.labels:
-        if not label.strip() or not label.isprintable():
-            raise UserError(f"--labels: {label!r} cannot be printed")
 
 
 def _labels_of(paths: Sequence[Path]) -> List[str]:
     """A short name for each checkpoint: its folder's name, or its path if folder names are not distinct."""
-    for name in (lambda path: path.parent.name or path.stem, lambda path: f"{path.parent.name}/{path.stem}", str):
-        labels = [name(path.absolute()) for path in paths]
-        if len(set(labels)) == len(labels):
-            break
-    return labels
+    labels = [path.absolute().parent.name for path in paths]
+    return labels if len(set(labels)) == len(labels) else list(map(str, paths))
 
 
 def _measure(args: argparse.Namespace) -> Dict[str, Any]:

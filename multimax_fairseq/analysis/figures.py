@@ -4,10 +4,7 @@ A figure is a table and a function that draws it; the table is the CSV. Checkpoi
 model: heads of all of them are drawn, and means with their standard deviation.
 """
 
-import os
 import textwrap
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import nullcontext
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
@@ -25,7 +22,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from ..tools import write_table
-from .style import BLACK, GREY, LINES, MARKERS, ONE_COLUMN, SKY, STYLE, TWO_COLUMNS, colour_of
+from . import style
+from .style import BLACK, GREY, LINES, MARKERS, ONE_COLUMN, SKY, TWO_COLUMNS, colour_of
 
 SITE_NAMES = {
     "encoder": "encoder self-attention",
@@ -38,6 +36,9 @@ AXIS_NAMES = {  # of heat maps: rows, columns
     "decoder": ("attending target token", "attended target token"),
     "cross": ("target token to be predicted", "attended source token"),
 }
+# Labels are any text, not mathematics; and a second font takes as long to write into a PDF as all the rest.
+STYLE = {**style.STYLE, "text.parse_math": False}
+
 MAPPING_NAMES = {"entmax15": "1.5-entmax", "evsoftmax": "EvSoftMax", "multimax": "MultiMax"}
 
 # White to dark blue, even in lightness, so also readable in grey.
@@ -72,25 +73,17 @@ def by_label(results: Results) -> Dict[str, List[Row]]:
 
 
 def draw_all(plans: Sequence[Plan], folder: Path, width: Optional[float]) -> None:
-    """Draw figures into a folder, in as many processes as there are cores.
-
-    ``width`` in inch, by default one column or two of a paper.
-    """
-    processes = min(os.cpu_count() or 1, len(plans))
-    with ProcessPoolExecutor(processes) if processes > 1 else nullcontext() as pool:
-        list((pool.map if pool else map)(partial(_write, folder, width), plans))
-
-
-def _write(folder: Path, width: Optional[float], plan: Plan) -> None:
-    rows = plan.rows()
-    write_table(folder / f"{plan.name}.csv", rows)
-    with matplotlib.rc_context(STYLE):
-        figure = plan.draw(rows, width)
-        # not savefig, which draws everything twice
-        FigureCanvasAgg(figure).print_png(folder / f"{plan.name}.png")
-        figure.set_layout_engine("none")  # all has its place now; laying it out again would take as long
-        FigureCanvasSVG(figure).print_svg(folder / f"{plan.name}.svg", metadata={"Date": None})
-        FigureCanvasPdf(figure).print_pdf(folder / f"{plan.name}.pdf", metadata={"CreationDate": None})
+    """Draw figures into a folder; ``width`` in inch, by default one column or two of a paper."""
+    for plan in plans:
+        rows = plan.rows()
+        write_table(folder / f"{plan.name}.csv", rows)
+        with matplotlib.rc_context(STYLE):
+            figure = plan.draw(rows, width)
+            # not savefig, which draws everything twice
+            FigureCanvasAgg(figure).print_png(folder / f"{plan.name}.png")
+            figure.set_layout_engine("none")  # all has its place now; laying it out again would take as long
+            FigureCanvasSVG(figure).print_svg(folder / f"{plan.name}.svg", metadata={"Date": None})
+            FigureCanvasPdf(figure).print_pdf(folder / f"{plan.name}.pdf", metadata={"CreationDate": None})
 
 
 def chosen(plans: Sequence[Plan], names: Optional[str]) -> Tuple[List[Plan], List[str]]:
@@ -205,11 +198,6 @@ def _legend(figure: Figure) -> Figure:
     return figure
 
 
-def _plain(text: str) -> str:
-    """Escape a text, so that matplotlib does not read it as mathematics."""
-    return text.replace("$", r"\$")
-
-
 def _distinct(rows: Iterable[Row], name: str) -> List[Any]:
     return list(dict.fromkeys(row[name] for row in rows))
 
@@ -256,9 +244,9 @@ def _draw_metrics(top_k: int, looks: Dict[str, Row], rows: List[Row], width: Opt
         axes, names, at_site = grid[pair, number], METRICS[pair], _where(rows, site=sites[number])
         for label in _distinct(at_site, "model"):
             _draw_heads(axes, _where(at_site, model=label), names, looks[label])
-        axes.set_xlabel("sparsity $S$, $s = %s$" % (f"{at_site[0]['s'] or 0:.2g}" if pair else "1/K"))
+        axes.set_xlabel(f"sparsity S, s = {at_site[0]['s'] or 0:.2g}" if pair else "sparsity S, s = 1/K")
         if number == 0 or is_narrow:
-            axes.set_ylabel(f"$M$ over the {top_k} largest" if pair else "multi-modality $M$")
+            axes.set_ylabel(f"M over the {top_k} largest" if pair else "multi-modality M")
         axes.set_title("" if pair else SITE_NAMES[sites[number]])
         axes.grid(color="#DDDDDD", lw=0.5)
         axes.set_axisbelow(True)
@@ -275,7 +263,7 @@ def _draw_heads(axes: Axes, rows: List[Row], names: Sequence[str], look: Row) ->
     seeds = [_where(rows, seed=seed) for seed in _distinct(rows, "seed")]
     x, y = ([mean(row[name] for row in of_seed) for of_seed in seeds] for name in names)
     axes.errorbar(mean(x), mean(y), _spread(y), _spread(x), ms=8, mec=BLACK, mew=0.6, ecolor=BLACK, elinewidth=0.8,
-                  capsize=2, ls="none", label=_plain(rows[0]["model"]), **style)  # fmt: skip
+                  capsize=2, ls="none", label=rows[0]["model"], **style)  # fmt: skip
 
 
 def _left_out(results: Results) -> str:
@@ -319,7 +307,7 @@ def _draw_line(axes: Axes, rows: List[Row], name: str, label: str, looks: Dict[s
     rows = sorted(rows, key=lambda row: row["layer"])
     spread = [row["standard_deviation"] for row in rows]
     axes.errorbar([row["layer"] + first for row in rows], [row[name] for row in rows], ms=4, capsize=2,
-                  yerr=None if None in spread else spread, label=_plain(label), **looks[label])  # fmt: skip
+                  yerr=None if None in spread else spread, label=label, **looks[label])  # fmt: skip
 
 
 def _alignment_rows(results: Results) -> List[Row]:
@@ -382,9 +370,9 @@ def _draw_modulators(colour: str, rows: List[Row], width: Optional[float]) -> Fi
         axes.set_title("output layer" if site == "output" else f"{site}, layer {layer + 1}")
         axes.xaxis.set_major_locator(MaxNLocator(4))
         axes.yaxis.set_major_locator(MaxNLocator(4))
-    figure.supxlabel("score $x$ (before the mapping)", fontsize=8)
+    figure.supxlabel("score x (before the mapping)", fontsize=8)
     has_sigma = any(row["curve"] == "sigma" for row in rows)
-    figure.supylabel("modulated score $\\sigma(x)$" if has_sigma else "density of the scores", fontsize=8)
+    figure.supylabel("modulated score σ(x)" if has_sigma else "density of the scores", fontsize=8)
     return _legend(figure)
 
 
@@ -403,7 +391,7 @@ def _draw_module(axes: Axes, rows: List[Row], colour: str) -> None:
                     fill=True, label="histogram of the scores")  # fmt: skip
         if sigmas:
             x, sigma = ([row[name] for row in _where(of_seed, curve="sigma")] for name in ("x", "y"))
-            axes.plot(x, sigma, color=colour, label="$\\sigma(x)$")
+            axes.plot(x, sigma, color=colour, label="σ(x)")
 
 
 # ---------------------------------------------------------------------- mappings by themselves
@@ -423,9 +411,9 @@ def _draw_simplex(rows: List[Row], width: Optional[float]) -> Figure:
     figure, panels = _panels(len(names), width, 2.3 + 0.16 * max(map(len, names.values())))
     for axes, panel in zip(panels, names):
         axes.plot([0, 1, 0.5, 0], [0, 0, 3**0.5 / 2, 0], color=BLACK, lw=0.7)
-        axes.text(0, -0.07, "$p_1 = 1$", fontsize=7, va="center")
-        axes.text(1, -0.07, "$p_2 = 1$", fontsize=7, va="center", ha="right")
-        axes.text(0.5, 3**0.5 / 2 + 0.03, "$p_3 = 1$", fontsize=7, ha="center")
+        axes.text(0, -0.07, "p₁ = 1", fontsize=7, va="center")
+        axes.text(1, -0.07, "p₂ = 1", fontsize=7, va="center", ha="right")
+        axes.text(0.5, 3**0.5 / 2 + 0.03, "p₃ = 1", fontsize=7, ha="center")
         for number, name in enumerate(names[panel]):
             path = _where(rows, panel=panel, name=name)
             mapping = path[0]["mapping"]
@@ -510,12 +498,12 @@ def _draw_maps(site: str, scale: Optional[str], rows: List[Row], width: Optional
         image = axes.imshow(matrix, cmap=PROBABILITY_COLOURS, vmin=lowest, vmax=highest, aspect="auto")
         axes.set(xticks=[], yticks=[])
         if line == len(heads) - 1:
-            axes.set_xticks(range(across), [_plain(row["key"]) for row in of_panel[:across]], rotation=90, **size)
+            axes.set_xticks(range(across), [row["key"] for row in of_panel[:across]], rotation=90, **size)
         if column == 0:
-            axes.set_yticks(range(height), [_plain(row["query"]) for row in of_panel[::across]], **size)
+            axes.set_yticks(range(height), [row["query"] for row in of_panel[::across]], **size)
             axes.set_ylabel(f"head {heads[line]}" if len(heads) > 1 else "")
         if line == 0:
-            axes.set_title(textwrap.fill(_plain(models[column]), max(int(width / len(models) * 12), 10)))
+            axes.set_title(textwrap.fill(models[column], max(int(width / len(models) * 12), 10)))
         axes.tick_params(length=1.5, width=0.5)
         axes.spines[["top", "right"]].set_visible(True)
     figure.colorbar(image, ax=grid, shrink=0.6, aspect=30, label=scale or "probability")

@@ -5,9 +5,8 @@ from 0 in it.
 """
 
 import os
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 from unittest.mock import patch
 
 import torch
@@ -35,7 +34,7 @@ from .metrics import (
     common_reference,
     falling_share,
     is_monotone,
-    mean_cosine_similarity,
+    mean_average_distance,
     translation_rollout,
 )
 
@@ -72,7 +71,10 @@ def measure(
     Raises:
         UserError: something that the user can fix; before long work, but for scores that no trained model has.
     """
-    gold = None if alignments is None else _gold(alignments)
+    try:
+        gold = None if alignments is None else read_alignments(alignments)
+    except ValueError as error:
+        raise UserError(str(error)) from error
     device = torch.device("cuda" if torch.cuda.is_available() and not cpu else "cpu")
     loaded = [load(path, label, data, split, max_sentences, device) for path, label in zip(paths, labels)]
     first = loaded[0]
@@ -96,24 +98,13 @@ def measure(
     # one s for all models at each site: see sparsity_at
     sites = dict.fromkeys(site for measurement in measurements for site, _ in measurement.heads)
     references = {site: common_reference(m.tail(site) for m in measurements) for site in sites}
-    with _in_plain_pytorch():
+    with patch.dict(os.environ, MULTIMAX_BACKEND="eager"):  # a few rows are not worth half a minute of compiling
         return {
             "top_k": TOP_K,
             "skipped": len(there) - len(indices),
             "models": [measurement.results(references) for measurement in measurements],
             "simplex": _simplex(measurements),
         }
-
-
-def _gold(path: Path) -> List[GoldAlignment]:
-    try:
-        return read_alignments(path)
-    except FileNotFoundError:
-        raise UserError(f"there is no file {path}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is no text in UTF-8: alignments are lines such as 0-0 1-2") from None
-    except ValueError as error:
-        raise UserError(str(error)) from error
 
 
 def _check_seeds(loaded: Sequence[LoadedModel]) -> None:
@@ -126,13 +117,6 @@ def _check_seeds(loaded: Sequence[LoadedModel]) -> None:
         ]
         if kinds.setdefault(model.label, kind) != kind:
             raise UserError(f"models called {model.label!r} differ in more than the seed: give them other --labels")
-
-
-@contextmanager
-def _in_plain_pytorch() -> Iterator[None]:
-    """For a few hundred rows of three scores, which are not worth half a minute of compiling."""
-    with patch.dict(os.environ, MULTIMAX_BACKEND="eager"):
-        yield
 
 
 class Measurement:
@@ -151,8 +135,8 @@ class Measurement:
         self.heads: Dict[Site, MeanMetrics] = {}
         self.histograms: Dict[Site, ScoreHistogram] = {}
         self.mappings: Dict[Site, Optional[nn.Module]] = {}
-        # (side, layer) → sum of similarities, sentences with a similarity, all sentences
-        self._similarity: Dict[Site, List[float]] = {}
+        # (side, layer) → sum of MADs, sentences with a MAD, all sentences
+        self._distances: Dict[Site, List[float]] = {}
         self._errors: Dict[Tuple[str, int, str], AlignmentError] = {}
         # decoder layers that attend to source and target together
         self._cross_self = bool(getattr(getattr(loaded.model, "decoder", None), "cross_self_attention", False))
@@ -225,12 +209,12 @@ class Measurement:
         self.histograms[site].update(scores)
 
     def _on_layer(self, output: LayerOutput) -> None:
-        similarity = mean_cosine_similarity(output.hidden, self._masks[output.side]).double()
-        is_defined = ~similarity.isnan()
-        total = self._similarity.setdefault((output.side, output.layer), [0.0, 0, 0])
-        total[0] += similarity[is_defined].sum().item()
+        distance = mean_average_distance(output.hidden, self._masks[output.side]).double()
+        is_defined = ~distance.isnan()
+        total = self._distances.setdefault((output.side, output.layer), [0.0, 0, 0])
+        total[0] += distance[is_defined].sum().item()
         total[1] += int(is_defined.sum())
-        total[2] += len(similarity)
+        total[2] += len(distance)
 
     def _on_rollout(self) -> None:
         """Compute rollouts of the sentences to draw, and their alignment error."""
@@ -296,8 +280,6 @@ class Measurement:
         """
         if self.gold is None:
             return
-        if not self.loaded.is_translation:
-            raise UserError(f"{self.loaded.path} is no translation model: it has nothing to align")
         if not any(site == "cross" for site, _, _ in attention_modules(self.loaded.model)):
             raise UserError(f"{self.loaded.path} has no cross-attention: it has nothing to align")
         if len(self.gold) != len(self.loaded.dataset):
@@ -402,10 +384,9 @@ class Measurement:
     def _layers(self) -> List[Dict[str, Any]]:
         """MAD and mean cosine similarity of each layer's output; layer 0 is the first layer's input."""
         rows = []
-        for (side, layer), (total, count, sentences) in self._similarity.items():
-            similarity = total / count if count else None
-            mad = None if similarity is None else 1 - similarity
-            row = {"side": side, "layer": layer, "mad": mad, "cosine_similarity": similarity}
+        for (side, layer), (total, count, sentences) in self._distances.items():
+            mad = total / count if count else None
+            row = {"side": side, "layer": layer, "mad": mad, "cosine_similarity": 1 - mad if count else None}
             rows.append({**row, "sentences": sentences, "undefined": sentences - count})
         return rows
 

@@ -6,6 +6,7 @@ probabilities φ that a mapping computes from it.
 """
 
 import math
+from statistics import geometric_mean
 from typing import Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
@@ -68,17 +69,19 @@ def row_metrics(scores: Tensor, probabilities: Tensor) -> RowMetrics:
 
 
 def _row_metrics(x: Tensor, p: Tensor, present: Tensor, relevant: Tensor, irrelevant: Tensor) -> RowMetrics:
-    nats = entropy(p)
+    largest, nan = p.topk(min(TOP_K, p.size(-1)), dim=-1).values, float("nan")
+    is_empty = largest[..., 0] == 0  # a row of zeros is no distribution
+    nats = torch.special.entr(p).sum(-1).masked_fill(is_empty, nan)
     return RowMetrics(
         multimodality=_multimodality(x, p, relevant),
         top_multimodality=_multimodality(x, p, _largest(x, present, TOP_K)),
         sparsity=_sparsity(p, present, irrelevant, None),
         tail=_mean(p, irrelevant),
         entropy=nats,
-        support=support(p),
+        support=(p > 0).sum(-1).to(p.dtype).masked_fill(is_empty, nan),
         effective_support=nats.exp(),
-        top_share=top_share(p),
-        top_k_share=top_share(p, TOP_K),
+        top_share=largest[..., 0].masked_fill(is_empty, nan),
+        top_k_share=largest.sum(-1).masked_fill(is_empty, nan),
     )
 
 
@@ -133,36 +136,8 @@ def common_reference(tails: Iterable[float]) -> Optional[float]:
     Returns:
         s, or None if no tail counts: S is then 1 for any s.
     """
-    logarithms = [math.log(tail) for tail in tails if tail > 0]
-    return math.exp(sum(logarithms) / len(logarithms)) if logarithms else None
-
-
-def entropy(probabilities: Tensor) -> Tensor:
-    """−Σ p log p over the last dimension, in nats; NaN in a row of zeros, which is no distribution."""
-    p = probabilities.to(compute_dtype(probabilities.dtype))
-    return torch.special.entr(p).sum(-1).masked_fill(_is_empty(p), float("nan"))
-
-
-def support(probabilities: Tensor) -> Tensor:
-    """The number of entries above 0 in the last dimension; NaN in a row of zeros."""
-    p = probabilities.to(compute_dtype(probabilities.dtype))
-    return (p > 0).sum(-1).to(p.dtype).masked_fill(_is_empty(p), float("nan"))
-
-
-def effective_support(probabilities: Tensor) -> Tensor:
-    """exp(entropy): the number of entries of the uniform distribution with the same entropy."""
-    return entropy(probabilities).exp()
-
-
-def top_share(probabilities: Tensor, k: int = 1) -> Tensor:
-    """The probability of the k most probable entries of the last dimension together; NaN in a row of zeros."""
-    p = probabilities.to(compute_dtype(probabilities.dtype))
-    largest = p.amax(-1) if k == 1 else p.topk(min(k, p.size(-1)), dim=-1).values.sum(-1)
-    return largest.masked_fill(_is_empty(p), float("nan"))
-
-
-def _is_empty(p: Tensor) -> Tensor:
-    return p.amax(-1) == 0
+    counted = [tail for tail in tails if tail > 0]
+    return geometric_mean(counted) if counted else None
 
 
 def _prepare(scores: Tensor, probabilities: Tensor, threshold: Optional[float]):
@@ -284,24 +259,13 @@ class ScoreHistogram:
 
     def _count(self, values: Tensor) -> None:
         self.low, self.high = min(self.low, values.min().item()), max(self.high, values.max().item())
+        before = torch.arange(self._first, self._first + len(self._counts))
         while math.floor(self.high / self.width) - math.floor(self.low / self.width) >= self.num_bins:
-            self._merge_neighbours()
+            self.width *= 2
+            before = before.div(2, rounding_mode="floor")
         first, last = math.floor(self.low / self.width), math.floor(self.high / self.width)
-        counts = torch.zeros(last - first + 1, dtype=torch.int64)
-        offset = self._first - first
-        counts[offset : offset + len(self._counts)] = self._counts
-        bins = torch.floor(values / self.width).long() - first
-        self._first, self._counts = first, counts + torch.bincount(bins, minlength=len(counts))
-
-    def _merge_neighbours(self) -> None:
-        self.width *= 2
-        if not len(self._counts):
-            return
-        bins = torch.arange(self._first, self._first + len(self._counts)).div(2, rounding_mode="floor")
-        self._first = int(bins[0])
-        self._counts = torch.zeros(int(bins[-1] - bins[0]) + 1, dtype=torch.int64).index_add_(
-            0, bins - bins[0], self._counts
-        )
+        counts = torch.bincount((values / self.width).floor().long() - first, minlength=last - first + 1)
+        self._first, self._counts = first, counts.index_add(0, before - first, self._counts)
 
     @property
     def edges(self) -> List[float]:
@@ -322,35 +286,25 @@ class ScoreHistogram:
 # ---------------------------------------------------------------------- layers
 
 
-def mean_cosine_similarity(hidden: Tensor, mask: Optional[Tensor] = None) -> Tensor:
-    """The mean of cos(h_i, h_j) over pairs i ≠ j of a sentence's tokens.
+def mean_average_distance(hidden: Tensor, mask: Optional[Tensor] = None) -> Tensor:
+    """MAD: the mean of 1 − cos(h_i, h_j) over pairs i ≠ j of a sentence's tokens; 0 if all point the same way.
 
-    With u_i = h_i / |h_i| it is (|Σ u_i|² − Σ |u_i|²) / (n (n − 1)), which needs no n × n matrix.
+    With u_i = h_i / |h_i| the mean cosine is (|Σ u_i|² − Σ |u_i|²) / (n (n − 1)), which needs no n × n matrix.
 
     Args:
-        hidden: (bsz, length, dim), a layer's output; a zero vector has similarity 0 with all others.
+        hidden: (bsz, length, dim), a layer's output; a zero vector has distance 1 to all others.
         mask: bool (bsz, length), true for tokens; by default all true.
 
     Returns:
-        (bsz,), in [−1, 1]; NaN for a sentence of fewer than two tokens.
+        (bsz,), in [0, 2]; NaN for a sentence of fewer than two tokens.
     """
-    h = hidden.to(compute_dtype(hidden.dtype))
-    units = F.normalize(h, dim=-1)
+    units = F.normalize(hidden.to(compute_dtype(hidden.dtype)), dim=-1)
     if mask is None:
         mask = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
     units = units.masked_fill(~mask.unsqueeze(-1), 0.0)
-    count = mask.sum(1).to(h.dtype)
-    pairs = count * (count - 1)
-    total = units.sum(1).square().sum(-1) - units.square().sum((1, 2))
-    return torch.where(pairs > 0, total / pairs, torch.full_like(total, float("nan")))
-
-
-def mean_average_distance(hidden: Tensor, mask: Optional[Tensor] = None) -> Tensor:
-    """MAD: the mean cosine distance 1 − cos(h_i, h_j) over pairs of a sentence's tokens; 0 if all point the same way.
-
-    Args, Returns: as :func:`mean_cosine_similarity`, in [0, 2].
-    """
-    return 1 - mean_cosine_similarity(hidden, mask)
+    count = mask.sum(1)
+    cosines = units.sum(1).square().sum(-1) - units.square().sum((1, 2))
+    return torch.where(count > 1, 1 - cosines / (count * (count - 1)), float("nan"))
 
 
 # ---------------------------------------------------------------------- all layers together
@@ -368,11 +322,10 @@ def attention_rollout(attentions: Sequence[Tensor]) -> Tensor:
     """
     if not attentions:
         raise ValueError("a rollout needs the attention of at least one layer")
-    rollout = None
-    for attention in map(_mean_of_heads, attentions):
-        step = (attention + torch.eye(attention.size(-1), dtype=attention.dtype, device=attention.device)) / 2
-        step = step / step.sum(-1, keepdim=True)
-        rollout = step if rollout is None else step @ rollout
+    means = [_mean_of_heads(attention) for attention in attentions]
+    rollout = torch.eye(means[0].size(-1), dtype=means[0].dtype, device=means[0].device).expand_as(means[0])
+    for attention in means:
+        rollout = _normalised(attention @ rollout + rollout)
     return rollout
 
 
@@ -397,27 +350,21 @@ def translation_rollout(
     """
     if not decoder or len(cross) not in (0, len(decoder)):
         raise ValueError(f"decoder layers are alike; got {len(decoder)} self- and {len(cross)} cross-attentions")
-    encoded = attention_rollout(encoder)
+    encoded, tgt_len = attention_rollout(encoder), decoder[0].size(-2)
     bsz, src_len, _ = encoded.shape
-    tgt_len = decoder[0].size(-2)
-    over_source = encoded.new_zeros(bsz, tgt_len, src_len)
-    over_target = torch.eye(tgt_len, dtype=encoded.dtype, device=encoded.device).expand(bsz, -1, -1)
+    # columns are source tokens, then target tokens
+    rollout = F.pad(torch.eye(tgt_len).to(encoded), (src_len, 0)).expand(bsz, -1, -1)
+    encoded = F.pad(encoded, (0, tgt_len))
     for layer, attention in enumerate(map(_mean_of_heads, decoder)):
-        of_source, of_target = attention.split([attention.size(-1) - tgt_len, tgt_len], dim=-1)
-        step = of_target + torch.eye(tgt_len, dtype=attention.dtype, device=attention.device)
-        over_source, over_target = step @ over_source, step @ over_target
-        if of_source.size(-1):
-            over_source = over_source + of_source @ encoded
-        over_source, over_target = _normalised(over_source, over_target)
+        attended = rollout if attention.size(-1) == tgt_len else torch.cat([encoded, rollout], dim=1)
+        rollout = _normalised(attention @ attended + rollout)
         if cross:
-            over_source = over_source + _mean_of_heads(cross[layer]) @ encoded
-            over_source, over_target = _normalised(over_source, over_target)
-    return over_source, over_target
+            rollout = _normalised(_mean_of_heads(cross[layer]) @ encoded + rollout)
+    return rollout.split([src_len, tgt_len], dim=-1)
 
 
-def _normalised(over_source: Tensor, over_target: Tensor) -> Tuple[Tensor, Tensor]:
-    total = (over_source.sum(-1) + over_target.sum(-1)).unsqueeze(-1)
-    return over_source / total, over_target / total
+def _normalised(rollout: Tensor) -> Tensor:
+    return rollout / rollout.sum(-1, keepdim=True)
 
 
 def _mean_of_heads(attention: Tensor) -> Tensor:
