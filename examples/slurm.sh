@@ -3,7 +3,7 @@
 #
 #     sbatch --array 0-14 examples/slurm.sh iwslt14_de_en examples/ablation.txt runs/ablation "1 2 3"
 #
-# A job that runs out of time goes on when it is submitted again.
+# Lines are as in run_list.sh. A job that runs out of time goes on when it is submitted again.
 #SBATCH --gres=gpu:1 --cpus-per-task=4 --mem=32G --time=12:00:00 --output=slurm-%A_%a.out
 
 set -euo pipefail

@@ -6,7 +6,7 @@ with fairseq: ``--user-dir``, importing :mod:`multimax_fairseq.models`, and impo
 
 import sys
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 
 class _Path(list):

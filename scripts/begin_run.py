@@ -103,7 +103,7 @@ def mend(run: Path) -> tuple[Progress, dict[str, Any]] | None:
         same = [path for path in whole if whole[path][0].score == progress.best and path != best]
         if not same:
             raise UserError(f"the best checkpoint, {best}, is lost: put a copy there, or choose another folder")
-        copy(same[-1], best)
+        copy(max(same, key=lambda path: whole[path][0].updates), best)  # of equal scores fairseq keeps the last
     return whole[newest]
 
 
@@ -115,11 +115,11 @@ def copy(source: Path, target: Path) -> None:
 def check_settings(run: Path, asked: Any, there: dict[str, Any]) -> None:
     """Raise UserError if a run that is there has other settings than asked for, but for its length."""
     pairs = [(settings_of(there), settings_of(asked)), (mapping_of(there["model"]), mapping_of(asked.model)),
-             *[({"seed": entry(cfg, run, "common")["seed"]} for cfg in (there, asked))]]
+             ({"seed": there["common"]["seed"]}, {"seed": asked.common.seed})]
     different = []
     for old, new in pairs:
-        different += [f"{key}: there {old[key]}, asked for {new[key]}" for key in sorted(old.keys() & new.keys())
-                      if old[key] != new[key] and key not in LENGTH]
+        different += [f"{key}: there {old.get(key)}, asked for {new[key]}" for key in sorted(new)
+                      if old.get(key) != new[key] and key not in LENGTH and (key in old or key != "dictionary")]
     if different:
         raise UserError(f"{run} holds a run with other settings ({'; '.join(different)}): choose another folder")
 
@@ -136,8 +136,8 @@ def begin(run: Path, arguments: list[str]) -> str:
     if found:
         progress, there = found
         check_settings(run, cfg, there)
-        length = cfg.optimization.max_update, cfg.optimization.max_epoch
-        if 0 < length[0] <= progress.updates or 0 < length[1] < progress.epoch:
+        max_update, max_epoch, _ = length = tuple(cfg.optimization[key] for key in LENGTH)
+        if 0 < max_update <= progress.updates or 0 < max_epoch < progress.epoch:
             trained.exists() or trained.touch()
         elif length != tuple(there["optimization"][key] for key in LENGTH):
             trained.unlink(missing_ok=True)  # a longer one

@@ -34,6 +34,7 @@ train=(
     --no-epoch-checkpoints --num-workers 0 --log-format tqdm --log-file "$run/train.log"
     "$@"
 )
+mkdir -p "$(dirname "$out")"
 user_dir=$(python "$scripts/begin_run.py" "$run" "${train[@]}" 2>"$out.log") || { tail -n 1 "$out.log" >&2; exit 1; }
 rm "$out.log"
 

@@ -180,6 +180,8 @@ def run(script: Path, arguments: list[str]) -> None:
         settings["source"] = digests(source, f"--{recipe.source}")
     elif recipe.urls:
         url = args.url or os.environ.get(url_variable(name))
+        if url:  # what another address gave is not taken for what this one gives
+            shutil.rmtree(download_folder(out), ignore_errors=True)
         whole = url and recipe.source == "archive"  # the address of the archive itself
         settings["source"] = url or " ".join(recipe.urls)
         addresses = {file: url.split() if whole else [f"{base.rstrip('/')}/{file}" for base in

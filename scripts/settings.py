@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
+from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -10,12 +12,13 @@ from omegaconf import OmegaConf
 # Fields that change no result: paths, logs, processes that load, when a checkpoint is saved, how search looks.
 COMMON = re.compile(r"(memory_efficient_)?(fp16|bf16)(_.*)?|amp(_.*)?|.*loss_scale|on_cpu_convert_precision")
 WITHOUT_EFFECT = {
-    "data", "source_lang", "target_lang", "num_workers", "data_buffer_size", "dataset_impl", "gen_subset", "shard_id",
-    "num_shards", "debug_param_names", "stop_time_hours", "log_modulators", "eval_bleu_print_samples",
+    "data", "num_workers", "data_buffer_size", "dataset_impl", "gen_subset", "shard_id", "num_shards",
+    "debug_param_names", "log_modulators", "eval_bleu_print_samples",
 }
-CHECKPOINT = ("best_checkpoint_metric", "maximize_best_checkpoint_metric", "patience", "finetune_from_model")
+CHECKPOINT = ("best_checkpoint_metric", "maximize_best_checkpoint_metric", "patience", "finetune_from_model",
+              "restore_file")
 NAMES_OF_PARTS = ("task", "criterion", "optimizer", "lr_scheduler")
-LENGTH = ("max_update", "max_epoch")
+LENGTH = ("max_update", "max_epoch", "stop_time_hours")
 MAPPING = ("attention_mapping", "mapping_options", "attention_mapping_sites", "attention_scale", "output_mapping",
            "multimax_order", "multimax_terms", "multimax_init", "entmax_alpha", "modulator_lr_scale")
 
@@ -28,6 +31,12 @@ def plain(part: Any) -> dict[str, Any]:
     return {key: value for key, value in listed.items() if value is not None}
 
 
+def dictionary_of(data: str) -> str | None:
+    """The first digits of a SHA-256 that tells the dictionaries of a folder of data from others'; None: it is not there."""
+    files = sorted(Path(data.split(":")[0]).glob("dict*.txt"))
+    return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()[:8] if files else None
+
+
 def settings_of(cfg: Any) -> dict[str, Any]:
     """All settings of a run that can change its result, but for the seed and the mappings, by fairseq's names."""
     parts = {name: plain(part) for name, part in plain(cfg).items()}
@@ -37,6 +46,7 @@ def settings_of(cfg: Any) -> dict[str, Any]:
     known = set().union(*(part for name, part in parts.items() if name != "model"), found)
     found |= {key: value for key, value in parts["common"].items() if COMMON.fullmatch(key)}
     found |= {key: parts["checkpoint"].get(key) for key in CHECKPOINT}
+    found["dictionary"] = dictionary_of(parts["task"].get("data") or "")
     found["distributed_world_size"] = parts["distributed_training"]["distributed_world_size"]
     for name in ("dataset", "optimization", "ema", *NAMES_OF_PARTS):
         found |= parts.get(name, {})

@@ -123,13 +123,13 @@ def test_averaged_checkpoints_generate(translation, corpus, tmp_path):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["--last", "9", "{folder}"], "holds 3 checkpoints of whole epochs, not 9"),
+    (["--last", "9", "{nothing}"], "has no checkpoint of a whole epoch"),
     (["--last", "2", "{folder}/checkpoint1.pt"], "--last goes with one folder"),
     (["{folder}/absent.pt"], "absent.pt cannot be read: No such file"),
     (["{folder}/checkpoint1.pt", "{stock}/checkpoint1.pt"], "is of another model than"),
 ])  # fmt: skip
-def test_averaging_the_wrong_files_says_what_is_wrong(arguments, message, translation, stock, tmp_path):
-    arguments = [argument.format(folder=translation[0], stock=stock[0]) for argument in arguments]
+def test_averaging_the_wrong_files_says_what_is_wrong(arguments, message, translation, stock, corpus, tmp_path):
+    arguments = [argument.format(folder=translation[0], stock=stock[0], nothing=corpus) for argument in arguments]
     result = call("average_checkpoints", *arguments, "--output", tmp_path / "average.pt", check=False)
     assert result.returncode != 0 and message in result.stderr and not list(tmp_path.iterdir())
 

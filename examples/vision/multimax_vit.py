@@ -119,11 +119,12 @@ class MultiMaxVisionTransformer(VisionTransformer):
         # fc_norm=False: timm would normalise after averaging, and the authors do before
         averaged = {"global_pool": "avg", "class_token": False, "fc_norm": False}
         super().__init__(*args, **{**averaged, **options})
-        for block in self.blocks:
-            by_head = {"num_heads": block.attn.num_heads} if attention_mapping == "entmax" else {}
-            mapping = build_mapping(attention_mapping, **by_head, **(attention_options or {}))
-            MappedAttention.adopt(block.attn, None if attention_mapping == "softmax" else mapping)
-        self.output_mapping = MultiMax() if output_mapping == "multimax" else None
+        with torch.random.fork_rng(devices=[]):  # models with other mappings go on drawing alike
+            for block in self.blocks:
+                by_head = {"num_heads": block.attn.num_heads} if attention_mapping == "entmax" else {}
+                mapping = build_mapping(attention_mapping, **by_head, **(attention_options or {}))
+                MappedAttention.adopt(block.attn, None if attention_mapping == "softmax" else mapping)
+            self.output_mapping = MultiMax() if output_mapping == "multimax" else None
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         x = super().forward_head(x, pre_logits)
