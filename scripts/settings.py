@@ -32,7 +32,7 @@ def plain(part: Any) -> dict[str, Any]:
 
 
 def dictionary_of(data: str) -> str | None:
-    """The first digits of a SHA-256 that tells the dictionaries of a folder of data from others'; None: it is not there."""
+    """First digits of the SHA-256 of the dictionaries in a folder of data; None if it has none."""
     files = sorted(Path(data.split(":")[0]).glob("dict*.txt"))
     return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()[:8] if files else None
 
