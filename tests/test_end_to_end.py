@@ -123,7 +123,6 @@ def test_averaged_checkpoints_generate(translation, corpus, tmp_path):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["--last", "9", "{folder}"], "holds 3 checkpoints of whole epochs, not 9"),
     (["--last", "2", "{folder}/checkpoint1.pt"], "--last goes with one folder"),
     (["{folder}/absent.pt"], "there is no checkpoint"),
     (["{folder}/checkpoint1.pt", "{stock}/checkpoint1.pt"], "is of another model than"),
