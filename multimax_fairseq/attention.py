@@ -104,7 +104,7 @@ def mapped_attention(
         attn_mask = additive_mask(attn_mask, compute_dtype(dtype))
         attn_mask = attn_mask.expand(*attn_mask.shape[:-1], key.size(-2))
         attn_mask = _four_dimensions(attn_mask, leading if len(leading) > 2 and attn_mask.dim() > 3 else ())
-    scale = 1 / math.sqrt(query.size(-1)) if scale is None else scale
+    scale = 1 / math.sqrt(max(query.size(-1), 1)) if scale is None else scale
     query = query if scale == 1 else query * scale
     with no_autocast(query):
         output = _attend(query, key, value, mapping, attn_mask, is_causal, dropout_p).to(dtype)

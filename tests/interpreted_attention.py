@@ -60,7 +60,7 @@ def test_who_computes(trusted):
         (torch.float64, "multimax", False), (torch.bfloat16, "multimax", False),  # interpreted, that is wrong
     ):  # fmt: skip
         (query, key, value), module = case(dtype=dtype, mapping=mapping)
-        assert (kernels.kernels_for(query, key, value, module.rows(), None, False, 0.0) is gpu) == served
+        assert (kernels.kernels_for(query, key, value, module.kernel_rows(), None, False, 0.0) is gpu) == served
 
 
 # ---------------------------------------------------------------- the check before kernels are trusted

@@ -25,7 +25,7 @@ TRAINING = [
 def train(*command):
     """The lines of all updates, and of the validations, in the log of the first process."""
     result = run(sys.executable, *command)
-    lines = re.findall(r"\| (train_inner|valid) \| (\{.*\})", result.stderr + result.stdout)
+    lines = re.findall(r"(train_inner|valid)\W+(\{.*\})", result.stderr + result.stdout)
     return [[json.loads(line) for kind, line in lines if kind == wanted] for wanted in ("train_inner", "valid")]
 
 

@@ -162,7 +162,7 @@ def test_a_cpu_has_cpp_for_every_mapping_at_every_length(name, monkeypatch):
     choose("C++", monkeypatch)
     for length in (1, 300):
         query, key, value = draw(1, 2, length, length, 8)
-        assert kernels_for(query, key, value, make(name, 2).rows(), None, False, 0.0) is not None
+        assert kernels_for(query, key, value, make(name, 2).kernel_rows(), None, False, 0.0) is not None
     empty = torch.zeros(1, 2, 0, 8)
     assert kernels_for(empty, key, value, Rows("softmax"), None, False, 0.0) is None
 

@@ -63,7 +63,7 @@ def _rows(training: bool) -> Rows:
 class EvSoftmax(nn.Module):
     """:func:`evsoftmax` over the last dimension; its training form while ``self.training``."""
 
-    def rows(self) -> Rows:
+    def kernel_rows(self) -> Rows:
         return _rows(self.training)
 
     def forward(self, scores: Tensor) -> Tensor:

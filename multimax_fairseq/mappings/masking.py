@@ -78,7 +78,7 @@ def probabilities_by(mapping: nn.Module) -> Callable[[Tensor], Tensor]:
     if rows is not None:
         rows = rows._replace(numbers=tuple(n.float() if n.dtype in HALF else n for n in rows.numbers))
         return lambda scores: map_rows(rows, scores)
-    takes_infinities = any(hasattr(module, "rows") for module in mapping.modules())
+    takes_infinities = any(hasattr(module, "kernel_rows") for module in mapping.modules())
     named = itertools.chain(mapping.named_parameters(), mapping.named_buffers())
     in_single = {name: tensor.float() for name, tensor in named if tensor.dtype in HALF}
 

@@ -186,7 +186,7 @@ class MultiMax(nn.Module):
     def extra_repr(self) -> str:
         return f"order={self.order}, init={self.init!r}, terms={self.terms}, lr_scale={self.lr_scale}"
 
-    def rows(self) -> Rows:
+    def kernel_rows(self) -> Rows:
         return Rows("multimax", self.coefficients(), multimax_formula)
 
     def forward(self, scores: Tensor) -> Tensor:
@@ -214,9 +214,10 @@ class MultiMax(nn.Module):
 
     def _save_to_state_dict(self, destination: Dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        for name, _ in self.named_parameters(prefix[:-1]) if self.lr_scale != 1 else ():
-            destination[name] = destination[name] * self.lr_scale
+        for name in ("thresholds", "gains") if self.lr_scale != 1 else ():
+            destination[prefix + name] = destination[prefix + name] * self.lr_scale
 
     def _load_from_state_dict(self, state_dict: Dict[str, Tensor], prefix: str, *args: Any) -> None:
-        own = {name: tensor / self.lr_scale for name, tensor in state_dict.items() if name.startswith(prefix)}
-        super()._load_from_state_dict(own, prefix, *args)
+        own = {prefix + name for name in ("thresholds", "gains")}
+        stored = {name: tensor / self.lr_scale if name in own else tensor for name, tensor in state_dict.items()}
+        super()._load_from_state_dict(stored, prefix, *args)

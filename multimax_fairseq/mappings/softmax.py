@@ -29,7 +29,7 @@ def softmax_formula(scores: Tensor) -> Tensor:
 class Softmax(nn.Module):
     """:func:`softmax` over the last dimension."""
 
-    def rows(self) -> Rows:
+    def kernel_rows(self) -> Rows:
         return Rows("softmax", (), softmax_formula)
 
     def forward(self, scores: Tensor) -> Tensor:

@@ -187,7 +187,7 @@ class Sparsemax(nn.Module):
 
     alpha = 2.0
 
-    def rows(self) -> Rows:
+    def kernel_rows(self) -> Rows:
         return Rows("sparsemax", (), sparsemax_formula)
 
     def forward(self, scores: Tensor) -> Tensor:
@@ -199,7 +199,7 @@ class Entmax15(nn.Module):
 
     alpha = 1.5
 
-    def rows(self) -> Rows:
+    def kernel_rows(self) -> Rows:
         return Rows("entmax15", (), entmax15_formula)
 
     def forward(self, scores: Tensor) -> Tensor:
@@ -255,14 +255,14 @@ class Entmax(nn.Module):
     def extra_repr(self) -> str:
         return f"alpha={'learned' if self.fixed_alpha is None else self.fixed_alpha}"
 
-    def rows(self) -> Rows:
+    def kernel_rows(self) -> Rows:
         alpha = self.alpha
         if isinstance(alpha, Tensor):
             alpha = alpha.view(-1, 1, 1) if alpha.numel() > 1 else alpha.view(())
         return _entmax_rows(alpha)
 
     def forward(self, scores: Tensor) -> Tensor:
-        return map_rows(self.rows(), scores)
+        return map_rows(self.kernel_rows(), scores)
 
 
 def _entmax_rows(alpha: Union[float, Tensor]) -> Rows:

@@ -144,14 +144,28 @@ class MappedMultiheadAttention(MultiheadAttention):
         is_causal = getattr(attn_mask, CAUSAL, False) and not extra
         mask = None
         if attn_mask is not None and not is_causal:
-            mask = additive_mask(attn_mask, torch.float32)
-            mask = mask.view(-1, self.num_heads, *mask.shape[-2:]) if mask.dim() == 3 else mask[None, None]
+            mask = self._by_head(additive_mask(attn_mask, torch.float32), bsz)
         if key_padding_mask is not None and key_padding_mask.dim():
             padding = additive_mask(key_padding_mask.bool(), torch.float32)[:, None, None]
             mask = padding if mask is None else mask + padding
         if extra and mask is not None:
             mask = torch.nn.functional.pad(mask, (0, extra))
         return mask, is_causal
+
+    def _by_head(self, mask: Tensor, bsz: int) -> Tensor:
+        """A mask of :meth:`forward`, with dimensions for sentences and heads.
+
+        Raises:
+            ValueError: its first dimension is of another size than bsz · num_heads.
+        """
+        if mask.dim() == 2:
+            return mask[None, None]
+        if mask.dim() != 3 or mask.size(0) != bsz * self.num_heads:
+            raise ValueError(
+                f"attn_mask is (tgt_len, src_len), or ({bsz * self.num_heads}, tgt_len, src_len) for {bsz} sentences of "
+                f"{self.num_heads} heads; got {tuple(mask.shape)}"
+            )
+        return mask.unflatten(0, (bsz, self.num_heads))
 
     def _factor(self, seen: Tensor, is_causal: bool, tgt_len: int) -> Tensor:
         """What ``scale`` makes of the keys that are seen, as :func:`.scale.visible_keys` counts them."""
@@ -181,7 +195,7 @@ class MappedMultiheadAttention(MultiheadAttention):
             before_softmax=True,
         )
         scores = scores.view(query.size(1), self.num_heads, *scores.shape[1:])
-        added = 0.0 if attn_mask is None else additive_mask(attn_mask, scores.dtype)
+        added = 0.0 if attn_mask is None else self._by_head(additive_mask(attn_mask, scores.dtype), query.size(1))
         if self.scale is not None:
             absent = is_absent(scores)
             factor = self._factor(scores + added, False, scores.size(2))

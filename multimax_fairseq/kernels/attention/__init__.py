@@ -20,7 +20,7 @@ def kernels_for(
     query: Tensor, key: Tensor, value: Tensor, rows: Rows, mask: Optional[Tensor], is_causal: bool, dropout: float
 ) -> Optional[ModuleType]:
     """The kernels that take these plain tensors: :mod:`.cpu`, :mod:`.gpu`, or None."""
-    if not (query.numel() and key.numel()):
+    if not (query.numel() and key.numel() and value.numel()):
         return None
     if query.is_cpu and not gpu.INTERPRETED:
         return cpu if cpu.serves(query, key, value, rows, mask) else None

@@ -163,7 +163,8 @@ def _call(
     }
     tensors.update(query=query, key=key, value=value)
     if mask is not None:
-        tensors["mask"] = mask.expand(shapes["mask"])
+        mask = mask.expand(*mask.shape[:3], src_len)
+        tensors["mask"] = (mask if mask.stride(-1) == 1 else mask.contiguous()).expand(shapes["mask"])
     numbers = Numbers(rows, torch.Size(shapes["mask"]))
     most = min(SCORES // src_len, MOST_QUERIES, bsz * num_heads * tgt_len // BLOCKS)
     block = min(max(most, 1), tgt_len)

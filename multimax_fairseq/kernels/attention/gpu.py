@@ -233,7 +233,7 @@ def _wrong(
     generator, dropout, seed = torch.Generator().manual_seed(0), DROPOUT if drops else 0.0, 1
 
     def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(device)
+        return torch.randn(shape, generator=generator, device="cpu").to(device)
 
     lengths = TGT_LEN, SRC_LEN, SRC_LEN, TGT_LEN
     *inputs, upstream = (draw(length, 1, 2, head_dim).permute(1, 2, 0, 3).to(dtype) for length in lengths)

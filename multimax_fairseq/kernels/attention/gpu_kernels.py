@@ -40,11 +40,11 @@ def _parameters(pointer, ORDER: tl.constexpr):
 def _sigma(x, thresholds, gains, ORDER: tl.constexpr):
     """σ(x); −inf exactly where the score is."""
     modulated = x
+    if ORDER >= 2:  # the formula's order, as it decides what overflows
+        below, above = tl.maximum(thresholds[2] - x, 0.0), tl.maximum(x - thresholds[3], 0.0)
+        modulated += gains[2] * below * below + gains[3] * above * above
     if ORDER >= 1:
         modulated += gains[0] * tl.maximum(thresholds[0] - x, 0.0) + gains[1] * tl.maximum(x - thresholds[1], 0.0)
-    if ORDER >= 2:
-        below, above = tl.maximum(thresholds[2] - x, 0.0), tl.maximum(x - thresholds[3], 0.0)
-        modulated += gains[2] * (below * below) + gains[3] * (above * above)
     return tl.where(x == -INF, -INF, modulated)
 
 

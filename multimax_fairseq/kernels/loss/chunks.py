@@ -253,7 +253,7 @@ def _losses_and_gradients_(
 
 def _rounded(grad: Tensor, dtype: torch.dtype) -> Tuple[Tensor, Optional[Tensor]]:
     """Gradients of logits in ``dtype``, and what they are multiplied with in fp16, which holds none below 6e-8."""
-    if dtype != torch.float16:
+    if dtype != torch.float16 or not grad.numel():
         return grad.to(dtype), None
     scale = FP16_LARGEST_GRADIENT / torch.linalg.vector_norm(grad, float("inf")).clamp(min=FP16_LARGEST_GRADIENT**-3)
     return torch.mul(grad, scale, out=torch.empty_like(grad, dtype=dtype)), scale

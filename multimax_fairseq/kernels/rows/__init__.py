@@ -2,9 +2,11 @@
 
 from typing import Callable, NamedTuple, Optional, Tuple
 
+import torch
 from torch import Tensor, nn
 
 HOOKS = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
+GLOBAL_HOOKS = "_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks"
 
 
 class Rows(NamedTuple):
@@ -26,12 +28,13 @@ class Rows(NamedTuple):
 def rows_of(mapping: nn.Module) -> Optional[Rows]:
     """What a mapping says of itself; None where it has to be called: its own ``forward``, or hooks.
 
-    ``rows`` is believed where the class that defines ``forward`` defines it too, so that a class derived from a
+    ``kernel_rows`` is believed where the class that defines ``forward`` defines it too, so that a class derived from a
     mapping that overrides only ``forward`` is not taken for it.
     """
     for kind in type(mapping).__mro__:
-        own = {"forward", "rows"} & vars(kind).keys()
+        own = {"forward", "kernel_rows"} & vars(kind).keys()
         if own:
             break
     has_hooks = any(getattr(mapping, name, None) for name in HOOKS) or "forward" in vars(mapping)
-    return mapping.rows() if len(own) == 2 and not has_hooks else None
+    has_hooks = has_hooks or any(getattr(torch.nn.modules.module, name) for name in GLOBAL_HOOKS)
+    return mapping.kernel_rows() if len(own) == 2 and not has_hooks else None

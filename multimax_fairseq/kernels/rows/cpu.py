@@ -72,7 +72,7 @@ class Numbers:
         elif rows.name == "entmax":
             c = rows.numbers[0].detach().double() - 1  # an α near 1 has few digits of it in fp32
             self.count, self.shape = c.numel(), c.shape
-            if c.numel() > 1 and c.shape[-3:] == (scores[-3], 1, 1):
+            if c.numel() > 1 and tuple(c.shape[-3:]) == (*scores[-3:-2], 1, 1):
                 self.rows_of_each = scores[-2]
             elif c.numel() > 1:
                 c = c.expand(*scores[:-1], 1)
