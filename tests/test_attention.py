@@ -498,3 +498,28 @@ def test_it_needs_no_fairseq_and_imports_go_one_way():
     )
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert result.stdout.strip() == "torch.Size([2, 3, 5, 4])", result.stderr
+
+
+def test_values_without_numbers_and_heads_without_dimensions():
+    query, key = torch.randn(2, 3, 4, 5, requires_grad=True), torch.randn(2, 3, 6, 5)
+    mapped_attention(query, key, torch.randn(2, 3, 6, 0), "multimax").sum().backward()
+    assert torch.equal(query.grad, torch.zeros_like(query))
+    output = mapped_attention(query[..., :0], key[..., :0], key, "softmax")
+    torch.testing.assert_close(output, key.mean(2, keepdim=True).expand_as(query))
+
+
+def test_a_mapping_may_have_attributes_of_any_name_and_hooks_of_all_modules_run():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rows, self.factor = 3, nn.Parameter(torch.ones(()))
+
+        def forward(self, scores):
+            return (scores * self.factor).softmax(-1)
+
+    mapping, inputs, seen = Scaled(), torch.randn(3, 2, 9, 4), []
+    mapped_attention(*inputs, mapping, is_causal=True).square().sum().backward()
+    assert mapping.factor.grad.isfinite()
+    with nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(type(module))):
+        mapped_attention(*inputs, build_mapping("sparsemax"))
+    assert len(seen) == 1

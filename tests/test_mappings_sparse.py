@@ -120,3 +120,10 @@ def test_a_score_exactly_at_the_threshold_is_outside_the_support(mapping, dtype,
         (support, grad), (exact_support, exact) = results
         assert torch.equal(support, exact_support)
         assert (grad - exact).norm() <= torch.finfo(dtype).eps * 2 * exact.norm()
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_an_alpha_of_each_row_of_a_matrix(dim):
+    scores, alpha = torch.randn(5, 7).movedim(-1, dim), torch.linspace(1.1, 2.0, 5)[:, None].movedim(-1, dim)
+    expected = torch.stack([entmax(row, float(a)) for row, a in zip(scores.movedim(dim, -1), alpha.flatten())])
+    torch.testing.assert_close(entmax(scores, alpha, dim=dim), expected.movedim(-1, dim), atol=1e-5, rtol=0)

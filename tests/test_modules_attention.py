@@ -236,3 +236,10 @@ def test_with_and_without_weights_is_the_same(name, scale, mask):
         results.append([output, *torch.autograd.grad(output.square().sum(), [x, *mapped.parameters()])])
     assert scale == "none" or results[0][-1].abs().sum() > 0
     torch.testing.assert_close(*results, atol=1e-5, rtol=1e-4)
+
+
+def test_a_mask_of_other_sentences_or_heads_is_refused():
+    _, mapped = make("multimax")
+    x = inputs()
+    with pytest.raises(ValueError, match=f"attn_mask is .*, or .{BSZ * NUM_HEADS}, tgt_len, src_len"):
+        mapped(x, x, x, attn_mask=torch.zeros(NUM_HEADS, SRC_LEN, SRC_LEN))

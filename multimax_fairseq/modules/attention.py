@@ -162,8 +162,8 @@ class MappedMultiheadAttention(MultiheadAttention):
             return mask[None, None]
         if mask.dim() != 3 or mask.size(0) != bsz * self.num_heads:
             raise ValueError(
-                f"attn_mask is (tgt_len, src_len), or ({bsz * self.num_heads}, tgt_len, src_len) for {bsz} sentences of "
-                f"{self.num_heads} heads; got {tuple(mask.shape)}"
+                f"attn_mask is (tgt_len, src_len), or ({bsz * self.num_heads}, tgt_len, src_len) for {bsz} sentences "
+                f"of {self.num_heads} heads; got {tuple(mask.shape)}"
             )
         return mask.unflatten(0, (bsz, self.num_heads))
 

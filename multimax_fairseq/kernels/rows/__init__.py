@@ -28,8 +28,8 @@ class Rows(NamedTuple):
 def rows_of(mapping: nn.Module) -> Optional[Rows]:
     """What a mapping says of itself; None where it has to be called: its own ``forward``, or hooks.
 
-    ``kernel_rows`` is believed where the class that defines ``forward`` defines it too, so that a class derived from a
-    mapping that overrides only ``forward`` is not taken for it.
+    ``kernel_rows`` is believed where the class that defines ``forward`` defines it too, so that a class derived from
+    a mapping that overrides only ``forward`` is not taken for it.
     """
     for kind in type(mapping).__mro__:
         own = {"forward", "kernel_rows"} & vars(kind).keys()
