@@ -86,6 +86,8 @@ def serves(query: Tensor, key: Tensor, value: Tensor, rows: Rows, mask: Optional
         and query.device == key.device == value.device
         and query.size(-1) == value.size(-1) <= MOST_DIMENSIONS
         and _runs_on(query.device, query.dtype)
+        # a CUDA graph would replay one dropout mask, and cannot hold the check of the first call
+        and not (query.is_cuda and torch.cuda.is_current_stream_capturing())
     )
 
 
