@@ -11,12 +11,7 @@ from multimax_fairseq.mappings import MAPPINGS, parse_options
 from multimax_fairseq.models import MappingChoice
 from multimax_fairseq.models.multimax_transformer import MultimaxTransformerModel
 from multimax_fairseq.models.multimax_transformer_lm import MultimaxTransformerLanguageModel
-from multimax_fairseq.models.options import (
-    MAPPING_OPTIONS,
-    SITES,
-    describe,
-    with_defaults,
-)
+from multimax_fairseq.models.options import MAPPING_OPTIONS, SITES, describe, with_defaults
 
 LM = {"encoder_layers": None}
 
@@ -55,7 +50,6 @@ def test_the_defaults_are_those_of_the_documentation():
     ({"attention_mapping_sites": "encoder,output"}, "--attention-mapping-sites.*'output'.*encoder, decoder, cross"),
     ({"attention_mapping_sites": ""}, "--attention-mapping-sites.*''"),
     ({"output_mapping": "evsoftmax"}, "--output-mapping.*'evsoftmax'.*sparsemax, entmax15, entmax"),
-    ({"output_mapping": "entmax", "adaptive_softmax_cutoff": "10,20"}, "adaptive-softmax-cutoff"),
     ({"output_mapping": "softmin"}, "--output-mapping.*'softmin'.*softmax, multimax"),
     ({"output_mapping": "multimax", "adaptive_softmax_cutoff": "10,20"}, "adaptive-softmax-cutoff"),
     ({"multimax_order": 3}, "orders 1, 2; got 3"),
@@ -63,7 +57,6 @@ def test_the_defaults_are_those_of_the_documentation():
     ({"modulator_lr_scale": "ten"}, "learning rate is scaled by a finite number above 0; got 'ten'"),
     ({"modulator_lr_scale": float("nan")}, "learning rate is scaled by a finite number above 0; got nan"),
     ({"multimax_init": "zeros"}, "normal or identity or shaped"),
-    ({"attention_mapping": "entmax", "entmax_alpha": "2.5"}, r"\(1, 2\] or 'learned'"),
     ({"entmax_alpha": "9"}, r"\(1, 2\] or 'learned'"),  # chosen or not, it is wrong
     ({"attention_mapping_sites": "cross", "no_cross_attention": True}, "choose from: encoder, decoder$"),
     ({"attention_mapping_sites": "encoder", "encoder_layers": None}, "choose from: decoder$"),

@@ -124,35 +124,24 @@ def test_a_row_without_keys_gives_zeros_and_no_nan_gradients(name):
     assert all(torch.isfinite(p.grad).all() for p in [x, *mapped.parameters()] if p.grad is not None)
 
 
-@pytest.mark.parametrize("name", MAPPINGS)
-def test_static_keys_are_projected_once_and_used_again(name):
-    _, mapped = make(name, encoder_decoder_attention=True)
-    query, encoder_out = inputs(length=2), inputs(seed=2)
-    incremental_state = {}
-    common = dict(key_padding_mask=PADDING, static_kv=True)
-    expected, _ = mapped(query, encoder_out, encoder_out, **common)
-    first, _ = mapped(query[:1], encoder_out, encoder_out, incremental_state=incremental_state, **common)
-    lost = torch.full_like(encoder_out, float("nan"))  # what is projected again shows
-    second, _ = mapped(query[1:], lost, lost, incremental_state=incremental_state, **common)
-    torch.testing.assert_close(torch.cat([first, second]), expected, atol=1e-6, rtol=1e-5)
-
-
-@pytest.mark.skipif(not hasattr(MultiheadAttention, "set_beam_size"), reason="this fairseq does not share beams")
+@pytest.mark.parametrize("beam", [1, pytest.param(4, marks=pytest.mark.skipif(
+    not hasattr(MultiheadAttention, "set_beam_size"), reason="this fairseq does not share beams"
+))])  # fmt: skip
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("name", MAPPINGS)
-def test_beams_that_share_their_keys_attend_as_if_each_had_its_own(name, scale):
-    beam = 4
+def test_static_keys_are_projected_once_and_shared_by_the_hypotheses_of_a_beam(name, scale, beam):
     _, mapped = make(name, scale, encoder_decoder_attention=True)
     query = inputs(length=2, bsz=BSZ * beam)
     encoder_out = inputs(seed=2).repeat_interleave(beam, dim=1)
     padding = PADDING.repeat_interleave(beam, dim=0)
     common = dict(key_padding_mask=padding, static_kv=True, need_head_weights=True)
     expected = mapped(query, encoder_out, encoder_out, **common)
-    mapped.set_beam_size(beam)
-    incremental_state = {}
-    steps = [
-        mapped(step[None], encoder_out, encoder_out, incremental_state=incremental_state, **common) for step in query
-    ]
+    if beam > 1:
+        mapped.set_beam_size(beam)
+    incremental_state, steps = {}, []
+    for step in query:
+        steps.append(mapped(step[None], encoder_out, encoder_out, incremental_state=incremental_state, **common))
+        encoder_out = torch.full_like(encoder_out, float("nan"))  # what is projected again shows
     assert mapped._get_input_buffer(incremental_state)["prev_key"].size(0) == BSZ
     for actual, whole, dim in zip(zip(*steps), expected, (0, 2)):  # output, and weights of heads
         torch.testing.assert_close(torch.cat(actual, dim), whole, atol=1e-6, rtol=1e-5)
