@@ -25,11 +25,11 @@ def sharpened(built, factor):
     return built
 
 
-def generate(built, sample, models=None, **options):
-    """The hypotheses of each sentence, by the generator that a command would build of these options."""
+def generate(built, sample, models=None, builds=(), **options):
+    """A generator of these options (``builds``: what only Python gives it), and its hypotheses of each sentence."""
     models = models or [built.model]
     args = Namespace(**{"beam": 5, "max_len_b": 5, **options})
-    generator = built.task.build_generator(models, args)
+    generator = built.task.build_generator(models, args, **dict(builds))
     prefix = {"prefix_tokens": sample["target"][:, : options["prefix_size"]]} if "prefix_size" in options else {}
     return generator, built.task.inference_step(generator, models, sample, **prefix)
 
@@ -112,9 +112,7 @@ def test_a_sparse_language_model_beside_another_model(output, weight, how, build
     results = []
     for extra in ({"lm_model": lm, "lm_weight": weight}, {}):
         torch.manual_seed(0)
-        args = Namespace(max_len_b=10, **how)
-        generator = built.task.build_generator([built.model], args, extra_gen_cls_kwargs=extra)
-        results.append(generator.generate([built.model], sample))
+        results.append(generate(built, sample, builds={"extra_gen_cls_kwargs": extra}, max_len_b=10, **how)[1])
     for hypos in results[0]:
         assert hypos and all(hypo["positional_scores"].isfinite().all() for hypo in hypos)
     tokens = [[hypo["tokens"].tolist() for hypos in found for hypo in hypos] for found in results]
@@ -131,9 +129,8 @@ def test_a_search_that_may_only_find_the_reference_finds_it(output, build, batch
     def allowed(identity, tokens):
         return [(references[number[int(identity)]] + 100 * [2])[len(tokens) - 1]]
 
-    args = Namespace(beam=1, max_len_b=200)
-    generator = built.task.build_generator([built.model], args, prefix_allowed_tokens_fn=allowed)
-    for hypos, reference in zip(generator.generate([built.model], sample), references):
+    _, found = generate(built, sample, builds={"prefix_allowed_tokens_fn": allowed}, beam=1, max_len_b=200)
+    for hypos, reference in zip(found, references):
         assert hypos[0]["tokens"].tolist() == reference and hypos[0]["score"].isfinite()
 
 

@@ -104,8 +104,9 @@ class MappedMultiheadAttention(MultiheadAttention):
             scores = masked_scores(queries, keys, mask, is_causal)
             values = values.flatten(0, 1)
         else:
-            arguments = query, key, value, key_padding_mask, incremental_state, static_kv, attn_mask
-            scores, values = self._decode(*arguments)
+            arguments = query, key, value, key_padding_mask, incremental_state
+            scores, values = super().forward(*arguments, need_weights=False, static_kv=static_kv, before_softmax=True)
+            scores = self._scaled_and_masked(scores.view(query.size(1), self.num_heads, *scores.shape[1:]), attn_mask)
         if before_softmax:
             return scores.flatten(0, 1), values
 
@@ -173,34 +174,14 @@ class MappedMultiheadAttention(MultiheadAttention):
             return self.scale(visible_keys(seen, is_causal, tgt_len))
         return self.scale()
 
-    def _decode(
-        self,
-        query: Tensor,
-        key: Optional[Tensor],
-        value: Optional[Tensor],
-        key_padding_mask: Optional[Tensor],
-        incremental_state: Dict[str, Dict[str, Optional[Tensor]]],
-        static_kv: bool,
-        attn_mask: Optional[Tensor],
-    ) -> Tuple[Tensor, Tensor]:
-        """Scores, (bsz, num_heads, tgt_len, src_len), and values, (kv_bsz · num_heads, src_len, head_dim)."""
-        scores, values = super().forward(
-            query,
-            key,
-            value,
-            key_padding_mask=key_padding_mask,
-            incremental_state=incremental_state,
-            need_weights=False,
-            static_kv=static_kv,
-            before_softmax=True,
-        )
-        scores = scores.view(query.size(1), self.num_heads, *scores.shape[1:])
-        added = 0.0 if attn_mask is None else self._by_head(additive_mask(attn_mask, scores.dtype), query.size(1))
+    def _scaled_and_masked(self, scores: Tensor, attn_mask: Optional[Tensor]) -> Tensor:
+        """Scores of fairseq, −inf at padding, (bsz, num_heads, tgt_len, src_len), times ``scale``, plus the mask."""
+        added = 0.0 if attn_mask is None else self._by_head(additive_mask(attn_mask, scores.dtype), scores.size(0))
         if self.scale is not None:
             absent = is_absent(scores)
             factor = self._factor(scores + added, False, scores.size(2))
             scores = (scores.masked_fill(absent, 0.0) * factor).to(scores.dtype).masked_fill(absent, -torch.inf)
-        return scores + added, values
+        return scores + added
 
     def _joined(self, output: Tensor) -> Tensor:
         """(bsz, num_heads, tgt_len, head_dim) → (tgt_len, bsz, embed_dim), projected."""
