@@ -57,6 +57,9 @@ def import_user_dir(folder: Optional[Path]) -> None:
         return
     if not (folder / "__init__.py").is_file():
         raise UserError(f"--user-dir {folder}: there is no __init__.py in it")
+    from .compat import import_quietly
+
+    import_quietly()
     from fairseq.utils import import_user_module
 
     try:

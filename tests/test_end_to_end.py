@@ -236,7 +236,7 @@ def test_a_config_file_trains_what_the_flags_train(arch, task, task_options, siz
 
 @pytest.mark.parametrize("flags, message", [
     (["--attention-mapping", "softmin"], "there is no 'softmin'; choose from: softmax, multimax, sparsemax"),
-    (["--output-mapping", "sparsemax"], "which cross-entropy cannot train: use --criterion entmax_loss"),
+    (["--mapping-options", "k=3"], "multimax has options of its own"),
 ])  # fmt: skip
 def test_a_wrong_choice_ends_before_data_is_loaded(flags, message, corpus, tmp_path):
     result = run("fairseq-train", corpus / "data-bin", "--user-dir", PLUGIN, "--arch", "multimax_transformer",

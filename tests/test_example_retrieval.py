@@ -48,8 +48,8 @@ def test_modulators_have_a_learning_rate_of_their_own(retrieval):
 
 def test_a_mapping_of_the_users_own_may_have_a_number_per_head(retrieval, tmp_path, monkeypatch):
     """As the command in docs/own-mapping.md says, with a module for scores of attention."""
-    monkeypatch.setattr(mappings, "MAPPINGS", dict(mappings.MAPPINGS))
-    monkeypatch.setattr(retrieval, "MAPPINGS", mappings.MAPPINGS)
+    monkeypatch.setitem(mappings.MAPPINGS, "per_head", None)  # so that it is gone when the test is done
+    del mappings.MAPPINGS["per_head"]
 
     @mappings.register_mapping("per_head")
     class PerHead(torch.nn.Module):
@@ -97,7 +97,7 @@ def test_a_run_is_resumed_and_has_a_table_and_figures(retrieval, tmp_path, monke
     (["--mappings", "softmin"], "there is no mapping 'softmin'"),
     (["--mappings", "multimax:heads=2"], "multimax has no option heads"),
     (["--mappings", "multimax:order"], "options are written name=value"),
-    (["--mappings", "softmax:scale=sqrt"], "there is no 'sqrt'; choose from"),
+    (["--mappings", "softmax:scale=sqrt"], "there is no scale 'sqrt'; choose from"),
     (["--seeds", "0"], "argument --seeds: '0' is not a whole number above 0"),
     (["--noise", "2"], "--noise takes a number in"),
     (["--matches", "100"], "--matches 100: more than there are keys"),

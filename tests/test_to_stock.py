@@ -52,7 +52,7 @@ def test_fairseq_validates_a_language_model_without_the_plugin(corpus, tmp_path)
                  "--tokens-per-sample", 32, "--attention-mapping", "softmax", "--max-update", 5)  # fmt: skip
     stock = tmp_path / "stock.pt"
     call("to_stock", path, "--output", stock)
-    common = [data, "--sample-break-mode", "eos", "--cpu", "--num-workers", 0, "--batch-size", 8, "--path"]
+    common = [data, "--tokens-per-sample", 32, "--cpu", "--num-workers", 0, "--batch-size", 8, "--path"]
     ours = run("fairseq-eval-lm", *common, path, "--user-dir", PLUGIN)
     theirs = run("fairseq-eval-lm", *common, stock, env=TRUSTED)
     ppl = [re.search(r"Perplexity: \S+", result.stderr + result.stdout)[0] for result in (ours, theirs)]

@@ -118,13 +118,15 @@ class Layer(nn.Module):
         self.kind_of_scale = row.option("scale", "none")
         if self.kind_of_scale not in SCALES:
             raise ValueError(f"there is no scale {self.kind_of_scale!r}; choose from: {', '.join(SCALES)}")
-        self.scale = nn.Parameter(torch.tensor(SCALES[self.kind_of_scale]))
+        self.scale = None
+        if self.kind_of_scale != "none":
+            self.scale = nn.Parameter(torch.tensor(SCALES[self.kind_of_scale]))
         self.lr_scale = float(row.option("lr_scale", "1"))
 
     def scores(self, query: Tensor, keys: Tensor) -> Tensor:
         """(batch, d) and (batch, length, d) → (batch, length)."""
         scores = torch.einsum("bd,bld->bl", self.query(query), self.key(keys)) / math.sqrt(PROJECTED)
-        if self.kind_of_scale == "none":
+        if self.scale is None:
             return scores
         return scores * self.scale * (math.log(keys.size(1)) if self.kind_of_scale == "log-length" else 1)
 

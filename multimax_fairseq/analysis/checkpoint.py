@@ -6,12 +6,15 @@ from unittest.mock import patch
 
 import numpy
 import torch
+
+from .. import models  # noqa: F401  first, as it imports fairseq quietly; it registers the models
+
+# isort: split
 from fairseq import checkpoint_utils, utils
 from fairseq.data import FairseqDataset
 from fairseq.tasks import FairseqTask
 from torch import nn
 
-from .. import models  # noqa: F401  registers the models, so that fairseq can load them
 from ..tools import UserError, read_checkpoint
 from .hooks import attention_modules
 
