@@ -34,14 +34,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # fairseq may not be installed yet: this says so
+from multimax_fairseq.tools import ArgumentParser, UserError, errors_in_a_line  # noqa: E402
+
 SPLITS = ("train", "valid", "test")
 MARKER = ".complete"
 WEB_PAGE = re.compile(rb"<!doctype html|<html", re.I)
 UNREADABLE = (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError)
-
-
-class UserError(Exception):
-    """Something that the user can fix; its one-line text says how."""
 
 
 class Recipe(NamedTuple):
@@ -116,8 +115,7 @@ def parse_options(script: Path, arguments: list[str]) -> tuple[str, argparse.Nam
     name = script.stem.removeprefix("prepare_")
     recipe = RECIPES[name]
     header = [line[2:] for line in script.read_text(encoding="utf-8").split("\n\n")[0].splitlines()[1:]]
-    parser = ArgumentParser(prog=script.name, description="\n".join(header), allow_abbrev=False,
-                            formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser("\n".join(header), prog=script.name, allow_abbrev=False)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the result goes")
     if recipe.source == "archive":
         parser.add_argument("--archive", type=Path, metavar="FILE", help="what is published, instead of a download")
@@ -151,13 +149,6 @@ def whole_number(text: str) -> int:
     if re.fullmatch(r"0|[1-9]\d{0,8}", text):
         return int(text)
     raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
-
-
-class ArgumentParser(argparse.ArgumentParser):
-    """With errors in a line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"ERROR: {message}; see --help\n")
 
 
 def run(script: Path, arguments: list[str]) -> None:
@@ -436,12 +427,10 @@ def take(source: Path, wanted: list[str]) -> None:
                 with members[name]() as file, target.open("wb") as copy:
                     shutil.copyfileobj(file, copy, 1 << 20)
                 check_text(target, f"{source}: {name}")
-    except UNREADABLE as error:
+    except (*UNREADABLE, OSError) as error:
+        if getattr(error, "errno", None) is not None:  # unlike gzip's, of damaged data
+            raise
         raise UserError(f"{source} is corrupt or cut short: put a good copy in its place") from error
-    except OSError as error:
-        if error.errno is None:  # gzip's, of damaged data
-            raise UserError(f"{source} is corrupt or cut short: put a good copy in its place") from error
-        raise
 
 
 @contextmanager
@@ -537,19 +526,6 @@ def compare(what: str, found: int, published: int, unit: str) -> None:
 # ---------------------------------------------------------------------- command line
 
 
-@contextmanager
-def errors_in_a_line() -> Iterator[None]:
-    try:
-        yield
-    except UserError as error:
-        text = str(error)
-    except OSError as error:
-        text = f"{error.filename or 'a file'}: {error.strerror or error}"
-    else:
-        return
-    sys.exit("ERROR: " + re.sub(r"[\x00-\x1f\x7f]", lambda control: repr(control[0])[1:-1], text))
-
-
 def stop(number: int, _: object) -> NoReturn:
     sys.exit(128 + number)  # through all `finally`
 
@@ -562,7 +538,7 @@ def main() -> None:
         if sys.argv[1:2] == ["run"]:  # whose options are the recipe's
             run(Path(sys.argv[2]), sys.argv[3:])
             return
-        parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        parser = ArgumentParser(__doc__)
         parser.add_argument("command", choices=["run", "take", "pairs", "tokens"])
         parser.add_argument("source")
         parser.add_argument("words", nargs="*")
