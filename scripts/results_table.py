@@ -77,13 +77,12 @@ class Run:
         Raises:
             UserError: it is missing or not text.
         """
-        path = self.folder / name
         try:
-            return path.read_text(encoding="utf-8")
+            return (self.folder / name).read_text(encoding="utf-8")
         except OSError as error:
-            raise UserError(f"{self.folder / 'run.json'} needs {path.name} beside it: {error.strerror}") from error
+            raise UserError(f"{self.folder / 'run.json'} needs {name} beside it: {error.strerror}") from error
         except UnicodeDecodeError as error:
-            raise UserError(f"{path} is damaged: it is not UTF-8") from error
+            raise UserError(f"{self.folder / name} is damaged: it is not UTF-8") from error
 
 
 def name_of_mapping(mapping: dict[str, Any]) -> str:
@@ -201,9 +200,7 @@ def load_run(path: Path) -> Run:
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
-        raise UserError(
-            f"{path} is not, or no longer, a file of record_run.py ({error}): evaluate again"
-        ) from error
+        raise UserError(f"{path} is not, or no longer, a file of record_run.py ({error}): evaluate again") from error
     run = Run(path.parent, content)
     for name, score in content["scores"].items():
         if "bleu" in score:
@@ -227,10 +224,8 @@ def check_bleu(run: Run, which: str) -> None:
         raise UserError(f"{where} has {len(hypotheses)} lines for {len(references)} references: evaluate again")
     found = metric(score["signature"]).corpus_score(hypotheses, [references]).score
     if abs(found - score["bleu"]) > 0.0051:  # it was printed with two decimals
-        raise UserError(
-            f"{where} has BLEU {found:.2f}, and run.json says {score['bleu']}: the translations or the references "
-            "are not those that were scored; evaluate again"
-        )
+        raise UserError(f"{where} has BLEU {found:.2f}, and run.json says {score['bleu']}: the translations or the "
+                        "references are not those that were scored; evaluate again")
 
 
 def metric(signature: str, **options: Any):

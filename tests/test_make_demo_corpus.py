@@ -8,7 +8,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT, load_script, run
+from conftest import ROOT, run
 
 SIZES = {"train": 4000, "valid": 200, "test": 500}
 SMALL = ("--train=60", "--valid=5", "--test=20")
@@ -55,12 +55,6 @@ def pairs(folder):
     ]
 
 
-@pytest.fixture(scope="module")
-def grammar():
-    """The script as a module."""
-    return load_script("make_demo_corpus")
-
-
 # ------------------------------------------------------------------------------------------- files
 def test_nine_files_of_the_sizes_asked_for(folder):
     assert {name: text.count(b"\n") for name, text in contents(folder).items()} == {
@@ -84,13 +78,6 @@ def test_no_sentence_occurs_twice_and_lengths_vary(pairs):
     assert len({pair.de for pair in pairs}) == len({pair.en for pair in pairs}) == len(pairs)
     lengths = [len(words) for pair in pairs for words in (pair.german, pair.english)]
     assert 4 <= min(lengths) and 20 < max(lengths) <= 25 and 10 < sum(lengths) / len(lengths) < 12.5
-
-
-
-
-
-
-
 
 
 # -------------------------------------------------------------------------------------- alignments

@@ -215,14 +215,13 @@ def test_the_text_of_language_models_is_unchanged(recipe, made):
 ])  # fmt: skip
 def test_the_data_are_what_fairseq_trains_on(recipe, name, types, made):
     _, out, _ = made(recipe)
-    parser = options.get_training_parser(default_task=name)
-    arch = "transformer" if name == "translation" else "transformer_lm"
+    arch, suffix, more = ("transformer", "de", []) if name == "translation" else (
+        "transformer_lm", "tokens", ["--sample-break-mode", "eos"])
     task = tasks.setup_task(options.parse_args_and_arch(
-        parser, [str(out / "data-bin"), "--task", name, "--arch", arch, "--sample-break-mode", "eos"]
-        if name != "translation" else [str(out / "data-bin"), "--task", name, "--arch", arch]))
+        options.get_training_parser(default_task=name),
+        [str(out / "data-bin"), "--task", name, "--arch", arch, *more]))
     for split in SPLITS:
         task.load_dataset(split)
-        suffix = "de" if name == "translation" else "tokens"
         assert len(task.dataset(split)) == len(lines_of(out / "text" / f"{split}.{suffix}"))
     assert types is None or len(task.target_dictionary) == types
 
