@@ -1,10 +1,16 @@
-# Sourced by */run.sh, never run: trains into $run with the options "${train[@]}", unless that has been done.
+# Sourced by */run.sh, never run: sets root and run, takes RUN off the options, and shows the head of run.sh without it.
 #
 #     train_on_data_of SCRIPT [OPTION …]    # which prepares $data if they are not there
 #
-# sets user_dir; ends the run here if it has been recorded, or with SCORE=no.
+# trains into $run with the options "${train[@]}", unless that has been done, and sets user_dir; ends the run here if it
+# has been recorded, or with SCORE=no.
 
 # shellcheck shell=bash disable=SC2034,SC2154
+
+[[ ${1:--} != -* ]] || { sed -n '2,/^$/s/^# \?//p' "$0" >&2; exit 1; }
+root=$(cd "$(dirname "$0")/../.." >/dev/null && pwd)
+run=$1
+shift
 
 train_on_data_of() {
     # Wrong options, another run in RUN: said before any work. A checkpoint that a kill has cut: replaced.

@@ -15,9 +15,9 @@ from __future__ import annotations
 
 import argparse
 import fcntl
-import functools
 import gzip
 import hashlib
+import importlib.util
 import json
 import os
 import re
@@ -204,10 +204,8 @@ def need_commands(name: str) -> None:
         raise UserError("fairseq-preprocess was not found: activate the environment that holds fairseq, or install "
                         f"it: {sys.executable} -m pip install ve-fairseq")
     for module in ("sacremoses", "subword_nmt") if name == "iwslt14" else ():
-        try:
-            __import__(module)
-        except ImportError:
-            raise UserError(f"the Python module {module!r} is missing: pip install '.[iwslt14]'") from None
+        if importlib.util.find_spec(module) is None:
+            raise UserError(f"the Python module {module!r} is missing: pip install '.[iwslt14]'")
 
 
 def run_recipe(script: Path, build: Path, lock: int, variables: dict[str, str]) -> None:
@@ -438,7 +436,8 @@ def opened(source: Path) -> Iterator[dict[str, Any]]:
     """The files of a source: name, without folders and .gz → a function that opens it."""
     if source.is_dir():
         files = (path for path in sorted(source.iterdir(), reverse=True) if path.is_file())
-        yield {path.name.removesuffix(".gz"): opener(path) for path in files}  # plain before .gz
+        yield {path.name.removesuffix(".gz"): lambda path=path: (gzip.open if path.suffix == ".gz" else open)(path, "rb")
+               for path in files}  # plain before .gz
         return
     refuse_web_page(source, str(source))
     if zipfile.is_zipfile(source):
@@ -456,10 +455,6 @@ def opened(source: Path) -> Iterator[dict[str, Any]]:
             pass
         yield {Path(info.name).name: lambda info=info: archive.extractfile(info)
                for info in archive.getmembers() if info.isfile()}
-
-
-def opener(path: Path) -> functools.partial:
-    return functools.partial(gzip.open if path.suffix == ".gz" else open, path, "rb")
 
 
 def refuse_web_page(path: Path, name: str) -> None:

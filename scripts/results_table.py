@@ -174,9 +174,7 @@ ENTRIES_OF = {"bleu": BLEU_ENTRIES, **{
 
 
 def check_entries(content: Any, entries: dict[str, Callable[[Any], bool]], where: str = "") -> None:
-    """Raises:
-    ValueError: ``content`` lacks an entry, or it is not what it should be.
-    """
+    """Raise ValueError if ``content`` lacks an entry, or it is not what it should be."""
     if not isinstance(content, dict):
         raise ValueError(f"{where or 'it'} is no table")
     for name, is_right in entries.items():
@@ -215,9 +213,7 @@ def kind_of(score: Any) -> str:
 
 
 def check_bleu(run: Run, which: str) -> None:
-    """Raises:
-    UserError: the translations beside a run.json do not have its BLEU.
-    """
+    """Raise UserError if the translations beside a run.json do not have its BLEU."""
     hypotheses, references = run.lines(which, "hypotheses"), run.lines(which, "references")
     score, where = run.content["scores"][which], run.folder / run.content["scores"][which]["hypotheses"]
     if len(hypotheses) != len(references):
@@ -334,11 +330,10 @@ def p_values(runs: list[Run], which: str, samples: int) -> dict[tuple[str, int],
             by_seed[run.seed].append(run)
     found = {}
     for seed, group in by_seed.items():
-        baselines = [run for run in group if run.row == BASELINE]
-        others = [run for run in group if run.row != BASELINE]
-        if not baselines or not others:
+        ordered = sorted(group, key=lambda run: run.row != BASELINE)
+        others = ordered[1:]
+        if ordered[0].row != BASELINE or not others:
             continue
-        ordered = [*baselines, *others]
         references = ordered[0].lines(which, "references")
         signature = ordered[0].content["scores"][which]["signature"]
         for run in others:

@@ -10,12 +10,9 @@
 # SCORE=no stops after training.
 
 set -euo pipefail
-[[ ${1:--} != -* ]] || { sed -n '2,/^$/s/^# \?//p' "$0" >&2; exit 1; }
-root=$(cd "$(dirname "$0")/../.." >/dev/null && pwd)
-run=$1 data=${DATA:-data/brown_lm}
-shift
 # shellcheck source=examples/train.sh
-source "$root/examples/train.sh"
+source "$(dirname "$0")/../train.sh"
+data=${DATA:-data/brown_lm}
 
 train=(
     "$data/data-bin" --user-dir "$root/multimax_fairseq" --save-dir "$run"

@@ -9,12 +9,9 @@
 # if they are not there; SCORE=no stops after training.
 
 set -euo pipefail
-[[ ${1:--} != -* ]] || { sed -n '2,/^$/s/^# \?//p' "$0" >&2; exit 1; }
-root=$(cd "$(dirname "$0")/../.." >/dev/null && pwd)
-run=$1 data=${DATA:-data/wikitext103}
-shift
 # shellcheck source=examples/train.sh
-source "$root/examples/train.sh"
+source "$(dirname "$0")/../train.sh"
+data=${DATA:-data/wikitext103}
 
 train=(
     "$data/data-bin" --user-dir "$root/multimax_fairseq" --save-dir "$run"
