@@ -25,8 +25,8 @@ def last_epochs(folder: Path, count: int) -> List[Path]:
     matches = (re.fullmatch(r"checkpoint(\d+)\.pt", path.name) for path in folder.glob("checkpoint*.pt"))
     epochs = sorted(int(match[1]) for match in matches if match)
     if not epochs:
-        raise tools.UserError(f"{folder} has no checkpoint of a whole epoch: train without --no-epoch-checkpoints and "
-                              f"with --keep-last-epochs {count} or more")
+        raise tools.UserError(f"{folder} has no checkpoint of a whole epoch: train without --no-epoch-checkpoints "
+                              f"and with --keep-last-epochs {count} or more")
     return [folder / f"checkpoint{epoch}.pt" for epoch in epochs[-count:]]
 
 

@@ -19,12 +19,11 @@ In both languages every word carries the units of meaning that it expresses; wor
 """
 
 import argparse
-import os
 import random
-import sys
-import tempfile
 from collections import namedtuple
 from pathlib import Path
+
+from multimax_fairseq import tools
 
 # The lexicon consists of text tables; "_" is a space inside a cell, "-" an empty cell.
 # Gender, singular, plural, English. Gender "w": a weak masculine; outside the nominative its singular is the plural.
@@ -351,7 +350,7 @@ def distinct_sentences(draw, patience=10_000):
     """Yield the results of `draw` that are new and have 4 to 25 words on both sides.
 
     Raises:
-        ValueError: `patience` draws in a row give no such sentence.
+        UserError: `patience` draws in a row give no such sentence.
     """
     seen, failures = set(), 0
     while failures < patience:
@@ -363,20 +362,7 @@ def distinct_sentences(draw, patience=10_000):
             yield german, english, alignment
         else:
             failures += 1
-    raise ValueError(f"the grammar makes no more than {len(seen) // 2} distinct sentences; ask for fewer")
-
-
-def write_corpus(out, splits):
-    """Write all files beside `out`, then move them in, so that none is ever half-written."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as staging:
-        for split, sentences in splits.items():
-            for column, suffix in enumerate(("de", "en", "align")):
-                text = "".join(sentence[column] + "\n" for sentence in sentences)
-                Path(staging, f"{split}.{suffix}").write_text(text, encoding="utf-8")
-        out.mkdir(exist_ok=True)
-        for path in sorted(Path(staging).iterdir()):
-            os.replace(path, out / path.name)
+    raise tools.UserError(f"the grammar makes no more than {len(seen) // 2} distinct sentences; ask for fewer")
 
 
 def sentence_count(text):
@@ -386,7 +372,7 @@ def sentence_count(text):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = tools.ArgumentParser(__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder for the nine files")
     parser.add_argument("--seed", type=int, default=1, help="same seed, same files (default: 1)")
     sizes = {"test": 500, "valid": 500, "train": 20000}  # training data last: its size does not change the others
@@ -394,11 +380,13 @@ def main():
         parser.add_argument(f"--{split}", type=sentence_count, default=size, help=f"sentence pairs (default: {size})")
     options = parser.parse_args()
     sentences = distinct_sentences(Grammar(random.Random(options.seed)).sentence)
-    try:
+    with tools.errors_in_a_line():
         splits = {split: [next(sentences) for _ in range(getattr(options, split))] for split in sizes}
-        write_corpus(options.out, splits)
-    except (OSError, ValueError) as error:
-        sys.exit(f"make_demo_corpus: error: {error}")
+        options.out.mkdir(parents=True, exist_ok=True)
+        for split, triples in splits.items():
+            for column, suffix in enumerate(("de", "en", "align")):
+                with tools.replacing(options.out / f"{split}.{suffix}") as file:
+                    file.writelines(f"{triple[column]}\n".encode() for triple in triples)
 
 
 if __name__ == "__main__":

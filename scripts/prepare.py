@@ -172,7 +172,7 @@ def run(script: Path, arguments: list[str]) -> None:
     elif recipe.urls:
         url = args.url or os.environ.get(url_variable(name))
         if url:  # what another address gave is not taken for what this one gives
-            shutil.rmtree(download_folder(out), ignore_errors=True)
+            shutil.rmtree(out.with_name(f"{out.name}.download"), ignore_errors=True)
         whole = url and recipe.source == "archive"  # the address of the archive itself
         settings["source"] = url or " ".join(recipe.urls)
         addresses = {file: url.split() if whole else [f"{base.rstrip('/')}/{file}" for base in
@@ -194,7 +194,7 @@ def run(script: Path, arguments: list[str]) -> None:
         options = {option.upper().replace("-", "_"): str(value) for option, value in vars(args).items()}
         run_recipe(script, build, lock, {**options, "SOURCE": str(source)})
         publish(build, out, settings, args.force)
-        shutil.rmtree(download_folder(out), ignore_errors=True)
+        shutil.rmtree(out.with_name(f"{out.name}.download"), ignore_errors=True)
     print(f"done: {args.out} (train with: fairseq-train {args.out}/data-bin …)")
 
 
@@ -346,18 +346,9 @@ def digests(source: Path, option: str) -> dict[str, str] | str:
     raise UserError(f"{option} {source}: there is no such {'folder' if option == '--from' else 'file'}")
 
 
-def download_folder(out: Path) -> Path:
-    return out.with_name(f"{out.name}.download")
-
-
 def fetch(addresses: dict[str, list[str]], out: Path, recipe: Recipe, check: bool, instead: str) -> Path:
-    """Download files to OUT.download, where they stay until OUT is complete.
-
-    Args:
-        addresses: of each file, where it may be; the first that has it is taken.
-
-    Returns:
-        the archive, or the folder with the files.
+    """Download each file, from its first address that has it, to OUT.download, until OUT is complete; returns the
+    archive, or the folder with the files.
 
     Raises:
         UserError: it cannot be had, or is not what it should be.
@@ -368,7 +359,7 @@ def fetch(addresses: dict[str, list[str]], out: Path, recipe: Recipe, check: boo
     except ImportError:
         raise UserError(f"a download needs pooch: pip install pooch; or use {instead} with what you have") from None
     pooch.get_logger().setLevel("WARNING")
-    folder = download_folder(out)
+    folder = out.with_name(f"{out.name}.download")
     get = pooch.HTTPDownloader(progressbar=sys.stderr.isatty(), timeout=60)
     for name, urls in addresses.items():
         for number, url in enumerate(urls):
@@ -436,8 +427,8 @@ def opened(source: Path) -> Iterator[dict[str, Any]]:
     """The files of a source: name, without folders and .gz → a function that opens it."""
     if source.is_dir():
         files = (path for path in sorted(source.iterdir(), reverse=True) if path.is_file())
-        yield {path.name.removesuffix(".gz"): lambda path=path: (gzip.open if path.suffix == ".gz" else open)(path, "rb")
-               for path in files}  # plain before .gz
+        yield {path.name.removesuffix(".gz"):  # plain before .gz
+               lambda path=path: gzip.open(path) if path.suffix == ".gz" else path.open("rb") for path in files}
         return
     refuse_web_page(source, str(source))
     if zipfile.is_zipfile(source):

@@ -35,14 +35,8 @@ SPARSE = ("sparsemax", "entmax15", "entmax")
 
 
 def learned_parameters(state: dict[str, Tensor]) -> dict[str, dict[str, list]]:
-    """What the mappings have learned, by module.
-
-    Args:
-        state: the parameters of a checkpoint by name.
-
-    Returns:
-        by module: ``thresholds`` and ``gains``, both (order, 2), or ``alpha_logits``, (heads,), or of a scale ``t``,
-        (1,), or ``s``, (heads,), with six decimals.
+    """What the mappings have learned, by module, with six decimals: ``thresholds`` and ``gains``, both (order, 2), or
+    ``alpha_logits``, (heads,), or of a scale ``t``, (1,), or ``s``, (heads,).
     """
     learned: dict[str, dict[str, list]] = {}
     for name, tensor in state.items():

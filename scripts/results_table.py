@@ -86,11 +86,7 @@ class Run:
 
 
 def name_of_mapping(mapping: dict[str, Any]) -> str:
-    """The name of a choice of mappings, without its defaults: ``MultiMax, order 1``.
-
-    Args:
-        mapping: as in settings.py.
-    """
+    """The name of a choice of mappings of settings.py, without its defaults: ``MultiMax, order 1``."""
     attention, output = mapping["attention_mapping"], mapping.get("output_mapping", "softmax")
     name = NAMES.get(attention, attention)
     alpha = mapping.get("entmax_alpha")
@@ -155,13 +151,6 @@ ENTRIES = {
     "validation": lambda value: isinstance(value, dict) and is_finite(value.get("ppl", 1), 1),
     "scores": lambda value: isinstance(value, dict) and bool(value),
 }
-MAPPING_ENTRIES = {
-    "attention_mapping": is_text,
-    **dict.fromkeys(("attention_mapping_sites", "attention_scale", "output_mapping", "multimax_terms",
-                     "multimax_init", "entmax_alpha", "mapping_options"), lambda text: text is None or is_text(text)),
-    "multimax_order": lambda value: value in (None, 1, 2),
-    "modulator_lr_scale": lambda value: value is None or is_finite(value, 0),
-}
 BLEU_ENTRIES = {
     "bleu": lambda value: is_finite(value, 0) and value <= 100,
     "signature": lambda value: is_text(value) and value.startswith("BLEU|"),
@@ -192,12 +181,12 @@ def load_run(path: Path) -> Run:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         check_entries(content, ENTRIES)
-        check_entries(content["mapping"], MAPPING_ENTRIES, "mapping: ")
+        name_of_mapping(content["mapping"])
         for name, score in content["scores"].items():
             check_entries(score, ENTRIES_OF[kind_of(score)], f"{name}: ")
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is not, or no longer, a file of record_run.py ({error}): evaluate again") from error
     run = Run(path.parent, content)
     for name, score in content["scores"].items():
@@ -288,15 +277,7 @@ def mean_and_deviation(values: Iterable[float]) -> str:
 
 
 def difference(values: dict[int, float], baseline: dict[int, float]) -> str:
-    """``−0.42``: the mean difference over common seeds.
-
-    Args:
-        values: seed → score.
-        baseline: the same for softmax.
-
-    Returns:
-        "–" without a common seed; bold if larger than both standard deviations between seeds.
-    """
+    """``−0.42``: the mean difference over common seeds, bold if larger than both standard deviations between seeds."""
     seeds = sorted(values.keys() & baseline.keys())
     if not seeds:
         return "–"
@@ -309,15 +290,7 @@ def difference(values: dict[int, float], baseline: dict[int, float]) -> str:
 
 
 def p_values(runs: list[Run], which: str, samples: int) -> dict[tuple[str, int], float]:
-    """sacrebleu's paired bootstrap of each run against softmax with the same seed.
-
-    Args:
-        runs: of one experiment.
-        which: the score whose translations are compared: ``best``.
-        samples: how often the test set is resampled.
-
-    Returns:
-        (row, seed) → p, for all runs with a matching softmax run.
+    """sacrebleu's paired bootstrap of each run against softmax with the same seed, if there is one: (row, seed) → p.
 
     Raises:
         UserError: translations are missing, or were scored with other references or in another way.

@@ -276,7 +276,7 @@ def of_hypotheses(content):
     (of_record(lambda _, best: best.update(hypotheses="../softmax/best.hypotheses")),
      "(best: hypotheses is '../softmax"),
     (of_record(lambda record, _: record.pop("seed")), "(seed is nothing)"),
-    (of_record(lambda record, _: record["mapping"].update(multimax_terms=3)), "(mapping: multimax_terms is 3)"),
+    (of_record(lambda record, _: record["mapping"].update(multimax_terms=3)), "a file of record_run.py ('int' object"),
     (of_record(lambda record, _: record.pop("settings")), "(settings is nothing)"),
     (of_record(lambda record, _: record["validation"].update(ppl=float("inf"))), "(validation is {'ppl': inf})"),
 ])

@@ -37,8 +37,8 @@ for attention in collected.attention:
     # (1, num_heads, tgt_len, src_len) each; −inf marks a score that is not there
     metrics = analysis.row_metrics(attention.scores, attention.probabilities)
     values = {name: rows.nanmean().item() for name, rows in metrics._asdict().items()}
-    print(f"{attention.site:8} layer {attention.layer}:  M {values['multimodality']:.3f}  S {values['sparsity']:.3f}  "
-          f"entropy {values['entropy']:.3f} nat  effective support {values['effective_support']:.2f} keys")
+    print(f"{attention.site:8} layer {attention.layer}:  M {values['multimodality']:.3f}  S {values['sparsity']:.3f}"
+          f"  entropy {values['entropy']:.3f} nat  effective support {values['effective_support']:.2f} keys")
 
 # %% How alike the tokens become
 for output in collected.layers:
