@@ -161,6 +161,7 @@ def run(script: Path, arguments: list[str]) -> None:
     recipe, out = RECIPES[name], Path(os.path.realpath(args.out))
     need_commands(name)
     files = [f"{args.corpus}-v1.zip"] if name == "wikitext103" else list(recipe.files)
+    download = out.with_name(f"{out.name}.download")
     settings = {"recipe": name, **{option: getattr(args, option.replace("-", "_")) for option in recipe.options}}
     source = None
     if recipe.source and not args.archive and not getattr(args, "url", None) and recipe.folder:
@@ -172,7 +173,7 @@ def run(script: Path, arguments: list[str]) -> None:
     elif recipe.urls:
         url = args.url or os.environ.get(url_variable(name))
         if url:  # what another address gave is not taken for what this one gives
-            shutil.rmtree(out.with_name(f"{out.name}.download"), ignore_errors=True)
+            shutil.rmtree(download, ignore_errors=True)
         whole = url and recipe.source == "archive"  # the address of the archive itself
         settings["source"] = url or " ".join(recipe.urls)
         addresses = {file: url.split() if whole else [f"{base.rstrip('/')}/{file}" for base in
@@ -188,13 +189,13 @@ def run(script: Path, arguments: list[str]) -> None:
             print(f"already prepared: {args.out}")
             return
         if recipe.urls and source is None:
-            source = fetch(addresses, out, recipe, not args.no_checksum, f"--{recipe.source}")
+            source = fetch(addresses, download, recipe, not args.no_checksum, f"--{recipe.source}")
         elif any(recipe.files.values()) and settings["source"] not in map(recipe.files.get, files):
             print(f"WARNING: {source} is not the published {files[0]}, by its SHA-256", file=sys.stderr)
         options = {option.upper().replace("-", "_"): str(value) for option, value in vars(args).items()}
         run_recipe(script, build, lock, {**options, "SOURCE": str(source)})
         publish(build, out, settings, args.force)
-        shutil.rmtree(out.with_name(f"{out.name}.download"), ignore_errors=True)
+        shutil.rmtree(download, ignore_errors=True)
     print(f"done: {args.out} (train with: fairseq-train {args.out}/data-bin …)")
 
 
@@ -346,9 +347,8 @@ def digests(source: Path, option: str) -> dict[str, str] | str:
     raise UserError(f"{option} {source}: there is no such {'folder' if option == '--from' else 'file'}")
 
 
-def fetch(addresses: dict[str, list[str]], out: Path, recipe: Recipe, check: bool, instead: str) -> Path:
-    """Download each file, from its first address that has it, to OUT.download, until OUT is complete; returns the
-    archive, or the folder with the files.
+def fetch(addresses: dict[str, list[str]], folder: Path, recipe: Recipe, check: bool, instead: str) -> Path:
+    """Download each file, from its first address that has it, to a folder; returns it, or the archive in it.
 
     Raises:
         UserError: it cannot be had, or is not what it should be.
@@ -359,7 +359,6 @@ def fetch(addresses: dict[str, list[str]], out: Path, recipe: Recipe, check: boo
     except ImportError:
         raise UserError(f"a download needs pooch: pip install pooch; or use {instead} with what you have") from None
     pooch.get_logger().setLevel("WARNING")
-    folder = out.with_name(f"{out.name}.download")
     get = pooch.HTTPDownloader(progressbar=sys.stderr.isatty(), timeout=60)
     for name, urls in addresses.items():
         for number, url in enumerate(urls):

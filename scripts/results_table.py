@@ -277,7 +277,7 @@ def mean_and_deviation(values: Iterable[float]) -> str:
 
 
 def difference(values: dict[int, float], baseline: dict[int, float]) -> str:
-    """``−0.42``: the mean difference over common seeds, bold if larger than both standard deviations between seeds."""
+    """``−0.42``: the mean over common seeds, bold if larger than both standard deviations between seeds."""
     seeds = sorted(values.keys() & baseline.keys())
     if not seeds:
         return "–"
