@@ -124,25 +124,15 @@ def in_a_shell(*command, **kwargs):
 
 def damage(rng, path):
     """Change a file's bytes; says how."""
-    content = bytearray(path.read_bytes())
-    how = rng.choice(["cut", "flip", "zero", "insert", "empty", "noise", "delete"])
-    where = rng.randrange(len(content)) if content else 0
-    if how == "cut":
-        content = content[:where]
-    elif how == "flip" and content:
-        content[where] ^= 1 << rng.randrange(8)
-    elif how == "zero":
-        content[where : where + rng.randrange(1, 400)] = bytes(min(400, len(content) - where))
-    elif how == "insert":
-        content[where:where] = rng.randbytes(rng.randrange(1, 50))
-    elif how == "empty":
-        content = b""
-    elif how == "noise":
-        content = rng.randbytes(rng.randrange(1, 3000))
-    if how == "delete":
-        path.unlink()
-    else:
-        path.write_bytes(content)
+    content = path.read_bytes()
+    where, size = rng.randrange(len(content) or 1), rng.randrange(1, 400)
+    before, at, after = content[:where], content[where : where + 1], content[where + size :]
+    how, changed = rng.choice([
+        ("cut", before), ("flip", before + bytes(byte ^ 1 << size % 8 for byte in at) + content[where + 1 :]),
+        ("zero", before + bytes(size) + after), ("insert", before + rng.randbytes(size) + content[where:]),
+        ("empty", b""), ("noise", rng.randbytes(size)), ("delete", None),
+    ])
+    path.unlink() if changed is None else path.write_bytes(changed)
     return f"{how} at {where} of {path.name}"
 
 
@@ -260,11 +250,7 @@ def kill_at_random(rng, command, folder, most):
 
 
 # name → attack, and how often it is drawn
-ATTACKS = {
-    "run": (damaged_run, 20),
-    "data": (damaged_data, 12),
-    "kill": (killed, 3),
-}
+ATTACKS = {"run": (damaged_run, 20), "data": (damaged_data, 12), "kill": (killed, 3)}
 
 
 def attack(name, seed):

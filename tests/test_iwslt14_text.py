@@ -96,14 +96,6 @@ def test_training_sentences(module, tmp_path):
         "Der Titel: ein Test", "Eine <b>Beschreibung</b>", "Ein Satz\u2028mit zwei Zeilen.\r", "", "Der letzte Satz"]
 
 
-def test_segments(module, tmp_path):
-    path = tmp_path / "IWSLT14.TED.tst2010.de-en.en.xml"
-    path.write_text('<?xml version="1.0" encoding="UTF-8"?>\n<refset setid="tst2010">\n'
-                    '<doc docid="1"><title>Not a segment</title>\n<seg id="1"> It’s a ‘test’. </seg>\n'
-                    '   <seg id="23">Q&amp;A</seg>   \n<seg id="24"> </seg>\n</doc></refset>\n')
-    assert [line.strip() for line in module.segments(path)] == ["It's a ‘test'.", "Q&amp;A", ""]
-
-
 def test_lines_end_at_newlines_and_are_utf8(module, tmp_path):
     path = tmp_path / "text"
     path.write_bytes("a\u2028b\rc\x85d\n\nlast".encode())
@@ -111,12 +103,6 @@ def test_lines_end_at_newlines_and_are_utf8(module, tmp_path):
     path.write_bytes("gut\nStraße\n".encode("latin-1"))
     with pytest.raises(ValueError, match=r"text is not UTF-8 \(the first bad line is number 2\)"):
         list(module.read_lines(path))
-
-
-@pytest.mark.parametrize(("german", "english", "longer"), [(3, 2, "German"), (2, 3, "English")])
-def test_uneven_languages_are_an_error(module, german, english, longer):
-    with pytest.raises(ValueError, match=f"x: more sentences in {longer} than the other language's 2"):
-        list(module.in_pairs(["s"] * german, ["s"] * english, "x"))
 
 
 def test_no_text_is_an_error(module, tmp_path):

@@ -272,7 +272,6 @@ TRANSLATE = ["translate", "--data", "{corpus}", "--run", "{run}"]
     (SCORE, ["--data-bin", "{run}"], "has no split 'test'"),
     (SCORE, ["--checkpoint", "{run}/best.bleu"], "best.bleu cannot be read as a checkpoint"),
     (SCORE, ["--user-dir", "{run}"], "there is no __init__.py in it"),
-    (SCORE, ["--beam", "0"], "is not a whole number above 0"),
     (TRANSLATE, [], "there is neither a SentencePiece model nor bpe.codes"),
     (TRANSLATE, ["--sentencepiece", "{run}/none"], "none: there is neither"),
     (TRANSLATE, ["--data-bin", "{run}"], "has no data of a pair of languages"),
