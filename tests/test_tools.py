@@ -130,7 +130,6 @@ def test_a_checkpoint_that_is_none(what, tool, folder, corpus, monkeypatch):
     ("average_checkpoints", ["--last", "0"], None),
     ("average_checkpoints", ["--output", "-x.pt"], None),
     ("check_decoding", ["--split", "dev"], "has no split 'dev' for this model; --split takes one of: test, train"),
-    ("check_decoding", ["--sentences", "0"], None),
     ("multimax-analyze", ["--out", "{run}/best.bleu"], "is a file; --out takes a folder"),
     ("multimax-analyze", ["--out", "/proc/report"], "could not write /proc/report: "),
 ])
