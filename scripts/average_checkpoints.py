@@ -13,15 +13,7 @@ from typing import Any, Dict, List
 import torch
 from torch import Tensor
 
-from multimax_fairseq.tools import (
-    ArgumentParser,
-    UserError,
-    check_output,
-    errors_in_a_line,
-    positive,
-    read_checkpoint,
-    replacing,
-)
+from multimax_fairseq import tools
 
 
 def last_epochs(folder: Path, count: int) -> List[Path]:
@@ -33,8 +25,8 @@ def last_epochs(folder: Path, count: int) -> List[Path]:
     matches = (re.fullmatch(r"checkpoint(\d+)\.pt", path.name) for path in folder.glob("checkpoint*.pt"))
     epochs = sorted(int(match[1]) for match in matches if match)
     if not epochs:
-        raise UserError(f"{folder} has no checkpoint of a whole epoch: train without --no-epoch-checkpoints and with "
-                        f"--keep-last-epochs {count} or more")
+        raise tools.UserError(f"{folder} has no checkpoint of a whole epoch: train without --no-epoch-checkpoints "
+                              f"and with --keep-last-epochs {count} or more")
     return [folder / f"checkpoint{epoch}.pt" for epoch in epochs[-count:]]
 
 
@@ -46,13 +38,14 @@ def average(paths: List[Path]) -> Dict[str, Any]:
     """
     total: Dict[str, Tensor] = {}
     for path in paths:
-        checkpoint = read_checkpoint(path)
+        checkpoint = tools.read_checkpoint(path)
         parameters = checkpoint["model"]
         total = total or {name: torch.zeros_like(tensor, dtype=torch.float64) for name, tensor in parameters.items()}
         shapes, others = ({name: tensor.shape for name, tensor in part.items()} for part in (total, parameters))
         different = sorted(name for name in {*shapes, *others} if shapes.get(name) != others.get(name))
         if different:
-            raise UserError(f"{path} is of another model than {paths[0]}: they differ in {', '.join(different[:3])}")
+            differ = ", ".join(different[:3])
+            raise tools.UserError(f"{path} is of another model than {paths[0]}: they differ in {differ}")
         for name, tensor in parameters.items():
             total[name] += tensor
     checkpoint["model"] = {name: (total[name] / len(paths)).to(tensor.dtype) for name, tensor in parameters.items()}
@@ -60,19 +53,19 @@ def average(paths: List[Path]) -> Dict[str, Any]:
 
 
 def main() -> None:
-    parser = ArgumentParser(__doc__)
+    parser = tools.ArgumentParser(__doc__)
     parser.add_argument("inputs", nargs="+", type=Path, help="checkpoints, or with --last one folder of them")
-    parser.add_argument("--last", type=positive, metavar="N",
+    parser.add_argument("--last", type=tools.positive, metavar="N",
                         help="take the last N epochs of the folder, or as many as there are")
     parser.add_argument("--output", type=Path, required=True, help="the averaged checkpoint")
     args = parser.parse_args()
-    with errors_in_a_line():
+    with tools.errors_in_a_line():
         if args.last and (len(args.inputs) != 1 or not args.inputs[0].is_dir()):
-            raise UserError("--last goes with one folder")
-        check_output(args.output)
+            raise tools.UserError("--last goes with one folder")
+        tools.check_output(args.output)
         paths = last_epochs(args.inputs[0], args.last) if args.last else args.inputs
         averaged = average(paths)
-        with replacing(args.output) as file:
+        with tools.replacing(args.output) as file:
             torch.save(averaged, file)
     print(f"averaged {', '.join(path.name for path in paths)} into {args.output}")
 

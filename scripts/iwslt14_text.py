@@ -80,12 +80,9 @@ def with_unicode_classes(rule: tuple[re.Pattern, str]) -> tuple[regex.Pattern, s
     """A rule of sacremoses with Unicode's classes in place of its character lists."""
     pattern, replacement = rule
     source = pattern.pattern
-    for characters, unicode_class in (
-        (sacremoses.MosesTokenizer.IsAlnum, r"\p{Alphabetic}\p{Nd}"),
-        (sacremoses.MosesTokenizer.IsAlpha, r"\p{Alphabetic}"),
-        (sacremoses.MosesTokenizer.IsN, r"\p{N}"),
-    ):
-        source = source.replace(characters, unicode_class)
+    classes = {"IsAlnum": r"\p{Alphabetic}\p{Nd}", "IsAlpha": r"\p{Alphabetic}", "IsN": r"\p{N}"}
+    for name, unicode_class in classes.items():
+        source = source.replace(getattr(sacremoses.MosesTokenizer, name), unicode_class)
     return regex.compile(source), replacement
 
 
@@ -96,13 +93,10 @@ def lower_case(text: str) -> str:
 
 def is_clean(german: str, english: str) -> bool:
     """Would Moses' clean-corpus-n keep this pair of tokenised sentences?"""
-    lengths = len(german.split(" ")), len(english.split(" "))
-    return (
-        bool(german and english)
-        and max(lengths) <= MOST_TOKENS
-        and max(lengths) <= GREATEST_RATIO * min(lengths)
-        and max(map(len, chain(german.split(" "), english.split(" ")))) <= LONGEST_TOKEN
-    )
+    sides = german.split(" "), english.split(" ")
+    shorter, longer = sorted(map(len, sides))
+    return (bool(german and english) and longer <= min(MOST_TOKENS, GREATEST_RATIO * shorter)
+            and max(map(len, chain(*sides))) <= LONGEST_TOKEN)
 
 
 # ---------------------------------------------------------------------- the published files
@@ -166,15 +160,14 @@ def write_pairs(source: Path, out: Path) -> None:
         for folder in ("raw", "tokens"):
             (out / folder).mkdir()
             for split in SPLITS:
-                paths = [out / folder / f"{split}.{language}" for language in LANGUAGES]
-                files[folder, split] = [
-                    stack.enter_context(path.open("w", encoding="utf-8", newline="\n")) for path in paths
-                ]
+                for language in LANGUAGES:
+                    file = (out / folder / f"{split}.{language}").open("w", encoding="utf-8", newline="\n")
+                    files[folder, split, language] = stack.enter_context(file)
 
         def write(split: str, raw: Sequence[str], tokens: Sequence[str]) -> None:
-            for side in range(len(LANGUAGES)):
-                files["raw", split][side].write(f"{raw[side]}\n")
-                files["tokens", split][side].write(f"{lower_case(tokens[side])}\n")
+            for language, text, units in zip(LANGUAGES, raw, tokens):
+                files["raw", split, language].write(f"{text}\n")
+                files["tokens", split, language].write(f"{lower_case(units)}\n")
 
         paths = [source / f"train.tags.de-en.{language}" for language in LANGUAGES]
         kept = 0
@@ -198,10 +191,9 @@ def learn_codes(texts: Sequence[Path], codes: Path, merges: int) -> None:
     Raises:
         ValueError: there is nothing to merge.
     """
-    lines = chain.from_iterable(map(read_lines, texts))
     with codes.open("w", encoding="utf-8", newline="\n") as file:
         try:
-            learn_bpe(lines, file, merges)
+            learn_bpe(chain.from_iterable(map(read_lines, texts)), file, merges)
         except ValueError as error:  # the maximum of an empty sequence
             raise ValueError(f"no training text is left to learn subword units from ({error})") from error
 
@@ -241,11 +233,10 @@ def decoder(language: str) -> Callable[[str], str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    command = commands.add_parser("prepare", help="the published files to subwords")
-    command.add_argument("--from", dest="source", type=Path, required=True, help="folder with the published files")
-    command.add_argument("--out", type=Path, required=True, help="a folder that is there already")
-    command.add_argument("--merges", type=int, default=10000, help="of BPE (default: %(default)s)")
+    parser.add_argument("command", choices=["prepare"])
+    parser.add_argument("--from", dest="source", type=Path, required=True, help="folder with the published files")
+    parser.add_argument("--out", type=Path, required=True, help="a folder that is there already")
+    parser.add_argument("--merges", type=int, default=10000, help="of BPE (default: %(default)s)")
     args = parser.parse_args()
     try:
         prepare(args.source, args.out, args.merges)

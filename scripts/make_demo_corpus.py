@@ -11,7 +11,7 @@ Pharaoh format (``i-j``: German token i expresses English token j, from 0)::
     align  0-8 1-2 2-0 3-1 4-5 5-6 6-7 7-3 8-4 9-9
 
 The grammar covers what makes German hard to translate word by word: verb-second order, whatever comes first;
-verb-final clauses (dass, ob, weil, relative clauses); perfect and modals with the lexical verb at the end; separable
+verb-final clauses (dass, ob, weil); perfect and modals with the lexical verb at the end; separable
 verbs ("ruft ... an", "anruft", "angerufen"); case, gender and number on articles, adjectives, nouns and pronouns;
 objects before their subject ("den Mann sieht die Frau"); nicht and kein for English do-support; and questions.
 
@@ -19,12 +19,11 @@ In both languages every word carries the units of meaning that it expresses; wor
 """
 
 import argparse
-import os
 import random
-import sys
-import tempfile
 from collections import namedtuple
 from pathlib import Path
+
+from multimax_fairseq import tools
 
 # The lexicon consists of text tables; "_" is a space inside a cell, "-" an empty cell.
 # Gender, singular, plural, English. Gender "w": a weak masculine; outside the nominative its singular is the plural.
@@ -107,14 +106,14 @@ CHOICES = {  # with nicht no number and no "jeder": the scope would be unclear
     "definite": "d d d d d mein dein ihr dies", "negated": "d d d kein kein kein mein dies",
 }  # fmt: skip
 # Relative frequencies of the grammar's choices.
-SENTENCES = {"statement": 6, "question": 2, "content_question": 2, "subordination": 4, "report": 2}
+SENTENCES = {"statement": 6, "question": 3, "subordination": 5, "report": 3}
 FRAMES = {"accusative": 10, "dative": 4, "ditransitive": 4, "intransitive": 6, "goal": 8, "copula": 4}
 OBJECTS = {"accusative": ["accusative"], "dative": ["dative"], "ditransitive": ["dative", "accusative"]}
 TENSES = {"present": 8, "past": 8, "werden": 3, "können": 3, "sollen": 2}
 FRONTS = {"subject": 6, "time": 8, "place": 3, "accusative": 4, "dative": 4}
 SUBJUNCTIONS = {"weil": "because", "obwohl": "although", "während": "while", "wenn": "if", "als": "when"}
 GERMAN_ORDER = ("subject", "pronoun", "time", "dative", "accusative", "negation", "place", "goal", "predicate")
-ENGLISH_ORDER = ("predicate", "pronoun", "dative", "accusative", "goal", "place", "time", "postponed")
+ENGLISH_ORDER = ("predicate", "pronoun", "dative", "accusative", "goal", "place", "time")
 
 Noun = namedtuple("Noun", "gender weak singular plural english english_plural kind")
 Verb = namedtuple("Verb", "frame objects preposition particle infinitive forms participle english past")
@@ -222,7 +221,7 @@ class Clause:
             finite = words(FORMS[helper].split()[slot], self.finite)
         first = list(opening) if opening or not front else fields.pop(front)
         middle = sum((fields.get(role, []) for role in GERMAN_ORDER), [])
-        return first + (middle + final + finite if last else finite + middle + final) + fields.get("postponed", [])
+        return first + (middle + final + finite if last else finite + middle + final)
 
     def english(self, inverted=False):
         """`inverted` puts the auxiliary before the subject; negations and questions use do as one."""
@@ -285,10 +284,9 @@ class Grammar:
         adjective = self.adjective(noun) if self.rng.random() < 0.4 else ("", "")
         return noun_phrase(noun, determiner, plural, adjective, case, negation)
 
-    def clause(self, tense="", subject=None, verb=None, gap="", relatives=False):
-        """`gap` is the object that an interrogative pronoun replaces."""
+    def clause(self, tense="", verb=None):
         negated, tense = self.rng.random() < 0.2, tense or self.draw(TENSES)
-        subject = subject or self.phrase("person", "nominative", negated)
+        subject = self.phrase("person", "nominative", negated)
         clause = Clause(subject, verb or self.verb(self.draw(FRAMES)), tense, negated)
         frame, parts = clause.verb.frame, clause.parts
         if frame == "copula":
@@ -303,50 +301,28 @@ class Grammar:
             phrase = self.phrase(kind, case, negated, negation)
             while phrase.slot % 3 == subject.slot % 3 != 2:  # no reflexives: "ich sehe mich"
                 phrase = self.phrase(kind, case, negated, negation)
-            if case != gap:
-                parts[case if phrase.noun else "pronoun"] = phrase
-            person = phrase.noun and phrase.noun.kind == "person"
-            if relatives and person and case == frame and self.rng.random() < 0.25:
-                parts["postponed"] = self.relative_clause(phrase)
-                return clause  # an adverbial after it would seem to be part of it
+            parts[case if phrase.noun else "pronoun"] = phrase
         if self.rng.random() < 0.4:
             parts["time"] = fixed(*self.rng.choice(table(TIMES.get(tense, TIMES["modal"]), 2)))
         if frame not in ("copula", "goal", "reporting") and self.rng.random() < 0.25:
             parts["place"] = prepositional("in", self.phrase("place", "dative"), "in")
         return clause
 
-    def relative_clause(self, head):
-        cell = 3 if head.slot == 5 else GENDERS.index(head.noun.gender)
-        clause = self.clause(subject=fixed("d" + ENDINGS["article"].split()[cell], "who", head.slot, head.noun))
-        return Phrase(words(",") + clause.german("", last=True), clause.english())
-
     def verb(self, frame):
         return self.rng.choice([verb for verb in VERBS if verb.frame == frame])
 
     def front(self, clause):
         """What stands before the verb; an object only if its case shows that it is one."""
-        marked = {role for role, phrase in clause.parts.items() if phrase.marked and "postponed" not in clause.parts}
+        marked = {role for role, phrase in clause.parts.items() if phrase.marked}
         return self.draw({role: weight for role, weight in FRONTS.items() if role in marked | {"subject"}})
 
     def statement(self):
-        clause = self.clause(relatives=True)
+        clause = self.clause()
         return clause.german(self.front(clause)), clause.english()
 
     def question(self):
-        clause = self.clause(relatives=True)
+        clause = self.clause()
         return clause.german(front=""), clause.english(inverted=True), "?"
-
-    def content_question(self):
-        """Who, whom, what, why."""
-        case = self.draw({"nominative": 1, "accusative": 2, "dative": 1, "": 1})
-        if case == "nominative":
-            clause = self.clause(subject=fixed("wer", "who"))
-            return clause.german(), clause.english(), "?"
-        clause = self.clause(verb=self.verb(case or "accusative"), gap=case)
-        answers = {"accusative": ("wen", "whom"), "dative": ("wem", "whom"), "": ("warum", "why")}
-        thing = case and clause.verb.objects not in ("person", "any")
-        opening = fixed(*(("was", "what") if thing else answers[case]))
-        return clause.german("", opening.german), opening.english + clause.english(inverted=True), "?"
 
     def subordination(self):
         """Main and subordinate clause, in either order."""
@@ -364,17 +340,17 @@ class Grammar:
         """Somebody says that, asks whether. "Knew that" needs a past, too: "knew that he called"."""
         clause = self.clause(self.rng.choice(["present", "past"]), verb=self.verb("reporting"))
         whether = clause.verb.english == "ask" or clause.verb.english == "know" and clause.negated
-        other = self.clause("past" if clause.tense == "past" else "", relatives=True)
+        other = self.clause("past" if clause.tense == "past" else "")
         german, english = other.subordinate(fixed(*(("ob", "whether") if whether else ("dass", "that"))))
-        clause.parts = {"postponed": Phrase(words(",") + german, english)}
-        return clause.german(), clause.english()
+        clause.parts.clear()
+        return clause.german() + words(",") + german, clause.english() + english
 
 
 def distinct_sentences(draw, patience=10_000):
     """Yield the results of `draw` that are new and have 4 to 25 words on both sides.
 
     Raises:
-        ValueError: `patience` draws in a row give no such sentence.
+        UserError: `patience` draws in a row give no such sentence.
     """
     seen, failures = set(), 0
     while failures < patience:
@@ -386,20 +362,7 @@ def distinct_sentences(draw, patience=10_000):
             yield german, english, alignment
         else:
             failures += 1
-    raise ValueError(f"the grammar makes no more than {len(seen) // 2} distinct sentences; ask for fewer")
-
-
-def write_corpus(out, splits):
-    """Write all files beside `out`, then move them in, so that none is ever half-written."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as staging:
-        for split, sentences in splits.items():
-            for column, suffix in enumerate(("de", "en", "align")):
-                text = "".join(sentence[column] + "\n" for sentence in sentences)
-                Path(staging, f"{split}.{suffix}").write_text(text, encoding="utf-8")
-        out.mkdir(exist_ok=True)
-        for path in sorted(Path(staging).iterdir()):
-            os.replace(path, out / path.name)
+    raise tools.UserError(f"the grammar makes no more than {len(seen) // 2} distinct sentences; ask for fewer")
 
 
 def sentence_count(text):
@@ -409,7 +372,7 @@ def sentence_count(text):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = tools.ArgumentParser(__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder for the nine files")
     parser.add_argument("--seed", type=int, default=1, help="same seed, same files (default: 1)")
     sizes = {"test": 500, "valid": 500, "train": 20000}  # training data last: its size does not change the others
@@ -417,11 +380,13 @@ def main():
         parser.add_argument(f"--{split}", type=sentence_count, default=size, help=f"sentence pairs (default: {size})")
     options = parser.parse_args()
     sentences = distinct_sentences(Grammar(random.Random(options.seed)).sentence)
-    try:
+    with tools.errors_in_a_line():
         splits = {split: [next(sentences) for _ in range(getattr(options, split))] for split in sizes}
-        write_corpus(options.out, splits)
-    except (OSError, ValueError) as error:
-        sys.exit(f"make_demo_corpus: error: {error}")
+        options.out.mkdir(parents=True, exist_ok=True)
+        for split, triples in splits.items():
+            for column, suffix in enumerate(("de", "en", "align")):
+                with tools.replacing(options.out / f"{split}.{suffix}") as file:
+                    file.writelines(f"{triple[column]}\n".encode() for triple in triples)
 
 
 if __name__ == "__main__":

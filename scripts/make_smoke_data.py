@@ -6,7 +6,7 @@
     python scripts/make_smoke_data.py multi30k multi30k                     # for prepare_multi30k.sh --from
 
 Names, folders, compression and markup are those of the published data. The sentences come from the grammar of
-make_demo_corpus.py, in normal spelling. Every 97 pairs, IWSLT's training text has one that tests the cleaning.
+make_demo_corpus.py, in normal spelling.
 """
 
 from __future__ import annotations
@@ -39,20 +39,6 @@ TALK = """<url>http://www.ted.com/talks/{0}</url>
 """
 WORDS_SEEN_LESS_ARE_UNKNOWN = 3  # WikiText's own rule
 
-# Text as in talks that the grammar does not make. The cleaning removes the last four (1 to 175 tokens on each side,
-# one side at most 1.5 times as long as the other).
-ODD_PAIRS = (
-    ("Das kostet 1.000,50 Euro & mehr – „wirklich“.", "That costs 1,000.50 euros & more -- \"really.\""),
-    ("(Gelächter) [Musik] <b>Danke!</b>", "(Laughter) [Music] <b>Thanks!</b>"),
-    ("Dr. Müller kam z.B. am 3. Mai um 10:30 Uhr…", "Dr. Miller came e.g. on May 3rd, at 10:30 a.m. ..."),
-    ("Ich hab's gesehen: wie geht's dir?", "I've seen it: how's it going? It's the 1990's."),
-    ("a|b ist 50% von ‚c‘, oder 2/3.", "a|b is 50% of 'c', or 2/3."),
-    ("", "Nobody has translated this."),
-    ("Niemand hat das übersetzt.", ""),
-    ("Ja.", "Yes, and this goes on much longer than what it is meant to be a translation of."),
-    ("Ha " * 176, "Ha " * 176),
-)
-
 Pairs = Iterator[tuple[str, str]]  # of tokens, German and English; no sentence twice
 
 
@@ -78,8 +64,6 @@ def iwslt14(out: Path, pairs: Pairs, sentences: int) -> None:
             for index, pair in enumerate(train):
                 if index % PAIRS_IN_A_TALK == 0:
                     text += TALK.format(index // PAIRS_IN_A_TALK + 1)
-                if index % 97 == 1:
-                    text += ODD_PAIRS[index // 97 % len(ODD_PAIRS)][side].strip() + "\n"
                 text += pair[side] + "\n"
             add(f"train.tags.de-en.{language}", text)
             for name, chosen in sets.items():

@@ -15,9 +15,9 @@ from __future__ import annotations
 
 import argparse
 import fcntl
-import functools
 import gzip
 import hashlib
+import importlib.util
 import json
 import os
 import re
@@ -34,14 +34,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # fairseq may not be installed yet: this says so
+from multimax_fairseq.tools import ArgumentParser, UserError, errors_in_a_line  # noqa: E402
+
 SPLITS = ("train", "valid", "test")
 MARKER = ".complete"
 WEB_PAGE = re.compile(rb"<!doctype html|<html", re.I)
 UNREADABLE = (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError)
-
-
-class UserError(Exception):
-    """Something that the user can fix; its one-line text says how."""
 
 
 class Recipe(NamedTuple):
@@ -116,8 +115,7 @@ def parse_options(script: Path, arguments: list[str]) -> tuple[str, argparse.Nam
     name = script.stem.removeprefix("prepare_")
     recipe = RECIPES[name]
     header = [line[2:] for line in script.read_text(encoding="utf-8").split("\n\n")[0].splitlines()[1:]]
-    parser = ArgumentParser(prog=script.name, description="\n".join(header), allow_abbrev=False,
-                            formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser("\n".join(header), prog=script.name, allow_abbrev=False)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the result goes")
     if recipe.source == "archive":
         parser.add_argument("--archive", type=Path, metavar="FILE", help="what is published, instead of a download")
@@ -153,13 +151,6 @@ def whole_number(text: str) -> int:
     raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
 
 
-class ArgumentParser(argparse.ArgumentParser):
-    """With errors in a line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"ERROR: {message}; see --help\n")
-
-
 def run(script: Path, arguments: list[str]) -> None:
     """Make --out by the recipe, unless it is there.
 
@@ -170,6 +161,7 @@ def run(script: Path, arguments: list[str]) -> None:
     recipe, out = RECIPES[name], Path(os.path.realpath(args.out))
     need_commands(name)
     files = [f"{args.corpus}-v1.zip"] if name == "wikitext103" else list(recipe.files)
+    download = out.with_name(f"{out.name}.download")
     settings = {"recipe": name, **{option: getattr(args, option.replace("-", "_")) for option in recipe.options}}
     source = None
     if recipe.source and not args.archive and not getattr(args, "url", None) and recipe.folder:
@@ -181,7 +173,7 @@ def run(script: Path, arguments: list[str]) -> None:
     elif recipe.urls:
         url = args.url or os.environ.get(url_variable(name))
         if url:  # what another address gave is not taken for what this one gives
-            shutil.rmtree(download_folder(out), ignore_errors=True)
+            shutil.rmtree(download, ignore_errors=True)
         whole = url and recipe.source == "archive"  # the address of the archive itself
         settings["source"] = url or " ".join(recipe.urls)
         addresses = {file: url.split() if whole else [f"{base.rstrip('/')}/{file}" for base in
@@ -197,13 +189,13 @@ def run(script: Path, arguments: list[str]) -> None:
             print(f"already prepared: {args.out}")
             return
         if recipe.urls and source is None:
-            source = fetch(addresses, out, recipe, not args.no_checksum, f"--{recipe.source}")
+            source = fetch(addresses, download, recipe, not args.no_checksum, f"--{recipe.source}")
         elif any(recipe.files.values()) and settings["source"] not in map(recipe.files.get, files):
             print(f"WARNING: {source} is not the published {files[0]}, by its SHA-256", file=sys.stderr)
         options = {option.upper().replace("-", "_"): str(value) for option, value in vars(args).items()}
         run_recipe(script, build, lock, {**options, "SOURCE": str(source)})
         publish(build, out, settings, args.force)
-        shutil.rmtree(download_folder(out), ignore_errors=True)
+        shutil.rmtree(download, ignore_errors=True)
     print(f"done: {args.out} (train with: fairseq-train {args.out}/data-bin …)")
 
 
@@ -213,10 +205,8 @@ def need_commands(name: str) -> None:
         raise UserError("fairseq-preprocess was not found: activate the environment that holds fairseq, or install "
                         f"it: {sys.executable} -m pip install ve-fairseq")
     for module in ("sacremoses", "subword_nmt") if name == "iwslt14" else ():
-        try:
-            __import__(module)
-        except ImportError:
-            raise UserError(f"the Python module {module!r} is missing: pip install '.[iwslt14]'") from None
+        if importlib.util.find_spec(module) is None:
+            raise UserError(f"the Python module {module!r} is missing: pip install '.[iwslt14]'")
 
 
 def run_recipe(script: Path, build: Path, lock: int, variables: dict[str, str]) -> None:
@@ -357,18 +347,8 @@ def digests(source: Path, option: str) -> dict[str, str] | str:
     raise UserError(f"{option} {source}: there is no such {'folder' if option == '--from' else 'file'}")
 
 
-def download_folder(out: Path) -> Path:
-    return out.with_name(f"{out.name}.download")
-
-
-def fetch(addresses: dict[str, list[str]], out: Path, recipe: Recipe, check: bool, instead: str) -> Path:
-    """Download files to OUT.download, where they stay until OUT is complete.
-
-    Args:
-        addresses: of each file, where it may be; the first that has it is taken.
-
-    Returns:
-        the archive, or the folder with the files.
+def fetch(addresses: dict[str, list[str]], folder: Path, recipe: Recipe, check: bool, instead: str) -> Path:
+    """Download each file, from its first address that has it, to a folder; returns it, or the archive in it.
 
     Raises:
         UserError: it cannot be had, or is not what it should be.
@@ -379,7 +359,6 @@ def fetch(addresses: dict[str, list[str]], out: Path, recipe: Recipe, check: boo
     except ImportError:
         raise UserError(f"a download needs pooch: pip install pooch; or use {instead} with what you have") from None
     pooch.get_logger().setLevel("WARNING")
-    folder = download_folder(out)
     get = pooch.HTTPDownloader(progressbar=sys.stderr.isatty(), timeout=60)
     for name, urls in addresses.items():
         for number, url in enumerate(urls):
@@ -436,12 +415,10 @@ def take(source: Path, wanted: list[str]) -> None:
                 with members[name]() as file, target.open("wb") as copy:
                     shutil.copyfileobj(file, copy, 1 << 20)
                 check_text(target, f"{source}: {name}")
-    except UNREADABLE as error:
+    except (*UNREADABLE, OSError) as error:
+        if getattr(error, "errno", None) is not None:  # unlike gzip's, of damaged data
+            raise
         raise UserError(f"{source} is corrupt or cut short: put a good copy in its place") from error
-    except OSError as error:
-        if error.errno is None:  # gzip's, of damaged data
-            raise UserError(f"{source} is corrupt or cut short: put a good copy in its place") from error
-        raise
 
 
 @contextmanager
@@ -449,7 +426,8 @@ def opened(source: Path) -> Iterator[dict[str, Any]]:
     """The files of a source: name, without folders and .gz → a function that opens it."""
     if source.is_dir():
         files = (path for path in sorted(source.iterdir(), reverse=True) if path.is_file())
-        yield {path.name.removesuffix(".gz"): opener(path) for path in files}  # plain before .gz
+        yield {path.name.removesuffix(".gz"):  # plain before .gz
+               lambda path=path: gzip.open(path) if path.suffix == ".gz" else path.open("rb") for path in files}
         return
     refuse_web_page(source, str(source))
     if zipfile.is_zipfile(source):
@@ -467,10 +445,6 @@ def opened(source: Path) -> Iterator[dict[str, Any]]:
             pass
         yield {Path(info.name).name: lambda info=info: archive.extractfile(info)
                for info in archive.getmembers() if info.isfile()}
-
-
-def opener(path: Path) -> functools.partial:
-    return functools.partial(gzip.open if path.suffix == ".gz" else open, path, "rb")
 
 
 def refuse_web_page(path: Path, name: str) -> None:
@@ -537,19 +511,6 @@ def compare(what: str, found: int, published: int, unit: str) -> None:
 # ---------------------------------------------------------------------- command line
 
 
-@contextmanager
-def errors_in_a_line() -> Iterator[None]:
-    try:
-        yield
-    except UserError as error:
-        text = str(error)
-    except OSError as error:
-        text = f"{error.filename or 'a file'}: {error.strerror or error}"
-    else:
-        return
-    sys.exit("ERROR: " + re.sub(r"[\x00-\x1f\x7f]", lambda control: repr(control[0])[1:-1], text))
-
-
 def stop(number: int, _: object) -> NoReturn:
     sys.exit(128 + number)  # through all `finally`
 
@@ -562,7 +523,7 @@ def main() -> None:
         if sys.argv[1:2] == ["run"]:  # whose options are the recipe's
             run(Path(sys.argv[2]), sys.argv[3:])
             return
-        parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        parser = ArgumentParser(__doc__)
         parser.add_argument("command", choices=["run", "take", "pairs", "tokens"])
         parser.add_argument("source")
         parser.add_argument("words", nargs="*")

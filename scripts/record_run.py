@@ -26,14 +26,7 @@ from settings import mapping_of, plain, settings_of
 from torch import Tensor
 
 import multimax_fairseq
-from multimax_fairseq.tools import (
-    ArgumentParser,
-    UserError,
-    entry,
-    errors_in_a_line,
-    read_checkpoint,
-    replacing,
-)
+from multimax_fairseq import tools
 
 FORMAT = 2  # of run.json; results_table.py refuses another one
 DISTRIBUTIONS = ("torch", "fairseq", "ve-fairseq", "numpy", "entmax", "sacrebleu", "sentencepiece", "sacremoses",
@@ -42,14 +35,8 @@ SPARSE = ("sparsemax", "entmax15", "entmax")
 
 
 def learned_parameters(state: dict[str, Tensor]) -> dict[str, dict[str, list]]:
-    """What the mappings have learned, by module.
-
-    Args:
-        state: the parameters of a checkpoint by name.
-
-    Returns:
-        by module: ``thresholds`` and ``gains``, both (order, 2), or ``alpha_logits``, (heads,), or of a scale ``t``,
-        (1,), or ``s``, (heads,), with six decimals.
+    """What the mappings have learned, by module, with six decimals: ``thresholds`` and ``gains``, both (order, 2), or
+    ``alpha_logits``, (heads,), or of a scale ``t``, (1,), or ``s``, (heads,).
     """
     learned: dict[str, dict[str, list]] = {}
     for name, tensor in state.items():
@@ -63,12 +50,12 @@ def read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
-        raise UserError(f"{path} is damaged: it is not UTF-8. Remove it, and evaluate again") from None
+        raise tools.UserError(f"{path} is damaged: it is not UTF-8. Remove it, and evaluate again") from None
 
 
 def updates_of(checkpoint: dict[str, Any], path: Path) -> int:
     """The number of updates before the checkpoint was saved."""
-    return entry(checkpoint, path, "optimizer_history", -1, "num_updates")
+    return tools.entry(checkpoint, path, "optimizer_history", -1, "num_updates")
 
 
 def validation(folder: Path, checkpoint: dict[str, Any]) -> dict[str, Any]:
@@ -77,8 +64,8 @@ def validation(folder: Path, checkpoint: dict[str, Any]) -> dict[str, Any]:
     updates = updates_of(checkpoint, path)
     found = {
         "updates": updates,
-        "metric": entry(checkpoint, path, "cfg", "checkpoint", "best_checkpoint_metric"),
-        "value": float(entry(checkpoint, path, "extra_state", "val_loss")),
+        "metric": tools.entry(checkpoint, path, "cfg", "checkpoint", "best_checkpoint_metric"),
+        "value": float(tools.entry(checkpoint, path, "extra_state", "val_loss")),
     }
     log = folder / "train.log"
     for line in read_text(log).splitlines() if log.is_file() else ():
@@ -100,7 +87,7 @@ def bleu_scores(folder: Path) -> dict[str, dict[str, Any]]:
         text = read_text(path).strip()
         match = re.match(r"(BLEU\|\S+) = (\d+(?:\.\d+)?) ", text)
         if match is None:
-            raise UserError(f"{path} is not what sacrebleu prints: {text[:80]!r}")
+            raise tools.UserError(f"{path} is not what sacrebleu prints: {text[:80]!r}")
         scores[path.stem] = {"bleu": float(match[2]), "signature": match[1], "details": text,
                              "hypotheses": f"{path.stem}.hypotheses", "references": f"{path.stem}.references"}
     return scores
@@ -120,10 +107,10 @@ def perplexities(folder: Path, is_sparse: bool) -> dict[str, dict[str, Any]]:
         loss = re.search(r"Loss \(base 2\): (\S+), Perplexity: (\S+)", text)
         tokens = re.search(r"Evaluated ([\d,]+) tokens", text)
         if loss is None or tokens is None or not (is_number(loss[1]) and is_number(loss[2])):
-            raise UserError(f"{path} is not what fairseq-eval-lm prints of a finite perplexity")
+            raise tools.UserError(f"{path} is not what fairseq-eval-lm prints of a finite perplexity")
         number = int(tokens[1].replace(",", ""))
         if not number:
-            raise UserError(f"{path}: no token was evaluated, so its perplexity says nothing: is the split empty?")
+            raise tools.UserError(f"{path}: no token was evaluated: is the split empty?")
         kind = "epsilon_perplexity" if is_sparse else "perplexity"
         scores[f"{name[1]}, context {name[2]}"] = {kind: float(loss[2]), "tokens": number, "output": name[0]}
     return scores
@@ -159,28 +146,28 @@ def record(folder: Path) -> dict[str, Any]:
     best_path, last_path = folder / "checkpoint_best.pt", folder / "checkpoint_last.pt"
     for path in (best_path, last_path):
         if not path.is_file():
-            raise UserError(f"{folder} has no {path.name}: train first")
-    best = read_checkpoint(best_path)
-    cfg = entry(best, best_path, "cfg")
-    mapping = mapping_of(entry(cfg, best_path, "model"))
+            raise tools.UserError(f"{folder} has no {path.name}: train first")
+    best = tools.read_checkpoint(best_path)
+    cfg = tools.entry(best, best_path, "cfg")
+    mapping = mapping_of(tools.entry(cfg, best_path, "model"))
     scores = {**bleu_scores(folder), **perplexities(folder, mapping.get("output_mapping") in SPARSE)}
     if not scores:
-        raise UserError(f"{folder} has no scores: neither best.bleu nor a *.context-*.eval")
+        raise tools.UserError(f"{folder} has no scores: neither best.bleu nor a *.context-*.eval")
     found = {
         "scores": scores,
         "validation": validation(folder, best),
         "mapping": mapping,
         "settings": settings_of(cfg),
-        "seed": entry(cfg, best_path, "common", "seed"),
+        "seed": tools.entry(cfg, best_path, "common", "seed"),
         "parameters": sum(tensor.numel() for tensor in unique_storage(best["model"])),
         "learned": learned_parameters(best["model"]),
     }
     del best  # one checkpoint at a time: they can be large
-    last = read_checkpoint(last_path)
-    asked = plain(entry(last, last_path, "cfg", "optimization"))
+    last = tools.read_checkpoint(last_path)
+    asked = plain(tools.entry(last, last_path, "cfg", "optimization"))
     updates = updates_of(last, last_path)
     # the iterator's epoch is the next one
-    epochs = entry(last, last_path, "extra_state", "train_iterator", "epoch") - 1
+    epochs = tools.entry(last, last_path, "extra_state", "train_iterator", "epoch") - 1
     return {
         **found,
         "updates": updates,
@@ -188,7 +175,7 @@ def record(folder: Path) -> dict[str, Any]:
         "is_complete": (folder / "trained").exists() or 0 < asked.get("max_update", 0) <= updates
         or 0 < asked.get("max_epoch", 0) <= epochs,
         # from fairseq's checkpoint, so summed over resumed runs, without lost work; of processes, a tensor
-        "training_seconds": round(float(entry(last, last_path, "extra_state", "previous_training_time")), 1),
+        "training_seconds": round(float(tools.entry(last, last_path, "extra_state", "previous_training_time")), 1),
         "versions": versions(),
         "hardware": hardware(),
     }
@@ -203,16 +190,16 @@ def unique_storage(state: dict[str, Tensor]) -> list[Tensor]:
 
 
 def main() -> None:
-    parser = ArgumentParser(__doc__)
+    parser = tools.ArgumentParser(__doc__)
     parser.add_argument("folder", type=Path, help="of the run; run.json is written there")
     parser.add_argument("--experiment", required=True, help="what the table is called that the run belongs to")
     parser.add_argument("--command", help="that started all of it")
     args = parser.parse_args()
-    with errors_in_a_line():
+    with tools.errors_in_a_line():
         found = record(args.folder)
         whole = {"format": FORMAT, "experiment": args.experiment, "command": args.command, **found}
         text = json.dumps(whole, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-        with replacing(args.folder / "run.json") as file:
+        with tools.replacing(args.folder / "run.json") as file:
             file.write(text.encode(errors="backslashreplace"))
     print(f"wrote {args.folder / 'run.json'}")
 

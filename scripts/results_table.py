@@ -77,21 +77,16 @@ class Run:
         Raises:
             UserError: it is missing or not text.
         """
-        path = self.folder / name
         try:
-            return path.read_text(encoding="utf-8")
+            return (self.folder / name).read_text(encoding="utf-8")
         except OSError as error:
-            raise UserError(f"{self.folder / 'run.json'} needs {path.name} beside it: {error.strerror}") from error
+            raise UserError(f"{self.folder / 'run.json'} needs {name} beside it: {error.strerror}") from error
         except UnicodeDecodeError as error:
-            raise UserError(f"{path} is damaged: it is not UTF-8") from error
+            raise UserError(f"{self.folder / name} is damaged: it is not UTF-8") from error
 
 
 def name_of_mapping(mapping: dict[str, Any]) -> str:
-    """The name of a choice of mappings, without its defaults: ``MultiMax, order 1``.
-
-    Args:
-        mapping: as in settings.py.
-    """
+    """The name of a choice of mappings of settings.py, without its defaults: ``MultiMax, order 1``."""
     attention, output = mapping["attention_mapping"], mapping.get("output_mapping", "softmax")
     name = NAMES.get(attention, attention)
     alpha = mapping.get("entmax_alpha")
@@ -156,13 +151,6 @@ ENTRIES = {
     "validation": lambda value: isinstance(value, dict) and is_finite(value.get("ppl", 1), 1),
     "scores": lambda value: isinstance(value, dict) and bool(value),
 }
-MAPPING_ENTRIES = {
-    "attention_mapping": is_text,
-    **dict.fromkeys(("attention_mapping_sites", "attention_scale", "output_mapping", "multimax_terms",
-                     "multimax_init", "entmax_alpha", "mapping_options"), lambda text: text is None or is_text(text)),
-    "multimax_order": lambda value: value in (None, 1, 2),
-    "modulator_lr_scale": lambda value: value is None or is_finite(value, 0),
-}
 BLEU_ENTRIES = {
     "bleu": lambda value: is_finite(value, 0) and value <= 100,
     "signature": lambda value: is_text(value) and value.startswith("BLEU|"),
@@ -175,9 +163,7 @@ ENTRIES_OF = {"bleu": BLEU_ENTRIES, **{
 
 
 def check_entries(content: Any, entries: dict[str, Callable[[Any], bool]], where: str = "") -> None:
-    """Raises:
-    ValueError: ``content`` lacks an entry, or it is not what it should be.
-    """
+    """Raise ValueError if ``content`` lacks an entry, or it is not what it should be."""
     if not isinstance(content, dict):
         raise ValueError(f"{where or 'it'} is no table")
     for name, is_right in entries.items():
@@ -195,15 +181,13 @@ def load_run(path: Path) -> Run:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         check_entries(content, ENTRIES)
-        check_entries(content["mapping"], MAPPING_ENTRIES, "mapping: ")
+        name_of_mapping(content["mapping"])
         for name, score in content["scores"].items():
             check_entries(score, ENTRIES_OF[kind_of(score)], f"{name}: ")
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(
-            f"{path} is not, or no longer, a file of record_run.py ({error}): evaluate again"
-        ) from error
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path} is not, or no longer, a file of record_run.py ({error}): evaluate again") from error
     run = Run(path.parent, content)
     for name, score in content["scores"].items():
         if "bleu" in score:
@@ -218,19 +202,15 @@ def kind_of(score: Any) -> str:
 
 
 def check_bleu(run: Run, which: str) -> None:
-    """Raises:
-    UserError: the translations beside a run.json do not have its BLEU.
-    """
+    """Raise UserError if the translations beside a run.json do not have its BLEU."""
     hypotheses, references = run.lines(which, "hypotheses"), run.lines(which, "references")
     score, where = run.content["scores"][which], run.folder / run.content["scores"][which]["hypotheses"]
     if len(hypotheses) != len(references):
         raise UserError(f"{where} has {len(hypotheses)} lines for {len(references)} references: evaluate again")
     found = metric(score["signature"]).corpus_score(hypotheses, [references]).score
     if abs(found - score["bleu"]) > 0.0051:  # it was printed with two decimals
-        raise UserError(
-            f"{where} has BLEU {found:.2f}, and run.json says {score['bleu']}: the translations or the references "
-            "are not those that were scored; evaluate again"
-        )
+        raise UserError(f"{where} has BLEU {found:.2f}, and run.json says {score['bleu']}: the translations or the "
+                        "references are not those that were scored; evaluate again")
 
 
 def metric(signature: str, **options: Any):
@@ -297,15 +277,7 @@ def mean_and_deviation(values: Iterable[float]) -> str:
 
 
 def difference(values: dict[int, float], baseline: dict[int, float]) -> str:
-    """``−0.42``: the mean difference over common seeds.
-
-    Args:
-        values: seed → score.
-        baseline: the same for softmax.
-
-    Returns:
-        "–" without a common seed; bold if larger than both standard deviations between seeds.
-    """
+    """``−0.42``: the mean over common seeds, bold if larger than both standard deviations between seeds."""
     seeds = sorted(values.keys() & baseline.keys())
     if not seeds:
         return "–"
@@ -318,15 +290,7 @@ def difference(values: dict[int, float], baseline: dict[int, float]) -> str:
 
 
 def p_values(runs: list[Run], which: str, samples: int) -> dict[tuple[str, int], float]:
-    """sacrebleu's paired bootstrap of each run against softmax with the same seed.
-
-    Args:
-        runs: of one experiment.
-        which: the score whose translations are compared: ``best``.
-        samples: how often the test set is resampled.
-
-    Returns:
-        (row, seed) → p, for all runs with a matching softmax run.
+    """sacrebleu's paired bootstrap of each run against softmax with the same seed, if there is one: (row, seed) → p.
 
     Raises:
         UserError: translations are missing, or were scored with other references or in another way.
@@ -339,11 +303,10 @@ def p_values(runs: list[Run], which: str, samples: int) -> dict[tuple[str, int],
             by_seed[run.seed].append(run)
     found = {}
     for seed, group in by_seed.items():
-        baselines = [run for run in group if run.row == BASELINE]
-        others = [run for run in group if run.row != BASELINE]
-        if not baselines or not others:
+        ordered = sorted(group, key=lambda run: run.row != BASELINE)
+        others = ordered[1:]
+        if ordered[0].row != BASELINE or not others:
             continue
-        ordered = [*baselines, *others]
         references = ordered[0].lines(which, "references")
         signature = ordered[0].content["scores"][which]["signature"]
         for run in others:

@@ -57,11 +57,7 @@ def settings_of(cfg: Any) -> dict[str, Any]:
 
 
 def mapping_of(model: Any) -> dict[str, Any]:
-    """The choice of mappings, as far as it has an effect; fairseq's own model is ``{"attention_mapping": "stock"}``.
-
-    Args:
-        model: the part of the configuration.
-    """
+    """The choice of mappings, as far as it has an effect; of fairseq's own: ``{"attention_mapping": "stock"}``."""
     model = plain(model)
     if "attention_mapping" not in model:
         return {"attention_mapping": "stock"}

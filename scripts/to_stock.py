@@ -12,15 +12,8 @@ from typing import Any, Dict
 
 import torch
 
+from multimax_fairseq import tools
 from multimax_fairseq.models import MappingOptions
-from multimax_fairseq.tools import (
-    ArgumentParser,
-    UserError,
-    check_output,
-    errors_in_a_line,
-    read_checkpoint,
-    replacing,
-)
 
 PREFIX = "multimax_"
 STOCK = {"attention_mapping": "softmax", "attention_scale": "none", "output_mapping": "softmax"}
@@ -36,11 +29,11 @@ def to_stock(checkpoint: Dict[str, Any], path: Path) -> Dict[str, Any]:
     fields = vars(model) if isinstance(model, Namespace) else model
     name = str(fields.get("arch") or fields.get("_name"))
     if not name.startswith(PREFIX):
-        raise UserError(f"{path} is of {name}, not of an architecture of this plugin ({PREFIX}…)")
+        raise tools.UserError(f"{path} is of {name}, not of an architecture of this plugin ({PREFIX}…)")
     for field, stock in STOCK.items():
         if fields[field] != stock:
             flag = f"--{field.replace('_', '-')} {fields[field]}"
-            raise UserError(f"{path} was trained with {flag}, which fairseq's own models do not have")
+            raise tools.UserError(f"{path} was trained with {flag}, which fairseq's own models do not have")
     ours = {key for key in MappingOptions.__dataclass_fields__ if not key.startswith("_")}
     stock_fields = {key: value for key, value in fields.items() if key not in ours}
     for key in ("arch", "_name"):
@@ -57,14 +50,14 @@ def to_stock(checkpoint: Dict[str, Any], path: Path) -> Dict[str, Any]:
 
 
 def main() -> None:
-    parser = ArgumentParser(__doc__)
+    parser = tools.ArgumentParser(__doc__)
     parser.add_argument("checkpoint", type=Path, help="trained with --attention-mapping softmax")
     parser.add_argument("--output", type=Path, required=True, help="the checkpoint for fairseq")
     args = parser.parse_args()
-    with errors_in_a_line():
-        check_output(args.output)
-        stock = to_stock(read_checkpoint(args.checkpoint), args.checkpoint)
-        with replacing(args.output) as file:
+    with tools.errors_in_a_line():
+        tools.check_output(args.output)
+        stock = to_stock(tools.read_checkpoint(args.checkpoint), args.checkpoint)
+        with tools.replacing(args.output) as file:
             torch.save(stock, file)
     print(args.output)
 

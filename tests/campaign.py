@@ -13,7 +13,6 @@ import argparse
 import contextlib
 import hashlib
 import io
-import json
 import os
 import random
 import re
@@ -38,7 +37,7 @@ from fairseq import tasks  # noqa: E402
 import multimax_fairseq.models  # noqa: E402, F401  torch.load then takes checkpoints of fairseq
 from multimax_fairseq.analysis import cli as analysis_cli  # noqa: E402
 
-SCRIPTS, EXAMPLES = ROOT / "scripts", ROOT / "examples"
+SCRIPTS = ROOT / "scripts"
 
 
 class Failure(Exception):
@@ -125,25 +124,15 @@ def in_a_shell(*command, **kwargs):
 
 def damage(rng, path):
     """Change a file's bytes; says how."""
-    content = bytearray(path.read_bytes())
-    how = rng.choice(["cut", "flip", "zero", "insert", "empty", "noise", "delete"])
-    where = rng.randrange(len(content)) if content else 0
-    if how == "cut":
-        content = content[:where]
-    elif how == "flip" and content:
-        content[where] ^= 1 << rng.randrange(8)
-    elif how == "zero":
-        content[where : where + rng.randrange(1, 400)] = bytes(min(400, len(content) - where))
-    elif how == "insert":
-        content[where:where] = rng.randbytes(rng.randrange(1, 50))
-    elif how == "empty":
-        content = b""
-    elif how == "noise":
-        content = rng.randbytes(rng.randrange(1, 3000))
-    if how == "delete":
-        path.unlink()
-    else:
-        path.write_bytes(content)
+    content = path.read_bytes()
+    where, size = rng.randrange(len(content) or 1), rng.randrange(1, 400)
+    before, at, after = content[:where], content[where : where + 1], content[where + size :]
+    how, changed = rng.choice([
+        ("cut", before), ("flip", before + bytes(byte ^ 1 << size % 8 for byte in at) + content[where + 1 :]),
+        ("zero", before + bytes(size) + after), ("insert", before + rng.randbytes(size) + content[where:]),
+        ("empty", b""), ("noise", rng.randbytes(size)), ("delete", None),
+    ])
+    path.unlink() if changed is None else path.write_bytes(changed)
     return f"{how} at {where} of {path.name}"
 
 
@@ -215,7 +204,7 @@ def killed(rng, folder):
 @cache
 def uninterrupted(name):
     """What a command makes that nobody stops, and the seconds that it takes."""
-    folder = workplace() / f"whole-{name.replace('/', '-')}"
+    folder = workplace() / f"whole-{name}"
     folder.mkdir()
     command, result = KILLED[name]
     start = time.monotonic()
@@ -232,37 +221,13 @@ def preparation(script, *options):
     return command, lambda folder: hash_of(folder / "out")
 
 
-def recipe(experiment, *options):
-    """run.sh, with data that are there: (scores, learned parameters)."""
-    def command(folder):
-        return ["-c", 'DATA=$1; export DATA; shift; exec bash "$@"', "-", data_of(experiment),
-                EXAMPLES / experiment / "run.sh", folder / "run", *SMALL, *options]
-
-    def result(folder):
-        parameters = torch.load(folder / "run" / "checkpoint_last.pt")["model"]
-        digest = hashlib.sha256(b"".join(parameters[name].numpy().tobytes() for name in sorted(parameters)))
-        return json.loads((folder / "run" / "run.json").read_text())["scores"], digest.hexdigest()
-
-    return command, result
-
-
-@cache
-def data_of(experiment):
-    script = {"multi30k_de_en": "prepare_multi30k.sh", "iwslt14_de_en": "prepare_iwslt14.sh"}[experiment]
-    uninterrupted(script)
-    return workplace() / f"whole-{script}" / "out"
-
-
 SOURCES = ("multi30k", "de-en.tgz", "wikitext-103-v1.zip", "text")
-SMALL = (*TINY, "--lr", "5e-3", "--num-workers", "0", "--cpu", "--max-epoch", "3")
 KILLED = {
     "prepare_multi30k.sh": preparation("prepare_multi30k.sh", "--from", "multi30k", "--vocab-size", 300),
     "prepare_iwslt14.sh": preparation("prepare_iwslt14.sh", "--archive", "de-en.tgz", "--merges", 200),
     "prepare_wikitext103.sh": preparation("prepare_wikitext103.sh", "--archive", "wikitext-103-v1.zip"),
     "prepare_text_lm.sh": preparation("prepare_text_lm.sh", "--from", "text"),
     "prepare_demo.sh": preparation("prepare_demo.sh"),
-    "multi30k_de_en/run.sh": recipe("multi30k_de_en", "--max-update", "0"),
-    "iwslt14_de_en/run.sh": recipe("iwslt14_de_en", "--max-update", "0"),
     "score_translation.sh": (
         lambda folder: [SCRIPTS / "score_translation.sh", "--data-bin", workplace() / "data-bin", "--checkpoint",
                         trained_run() / "checkpoint_best.pt", "--reference", workplace() / "text" / "test.en",
@@ -273,36 +238,19 @@ KILLED = {
 
 
 def kill_at_random(rng, command, folder, most):
-    """Start a script, and end it and all that it started at a random moment, as a machine that goes down does."""
+    """Start a script, and end it and what it started at a random moment, as a machine that goes down does."""
     with open(folder / "log", "wb") as log:
         process = subprocess.Popen(["bash", *map(str, command)], stdout=log, stderr=log, stdin=subprocess.DEVNULL,
                                    cwd=folder, start_new_session=True, env=environment())
         try:
             process.wait(rng.uniform(0, most))
         except subprocess.TimeoutExpired:
-            how = rng.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-            descendants = descendants_of(process.pid)
-            for number in [process.pid, *descendants]:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(number, how if number == process.pid or how == signal.SIGKILL else signal.SIGTERM)
-            process.wait(900)  # whoever measures here may have stopped all others for minutes
-            for number in descendants:  # a copy that goes on would disturb the next run
-                deadline = time.monotonic() + 900
-                while Path(f"/proc/{number}").exists() and time.monotonic() < deadline:
-                    time.sleep(0.05)
-
-
-def descendants_of(number):
-    listed = subprocess.run(["ps", "-o", "pid=", "--ppid", str(number)], capture_output=True, text=True).stdout
-    return [found for child in map(int, listed.split()) for found in (child, *descendants_of(child))]
+            os.killpg(process.pid, rng.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGINT]))
+            process.wait()
 
 
 # name → attack, and how often it is drawn
-ATTACKS = {
-    "run": (damaged_run, 20),
-    "data": (damaged_data, 12),
-    "kill": (killed, 3),
-}
+ATTACKS = {"run": (damaged_run, 20), "data": (damaged_data, 12), "kill": (killed, 3)}
 
 
 def attack(name, seed):

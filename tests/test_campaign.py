@@ -22,8 +22,7 @@ def rounds(number):
     return lambda: next(counter) < number
 
 
-@pytest.mark.parametrize("name, number", [
-    ("run", 8), ("data", 4)])
+@pytest.mark.parametrize("name, number", [("run", 8), ("data", 4)])
 def test_a_short_campaign_finds_nothing(name, number, place):
     counts, failures = campaign.campaign(1, rounds(number), [name])
     assert counts == {name: number} and not failures
@@ -48,10 +47,6 @@ def test_the_attacks_can_fail(place, tmp_path, monkeypatch):
     monkeypatch.setattr(campaign, "in_process", lambda tool, arguments: None)
     assert any(campaign.attack("run", number) for number in range(10))
     monkeypatch.undo()
-
-    def falls_over(tool):
-        raise ZeroDivisionError("x")
-
-    monkeypatch.setattr(campaign, "script", lambda name: type("tool", (), {"main": lambda: falls_over(name)}))
-    with pytest.raises(campaign.Failure, match="record_run: traceback: ZeroDivisionError: x"):
+    monkeypatch.setattr(campaign, "script", lambda name: type("tool", (), {"main": lambda: 1 / 0}))
+    with pytest.raises(campaign.Failure, match="record_run: traceback: ZeroDivisionError"):
         campaign.in_process("record_run", [])

@@ -215,14 +215,13 @@ def test_the_text_of_language_models_is_unchanged(recipe, made):
 ])  # fmt: skip
 def test_the_data_are_what_fairseq_trains_on(recipe, name, types, made):
     _, out, _ = made(recipe)
-    parser = options.get_training_parser(default_task=name)
-    arch = "transformer" if name == "translation" else "transformer_lm"
+    arch, suffix, more = ("transformer", "de", []) if name == "translation" else (
+        "transformer_lm", "tokens", ["--sample-break-mode", "eos"])
     task = tasks.setup_task(options.parse_args_and_arch(
-        parser, [str(out / "data-bin"), "--task", name, "--arch", arch, "--sample-break-mode", "eos"]
-        if name != "translation" else [str(out / "data-bin"), "--task", name, "--arch", arch]))
+        options.get_training_parser(default_task=name),
+        [str(out / "data-bin"), "--task", name, "--arch", arch, *more]))
     for split in SPLITS:
         task.load_dataset(split)
-        suffix = "de" if name == "translation" else "tokens"
         assert len(task.dataset(split)) == len(lines_of(out / "text" / f"{split}.{suffix}"))
     assert types is None or len(task.target_dictionary) == types
 
@@ -358,7 +357,7 @@ REFUSED = {
               "wiki.valid.tokens is empty"),
     "no pairs": ("multi30k", lambda f: ["--from", make_multi30k(f / "m", lambda name, text: (
         text + b"more\n" if name == "val.de" else text))], "valid: 21 lines of German and 20 of English"),
-    "cut gz": ("multi30k", lambda f: ["--from", with_cut_file(make_multi30k(f / "m"))], "is corrupt or cut short"),
+    "cut gz": ("multi30k", lambda f: ["--from", cut(make_multi30k(f / "m") / "train.de.gz").parent], "is corrupt"),
     "too many pieces": ("multi30k", lambda f: ["--from", make_multi30k(f / "m"), "--vocab-size", 90000],
                         "cannot learn 90000 pieces from this text"),
     "no folder": ("text_lm", lambda f: ["--from", f / "nowhere"], "there is no such folder"),
@@ -366,18 +365,12 @@ REFUSED = {
     "both": ("iwslt14", lambda f: ["--archive", "a", "--url", "b"], "--archive and --url exclude each other"),
     "number": ("iwslt14", lambda f: ["--archive", "a", "--merges", "1e3"], "'1e3' is not a whole number"),
     "option": ("multi30k", lambda f: ["--vocab", "200"], "--vocab"),
-    "corpus": ("wikitext103", lambda f: ["--corpus", "x"], "invalid choice: 'x'"),
 }
 
 
 def page(path):
     path.write_text("\n<!DOCTYPE html><html>")
     return path
-
-
-def with_cut_file(folder):
-    cut(folder / "train.de.gz")
-    return folder
 
 
 @pytest.mark.parametrize("fault", REFUSED)

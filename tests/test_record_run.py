@@ -8,6 +8,8 @@ import torch
 from conftest import PLUGIN, load_script, parse
 from omegaconf import OmegaConf
 
+from multimax_fairseq.tools import UserError
+
 BLEU = "BLEU|nrefs:1|case:lc|eff:no|tok:13a|smooth:exp|version:2.6.0 = 34.56 66.1/41.2/28.0/19.4 (BP = 0.98 …)\n"
 EVAL = """\
 INFO:fairseq_cli.eval_lm:num. model params: 156,000,000
@@ -115,11 +117,8 @@ def test_hardware_names_no_machine(record_run):
     assert platform.node() not in text.split() and "cores" in text
 
 
-def test_a_run_without_scores_has_no_record(record_run, tmp_path, monkeypatch):
-    state = {"model": {"a": torch.ones(1)}, "cfg": {"model": {"arch": "transformer"}}}
+def test_a_run_without_scores_has_no_record(record_run, tmp_path):
     for name in ("checkpoint_best.pt", "checkpoint_last.pt"):
-        torch.save(state, tmp_path / name)
-    monkeypatch.setattr("sys.argv", ["record_run.py", str(tmp_path), "--experiment", "x"])
-    with pytest.raises(SystemExit, match="has no scores"):
-        record_run.main()
-    assert not (tmp_path / "run.json").exists()
+        torch.save({"model": {"a": torch.ones(1)}, "cfg": {"model": {"arch": "transformer"}}}, tmp_path / name)
+    with pytest.raises(UserError, match="has no scores"):
+        record_run.record(tmp_path)

@@ -80,19 +80,11 @@ CHECKPOINTS = {
     "a bit": (flip_a_bit, "the checksum of .* is wrong"),
     "text": (lambda path: path.write_text("Ein Hund läuft.\n" * 50), re.escape(UNREADABLE)),
     "a tensor": (saved(lambda state: torch.ones(3)), "has no entry 'model'"),
-    "a list": (saved(lambda state: [1, 2]), "has no entry 'model'"),
     "without model": (saved(lambda state: {"cfg": state["cfg"]}), "has no entry 'model'"),
-    "model None": (saved(lambda state: {**state, "model": None}), "holds no parameters"),
     "no parameters": (saved(lambda state: {**state, "model": {}}), "holds no parameters"),
     "no tensors": (saved(lambda state: {**state, "model": {"a": "b"}}), "'a' is not a tensor"),
-    "NaN": (
-        filled("decoder.layers.1.fc1.weight", float("nan")),
-        "has NaN or infinity in decoder.layers.1.fc1.weight: its training has diverged",
-    ),
-    "infinite": (
-        filled("decoder.layers.1.fc1.bias", float("inf")),
-        "has NaN or infinity in decoder.layers.1.fc1.bias: its training has diverged",
-    ),
+    "infinite": (filled("decoder.layers.1.fc1.bias", float("inf")),
+                 "has NaN or infinity in decoder.layers.1.fc1.bias: its training has diverged"),
     "malicious": (saved(lambda state: {**state, "extra": Malice()}), r"it holds \w+\.mkdir, and not only tensors"),
 }
 
@@ -134,13 +126,10 @@ def test_a_checkpoint_that_is_none(what, tool, folder, corpus, monkeypatch):
 @pytest.mark.parametrize("tool, options, message", [
     ("average_checkpoints", ["--output", "{run}"], "run is a folder: name a file"),
     ("average_checkpoints", ["--output", "{run}/no/average.pt"], "there is no folder {run}/no to write"),
-    ("average_checkpoints", ["--output", "{run}/best.bleu/average.pt"], "there is no folder"),
     ("average_checkpoints", ["--output", "/proc/average.pt"], "could not write /proc/average.pt: "),
     ("average_checkpoints", ["--last", "0"], None),
     ("average_checkpoints", ["--output", "-x.pt"], None),
     ("check_decoding", ["--split", "dev"], "has no split 'dev' for this model; --split takes one of: test, train"),
-    ("check_decoding", ["--sentences", "0"], None),
-    ("check_decoding", ["--sentences", "-5"], None),
     ("multimax-analyze", ["--out", "{run}/best.bleu"], "is a file; --out takes a folder"),
     ("multimax-analyze", ["--out", "/proc/report"], "could not write /proc/report: "),
 ])
@@ -169,13 +158,10 @@ def test_scores_that_are_none(name, content, message, folder, corpus, monkeypatc
     assert error.startswith("ERROR: ") and message in error and not (folder / "run.json").exists()
 
 
-@pytest.mark.parametrize("change, message", [
-    (lambda state: state.update(optimizer_history=[]), "has no entry 'optimizer_history.-1'"),
-    (lambda state: state.pop("cfg"), "has no entry 'cfg'"),
-])
-def test_a_checkpoint_that_lacks_what_a_record_needs(change, message, folder, corpus, monkeypatch):
-    saved(lambda state: change(state) and None)(folder / "checkpoint_best.pt")
-    assert message in start("record_run", TOOLS["record_run"](folder, corpus), monkeypatch)
+def test_a_checkpoint_that_lacks_what_a_record_needs(folder, corpus, monkeypatch):
+    saved(lambda state: state.update(optimizer_history=[]))(folder / "checkpoint_best.pt")
+    error = start("record_run", TOOLS["record_run"](folder, corpus), monkeypatch)
+    assert "has no entry 'optimizer_history.-1'" in error
 
 
 def test_intact_files_are_no_error(folder, corpus, monkeypatch):
@@ -285,7 +271,6 @@ TRANSLATE = ["translate", "--data", "{corpus}", "--run", "{run}"]
     (SCORE, ["--data-bin", "{run}"], "has no split 'test'"),
     (SCORE, ["--checkpoint", "{run}/best.bleu"], "best.bleu cannot be read as a checkpoint"),
     (SCORE, ["--user-dir", "{run}"], "there is no __init__.py in it"),
-    (SCORE, ["--beam", "0"], "is not a whole number above 0"),
     (TRANSLATE, [], "there is neither a SentencePiece model nor bpe.codes"),
     (TRANSLATE, ["--sentencepiece", "{run}/none"], "none: there is neither"),
     (TRANSLATE, ["--data-bin", "{run}"], "has no data of a pair of languages"),

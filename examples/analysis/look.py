@@ -11,14 +11,9 @@ import logging
 
 import torch
 from fairseq import checkpoint_utils
+from matplotlib import pyplot
 
-from multimax_fairseq.analysis import (
-    attention_rollout,
-    collect,
-    mean_average_distance,
-    row_metrics,
-    translation_rollout,
-)
+from multimax_fairseq import analysis
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("checkpoint")
@@ -37,30 +32,26 @@ dataset = task.dataset(args.split)
 sample = dataset.collater([dataset[args.sentence]])
 
 # %% Everything that its attention does
-collected = collect(model, sample)
+collected = analysis.collect(model, sample)
 for attention in collected.attention:
     # (1, num_heads, tgt_len, src_len) each; −inf marks a score that is not there
-    metrics = row_metrics(attention.scores, attention.probabilities)
+    metrics = analysis.row_metrics(attention.scores, attention.probabilities)
     values = {name: rows.nanmean().item() for name, rows in metrics._asdict().items()}
-    print(
-        f"{attention.site:8} layer {attention.layer}:  M {values['multimodality']:.3f}  S {values['sparsity']:.3f}  "
-        f"entropy {values['entropy']:.3f} nat  effective support {values['effective_support']:.2f} keys"
-    )
+    print(f"{attention.site:8} layer {attention.layer}:  M {values['multimodality']:.3f}  S {values['sparsity']:.3f}"
+          f"  entropy {values['entropy']:.3f} nat  effective support {values['effective_support']:.2f} keys")
 
 # %% How alike the tokens become
 for output in collected.layers:
-    print(f"{output.side:8} layer {output.layer}:  MAD {mean_average_distance(output.hidden).item():.3f}")
+    print(f"{output.side:8} layer {output.layer}:  MAD {analysis.mean_average_distance(output.hidden).item():.3f}")
 
 # %% All layers together
 attentions = {site: [layer.probabilities for layer in collected.at(site)] for site in collected.masks}
 if "cross" in attentions:
-    rollout, _ = translation_rollout(attentions["decoder"], attentions["cross"], attentions["encoder"])
+    rollout, _ = analysis.translation_rollout(attentions["decoder"], attentions["cross"], attentions["encoder"])
 else:
-    rollout = attention_rollout(next(iter(attentions.values())))
+    rollout = analysis.attention_rollout(next(iter(attentions.values())))
 
 # %% One figure: the heads of the last layer, and the rollout
-from matplotlib import pyplot  # noqa: E402
-
 site = "cross" if "cross" in attentions else next(iter(attentions))
 heads = attentions[site][-1][0]  # (num_heads, tgt_len, src_len)
 tokens = [task.source_dictionary[token] for token in sample["net_input"]["src_tokens"][0].tolist()]

@@ -10,10 +10,9 @@
 # SCORE=no stops after training.
 
 set -euo pipefail
-[[ ${1:--} != -* ]] || { sed -n '2,/^$/s/^# \?//p' "$0" >&2; exit 1; }
-root=$(cd "$(dirname "$0")/../.." >/dev/null && pwd)
-run=$1 data=${DATA:-data/brown_lm}
-shift
+# shellcheck source=examples/train.sh
+source "$(dirname "$0")/../train.sh"
+data=${DATA:-data/brown_lm}
 
 train=(
     "$data/data-bin" --user-dir "$root/multimax_fairseq" --save-dir "$run"
@@ -29,16 +28,7 @@ train=(
     --no-epoch-checkpoints --num-workers 0 --log-format simple --log-interval 50 --log-file "$run/train.log"
     "$@"
 )
-# Wrong options, another run in RUN: said before any work. A checkpoint that a kill has cut: replaced.
-user_dir=$(python "$root/scripts/begin_run.py" "$run" "${train[@]}")
-[[ ! -f $run/run.json ]] || { echo "already done: $run/run.json"; exit; }
-[[ -d $data/data-bin ]] || bash "$root/scripts/prepare_text_lm.sh" --out "$data" --min-count 5 # 14,112 types
-
-# On a CPU a step is a third faster if the C library keeps the memory that the last one has freed.
-export GLIBC_TUNABLES=${GLIBC_TUNABLES-glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184:glibc.malloc.hugetlb=1}
-[[ -f $run/trained ]] || ${LAUNCH:-fairseq-train} "${train[@]}"
-touch "$run/trained"
-[[ ${SCORE:-yes} == yes ]] || exit 0
+train_on_data_of prepare_text_lm.sh --min-count 5 # 14,112 types
 
 # Each token is predicted from at least 128 before it.
 for split in valid test; do
