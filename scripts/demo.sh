@@ -51,8 +51,8 @@ touch "$run/trained"
 step "Translation" "beam search on 500 sentences that training has not seen"
 bash "$scripts/score_translation.sh" --data-bin "$data/data-bin" --checkpoint "$run/checkpoint_best.pt" \
     --user-dir "$user_dir" --reference "$data/raw/test.en" --out "$run/test"
-paste "$data/raw/test.de" "$data/raw/test.en" "$run/test.hypotheses" | head -n 4 |
-    awk -F '\t' '{ printf "\n  German      %s\n  reference   %s\n  translation %s\n", $1, $2, $3 }'
+paste "$data/raw/test.de" "$data/raw/test.en" "$run/test.hypotheses" | # awk reads all of it: after head, paste would fail
+    awk -F '\t' 'NR <= 4 { printf "\n  German      %s\n  reference   %s\n  translation %s\n", $1, $2, $3 }'
 
 step "Attention" "a report of what it learned"
 multimax-analyze "$run/checkpoint_best.pt" --data "$data/data-bin" --split test --max-sentences 100 \
