@@ -20,9 +20,6 @@ from torch import Tensor
 from ..compiler import kernel
 from ..scores import compute_dtype, is_absent
 
-# Gradients clamp scores to ± this: the square stays finite, so that 0 times it is 0.
-FAR = 2.0**50
-
 
 @kernel
 def modulate_rows(scores: Tensor, thresholds: Tensor, gains: Tensor) -> Tensor:
@@ -61,7 +58,7 @@ def sigma_backward(
     scores: Tensor, upstream: Tensor, thresholds: Tensor, gains: Tensor
 ) -> Tuple[Tensor, Tensor]:
     """∂L/∂x in the dtype of ``scores``, and ∂L/∂(thresholds, gains), from ∂L/∂σ, 0 where a score is absent."""
-    x = scores.to(upstream.dtype).clamp(-FAR, FAR)
+    x = scores.to(upstream.dtype).clamp(min=torch.finfo(upstream.dtype).min)  # 0 times a finite number is 0
     thresholds, gains = thresholds.to(x.dtype), gains.to(x.dtype)
     grad, grad_thresholds, grad_gains = upstream, [], []
     for row in range(len(gains)):

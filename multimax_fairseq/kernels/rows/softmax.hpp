@@ -23,9 +23,6 @@ inline void scale(const float* room, int64_t count, float factor, float* p) {
   each(count, [&](int64_t j, auto lanes) { store(p + j, lanes, factor * load(room + j, AllLanes{}, 0)); });
 }
 
-// Gradients clamp scores to this range: the square stays finite, so that 0 times it is 0.
-constexpr float FAR = float(1LL << 50);
-
 // Thresholds b_n and d_n and their gains, from `thresholds` and `gains`, (ORDER, 2).
 template <int ORDER>
 struct Modulator {
@@ -57,25 +54,26 @@ template <int ORDER>
 struct ModulatorSums {
   Vec slope_below[ORDER] = {}, slope_above[ORDER] = {}, power_below[ORDER] = {}, power_above[ORDER] = {};
 
-  // dL/dx from x and `upstream` = dL/dsigma; adds to the sums.
+  // dL/dx from x and `upstream` = dL/dsigma; adds to the sums. `upstream`, often 0, comes first in each product: a
+  // square, or a slope, could be infinite. An absent score, whose `upstream` is 0, takes part as a finite number.
   inline Vec backward(Vec x, Vec upstream, const Modulator<ORDER>& sigma) {
-    Vec slope = all(1.f);
-    x = min(max(x, all(-FAR)), all(FAR));
+    Vec grad = upstream;
+    x = max(x, all(LOWEST));
     for (int n = 0; n < ORDER; ++n) {
       const Vec under = max(sigma.below[n] - x, Vec{}), over = max(x - sigma.above[n], Vec{});
       const Vec product_under = upstream * under, product_over = upstream * over;
       if (n == 0) {
-        slope_below[n] += under > 0.f ? upstream : Vec{}, slope_above[n] += over > 0.f ? upstream : Vec{};
+        const Vec upstream_under = under > 0.f ? upstream : Vec{}, upstream_over = over > 0.f ? upstream : Vec{};
+        slope_below[n] += upstream_under, slope_above[n] += upstream_over;
         power_below[n] += product_under, power_above[n] += product_over;
-        slope -= under > 0.f ? all(sigma.gain_below[n]) : Vec{};
-        slope += over > 0.f ? all(sigma.gain_above[n]) : Vec{};
+        grad += sigma.gain_above[n] * upstream_over - sigma.gain_below[n] * upstream_under;
       } else {
         slope_below[n] += product_under, slope_above[n] += product_over;
         power_below[n] += product_under * under, power_above[n] += product_over * over;
-        slope += 2 * sigma.gain_above[n] * over - 2 * sigma.gain_below[n] * under;
+        grad += 2 * sigma.gain_above[n] * product_over - 2 * sigma.gain_below[n] * product_under;
       }
     }
-    return upstream * slope;
+    return grad;
   }
 
   // Adds the gradients of thresholds and gains to `grads`, (2, ORDER, 2).
