@@ -74,7 +74,7 @@ def check_backends() -> List[Finding]:
     with messages() as said:
         compiled = cpu.LIBRARY.functions is not None
     capability = torch.backends.cpu.get_cpu_capability()
-    reason = f" ({'; '.join(said)}): plain PyTorch takes its place" if not compiled else ""
+    reason = f" ({'; '.join(said)})" if not compiled else ""
     findings.append((True, f"CPU, {capability}: fp32 in {'C++' if compiled else 'no C++'}{reason}"))
     try:
         triton = f"Triton {importlib.import_module('triton').__version__}"

@@ -23,6 +23,7 @@ from multimax_fairseq.mappings import modulate
 def fresh(monkeypatch):
     monkeypatch.delenv("MULTIMAX_BACKEND", raising=False)
     monkeypatch.setattr(compiler, "_failure", "")
+    monkeypatch.setattr(backend, "failures", [])
 
 
 def double(scores, thresholds, gains):
@@ -58,14 +59,15 @@ def test_without_a_compiler_but_told_to_compile(monkeypatch):
 
 
 @pytest.mark.parametrize("environment", [
-    {"CXX": "/no/such/compiler", "PATH": "", "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"},
+    {"CXX": "/bin/false", "PATH": "", "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"},
     {"TORCHINDUCTOR_CACHE_DIR": "/dev/null/cache"},
 ], ids=["no compiler", "no folder"])  # fmt: skip
 def test_a_machine_that_cannot_compile(environment):
     """The real thing: a process whose compiler is not there, or whose folder for binaries cannot be made."""
     code = (
         "import torch; from multimax_fairseq.kernels.loss import chunked_cross_entropy as loss; "
-        "x = torch.randn(3, 5, requires_grad=True); loss(x, x, torch.arange(3)).loss.backward(); print(x.grad.shape)"
+        "from multimax_fairseq.attention import mapped_attention; x = torch.randn(3, 5, requires_grad=True); "
+        "loss(x, mapped_attention(x, x, x, 'multimax'), torch.arange(3)).loss.backward(); print(x.grad.shape)"
     )
     environment = {"PATH": os.environ["PATH"], "PYTHONPATH": ":".join(sys.path), **environment}
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)

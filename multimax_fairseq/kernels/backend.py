@@ -33,7 +33,9 @@ for _key in "BackendSelect ADInplaceOrView AutogradCPU AutogradCUDA AutocastCPU 
 
 _is_compiling = getattr(torch.compiler, "is_compiling", None) or torch._utils.is_compiling  # before torch 2.3
 
-compiled_graphs: List[Tuple[str, float]] = []  # in this process: name of the kernel or file, seconds
+# in this process: name of the kernel or file, seconds; and why something could not be compiled
+compiled_graphs: List[Tuple[str, float]] = []
+failures: List[str] = []
 
 
 def backend() -> str:
@@ -116,3 +118,13 @@ def note_compiled(name: str, seconds: float) -> None:
     """Record that something has been compiled."""
     compiled_graphs.append((name, seconds))
     logger.info("compiled %s in %.1f s", name, seconds)
+
+
+def note_failure(reason: str) -> None:
+    """Warn, once in a process, that formulas take the place of what cannot be compiled."""
+    logger.log(
+        logging.INFO if failures else logging.WARNING,
+        "MultiMax runs in plain PyTorch, which is slower, as compiling failed: %s (%s=eager says so from the start)",
+        reason, ENVIRONMENT_VARIABLE,
+    )  # fmt: skip
+    failures.append(reason)

@@ -9,7 +9,7 @@ from typing import Any, Callable, Dict, List, Sequence, Tuple
 import torch
 from torch import Tensor
 
-from .backend import ENVIRONMENT_VARIABLE, backend, note_compiled, wants_compiled
+from .backend import backend, note_compiled, note_failure, wants_compiled
 
 logger = logging.getLogger(__name__)
 
@@ -90,10 +90,7 @@ class Kernel:
             if backend() == "compiled":
                 raise
             _failure = str(error).strip().partition("\n")[0] or type(error).__name__
-            logger.warning(
-                "MultiMax runs in plain PyTorch, which is slower, as compiling it failed: %s "
-                "(%s=eager says so from the start)", _failure, ENVIRONMENT_VARIABLE
-            )
+            note_failure(_failure)
             return self.eager
         note_compiled(self.__name__, time.perf_counter() - start)
         return compiled

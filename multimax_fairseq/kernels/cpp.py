@@ -50,10 +50,19 @@ class Library:
     def __init__(self, source: Path, signatures: Dict[str, Sequence]):
         self.source = source
         self.signatures = signatures
+        self.failure = ""  # why it cannot be compiled or loaded
 
     def serves(self, tensor: Tensor) -> bool:
-        """Whether its functions take a plain tensor: fp32, on a CPU, where there is a compiler."""
-        return tensor.dtype == torch.float32 and tensor.is_cpu and self.functions is not None
+        """Whether its functions take a plain tensor: fp32, on a CPU, where there is a compiler.
+
+        Raises:
+            RuntimeError: there is none, and ``MULTIMAX_BACKEND=compiled`` asks for one.
+        """
+        if tensor.dtype != torch.float32 or not tensor.is_cpu:
+            return False
+        if self.functions is None and backend.backend() == "compiled":
+            raise RuntimeError(f"{backend.ENVIRONMENT_VARIABLE}=compiled, and compiling failed: {self.failure}")
+        return self.functions is not None
 
     @functools.cached_property
     def functions(self) -> Optional[ctypes.CDLL]:
@@ -66,7 +75,8 @@ class Library:
         except (AttributeError, ImportError, OSError, ValueError, subprocess.SubprocessError) as error:
             lines = (getattr(error, "stderr", None) or str(error)).splitlines() or [type(error).__name__]
             reason = next((line for line in lines if "error" in line), lines[0])
-            logger.info("%s: not compiled, so plain PyTorch takes its place: %s", self.source.name, reason)
+            self.failure = f"{self.source.name}: {reason}"
+            backend.note_failure(self.failure)
             return None
         return functions
 

@@ -59,7 +59,7 @@ LIBRARY = cpp.Library(
 
 def serves(query: Tensor, key: Tensor, value: Tensor, rows: Rows, mask: Optional[Tensor]) -> bool:
     """Whether :func:`forward` takes these arguments, of one dtype and not empty: fp32, where there is a compiler."""
-    if query.dtype != torch.float32 or LIBRARY.functions is None or sgemm() is None:
+    if not LIBRARY.serves(query) or sgemm() is None:
         return False
     shape = (*query.shape[:3], key.size(-2))
     return rows.name != "entmax" or Numbers(rows, torch.Size(shape)).count in (1, query.size(1))
