@@ -270,13 +270,15 @@ def _add_product_(
             total.addmm_(left, right)
         return
     is_wide = has_wide_products(total)
-    multiply, as_factor = (wide_product if is_wide else torch.mm), (lambda factor: factor)
-    if is_one_of_many and not is_wide:
-        as_factor = torch.Tensor.float  # here PyTorch rounds the product of half-precision matrices
-    right = as_factor(right)
+    is_rounded = is_one_of_many and not is_wide  # PyTorch rounds such products of half-precision matrices
+    if is_rounded:
+        right = right.float()
     rows = max(PRODUCT_AT_A_TIME // total.size(1), 1)
     for part, left_part in zip(total.split(rows), left.split(rows)):
-        product = multiply(as_factor(left_part), right)
+        if is_rounded:
+            _add_product_(part, left_part.float(), right, is_first, None)
+            continue
+        product = (wide_product if is_wide else torch.mm)(left_part, right)
         if scale is not None:
             product /= scale
         if is_first:
