@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import save_checkpoint
 from fairseq import checkpoint_utils
+from fairseq.trainer import Trainer
 
 from multimax_fairseq.models.checkpoints import check_resumed, checks_mappings, options_of
 
@@ -45,8 +46,22 @@ def test_what_may_change_when_a_run_goes_on(build, tmp_path):
     check_resumed(path, options_of(path), changed.cfg.model)
 
 
+def test_each_pair_of_mappings_in_a_new_run_from_old_weights(build, tmp_path):
+    """All that the models share is loaded, and nothing is missed, or in the way, at any of them."""
+    trained = [build(arch, *options, seed=number) for number, (arch, *options) in enumerate(MODELS)]
+    paths = [str(save_checkpoint(old, tmp_path / f"{number}.pt")) for number, old in enumerate(trained)]
+    for arch, *options in MODELS:
+        new = build(arch, *options, "--optimizer", "adam", "--lr", "1", "--cpu", seed=9)
+        trainer = Trainer(new.cfg, new.task, new.model, new.task.build_criterion(new.cfg.criterion))
+        for old, path in zip(trained, paths):
+            trainer.load_checkpoint(path, reset_optimizer=True, reset_lr_scheduler=True)
+            before, found = old.model.state_dict(), new.model.state_dict()
+            shared = [name for name in found if name in before and before[name].shape == found[name].shape]
+            assert len(shared) > 20 and all(torch.equal(found[name], before[name]) for name in shared)
+
+
 def load(path, **options):
-    trainer = Namespace(cfg=Namespace(model=options.pop("model")))
+    trainer = Namespace(cfg=Namespace(model=options.pop("model")), get_model=lambda: torch.nn.Linear(1, 1))
     return checks_mappings(lambda *args, **kwargs: (args[1:], kwargs))(trainer, str(path), **options)
 
 

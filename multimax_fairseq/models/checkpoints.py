@@ -3,21 +3,27 @@
 import argparse
 import functools
 import logging
-from typing import Any, Callable
+import re
+from typing import Any, Callable, Dict
 
 import torch
 from fairseq import checkpoint_utils
 from fairseq.file_io import PathManager
+from torch import Tensor, nn
 
 from .options import GONE, describe, option_errors
 
 logger = logging.getLogger(__name__)
 
+# Names of the parameters that mappings and scales have.
+OF_MAPPINGS = re.compile(r"_attn\.(mapping|scale)\.|^decoder\.output_mapping\.")
+
 
 def checks_mappings(load_checkpoint: Callable) -> Callable:
     """``Trainer.load_checkpoint`` that refuses to resume with other mappings, and knows no earlier run's best score.
 
-    fairseq keeps the best score as an attribute of a function, where a Hydra sweep's next job would find it.
+    A new run from old weights (``--finetune-from-model``, ``--reset-optimizer``) may have others. The best score is
+    an attribute of a function of fairseq's, where a Hydra sweep's next job would find it.
     """
 
     @functools.wraps(load_checkpoint)
@@ -28,9 +34,30 @@ def checks_mappings(load_checkpoint: Callable) -> Callable:
             warn_of_what_is_gone(trained)
             if not reset_optimizer:  # --finetune-from-model resets it, too
                 check_resumed(filename, trained, trainer.cfg.model)
-        return load_checkpoint(trainer, filename, reset_optimizer, *args, **kwargs)
+        model = trainer.get_model()
+        hook = model._register_load_state_dict_pre_hook(leave_out_other_mappings, with_module=True)
+        try:
+            return load_checkpoint(trainer, filename, reset_optimizer, *args, **kwargs)
+        finally:
+            hook.remove()
 
     return load_checked
+
+
+def leave_out_other_mappings(model: nn.Module, state_dict: Dict[str, Tensor], *_) -> None:
+    """Fit a state dict, in place, to a model with other mappings, a stock one included, and log it in one line.
+
+    Parameters of mappings that the model has not are left out. Where it has them in another shape, it keeps its own.
+    """
+    own, others = model.state_dict(), []
+    for name in filter(OF_MAPPINGS.search, list(state_dict)):
+        if name not in own or own[name].shape != state_dict[name].shape:
+            others.append(name)
+            del state_dict[name]
+            if name in own:
+                state_dict[name] = own[name]
+    if others:
+        logger.info("%d parameters of the checkpoint's mappings are left out, first %s", len(others), others[0])
 
 
 def options_of(path: str) -> Any:
