@@ -31,7 +31,7 @@ PLAIN_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.Undefined)
 for _key in "BackendSelect ADInplaceOrView AutogradCPU AutogradCUDA AutocastCPU AutocastCUDA CPU CUDA".split():
     PLAIN_KEYS = PLAIN_KEYS | torch._C.DispatchKeySet(torch._C._parse_dispatch_key(_key))
 
-_is_compiling = getattr(torch.compiler, "is_compiling", None) or torch._utils.is_compiling  # before torch 2.3
+is_compiling = getattr(torch.compiler, "is_compiling", None) or torch._utils.is_compiling  # before torch 2.3
 
 # in this process: name of the kernel or file, seconds; and why something could not be compiled
 compiled_graphs: List[Tuple[str, float]] = []
@@ -61,7 +61,7 @@ def is_plain(*tensors: Tensor) -> bool:
     Only then may a kernel take their addresses. Tracing, ``torch.compile``, ``torch.func``, forward-mode
     differentiation, fake and other special tensors get the formula, in PyTorch's own operators. It takes some 5 µs.
     """
-    if _is_compiling() or forward_ad._current_level >= 0:
+    if is_compiling() or forward_ad._current_level >= 0:
         return False
     keys = torch._C._dispatch_tls_local_include_set()  # of modes: tracers, transforms, dispatch modes
     for tensor in tensors:
@@ -105,8 +105,9 @@ def autocast_dtype(tensor: Tensor) -> Optional[torch.dtype]:
         is_on = torch.is_autocast_enabled(device)
         return torch.get_autocast_dtype(device) if is_on and tensor.dtype != torch.float64 else None
     is_on = torch.is_autocast_cpu_enabled() if device == "cpu" else torch.is_autocast_enabled()  # before torch 2.4
-    dtype = torch.get_autocast_cpu_dtype() if device == "cpu" else torch.get_autocast_gpu_dtype()
-    return dtype if is_on and tensor.dtype != torch.float64 else None
+    if not is_on or tensor.dtype == torch.float64:  # torch.compile cannot ask for the dtype
+        return None
+    return torch.get_autocast_cpu_dtype() if device == "cpu" else torch.get_autocast_gpu_dtype()
 
 
 def no_autocast(tensor: Tensor) -> ContextManager:

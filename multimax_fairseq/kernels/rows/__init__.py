@@ -5,6 +5,8 @@ from typing import Callable, NamedTuple, Optional, Tuple
 import torch
 from torch import Tensor, nn
 
+from ..backend import is_compiling
+
 HOOKS = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
 GLOBAL_HOOKS = "_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks"
 
@@ -26,11 +28,13 @@ class Rows(NamedTuple):
 
 
 def rows_of(mapping: nn.Module) -> Optional[Rows]:
-    """What a mapping says of itself; None where it has to be called: its own ``forward``, or hooks.
+    """What a mapping says of itself; None where it has to be called: its own ``forward``, hooks, ``torch.compile``.
 
     ``kernel_rows`` is believed where the class that defines ``forward`` defines it too, so that a class derived from
     a mapping that overrides only ``forward`` is not taken for it.
     """
+    if is_compiling():
+        return None
     for kind in type(mapping).__mro__:
         own = {"forward", "kernel_rows"} & vars(kind).keys()
         if own:
