@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn import functional as F
 
-from ..backend import autocast_dtype, is_plain, no_autocast
+from ..backend import autocast_dtype, gradients_of, is_plain, no_autocast
 from ..compiler import Kernel
 from ..scores import compute_dtype
 
@@ -163,15 +163,13 @@ class _ChunkedLoss(Function):
         needed = ctx.needs_input_grad[2:]
         # Not kept here: a tensor that nobody else holds becomes the parameter's gradient without a copy.
         gradients, ctx.gradients = ctx.gradients, None
-        tensors, is_differentiated = ctx.saved_tensors, torch.is_grad_enabled()
-        if is_differentiated or not is_plain(grad_loss):
-            with torch.enable_grad():
-                loss = _sums(whole_losses(*ctx.problem, *tensors))[0]
-                wanted = [tensor for tensor, is_needed in zip(tensors, needed) if is_needed]
-            found = iter(torch.autograd.grad(
-                loss, wanted, grad_loss, create_graph=is_differentiated, allow_unused=True, materialize_grads=True
-            ))  # fmt: skip
-            return (None, None, *(next(found) if is_needed else None for is_needed in needed))
+        tensors = ctx.saved_tensors
+        if torch.is_grad_enabled() or not is_plain(grad_loss):
+
+            def loss(*tensors: Optional[Tensor]) -> Tensor:
+                return _sums(whole_losses(*ctx.problem, *tensors))[0]
+
+            return None, None, *gradients_of(loss, tensors, needed, grad_loss)
         if gradients is None:  # a second backward
             _, gradients = _over_chunks(*ctx.problem, ctx.chunk_tokens, needed, *tensors[:3])
         if grad_loss != 1:  # a loss scale, say; a pass over the weight's gradient takes time
