@@ -49,13 +49,13 @@ def leave_out_other_mappings(model: nn.Module, state_dict: Dict[str, Tensor], *_
 
     Parameters of mappings that the model has not are left out. Where it has them in another shape, it keeps its own.
     """
-    own, others = model.state_dict(), []
-    for name in filter(OF_MAPPINGS.search, list(state_dict)):
-        if name not in own or own[name].shape != state_dict[name].shape:
-            others.append(name)
-            del state_dict[name]
-            if name in own:
-                state_dict[name] = own[name]
+    names = list(filter(OF_MAPPINGS.search, state_dict))
+    own = model.state_dict() if names else {}
+    others = [name for name in names if name not in own or own[name].shape != state_dict[name].shape]
+    for name in others:
+        del state_dict[name]
+        if name in own:
+            state_dict[name] = own[name]
     if others:
         logger.info("%d parameters of the checkpoint's mappings are left out, first %s", len(others), others[0])
 
