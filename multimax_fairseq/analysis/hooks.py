@@ -121,9 +121,6 @@ def recording(
         for site, layer, attention in found if on_attention is not None else ():
             _report_attention(site, layer, attention, on_attention, stack)
         for module in model.modules():
-            if hasattr(module, "can_use_fastpath"):
-                # fairseq 0.12.2 evaluates its own encoder layers in one kernel that bypasses their attention modules
-                stack.enter_context(patch.object(module, "can_use_fastpath", False))
             if on_layer is not None and getattr(module, "self_attn", None) in layers:
                 _report_layer(*layers[module.self_attn], module, on_layer, stack)
         if on_output is not None and projection is not None:
