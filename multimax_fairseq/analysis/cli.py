@@ -31,7 +31,7 @@ from ..tools import (
 )
 
 PAGE = "report.html"
-TABLES = ("heads", "sites", "modules", "layers", "alignment", "output")
+TABLES = ("heads", "sites", "modules", "layers", "alignment")
 
 
 def parser() -> ArgumentParser:
@@ -159,7 +159,7 @@ def _read(args: argparse.Namespace) -> Dict[str, Any]:
         raise UserError("--redraw needs no checkpoints: it draws what is in results.json")
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(results["simplex"], list):
+        if not isinstance(results["models"], dict):
             raise TypeError
     except FileNotFoundError:
         raise UserError(f"{args.redraw} is no report: there is no results.json in it") from None
@@ -175,9 +175,11 @@ def _write_numbers(folder: Path, results: Dict[str, Any]) -> None:
     text = re.sub(r"\[[^][{}]*\]", lambda numbers: re.sub(r"\n\s*", " ", numbers[0]), text)
     (folder / "results.json").write_text(text, encoding="utf-8")
     for table in TABLES:
-        rows = []
-        for model in results["models"]:
-            of_model = [model[table]] if isinstance(model[table], dict) else model[table] or []
-            rows += [{"model": model["label"], "checkpoint": model["checkpoint"], **row} for row in of_model]
+        rows = [
+            {"model": label, "checkpoint": model["checkpoint"], **row, **row.get("learned", {})}
+            for label, models in results["models"].items()
+            for model in models
+            for row in model[table]
+        ]
         if rows:
-            write_table(folder / f"{table}.csv", rows, without=("histogram", "sigma", "bulk"))
+            write_table(folder / f"{table}.csv", rows, without=("histogram", "sigma", "bulk", "learned"))

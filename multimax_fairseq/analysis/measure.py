@@ -4,10 +4,9 @@ The dictionary is what ``results.json`` holds, and all that figures and the page
 from 0 in it.
 """
 
-import os
 from pathlib import Path
+from statistics import mean
 from typing import Any, Dict, List, Optional, Sequence, Tuple
-from unittest.mock import patch
 
 import torch
 import tqdm
@@ -33,7 +32,6 @@ from .metrics import (
     attention_rollout,
     common_reference,
     falling_share,
-    is_monotone,
     mean_average_distance,
     translation_rollout,
 )
@@ -68,6 +66,9 @@ def measure(
 ) -> Dict[str, Any]:
     """Run models over the same sentences of a split; what the arguments mean, ``multimax-analyze --help`` says.
 
+    Returns:
+        ``models`` has for each label a list of checkpoints, the seeds of one model.
+
     Raises:
         UserError: something that the user can fix; before long work, but for scores that no trained model has.
     """
@@ -98,13 +99,11 @@ def measure(
     # one s for all models at each site: see sparsity_at
     sites = dict.fromkeys(site for measurement in measurements for site, _ in measurement.heads)
     references = {site: common_reference(m.tail(site) for m in measurements) for site in sites}
-    with patch.dict(os.environ, MULTIMAX_BACKEND="eager"):  # a few rows are not worth half a minute of compiling
-        return {
-            "top_k": TOP_K,
-            "skipped": len(there) - len(indices),
-            "models": [measurement.results(references) for measurement in measurements],
-            "simplex": _simplex(measurements),
-        }
+    models: Dict[str, List[Dict[str, Any]]] = {}
+    for measurement in measurements:
+        models.setdefault(measurement.loaded.label, []).append(measurement.results(references))
+    skipped = len(there) - len(indices)
+    return {"top_k": TOP_K, "skipped": skipped, "models": models, "simplex": _simplex(measurements)}
 
 
 def _check_seeds(loaded: Sequence[LoadedModel]) -> None:
@@ -138,8 +137,9 @@ class Measurement:
         # (side, layer) → sum of MADs, sentences with a MAD, all sentences
         self._distances: Dict[Site, List[float]] = {}
         self._errors: Dict[Tuple[str, int, str], AlignmentError] = {}
-        # decoder layers that attend to source and target together
+        # decoder layers that attend to source and target together: there is no rollout of these
         self._cross_self = bool(getattr(getattr(loaded.model, "decoder", None), "cross_self_attention", False))
+        self._rolled_out = ["encoder"] if loaded.is_translation else ["encoder", "decoder"]
 
     # ------------------------------------------------------------------------------ gathering
 
@@ -167,7 +167,7 @@ class Measurement:
             example["sentence"] = int(sample["id"][row])
             example["is_cut"] = any(len(axis) > MOST_TOKENS for axes in tokens.values() for axis in axes)
             example["tokens"] = {site: [axis[:MOST_TOKENS] for axis in axes] for site, axes in tokens.items()}
-            example.update(attention=[], rollout={})
+            example["maps"] = []
         self.sentences += len(sample["id"])
         self.tokens += sample["ntokens"]
 
@@ -182,7 +182,7 @@ class Measurement:
             self._means.setdefault(site, []).append(probabilities.mean(1))
         for row, example in self._shown.items():
             heads = self._cut(site, row, probabilities[row])
-            example["attention"].append({"site": site, "layer": layer, "heads": heads})
+            example["maps"].append({"site": site, "layer": layer, "heads": heads})
         if self.gold is not None and site == "cross":
             for row in range(len(mask)):
                 heads = {str(head): of_head for head, of_head in enumerate(probabilities[row])}
@@ -210,26 +210,22 @@ class Measurement:
 
     def _on_layer(self, output: LayerOutput) -> None:
         distance = mean_average_distance(output.hidden, self._masks[output.side]).double()
-        is_defined = ~distance.isnan()
         total = self._distances.setdefault((output.side, output.layer), [0.0, 0, 0])
-        total[0] += distance[is_defined].sum().item()
-        total[1] += int(is_defined.sum())
+        total[0] += distance.nansum().item()
+        total[1] += int((~distance.isnan()).sum())
         total[2] += len(distance)
 
     def _on_rollout(self) -> None:
         """Compute rollouts of the sentences to draw, and their alignment error."""
-        if not self._means:
-            return
-        if self.loaded.is_translation:
-            decoder, cross, encoder = (self._means.get(site, []) for site in ("decoder", "cross", "encoder"))
-            over_source, _ = translation_rollout(decoder, cross, encoder)
-            matrices = {"encoder": attention_rollout(encoder), "cross": over_source}
-        else:
-            matrices = {side: attention_rollout(layers) for side, layers in self._means.items()}
+        matrices = {site: attention_rollout(self._means[site]) for site in self._rolled_out if site in self._means}
+        if "cross" in self._means and not self._cross_self:
+            decoder, cross, encoder = (self._means[site] for site in ("decoder", "cross", "encoder"))
+            matrices["cross"], _ = translation_rollout(decoder, cross, encoder)
         for row, example in self._shown.items():
             for site, matrix in matrices.items():
-                example["rollout"][site] = self._cut(site, row, matrix[row])
-        if self.gold is not None:
+                heads = [self._cut(site, row, matrix[row])]
+                example["maps"].append({"site": site, "layer": "rollout", "heads": heads})
+        if self.gold is not None and "cross" in matrices:
             for row in range(len(self._sample["id"])):
                 self._align(row, len(self._means["cross"]) - 1, {"rollout": matrices["cross"][row]})
 
@@ -317,15 +313,13 @@ class Measurement:
 
     def tail(self, site: str) -> float:
         """The mean probability of an irrelevant entry at a site; NaN if there is none."""
-        tails = [means.sums["tail"] / means.defined["tail"] for at, means in self.heads.items() if at[0] == site]
-        return torch.cat(tails).nanmean().item() if tails else float("nan")
+        heads = [head["tail"] for at, means in self.heads.items() if at[0] == site for head in means.result()]
+        return mean(tails) if (tails := [tail for tail in heads if tail is not None]) else float("nan")
 
     def results(self, references: Dict[str, Optional[float]]) -> Dict[str, Any]:
         """All numbers; ``references``: the common s of each site."""
         heads = self._heads(references)
-        sites = [_mean_of_rows(heads, site) for site in dict.fromkeys(row["site"] for row in heads)]
         return {
-            "label": self.loaded.label,
             "checkpoint": str(self.loaded.path),
             "architecture": self.loaded.architecture,
             "is_translation": self.loaded.is_translation,
@@ -333,14 +327,13 @@ class Measurement:
             "sentences": self.sentences,
             "target_tokens": self.tokens,
             "heads": [row for row in heads if row["site"] != "output"],
-            "sites": sites,
+            "sites": [_mean_of_rows(heads, site) for site in dict.fromkeys(row["site"] for row in heads)],
             "modules": [self._module(site) for site in self.heads],
             "layers": self._layers(),
             "alignment": [
                 {"layer": layer, "head": head, "rows": rows, "aer": error.rate()}
                 for (head, layer, rows), error in self._errors.items()
             ],
-            "output": next((row for row in sites if row["site"] == "output"), None),
             "examples": list(self.examples.values()),
         }
 
@@ -356,29 +349,28 @@ class Measurement:
     def _module(self, site: Site) -> Dict[str, Any]:
         """An attention module (or the output layer): its mapping, the scores it saw, and what it has learned."""
         mapping, histogram = self.mappings[site], self.histograms[site]
-        low, high = histogram.bulk()
+        edges, counts = histogram.edges, histogram.counts
         module = {
             "site": site[0],
             "layer": site[1],
             "mapping": next((name for name, kind in MAPPINGS.items() if type(mapping) is kind), "softmax"),
             "lowest_score": histogram.low,
             "highest_score": histogram.high,
+            "learned": {},
+            "histogram": {"edges": edges.tolist(), "counts": counts.tolist()},
+            "bulk": histogram.bulk(),  # without the outermost 0.05 % on either side
         }
         if isinstance(mapping, MultiMax):
             thresholds, gains = coefficients(mapping)
+            sigma = modulate(edges, thresholds, gains)
             for n, ((b, d), (gain_b, gain_d)) in enumerate(zip(thresholds.tolist(), gains.tolist()), start=1):
-                module.update({f"b{n}": b, f"d{n}": d, f"g_b{n}": gain_b, f"g_d{n}": gain_d})
-            module["is_monotone"] = is_monotone(thresholds, gains, histogram.low, histogram.high)
-            module["falling_share"] = falling_share(thresholds, gains, histogram.edges, histogram.counts)
-            x = torch.linspace(low, high, 201, dtype=torch.float64)
-            module["sigma"] = {"x": x.tolist(), "y": modulate(x, thresholds, gains).tolist()}
+                module["learned"] |= {f"b{n}": b, f"d{n}": d, f"g_b{n}": gain_b, f"g_d{n}": gain_d}
+            module |= {"sigma": sigma.tolist(), "falling_share": falling_share(sigma, counts)}
         elif module["mapping"] == "entmax":
-            module["alpha"] = torch.as_tensor(mapping.alpha, dtype=torch.float64).flatten().tolist()
+            module["learned"]["alpha"] = torch.as_tensor(mapping.alpha, dtype=torch.float64).flatten().tolist()
         elif mapping is not None:  # one's own
             few = {name: p for name, p in mapping.named_parameters() if p.numel() <= MOST_NUMBERS}
-            module = {name: p.detach().double().flatten().tolist() for name, p in few.items()} | module
-        module["bulk"] = [low, high]  # without the outermost 0.05 % on either side
-        module["histogram"] = {"edges": histogram.edges, "counts": histogram.counts}
+            module["learned"] = {name: p.detach().double().flatten().tolist() for name, p in few.items()}
         return module
 
     def _layers(self) -> List[Dict[str, Any]]:
@@ -403,15 +395,13 @@ def _mean_of_rows(rows: Sequence[Dict[str, Any]], site: str) -> Dict[str, Any]:
     for name in list(at_site[0])[3:]:  # after site, layer and head
         values = [row[name] for row in at_site if row[name] is not None]
         is_count = name == "rows" or name.endswith("_undefined")
-        means[name] = sum(values) if is_count else sum(values) / len(values) if values else None
+        means[name] = sum(values) if is_count else mean(values) if values else None
     return means
 
 
 # ---------------------------------------------------------------------- mappings by themselves
 
-# Drawn if no model has a learned modulator.
-ILLUSTRATION = [[0.7, 0.8], [0.7, 0.8]], [[-2.0, -0.6], [-1.0, -0.2]]
-SIMPLEX_SCORES = (1.5, 0.0)  # the largest and smallest of three; the third moves between them
+ILLUSTRATION = [[0.7, 0.8], [0.7, 0.8]], [[-2.0, -0.6], [-1.0, -0.2]]  # thresholds and gains
 
 
 def _simplex(measurements: Sequence[Measurement]) -> List[Dict[str, Any]]:
@@ -421,26 +411,20 @@ def _simplex(measurements: Sequence[Measurement]) -> List[Dict[str, Any]]:
     edge, where the smallest score gets nothing, to its middle. Learned modulators are those of the last layer of each
     site of the first model that has any, each on scores of its own range: the median and the 99th percentile.
     """
-    high, low = SIMPLEX_SCORES
-    given, of = _rising(high, low), f"({high:g}, t, {low:g})"
-    paths = [(f"softmax of {of} / T", f"T = {t:g}", "softmax", softmax(given / t)) for t in (0.25, 0.5, 1, 2)]
+    given = _rising(1.5, 0.0)
+    paths = [("softmax of (1.5, t, 0) / T", f"T = {t:g}", "softmax", softmax(given / t)) for t in (0.25, 0.5, 1, 2)]
     for name in ("softmax", "entmax15", "sparsemax", "evsoftmax"):
-        paths.append((f"mappings of {of}", name, name, build_mapping(name).eval()(given)))
-    for measurement in measurements:
-        last = {at: m for (at, _), m in measurement.mappings.items() if isinstance(m, MultiMax) and at != "output"}
-        for (site, layer), mapping in measurement.mappings.items():
-            if mapping is not None and last.get(site) is mapping:
-                ends = measurement.histograms[site, layer].bulk(0.5, 0.01)[::-1]
-                scores, panel = _rising(*ends), "learned MultiMax"
-                name = f"{site} {layer + 1} ({ends[0]:.1f}, t, {ends[1]:.1f})"
-                paths.append((panel, name, "multimax", multimax(scores, *coefficients(mapping))))
-                paths.append((panel, f"softmax, {site} {layer + 1}", "softmax", softmax(scores)))
-        if last:
-            break
-    else:
-        path = multimax(given, *(torch.tensor(numbers, dtype=torch.float64) for numbers in ILLUSTRATION))
-        paths.append((f"MultiMax of {of}", "softmax", "softmax", softmax(given)))
-        paths.append((f"MultiMax of {of}", "MultiMax, illustrative", "multimax", path))
+        paths.append(("mappings of (1.5, t, 0)", name, name, build_mapping(name).eval()(given)))
+    example = multimax(given, *(torch.tensor(numbers, dtype=torch.float64) for numbers in ILLUSTRATION))
+    paths.append(("mappings of (1.5, t, 0)", "MultiMax, for example", "multimax", example))
+    learned = [{at: number for (at, number), mapping in measurement.mappings.items()
+                if isinstance(mapping, MultiMax) and at != "output"} for measurement in measurements]  # fmt: skip
+    number = next((number for number, last in enumerate(learned) if last), 0)
+    for site in learned[number].items():
+        low, high = measurements[number].histograms[site].bulk(0.5, 0.01)
+        path = multimax(_rising(high, low), *coefficients(measurements[number].mappings[site]))
+        name = f"{site[0]} {site[1] + 1} ({high:.1f}, t, {low:.1f})"
+        paths.append(("learned MultiMax", name, "multimax", path))
     return [
         {"panel": panel, "name": name, "mapping": mapping, "probabilities": probabilities.tolist()}
         for panel, name, mapping, probabilities in paths

@@ -32,13 +32,13 @@ BINS_PER_NAT, NUM_BINS = 64, 2048
 class RowMetrics(NamedTuple):
     """One tensor for each metric, in the shape of the rows; NaN where undefined.
 
-    With ε a threshold on the scores, N the number of relevant scores below the largest, ε < x_n < max x, and L that of
-    irrelevant ones, x_l < ε:
+    With ε a threshold on the scores, N the number of relevant scores below the largest, ε < x_n < max x, and L that
+    of irrelevant ones, x_l < ε:
 
     Attributes:
         multimodality: M = 1 − (1/N) Σ_n (max φ − φ_n), in [0, 1]: 1 where relevant scores share the top, 0 with one
             mode; undefined where N = 0 (Zhou et al. 2024, Definition 3.2).
-        top_multimodality: M where the ``TOP_K`` largest scores (and all equal to the last) are relevant, whatever ε is.
+        top_multimodality: M where the ``TOP_K`` largest scores (and all equal to the last) are relevant.
         sparsity: S = (1/L) Σ_l exp(−φ_l / s), in (0, 1]: 1 if irrelevant scores get nothing, less the more they get;
             undefined where L = 0 (Definition 3.3).
         tail: mean probability of the irrelevant entries.
@@ -75,12 +75,11 @@ def row_metrics(
     Returns:
         metrics of shape (…), fp32 (fp64 for fp64 scores).
     """
-    x, p, present, distance = _prepared(scores, probabilities, threshold)
-    return _metrics(x, p, present, distance, reference)
+    return _metrics(*_prepared(scores, probabilities, threshold), reference)
 
 
 def _prepared(scores: Tensor, probabilities: Tensor, threshold: Optional[float] = None):
-    """Scores and probabilities in the dtype of the computation, a mask of scores present, and their distance from ε."""
+    """Scores and probabilities in the dtype of the computation, a mask of scores present, their distance from ε."""
     if scores.shape != probabilities.shape:
         raise ValueError(
             f"scores and probabilities differ in shape: {tuple(scores.shape)}, {tuple(probabilities.shape)}"
@@ -95,7 +94,7 @@ def _prepared(scores: Tensor, probabilities: Tensor, threshold: Optional[float] 
     return x, p, present, below_largest - (below_largest.logsumexp(-1, keepdim=True) - count.log())
 
 
-def _metrics(x: Tensor, p: Tensor, present: Tensor, distance: Tensor, reference: Optional[float] = None) -> RowMetrics:
+def _metrics(x: Tensor, p: Tensor, present: Tensor, distance: Tensor, reference: Optional[float] = None):
     k, nan = min(TOP_K, p.size(-1)), float("nan")
     largest, irrelevant = p.topk(k, dim=-1).values, present & (distance < -RESOLUTION)
     gap, is_below = p.amax(-1, keepdim=True) - p, x < x.amax(-1, keepdim=True)
