@@ -11,6 +11,7 @@ import platform
 import sys
 from contextlib import contextmanager
 from typing import Iterator, List, Tuple
+from unittest.mock import patch
 
 PACKAGE = "multimax_fairseq"
 PYTHONS = ((3, 10), (3, 14))
@@ -107,14 +108,8 @@ def check_mappings() -> List[Finding]:
         scores[torch.rand(64, 40) < 0.1] = float("-inf")
         scores[0] = float("-inf")
         upstream = torch.randn(64, 40, dtype=torch.float64)
-        before = os.environ.get(ENVIRONMENT_VARIABLE)
-        os.environ[ENVIRONMENT_VARIABLE] = "eager"
-        try:
+        with patch.dict(os.environ, {ENVIRONMENT_VARIABLE: "eager"}):
             expected = _result(mapping.double(), scores, upstream)
-        finally:
-            os.environ.pop(ENVIRONMENT_VARIABLE)
-            if before is not None:
-                os.environ[ENVIRONMENT_VARIABLE] = before
         errors = []
         for device, dtype in places:
             kind = str(dtype).removeprefix("torch.")
@@ -143,8 +138,7 @@ def _result(mapping, scores, upstream):
 def messages() -> Iterator[List[str]]:
     """Collect what the package logs."""
     said: List[str] = []
-    logger = logging.getLogger(PACKAGE)
-    handler = logging.Handler()
+    logger, handler = logging.getLogger(PACKAGE), logging.Handler()
     handler.emit = lambda record: said.append(record.getMessage())
     level = logger.level
     logger.addHandler(handler)

@@ -46,12 +46,9 @@ def test_modulators_have_a_learning_rate_of_their_own(retrieval):
     assert modulators["lr"] == 10 * others["lr"] and len(others["params"]) == 4
 
 
-def test_a_mapping_of_the_users_own_may_have_a_number_per_head(retrieval, tmp_path, monkeypatch):
+def test_a_mapping_of_the_users_own_may_have_a_number_per_head(retrieval, monkeypatch):
     """As the command in docs/own-mapping.md says, with a module for scores of attention."""
-    monkeypatch.setitem(mappings.MAPPINGS, "per_head", None)  # so that it is gone when the test is done
-    del mappings.MAPPINGS["per_head"]
 
-    @mappings.register_mapping("per_head")
     class PerHead(torch.nn.Module):
         def __init__(self, num_heads: int = 4):
             super().__init__()
@@ -60,8 +57,8 @@ def test_a_mapping_of_the_users_own_may_have_a_number_per_head(retrieval, tmp_pa
         def forward(self, scores):
             return mappings.softmax(scores * (-self.log_temperature).exp())
 
+    monkeypatch.setitem(mappings.MAPPINGS, "per_head", PerHead)
     layer = retrieval.Layer(retrieval.Row.parse("per_head"), 4)
-    torch.manual_seed(1)
     query, keys, values = torch.randn(3, 4), torch.randn(3, 7, 4), torch.randn(3, 7, 2)
     output, probabilities = layer(query, keys, values)
     assert layer.mapping.log_temperature.shape == (1, 1, 1)

@@ -51,10 +51,9 @@ class AlignmentError:
     """
 
     def __init__(self):
-        self.sentences = self._agreed = self._all = 0
+        self._agreed = self._all = 0
 
     def update(self, predicted: Links, gold: GoldAlignment) -> None:
-        self.sentences += 1
         self._agreed += len(predicted & gold.sure) + len(predicted & gold.possible)
         self._all += len(predicted) + len(gold.sure)
 
