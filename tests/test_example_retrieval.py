@@ -3,8 +3,9 @@
 import importlib.util
 import json
 import logging
-import multiprocessing.dummy
 import sys
+from argparse import Namespace
+from multiprocessing.pool import ThreadPool
 
 import pytest
 import torch
@@ -71,7 +72,7 @@ def test_a_mapping_of_the_users_own_may_have_a_number_per_head(retrieval, monkey
 def test_a_run_is_resumed_and_has_a_table_and_figures(retrieval, tmp_path, monkeypatch):
     """With a pool, here of threads, where there is more than one run to do."""
     monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
-    monkeypatch.setattr(retrieval.multiprocessing, "get_context", lambda kind=None: multiprocessing.dummy)
+    monkeypatch.setattr(retrieval.multiprocessing, "get_context", lambda kind: Namespace(Pool=ThreadPool))
     monkeypatch.setattr(logging.getLogger(), "level", logging.DEBUG)  # as importing fairseq leaves it
     rows = "softmax,multimax:order=1:lr_scale=10,entmax:alpha=learned,softmax:scale=log-length"
     call(retrieval, *QUICK, "--mappings", "softmax", "--seeds", 1, "--out", tmp_path)

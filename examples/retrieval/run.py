@@ -353,7 +353,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", type=numbers, default="1,2,3,4,5", help="default: %(default)s")
     parser.add_argument("--length", type=tools.positive, default=64, help="keys in training (default: %(default)s)")
     parser.add_argument("--test-lengths", type=numbers, default="64,256,1024", help="default: %(default)s")
-    parser.add_argument("--matches", type=tools.positive, default=8, help="that match, at most (default: %(default)s)")
+    parser.add_argument("--matches", type=tools.positive, default=8, help="keys that match (default: %(default)s)")
     parser.add_argument("--dimensions", type=tools.positive, default=16, help="of queries (default: %(default)s)")
     parser.add_argument("--noise", type=float, default=0.6, help="how far matches are off (default: %(default)s)")
     parser.add_argument("--updates", type=tools.positive, default=UPDATES, help="default: %(default)s")
