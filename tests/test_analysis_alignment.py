@@ -11,13 +11,14 @@ from multimax_fairseq.analysis.alignment import (
     word_attention,
     words_of_tokens,
 )
+from multimax_fairseq.tools import UserError
 
 
 @pytest.mark.parametrize("line", [b"0:1", b"1-", b"a-b", b"0-1,", b"\xff-1"])
 def test_another_format_is_an_error_that_names_the_line(line, tmp_path):
     path = tmp_path / "test.align"
     path.write_bytes(b"0-0\n" + line)
-    with pytest.raises(ValueError, match="test.align, line 2: .* is not a link of Pharaoh format"):
+    with pytest.raises(UserError, match="test.align, line 2: .* is not a link of Pharaoh format"):
         read_alignments(path)
 
 

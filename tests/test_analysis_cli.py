@@ -477,7 +477,7 @@ def test_the_numbers_of_a_mapping_of_ones_own_are_in_the_report(monkeypatch):
             self.temperature = torch.nn.Parameter(torch.tensor([0.5, 2.0]).view(2, 1, 1))
 
     monkeypatch.setitem(MAPPINGS, "tempered", Tempered)
-    measurement = Measurement(Namespace(model=torch.nn.Identity(), is_translation=False))
+    measurement = Measurement(Namespace(model=torch.nn.Identity()))
     scores = torch.randn(2, 5, 4)
     measurement._add(("cross", 0), "cross layer 1", Tempered(), scores, scores.softmax(-1))
     module = measurement._module(("cross", 0))
