@@ -36,16 +36,13 @@ def check_packages() -> List[Finding]:
     except importlib.metadata.PackageNotFoundError:
         return [(False, f"{PACKAGE} is not installed, only importable: pip install it (README.md, Install)")]
     findings = []
-    for wanted in requirements:
-        if wanted.marker is not None and not wanted.marker.evaluate({"extra": ""}):
-            continue
+    for wanted in (one for one in requirements if one.marker is None or one.marker.evaluate({"extra": ""})):
         try:
             version = importlib.metadata.version(wanted.name)
+            fits = wanted.specifier.contains(version, prereleases=True)
         except importlib.metadata.PackageNotFoundError:
-            findings.append((False, f"{wanted.name} is missing: pip install '{wanted.name}{wanted.specifier}'"))
-            continue
-        fits = wanted.specifier.contains(version, prereleases=True)
-        advice = "" if fits else f": does not fit; pip install '{wanted.name}{wanted.specifier}'"
+            fits, version = False, "is missing"
+        advice = "" if fits else f": pip install '{wanted.name}{wanted.specifier}'"
         findings.append((fits, f"{wanted.name} {version}{advice}"))
     return findings
 

@@ -98,9 +98,6 @@ CAPTIONS = {
     "scores. The upper right is where MultiMax is meant to lead.",
     "over-smoothing": "Mean cosine distance between the tokens of a sentence after each layer: the lower, the more "
     "alike they have become. (The axis does not begin at 0.)",
-    "alignment": "Alignment error rate, lower is better: points are heads, lines the mean of a layer's heads, dotted "
-    "lines the rollout of all layers. Left, a word's links are read from the rows that predict it; right, one step "
-    "later, from those that read it.",
     "modulators": "the scores that each module saw, and what its modulator, if any, makes of them. The outermost "
     "0.05 % of the scores on either side are not shown.",
     "simplex": "Where mappings take three scores while one, t, rises from the smallest to the largest (rings: the "
@@ -122,9 +119,6 @@ def plans_of(results: Results) -> List[Plan]:
     add("sparsity-multimodality", rows, partial(_draw_metrics, results["top_k"], looks), caption=left_out)
     rows = partial(_rows, results, "layers", ("side", "layer", "mad"))
     add("over-smoothing", rows, partial(_draw_smoothing, looks))
-    rows = partial(_rows, results, "alignment", ("rows", "layer", "head", "aer"))
-    if rows():
-        add("alignment", rows, partial(_draw_alignment, looks))
     for label, models in results["models"].items():
         name, draw = f"{_file_name(label, plans)}-modulators", partial(_draw_modulators, looks[label]["color"])
         add(name, partial(_module_rows, models), draw, "modulators", f"{label}: {CAPTIONS['modulators']}")
@@ -156,10 +150,6 @@ def _grouped(rows: Sequence[Row], name: str) -> Dict[Any, List[Row]]:
     for row in rows:
         groups.setdefault(row[name], []).append(row)
     return groups
-
-
-def _where(rows: Sequence[Row], name: str, value: Any) -> List[Row]:
-    return [row for row in rows if row[name] == value]
 
 
 def _spread(values: Sequence[float]) -> Optional[float]:
@@ -274,42 +264,19 @@ def _left_out(results: Results) -> str:
 
 
 def _draw_smoothing(looks: Dict[str, Row], rows: List[Row], width: Optional[float]) -> Figure:
+    """Each model over its layers: means over seeds, with error bars where there are several."""
     sides = _grouped(rows, "side")
     figure, panels = _panels(len(sides), width, 2.2, sharey=True)
     for axes, (side, of_side) in zip(panels, sides.items()):
         for label, of_model in _grouped(of_side, "model").items():
-            _draw_line(axes, of_model, "mad", label, looks[label])
+            layers = _grouped([row for row in of_model if row["mad"] is not None], "layer")
+            values = [[row["mad"] for row in of_layer] for of_layer in layers.values()]
+            spread = [_spread(of_seeds) for of_seeds in values]
+            axes.errorbar(list(layers), list(map(mean, values)), None if None in spread else spread,
+                          ms=4, capsize=2, label=label, **looks[label])  # fmt: skip
         axes.set(xlabel=f"{side} layer (0: its input)", title=side)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     panels[0].set_ylabel("MAD (mean cosine distance)")
-    return _legend(figure)
-
-
-def _draw_line(axes: Axes, rows: List[Row], name: str, label: str, look: Row, first: int = 0) -> None:
-    """A model's numbers over its layers: means over seeds, with error bars where there are several."""
-    layers = _grouped([row for row in rows if row[name] is not None], "layer").items()
-    values = [[row[name] for row in of_layer] for _, of_layer in layers]
-    spread = [_spread(of_layer) for of_layer in values]
-    axes.errorbar([layer + first for layer, _ in layers], list(map(mean, values)), None if None in spread else spread,
-                  ms=4, capsize=2, label=label, **look)  # fmt: skip
-
-
-def _draw_alignment(looks: Dict[str, Row], rows: List[Row], width: Optional[float]) -> Figure:
-    figure, panels = _panels(2, width or TWO_COLUMNS, 2.2, sharey=True)
-    models = _grouped(rows, "model")
-    for axes, (name, verb) in zip(panels, (("predicting", "predict"), ("reading", "read"))):
-        for number, (label, of_model) in enumerate(models.items()):
-            of_model, look = _where(of_model, "rows", name), looks[label]
-            shift = 1 + (number - (len(models) - 1) / 2) * 0.18
-            heads = [(row["layer"] + shift, row["aer"]) for row in of_model if row["head"].isdigit()]
-            axes.scatter(*zip(*heads), s=14, alpha=0.6, linewidths=0.6, color=look["color"], marker=look["marker"])
-            _draw_line(axes, _where(of_model, "head", "mean"), "aer", label, look, first=1)
-            rollout = [row["aer"] for row in _where(of_model, "head", "rollout")]
-            if rollout:
-                axes.axhline(mean(rollout), color=look["color"], lw=0.6, ls=(0, (1, 3)))
-        axes.set(title=f"rows that {verb} the word", xlabel="decoder layer", ylim=(0, 1))
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    panels[0].set_ylabel("alignment error rate")
     return _legend(figure)
 
 
@@ -323,11 +290,9 @@ def _module_rows(models: Sequence[Row]) -> List[Row]:
         for module in model["modules"]:
             place = {"seed": seed, "site": module["site"], "layer": module["layer"]}
             edges, counts = module["histogram"]["edges"], module["histogram"]["counts"]
-            low, high = module["bulk"]
-            area = sum(counts) * (edges[1] - edges[0])
-            for x, count, sigma in zip(edges, [*counts, 0], module.get("sigma") or [None] * len(edges)):
-                if low <= x <= high:
-                    rows.append({**place, "x": x, "density": count / area, "sigma": sigma})
+            density = [count / (high - low) / sum(counts) for count, low, high in zip(counts, edges, edges[1:])]
+            for x, y, sigma in zip(edges, [*density, None], module.get("sigma") or [None] * len(edges)):
+                rows.append({**place, "x": x, "density": y, "sigma": sigma})
     return rows
 
 
@@ -354,7 +319,7 @@ def _draw_module(axes: Axes, rows: List[Row], colour: str) -> None:
     if rows[0]["sigma"] is not None:  # the histogram has the lowest quarter
         x, ends = [row["x"] for row in rows], [row[name] for row in rows for name in ("x", "sigma")]
         bottom, top = min(ends) - 0.3 * (max(ends) - min(ends)), max(ends)
-        height = 0.28 * (top - bottom) / max(row["density"] for row in rows)
+        height = 0.28 * (top - bottom) / max(row["density"] or 0 for row in rows)
         axes.plot(*[[min(x), max(x)]] * 2, "--", color=GREY, lw=1, label="identity (softmax)")
     for of_seed in _grouped(rows, "seed").values():
         x, density, sigma = ([row[name] for row in of_seed] for name in ("x", "density", "sigma"))

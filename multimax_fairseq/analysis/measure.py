@@ -55,6 +55,8 @@ MOST_TOKENS = 32
 # Chen, Sun & Liu 2020 find the latter better).
 ROWS = ("predicting", "reading")
 
+OUTERMOST = 5e-4  # the share of the lowest and of the highest scores that histograms leave out
+
 MOST_NUMBERS = 32  # of a parameter of a registered mapping, for a table
 
 Site = Tuple[str, int]  # site, layer
@@ -220,7 +222,7 @@ class Measurement:
     def _module(self, site: Site) -> Dict[str, Any]:
         """An attention module (or the output layer): its mapping, the scores it saw, and what it has learned."""
         mapping, histogram = self.mappings[site], self.histograms[site]
-        edges, counts = histogram.edges, histogram.counts
+        edges, counts = histogram.bins(OUTERMOST, OUTERMOST)
         module = {
             "site": site[0],
             "layer": site[1],
@@ -229,7 +231,6 @@ class Measurement:
             "highest_score": histogram.high,
             "learned": {},
             "histogram": {"edges": edges.tolist(), "counts": counts.tolist()},
-            "bulk": histogram.bulk(),  # without the outermost 0.05 % on either side
         }
         if isinstance(mapping, MultiMax):
             thresholds, gains = coefficients(mapping)
@@ -415,7 +416,7 @@ def _simplex(measurements: Sequence[Measurement]) -> List[Dict[str, Any]]:
                 if isinstance(mapping, MultiMax) and at != "output"} for measurement in measurements]  # fmt: skip
     number = next((number for number, last in enumerate(learned) if last), 0)
     for site in learned[number].items():
-        low, high = measurements[number].histograms[site].bulk(0.5, 0.01)
+        low, *_, high = measurements[number].histograms[site].bins(0.5, 0.01)[0].tolist()
         path = multimax(_rising(high, low), *coefficients(measurements[number].mappings[site]))
         name = f"{site[0]} {site[1] + 1} ({high:.1f}, t, {low:.1f})"
         paths.append(("learned MultiMax", name, "multimax", path))

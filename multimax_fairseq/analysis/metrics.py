@@ -28,6 +28,9 @@ TOP_K = 5
 # Irrelevant probabilities are counted in bins of their logarithm, from 1 down to e^−32; smaller ones are in the last.
 BINS_PER_NAT, NUM_BINS = 64, 2048
 
+# Bins of asinh on either side of 0: scores up to 10^8.
+ASINH_BINS = 20 * BINS_PER_NAT
+
 
 class RowMetrics(NamedTuple):
     """One tensor for each metric, in the shape of the rows; NaN where undefined.
@@ -190,49 +193,31 @@ class MeanMetrics:
 
 
 class ScoreHistogram:
-    """A histogram with a fixed number of bins, for scores of unknown range.
-
-    Bins are [k·w, (k+1)·w) for whole k. If the scores do not fit into ``num_bins`` bins, neighbours are merged and w
-    doubles, so counts stay exact.
+    """A histogram of scores of unknown range: bins of asinh(x), so as wide as x is large, and 1/64 around 0.
 
     Attributes:
-        width: w.
         low, high: the smallest and the largest score seen; inf and −inf before the first.
-        counts: int64, a number for each bin.
     """
 
-    def __init__(self, num_bins: int = 256, width: float = 2**-6):
-        self.num_bins, self.width = num_bins, width
+    def __init__(self):
         self.low, self.high = math.inf, -math.inf
-        self._first = 0  # k of the first bin
-        self.counts = torch.zeros(0, dtype=torch.int64)
+        self._counts = torch.zeros(2 * ASINH_BINS, dtype=torch.int64)
 
     def update(self, scores: Tensor) -> None:
         """Count scores of any shape, except those that are not finite."""
         for part in scores.flatten().split(CHUNK_SIZE):
             values = part[part.isfinite()].double().cpu()
-            if not values.numel():
-                continue
-            self.low, self.high = min(self.low, values.min().item()), max(self.high, values.max().item())
-            before = torch.arange(self._first, self._first + len(self.counts))
-            while math.floor(self.high / self.width) - math.floor(self.low / self.width) >= self.num_bins:
-                self.width *= 2
-                before = before.div(2, rounding_mode="floor")
-            self._first, last = math.floor(self.low / self.width), math.floor(self.high / self.width)
-            bins = (values / self.width).floor().long() - self._first
-            counts = bins.bincount(minlength=last - self._first + 1)
-            self.counts = counts.index_add(0, before - self._first, self.counts)
+            if values.numel():
+                self.low, self.high = min(self.low, values.min().item()), max(self.high, values.max().item())
+                bins = (values.asinh() * BINS_PER_NAT).floor().long() + ASINH_BINS
+                self._counts += bins.clamp(0, 2 * ASINH_BINS - 1).bincount(minlength=2 * ASINH_BINS)
 
-    @property
-    def edges(self) -> Tensor:
-        """The borders of the bins, fp64: one more than there are counts."""
-        return (self._first + torch.arange(len(self.counts) + 1, dtype=torch.float64)) * self.width
-
-    def bulk(self, low: float = 5e-4, high: float = 5e-4) -> Tuple[float, float]:
-        """The range of the scores without the lowest and the highest share of them, to the width of a bin."""
-        shares, last = self.counts.cumsum(0) / self.counts.sum(), len(self.counts) - 1
-        first, end = int((shares <= low).sum()), int((shares < 1 - high).sum())
-        return self.edges[min(first, last)].item(), self.edges[min(end, last) + 1].item()
+    def bins(self, low: float = 0.0, high: float = 0.0) -> Tuple[Tensor, Tensor]:
+        """Borders, (bins + 1,) fp64, and counts, (bins,), without these shares of the lowest and the highest scores."""
+        shares = self._counts.cumsum(0) / self._counts.sum()
+        first, last = int((shares <= low).sum()), int((shares < 1 - high).sum())
+        borders = torch.arange(first, last + 2, dtype=torch.float64) - ASINH_BINS
+        return (borders / BINS_PER_NAT).sinh(), self._counts[first : last + 1]
 
 
 # ---------------------------------------------------------------------- layers

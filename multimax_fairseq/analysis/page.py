@@ -4,7 +4,7 @@ import base64
 import html
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any, Dict, List, NamedTuple, Sequence
+from typing import Any, Dict, List, Sequence, Tuple
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; max-width: 66rem; margin: 2rem auto; padding: 0 1rem }
@@ -54,27 +54,23 @@ Ney 2003.</p>
 Row = Dict[str, Any]
 
 
-class Picture(NamedTuple):
-    """A figure of the report: where it stands on the page, and the PNG."""
+def render_page(results: Dict[str, Any], pictures: Sequence[Tuple[str, str, Path]]) -> str:
+    """The whole page.
 
-    part: str
-    caption: str
-    path: Path
-
-
-def render_page(results: Dict[str, Any], pictures: Sequence[Picture]) -> str:
-    """The whole page, with the pictures in it."""
+    Args:
+        pictures: for each the part of the page that it stands in, its caption, and the PNG.
+    """
     models, k = results["models"], results["top_k"]
     output = _metrics(models, k, is_output=True)
 
     def show(part: str) -> str:
-        return "".join(_figure(picture) for picture in pictures if picture.part == part)
+        return "".join(_figure(caption, path) for of, caption, path in pictures if of == part)
 
     parts = [
         ("", _table([_model(label, seeds) for label, seeds in models.items()]) + _skipped(results["skipped"])),
         ("Sparse, multi-modal?", show("sparsity-multimodality") + _table(_metrics(models, k, is_output=False))),
         ("Over-smoothing", show("over-smoothing")),
-        ("Word alignment", show("alignment") + _table(_alignments(models))),
+        ("Word alignment", _table(_alignments(models))),
         ("The output layer", _table(output) + OUTPUT_NOTE.format(k=k) if output else ""),
         ("Modulators and scores", show("modulators") + _table(_modules(models))),
         ("Attention in single sentences", show("sentences")),
@@ -91,13 +87,13 @@ def render_page(results: Dict[str, Any], pictures: Sequence[Picture]) -> str:
     )
 
 
-def _figure(picture: Picture) -> str:
-    png = picture.path.read_bytes()
+def _figure(caption: str, path: Path) -> str:
+    png = path.read_bytes()
     width = int.from_bytes(png[16:20], "big") * 110 // 200  # CSS pixels; 200 dots an inch
-    caption, data = html.escape(picture.caption), base64.b64encode(png).decode()
+    caption, data = html.escape(caption), base64.b64encode(png).decode()
     return (
         f'<figure><img width="{width}" alt="{caption}" src="data:image/png;base64,{data}">'
-        f"<figcaption>{caption} <code>{picture.path.stem}</code></figcaption></figure>"
+        f"<figcaption>{caption} <code>{path.stem}</code></figcaption></figure>"
     )
 
 
