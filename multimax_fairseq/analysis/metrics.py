@@ -213,7 +213,7 @@ class ScoreHistogram:
                 self._counts += bins.clamp(0, 2 * ASINH_BINS - 1).bincount(minlength=2 * ASINH_BINS)
 
     def bins(self, low: float = 0.0, high: float = 0.0) -> Tuple[Tensor, Tensor]:
-        """Borders, (bins + 1,) fp64, and counts, (bins,), without these shares of the lowest and the highest scores."""
+        """Borders, (bins + 1,) fp64, and counts, (bins,), without these shares of the lowest and highest scores."""
         shares = self._counts.cumsum(0) / self._counts.sum()
         first, last = int((shares <= low).sum()), int((shares < 1 - high).sum())
         borders = torch.arange(first, last + 2, dtype=torch.float64) - ASINH_BINS
