@@ -43,19 +43,27 @@ def test_every_site_layer_and_head_is_there(case):
         assert num_heads == 2 and (bsz, tgt_len) == collected.masks[attention.site].shape
 
 
-def test_probabilities_are_the_mapping_of_the_scores(case):
-    """Two ways through the model: its forward pass with head weights, and its scores before the mapping."""
-    _, built, _, collected = case
-    sites = attention_modules(built.model)
-    mappings = {(site, layer): getattr(module, "mapping", None) for site, layer, module in sites}
+def test_probabilities_are_those_that_the_model_computes_with(case):
+    """Times the values they are what each module gives by itself, without anything that records."""
+    _, built, sample, collected = case
+    given, modules = {}, {(site, layer): module for site, layer, module in attention_modules(built.model)}
+
+    def keep(module, args, kwargs, result):
+        given[module] = kwargs["value"], result[0]
+
+    handles = [module.register_forward_hook(keep, with_kwargs=True) for module in modules.values()]
+    logits(built, sample)
+    for handle in handles:
+        handle.remove()
     for attention in collected.attention:
-        assert attention.mapping is mappings[attention.site, attention.layer]
-        mapping = attention.mapping or (lambda scores: scores.softmax(-1))
-        real = collected.masks[attention.site].unsqueeze(1).expand(-1, 2, -1)
+        module, real = modules[attention.site, attention.layer], collected.masks[attention.site]
+        assert attention.mapping is getattr(module, "mapping", None)
+        value, expected = given[module]
         with torch.no_grad():
-            expected = mapping(attention.scores)
-        torch.testing.assert_close(attention.probabilities[real], expected[real], atol=2e-6, rtol=0)
-        assert attention.probabilities[real][attention.scores[real] == float("-inf")].eq(0).all()
+            values = module.v_proj(value).unflatten(-1, (2, -1)).permute(1, 2, 0, 3)  # (bsz, heads, src_len, dim)
+            output = module.out_proj((attention.probabilities @ values).transpose(1, 2).flatten(2))
+        torch.testing.assert_close(output[real], expected.transpose(0, 1)[real], atol=2e-6, rtol=1e-5)
+        assert attention.probabilities[attention.scores == float("-inf")].eq(0).all()
 
 
 def test_padding_and_future_are_absent(case):
@@ -84,7 +92,6 @@ def test_the_model_computes_the_same_and_is_left_as_it_was(case):
     assert torch.equal(logits(built, sample), before)
     assert hooks == [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in built.model.modules()]
     assert checks == [m.skip_embed_dim_check for m in built.model.modules() if isinstance(m, MultiheadAttention)]
-    # with softmax where fairseq has a fused path of its own, the sums are taken in another order
     torch.testing.assert_close(collected.output.probabilities, before.float().softmax(-1), atol=1e-5, rtol=0)
 
 
