@@ -2,6 +2,7 @@
 
 import copy
 import csv
+import itertools
 import json
 import math
 import re
@@ -9,6 +10,7 @@ import runpy
 import shutil
 import sys
 from argparse import Namespace
+from statistics import fmean
 from xml.etree import ElementTree
 
 import matplotlib
@@ -19,7 +21,7 @@ from conftest import ROOT, call, parse, run, save_checkpoint
 from fairseq import checkpoint_utils, tasks
 from PIL import Image
 
-from multimax_fairseq.analysis import attention_rollout, collect, figures, page, translation_rollout
+from multimax_fairseq.analysis import collect, figures, metrics, page
 from multimax_fairseq.analysis.cli import main
 from multimax_fairseq.analysis.measure import Measurement
 from multimax_fairseq.mappings import MAPPINGS
@@ -88,42 +90,34 @@ def collected(checkpoints, corpus):
     return [collect(model, dataset.collater([dataset[index]])) for index in range(SENTENCES)]
 
 
-def rows_of(collected, site, layer, head):
-    """All rows of a head: (scores, probabilities) as lists without absent entries."""
-    for sentence in collected:
-        attention = sentence.at(site)[layer]
-        for scores, probabilities in zip(attention.scores[0, head], attention.probabilities[0, head]):
-            there = scores != -math.inf
-            yield scores[there].tolist(), probabilities[there].tolist()
-
-
-def mean(values):
-    values = [value for value in values if value is not None]
-    return sum(values) / len(values)
+def check_numbers(numbers, rows):
+    """A row of a table against the metrics of single sentences: (scores, probabilities), (queries, K), of each."""
+    found = metrics.RowMetrics(*map(torch.cat, zip(*(metrics.row_metrics(*pair) for pair in rows))))
+    assert numbers["rows"] == len(found.entropy)
+    for name, values in found._asdict().items():
+        assert numbers[name] == pytest.approx(values.nanmean().item(), abs=1e-4, rel=1e-4)
+    for name in ("multimodality", "top_multimodality", "sparsity"):
+        assert numbers[f"{name}_undefined"] == getattr(found, name).isnan().sum()
+    s = numbers["common_reference"]
+    common = torch.cat([metrics.row_metrics(*pair, reference=s).sparsity for pair in rows])
+    assert numbers["common_sparsity"] == pytest.approx(common.nanmean().item(), abs=1e-4)
 
 
 # ---------------------------------------------------------------------- numbers
 
 
-@pytest.mark.parametrize("site", ["encoder", "decoder", "cross"])
-def test_numbers_of_a_head_are_means_over_single_sentences(site, results, collected):
-    layer, head = 1, 0
-    rows = list(rows_of(collected, site, layer, head))
-    (numbers,) = where(results["multimax"]["heads"], site=site, layer=layer, head=head)
-    thresholds = [reference.relevance_threshold(scores) for scores, _ in rows]
-    modes = [reference.multimodality(*row, threshold) for row, threshold in zip(rows, thresholds)]
-    sparse = [
+def test_numbers_of_each_head_are_means_over_single_sentences(results, collected):
+    heads = results["multimax"]["heads"]
+    places = {(row["site"], row["layer"], row["head"]) for row in heads}
+    assert places == {*itertools.product(("encoder", "decoder", "cross"), (0, 1), (0, 1))}
+    for numbers in heads:
+        head, attentions = numbers["head"], [one.at(numbers["site"])[numbers["layer"]] for one in collected]
+        check_numbers(numbers, [(one.scores[0, head], one.probabilities[0, head]) for one in attentions])
         # a first target token sees one score, which lies on the threshold
-        None if len(x) == 1 else reference.sparsity(x, p, threshold, 1 / len(x))
-        for (x, p), threshold in zip(rows, thresholds)
-    ]
-    assert numbers["rows"] == len(rows)
-    assert numbers["multimodality"] == pytest.approx(mean(modes), abs=1e-4)
-    assert numbers["sparsity"] == pytest.approx(mean(sparse), abs=1e-4)
-    assert numbers["multimodality_undefined"] == modes.count(None)
-    assert numbers["sparsity_undefined"] == sparse.count(None) == (SENTENCES if site == "decoder" else 0)
-    assert numbers["entropy"] == pytest.approx(mean(reference.entropy(p) for _, p in rows), abs=1e-4)
-    assert numbers["top_share"] == pytest.approx(mean(max(p) for _, p in rows), abs=1e-5)
+        assert numbers["sparsity_undefined"] == (SENTENCES if numbers["site"] == "decoder" else 0)
+    for site in results["multimax"]["sites"]:
+        entropies = [row["entropy"] for row in where(heads, site=site["site"])]
+        assert site["entropy"] == pytest.approx(fmean(entropies)) and site["heads"] == len(entropies) == 4
 
 
 def test_models_of_a_report_share_one_s_a_site(results, report):
@@ -145,7 +139,7 @@ def test_numbers_of_a_layer_are_means_over_single_sentences(results, collected):
         place = (row["side"], row["layer"])
         layers = [layer for sentence in collected for layer in sentence.layers if (layer.side, layer.layer) == place]
         distances = [reference.mean_average_distance(layer.hidden[0].tolist()) for layer in layers]
-        assert row["mad"] == pytest.approx(mean(distances), abs=1e-5)
+        assert row["mad"] == pytest.approx(fmean(distances), abs=1e-5)
 
 
 def coefficients_of(module):
@@ -206,27 +200,12 @@ def test_the_output_layer_of_a_language_model(checkpoints, corpus, tmp_path):
     (ours,), _, task = checkpoint_utils.load_model_ensemble_and_task([str(checkpoints["lm"])])
     task.load_dataset("test")
     dataset = task.dataset("test")
-    rows = []
-    for index in range(6):
-        output = collect(ours, dataset.collater([dataset[index]])).output
-        rows += zip(output.scores[0].tolist(), output.probabilities[0].tolist())
+    outputs = [collect(ours, dataset.collater([dataset[index]])).output for index in range(6)]
     (numbers,) = where(model["sites"], site="output")
-    modes = [reference.multimodality(x, p, reference.relevance_threshold(x)) for x, p in rows]
-    assert numbers["rows"] == len(rows) and numbers["multimodality_undefined"] == 0
-    assert numbers["multimodality"] == pytest.approx(mean(modes), abs=1e-5)
-    assert numbers["entropy"] == pytest.approx(mean(reference.entropy(p) for _, p in rows), abs=1e-4)
-    assert numbers["top_k_share"] == pytest.approx(mean(sum(sorted(p)[-5:]) for _, p in rows), abs=1e-5)
-    largest = [reference.multimodality(x, p, sorted(x)[-6]) for x, p in rows]
-    assert numbers["top_multimodality"] == pytest.approx(mean(largest), abs=1e-5)
+    check_numbers(numbers, [(output.scores[0], output.probabilities[0]) for output in outputs])
     # of one model, the common s is the mean of its own irrelevant probabilities
-    thresholds = [reference.relevance_threshold(x) for x, _ in rows]
-    tail = mean(
-        mean(q for y, q in zip(x, p) if y < threshold) for (x, p), threshold in zip(rows, thresholds)
-    )  # fmt: skip
-    assert numbers["common_reference"] == pytest.approx(tail, rel=1e-4)  # a score at ε is on no side
-    sparse = [reference.sparsity(x, p, threshold, tail) for (x, p), threshold in zip(rows, thresholds)]
-    assert numbers["common_sparsity"] == pytest.approx(mean(sparse), abs=1e-4)
-    assert numbers["support"] == pytest.approx(len(rows[0][0]))  # softmax gives something to every word
+    assert numbers["common_reference"] == pytest.approx(numbers["tail"])
+    assert numbers["support"] == pytest.approx(outputs[0].scores.size(-1))  # softmax gives something to every word
     assert model["modules"][-1]["site"] == "output" and "b1" in model["modules"][-1]["learned"]
 
 
@@ -262,8 +241,8 @@ def test_a_sentence_to_be_drawn(document, collected, corpus):
             expected = collected[3].at(shown["site"])[shown["layer"]].probabilities[0]
         else:
             attention = [[layer.probabilities for layer in collected[3].at(site)] for site in axes]
-            rollout = translation_rollout(attention[1], attention[2], attention[0])[0]
-            expected = rollout if shown["site"] == "cross" else attention_rollout(attention[0])
+            rollout = metrics.translation_rollout(attention[1], attention[2], attention[0])[0]
+            expected = rollout if shown["site"] == "cross" else metrics.attention_rollout(attention[0])
         torch.testing.assert_close(torch.tensor(shown["heads"]), expected, atol=2e-5, rtol=0)
 
     # a head of both models side by side
@@ -292,7 +271,7 @@ def test_what_is_drawn_are_the_numbers_of_the_table(report, results, document):
             here = [row for row in rows if (row["site"], row["model"]) == (site, label)]
             of_model = [[row[name] for name in names] for row in here]
             assert points.get_offsets().tolist() == of_model
-            assert [*zip(*means[0].get_data())] == [pytest.approx([mean(axis) for axis in zip(*of_model)])]
+            assert [*zip(*means[0].get_data())] == [pytest.approx([fmean(axis) for axis in zip(*of_model)])]
     for row in table(report / "figures" / "over-smoothing.csv"):
         (layer,) = where(results[row["model"]]["layers"], side=row["side"], layer=int(row["layer"]))
         assert float(row["mad"]) == layer["mad"]
