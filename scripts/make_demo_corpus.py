@@ -18,7 +18,6 @@ objects before their subject ("den Mann sieht die Frau"); nicht and kein for Eng
 In both languages every word carries the units of meaning that it expresses; words that share one are aligned.
 """
 
-import argparse
 import random
 from collections import namedtuple
 from pathlib import Path
