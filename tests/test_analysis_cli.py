@@ -147,10 +147,10 @@ def coefficients_of(module):
     return ([[numbers[f"{a}{n}"], numbers[f"{b}{n}"]] for n in (1, 2)] for a, b in (("b", "d"), ("g_b", "g_d")))
 
 
-def test_modules_and_the_scores_that_they_saw(results, collected, checkpoints, report):
+def test_modules_and_the_scores_that_they_saw(results, document, collected, checkpoints, report):
     """Their parameters, the histogram of the scores, and σ over it: in the results and in the figure's table."""
     parameters = torch.load(checkpoints["multimax"])["model"]
-    drawn = table(report / "figures" / "multimax-modulators.csv")
+    of_figure = table(report / "figures" / "multimax-modulators.csv")
     for module in results["multimax"]["modules"]:
         attention = {"encoder": "encoder.layers.{}.self_attn", "decoder": "decoder.layers.{}.self_attn",
                      "cross": "decoder.layers.{}.encoder_attn"}[module["site"]].format(module["layer"])  # fmt: skip
@@ -167,12 +167,12 @@ def test_modules_and_the_scores_that_they_saw(results, collected, checkpoints, r
         falling = sum(count for count, low, high in zip(counts, sigma, sigma[1:]) if high < low)
         assert module["falling_share"] == pytest.approx(falling / sum(counts))
 
-        rows = where(drawn, site=module["site"], layer=str(module["layer"]))
+        rows = where(of_figure, site=module["site"], layer=str(module["layer"]))
         x, y = ([float(row[name]) for row in rows] for name in ("x", "sigma"))
         assert x == edges and y == pytest.approx(sigma, abs=1e-9)
         areas = [float(row["density"]) * (high - low) for row, low, high in zip(rows, x, x[1:])]
         assert areas == pytest.approx([count / sum(counts) for count in counts])
-    assert not any(row["sigma"] for row in table(report / "figures" / "stock-modulators.csv"))
+    assert not any(row["sigma"] for row in drawn(document, "stock-modulators")[0])  # softmax has only the histogram
     assert results["stock"]["modules"][0]["mapping"] == "softmax" and not results["stock"]["modules"][0]["learned"]
 
 
@@ -332,9 +332,8 @@ def test_seeds_of_one_model_are_a_mean_with_its_deviation(document):
 
 def test_the_files_of_a_report(report, results):
     """Each figure as a picture of three kinds and a table; a page that needs nothing else; tables of all numbers."""
-    names = {"simplex", "over-smoothing", "sparsity-multimodality", "stock-modulators", "multimax-modulators",
-             "sentence3-encoder-rollout", "sentence3-cross-rollout",
-             "sentence3-cross-layer2"}  # fmt: skip
+    names = {"simplex", "over-smoothing", "sparsity-multimodality", "multimax-modulators",
+             "sentence3-encoder-rollout", "sentence3-cross-rollout", "sentence3-cross-layer2"}  # fmt: skip
     files = {path.name for path in (report / "figures").iterdir()}
     assert files == {f"{name}.{kind}" for name in names for kind in ("png", "svg", "pdf", "csv")}
     for name in names:

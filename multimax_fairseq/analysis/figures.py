@@ -110,18 +110,20 @@ def plans_of(results: Results) -> List[Plan]:
     """All figures that these results have the numbers for; their names are those of the files."""
     looks, plans = _looks(results), []
 
-    def add(name: str, rows: Callable, draw: Callable, part: str = "", caption: str = "") -> None:
-        plans.append(Plan(name, part or name, caption or CAPTIONS[name], rows, draw))
+    def add(name: str, rows: Callable, draw: Callable, caption: str = "") -> None:
+        plans.append(Plan(name, name, caption or CAPTIONS[name], rows, draw))
 
     left_out = f"{CAPTIONS['sparsity-multimodality']} {_left_out(results)}"
     columns = ("site", "layer", "head", *METRICS[0], *METRICS[1], "common_reference")
     rows = partial(_rows, results, "heads", columns)
-    add("sparsity-multimodality", rows, partial(_draw_metrics, results["top_k"], looks), caption=left_out)
+    add("sparsity-multimodality", rows, partial(_draw_metrics, results["top_k"], looks), left_out)
     rows = partial(_rows, results, "layers", ("side", "layer", "mad"))
     add("over-smoothing", rows, partial(_draw_smoothing, looks))
     for label, models in results["models"].items():
-        name, draw = f"{_file_name(label, plans)}-modulators", partial(_draw_modulators, looks[label]["color"])
-        add(name, partial(_module_rows, models), draw, "modulators", f"{label}: {CAPTIONS['modulators']}")
+        name, caption = f"{_file_name(label, plans)}-modulators", f"{label}: {CAPTIONS['modulators']}"
+        rows, draw = partial(_module_rows, models), partial(_draw_modulators, looks[label]["color"])
+        has_sigma = any("sigma" in module for module in models[0]["modules"])
+        plans.append(Plan(name, "modulators", caption, rows, draw, is_usual=has_sigma))
     add("simplex", partial(_simplex_rows, results), _draw_simplex)
     return plans + _plans_of_sentences(results)
 
