@@ -108,23 +108,19 @@ CAPTIONS = {
 
 def plans_of(results: Results) -> List[Plan]:
     """All figures that these results have the numbers for; their names are those of the files."""
-    looks, plans = _looks(results), []
-
-    def add(name: str, rows: Callable, draw: Callable, caption: str = "") -> None:
-        plans.append(Plan(name, name, caption or CAPTIONS[name], rows, draw))
-
-    left_out = f"{CAPTIONS['sparsity-multimodality']} {_left_out(results)}"
-    columns = ("site", "layer", "head", *METRICS[0], *METRICS[1], "common_reference")
-    rows = partial(_rows, results, "heads", columns)
-    add("sparsity-multimodality", rows, partial(_draw_metrics, results["top_k"], looks), left_out)
-    rows = partial(_rows, results, "layers", ("side", "layer", "mad"))
-    add("over-smoothing", rows, partial(_draw_smoothing, looks))
+    looks, captions = _looks(results), dict(CAPTIONS)
+    captions["sparsity-multimodality"] += " " + _left_out(results)
+    of_heads = ("site", "layer", "head", *METRICS[0], *METRICS[1], "common_reference")
+    metrics = partial(_rows, results, "heads", of_heads), partial(_draw_metrics, results["top_k"], looks)
+    smoothing = partial(_rows, results, "layers", ("side", "layer", "mad")), partial(_draw_smoothing, looks)
+    simplex = partial(_simplex_rows, results), _draw_simplex
+    figures = {"sparsity-multimodality": metrics, "over-smoothing": smoothing, "simplex": simplex}
+    plans = [Plan(name, name, captions[name], *figure) for name, figure in figures.items()]
     for label, models in results["models"].items():
-        name, caption = f"{_file_name(label, plans)}-modulators", f"{label}: {CAPTIONS['modulators']}"
+        name, caption = f"{_file_name(label, plans)}-modulators", f"{label}: {captions['modulators']}"
         rows, draw = partial(_module_rows, models), partial(_draw_modulators, looks[label]["color"])
         has_sigma = any("sigma" in module for module in models[0]["modules"])
         plans.append(Plan(name, "modulators", caption, rows, draw, is_usual=has_sigma))
-    add("simplex", partial(_simplex_rows, results), _draw_simplex)
     return plans + _plans_of_sentences(results)
 
 
