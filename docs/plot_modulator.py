@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Draw docs/modulator.png: MultiMax's modulator, and what it does to one distribution.
 
-    python docs/plot_modulator.py [--out docs/modulator.png]        (.png or .svg)
+    python docs/plot_modulator.py [--out docs/modulator.png]
 
 Left: σ(x) against the score x: the identity (softmax), order 1 and order 2. Below the threshold b the
 slope is above 1, so small scores fall behind and vanish; above d it is below 1, so large scores draw
@@ -16,22 +16,14 @@ chosen for the picture, not learned.
 from __future__ import annotations
 
 import argparse
-import logging
-import sys
-from io import BytesIO
 from pathlib import Path
 
-try:
-    import matplotlib
-except ImportError:
-    sys.exit("plot_modulator.py draws with matplotlib, which is not installed: pip install matplotlib")
-matplotlib.use("Agg")
-import torch  # noqa: E402
-from matplotlib import pyplot  # noqa: E402
-from PIL import Image  # noqa: E402  (matplotlib depends on it)
+import matplotlib
+import torch
+from matplotlib.figure import Figure
 
-from multimax_fairseq.analysis.style import BLUE, GREY, ORANGE, VERMILLION  # noqa: E402
-from multimax_fairseq.mappings import modulate, multimax, softmax  # noqa: E402
+from multimax_fairseq.analysis.style import BLACK, BLUE, GREY, SKY, VERMILLION
+from multimax_fairseq.mappings import modulate, multimax, softmax
 
 SCORES = torch.tensor([0.6, 2.2, 0.1, 0.8, 3.2, 0.4, -0.1, 0.7, 1.9, 0.3], dtype=torch.float64)
 THRESHOLDS = torch.tensor([[1.6, 1.8], [1.6, 1.8]], dtype=torch.float64)  # (order, 2): b, d
@@ -45,7 +37,6 @@ STYLE = {
     "axes.titlelocation": "left",
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "svg.hashsalt": "modulator",  # the same picture gives the same file
 }
 
 
@@ -71,7 +62,7 @@ def draw_modulator(axes) -> None:
     axes.text((low + b) / 2, 5.4, "small scores:\nsteeper → sparse", ha="center", va="top")
     axes.text((d + high) / 2, 5.4, "large scores:\nflatter → several\nmodes survive", ha="center", va="top")
     axes.plot(x, x, "--", color=GREY, lw=1.2, label="softmax: $σ(x) = x$")
-    axes.plot(x, modulate(x, THRESHOLDS[:1], GAINS[:1]), color=ORANGE, lw=2, label="order 1")
+    axes.plot(x, modulate(x, THRESHOLDS[:1], GAINS[:1]), color=SKY, lw=2, label="order 1")
     axes.plot(x, modulate(x, THRESHOLDS, GAINS), color=BLUE, lw=2.5, label="order 2")
     axes.plot(SCORES, modulate(SCORES, THRESHOLDS, GAINS), "o", color=BLUE, ms=5.5, mec="white", mew=0.8)
     axes.legend(loc="center right", bbox_to_anchor=(1, 0.3), frameon=False, handlelength=1.2, borderaxespad=0)
@@ -82,7 +73,7 @@ def draw_modulator(axes) -> None:
 def draw_distributions(panels) -> None:
     modes = SCORES.topk(3).indices.tolist()
     verdicts = ("3 modes, but a tail", "no tail, but 1 mode", "3 modes and no tail")
-    colours = (GREY, VERMILLION, BLUE)
+    colours = (GREY, BLACK, BLUE)
     for axes, colour, verdict, (name, p) in zip(panels, colours, verdicts, distributions().items()):
         axes.bar(range(len(p)), p, color=colour, width=0.75)
         for i in modes:
@@ -98,30 +89,16 @@ def draw_distributions(panels) -> None:
     panels[2].set_xlabel("the ten scores $x$ (dots on the left)")
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main() -> None:
     parser = argparse.ArgumentParser(description="Draw MultiMax's modulator and what it does.")
-    parser.add_argument("--out", type=Path, default=Path("docs/modulator.png"), help="a .png or .svg file")
-    out = parser.parse_args(arguments).out
-    for library in ("matplotlib", "PIL"):  # importing fairseq sets the root logger to DEBUG
-        logging.getLogger(library).setLevel(logging.WARNING)
-    if out.suffix not in (".png", ".svg"):
-        parser.error(f"--out must end in .png or .svg; got {out}")
-    with pyplot.rc_context(STYLE):
-        figure = pyplot.figure(figsize=(9, 4.3), layout="constrained")
+    parser.add_argument("--out", type=Path, default=Path("docs/modulator.png"), help="a file of matplotlib's formats")
+    out = parser.parse_args().out
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(9, 4.3), layout="constrained")
         grid = figure.add_gridspec(3, 2, wspace=0.05)
         draw_modulator(figure.add_subplot(grid[:, 0]))
         draw_distributions([figure.add_subplot(grid[row, 1]) for row in range(3)])
-        picture = BytesIO()  # complete before it is written
-        if out.suffix == ".svg":
-            figure.savefig(picture, format="svg", metadata={"Date": None})
-        else:
-            pixels = BytesIO()
-            figure.savefig(pixels, dpi=200)  # 1800 px, shown at 900
-            # A palette of 64 colours makes the file a third as large, with no visible difference.
-            Image.open(pixels).convert("RGB").quantize(64).save(picture, "png", optimize=True)
-        pyplot.close(figure)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_bytes(picture.getvalue())
+        figure.savefig(out, dpi=160, pil_kwargs={"optimize": True})
 
 
 if __name__ == "__main__":

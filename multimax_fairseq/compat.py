@@ -8,7 +8,7 @@ import inspect
 import logging
 import types
 import warnings
-from typing import Any, Callable, Set, Tuple
+from typing import Any, Callable, List, Set, Tuple
 
 import numpy
 import omegaconf
@@ -90,7 +90,7 @@ def trust_plain_records() -> None:
 
         containers = [omegaconf.DictConfig, omegaconf.ListConfig, omegaconf.base.ContainerMetadata]
         values = [omegaconf.AnyNode, omegaconf.base.Metadata, collections.defaultdict, dict, int, list, Any]
-        records = [argparse.Namespace, _TensorPlaceholder, *containers, *values, *_globals_of_arrays()]
+        records = [argparse.Namespace, _TensorPlaceholder, *containers, *values, *globals_of_arrays()]
         torch.serialization.add_safe_globals(records)
 
 
@@ -133,7 +133,7 @@ class OldNumpy(types.ModuleType):
         return numpy.percentile(*args, **{"method": interpolation, **kwargs})
 
 
-def _globals_of_arrays():
-    """The globals in a pickled array of numbers; some have moved between numpy versions."""
+def globals_of_arrays() -> List[Any]:
+    """The globals in a pickled array or number of numpy's; some have moved between its versions."""
     dtypes = {type(numpy.dtype(kind)) for kind in (numpy.int64, numpy.float32, numpy.float64)}
-    return [numpy.ndarray, numpy.dtype, numpy.zeros(1).__reduce__()[0], *dtypes]
+    return [numpy.ndarray, numpy.dtype, numpy.zeros(1).__reduce__()[0], numpy.float64(1).__reduce__()[0], *dtypes]

@@ -11,6 +11,7 @@ import platform
 import sys
 from contextlib import contextmanager
 from typing import Iterator, List, Tuple
+from unittest.mock import patch
 
 PACKAGE = "multimax_fairseq"
 PYTHONS = ((3, 10), (3, 14))
@@ -35,16 +36,13 @@ def check_packages() -> List[Finding]:
     except importlib.metadata.PackageNotFoundError:
         return [(False, f"{PACKAGE} is not installed, only importable: pip install it (README.md, Install)")]
     findings = []
-    for wanted in requirements:
-        if wanted.marker is not None and not wanted.marker.evaluate({"extra": ""}):
-            continue
+    for wanted in (one for one in requirements if one.marker is None or one.marker.evaluate({"extra": ""})):
         try:
             version = importlib.metadata.version(wanted.name)
+            fits = wanted.specifier.contains(version, prereleases=True)
         except importlib.metadata.PackageNotFoundError:
-            findings.append((False, f"{wanted.name} is missing: pip install '{wanted.name}{wanted.specifier}'"))
-            continue
-        fits = wanted.specifier.contains(version, prereleases=True)
-        advice = "" if fits else f": does not fit; pip install '{wanted.name}{wanted.specifier}'"
+            fits, version = False, "is missing"
+        advice = "" if fits else f": pip install '{wanted.name}{wanted.specifier}'"
         findings.append((fits, f"{wanted.name} {version}{advice}"))
     return findings
 
@@ -107,14 +105,8 @@ def check_mappings() -> List[Finding]:
         scores[torch.rand(64, 40) < 0.1] = float("-inf")
         scores[0] = float("-inf")
         upstream = torch.randn(64, 40, dtype=torch.float64)
-        before = os.environ.get(ENVIRONMENT_VARIABLE)
-        os.environ[ENVIRONMENT_VARIABLE] = "eager"
-        try:
+        with patch.dict(os.environ, {ENVIRONMENT_VARIABLE: "eager"}):
             expected = _result(mapping.double(), scores, upstream)
-        finally:
-            os.environ.pop(ENVIRONMENT_VARIABLE)
-            if before is not None:
-                os.environ[ENVIRONMENT_VARIABLE] = before
         errors = []
         for device, dtype in places:
             kind = str(dtype).removeprefix("torch.")
@@ -143,8 +135,7 @@ def _result(mapping, scores, upstream):
 def messages() -> Iterator[List[str]]:
     """Collect what the package logs."""
     said: List[str] = []
-    logger = logging.getLogger(PACKAGE)
-    handler = logging.Handler()
+    logger, handler = logging.getLogger(PACKAGE), logging.Handler()
     handler.emit = lambda record: said.append(record.getMessage())
     level = logger.level
     logger.addHandler(handler)

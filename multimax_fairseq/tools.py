@@ -1,23 +1,18 @@
-"""What the command-line tools share: arguments, one-line errors, checkpoints without running their code, whole files.
+"""What the command-line tools share: arguments, one-line errors, checkpoints, whole files.
 
 torch and fairseq are imported only where a checkpoint or a user's folder is read: the other tools start at once.
 """
 
 import argparse
-import codecs
-import collections
 import csv
 import os
-import pickle
 import re
 import sys
 import tempfile
-import warnings
 import zipfile
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
-from typing import IO, Any, Dict, Iterator, NoReturn, Optional, Sequence
+from typing import IO, Any, Callable, Dict, Iterator, NoReturn, Optional, Sequence
 
 
 class UserError(Exception):
@@ -87,8 +82,11 @@ def _printable(text: object) -> str:
 # ---------------------------------------------------------------------- checkpoints
 
 
-def read_checkpoint(path: Path) -> Dict[str, Any]:
-    """Read a fairseq checkpoint on the CPU without running any code in it.
+def read_checkpoint(path: Path, load: Optional[Callable[[], Any]] = None) -> Dict[str, Any]:
+    """Read a fairseq checkpoint on the CPU, from torch 2.4 on without running any code in it.
+
+    Args:
+        load: reads the file in torch's place, as fairseq does for instance.
 
     Returns:
         what fairseq has saved; ``"model"`` has the parameters by name, all finite.
@@ -99,7 +97,12 @@ def read_checkpoint(path: Path) -> Dict[str, Any]:
     import torch
 
     try:
-        state = _load(path)
+        if zipfile.is_zipfile(path):  # torch does not check the checksums
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()
+            if damaged:
+                raise zipfile.BadZipFile(f"the checksum of {damaged} is wrong")
+        state = load() if load else _load(path)
     except OSError as error:
         raise UserError(f"the checkpoint {path} cannot be read: {error.strerror or error}") from error
     except Exception as error:  # unpickling can raise anything
@@ -117,6 +120,17 @@ def read_checkpoint(path: Path) -> Dict[str, Any]:
     return state
 
 
+def _load(path: Path) -> Any:
+    import torch
+
+    if not hasattr(torch.serialization, "add_safe_globals"):  # torch cannot be told what is safe beside tensors
+        return torch.load(path, map_location="cpu", weights_only=False)
+    from .compat import globals_of_arrays
+
+    torch.serialization.add_safe_globals([argparse.Namespace, *globals_of_arrays()])
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
 def entry(state: Any, path: Path, *keys: Any) -> Any:
     """``state[key][key]…`` of the contents of ``path``, through dictionaries, lists and namespaces.
 
@@ -132,53 +146,6 @@ def entry(state: Any, path: Path, *keys: Any) -> Any:
             name = ".".join(map(str, keys[:depth]))
             raise UserError(f"{path} has no entry {name!r}: it is not a checkpoint of fairseq-train") from None
     return state
-
-
-def _load(path: Path) -> Any:
-    import torch
-
-    with open(path, "rb") as file:
-        if zipfile.is_zipfile(file):  # torch does not check the checksums
-            with zipfile.ZipFile(file) as archive:
-                damaged = archive.testzip()
-            if damaged:
-                raise zipfile.BadZipFile(f"the checksum of {damaged} is wrong")
-        file.seek(0)
-        # torch's own safe unpickler takes only tensors before 2.4; later it reads fairseq's files if it is told to
-        plain = SimpleNamespace(
-            __name__="plain_pickle", Unpickler=_PlainUnpickler, load=lambda *a, **k: _PlainUnpickler(*a, **k).load()
-        )
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about files that are no checkpoint
-            return torch.load(file, map_location="cpu", pickle_module=plain, weights_only=False)
-
-
-class _PlainUnpickler(pickle.Unpickler):
-    """Loads tensors and what fairseq saves with them; nothing else, so no code."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        import numpy
-        import torch
-
-        array, number = numpy.zeros(1).__reduce__()[0], numpy.float64(1).__reduce__()[0]
-        allowed = {
-            "argparse.Namespace": argparse.Namespace,
-            "collections.OrderedDict": collections.OrderedDict,
-            "_codecs.encode": codecs.encode,
-            "torch._utils._rebuild_tensor_v2": torch._utils._rebuild_tensor_v2,
-            "torch._utils._rebuild_parameter": torch._utils._rebuild_parameter,
-            "torch.Size": torch.Size,
-            "numpy.ndarray": numpy.ndarray,
-            "numpy.dtype": numpy.dtype,
-            "numpy.core.multiarray._reconstruct": array,
-            "numpy.core.multiarray.scalar": number,
-        }
-        wanted = f"{module}.{name}".replace("numpy._core", "numpy.core")  # numpy 2 renamed it
-        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-            return getattr(torch, name)
-        if wanted not in allowed:
-            raise pickle.UnpicklingError(f"it holds {module}.{name}, and not only tensors and plain records")
-        return allowed[wanted]
 
 
 # ---------------------------------------------------------------------- outputs

@@ -18,7 +18,6 @@ objects before their subject ("den Mann sieht die Frau"); nicht and kein for Eng
 In both languages every word carries the units of meaning that it expresses; words that share one are aligned.
 """
 
-import argparse
 import random
 from collections import namedtuple
 from pathlib import Path
@@ -365,19 +364,13 @@ def distinct_sentences(draw, patience=10_000):
     raise tools.UserError(f"the grammar makes no more than {len(seen) // 2} distinct sentences; ask for fewer")
 
 
-def sentence_count(text):
-    if text.isdecimal() and int(text) <= 1_000_000:
-        return int(text)
-    raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1,000,000")
-
-
 def main():
     parser = tools.ArgumentParser(__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder for the nine files")
     parser.add_argument("--seed", type=int, default=1, help="same seed, same files (default: 1)")
     sizes = {"test": 500, "valid": 500, "train": 20000}  # training data last: its size does not change the others
     for split, size in sizes.items():
-        parser.add_argument(f"--{split}", type=sentence_count, default=size, help=f"sentence pairs (default: {size})")
+        parser.add_argument(f"--{split}", type=tools.positive, default=size, help=f"sentence pairs (default: {size})")
     options = parser.parse_args()
     sentences = distinct_sentences(Grammar(random.Random(options.seed)).sentence)
     with tools.errors_in_a_line():

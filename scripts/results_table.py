@@ -9,9 +9,6 @@ seeds (with n − 1; none for one seed). A row names the settings in which it di
 sacrebleu's paired bootstrap (Koehn 2004) compares each run with softmax with the same seed: p is the share of
 resampled test sets with at least this difference if both were equally good. ε-perplexity, of a sparse vocabulary, is
 another quantity than perplexity: it has columns of its own, and no difference.
-
---paper FILE adds a column of published numbers. FILE is JSON: {"EXPERIMENT": {"source": "Author (year), table
-n", "rows": {"MultiMax": "34.5 ± 0.1"}}}, with the tables' names of experiments and rows.
 """
 
 from __future__ import annotations
@@ -64,11 +61,7 @@ class Run:
         return self.content["seed"]
 
     def lines(self, which: str, kind: str) -> list[str]:
-        """The ``hypotheses`` or ``references`` of the score ``which``.
-
-        Raises:
-            UserError: the file is missing or not text.
-        """
+        """The ``hypotheses`` or ``references`` of the score ``which``."""
         return self.text(self.content["scores"][which][kind]).removesuffix("\n").split("\n")
 
     def text(self, name: str) -> str:
@@ -127,49 +120,32 @@ def as_text(value: Any) -> str:
     return ",".join(map(str, value)) if isinstance(value, list) else "none" if value is None else str(value)
 
 
-def is_finite(value: Any, least: float) -> bool:
-    return type(value) in (int, float) and math.isfinite(value) and value >= least
+def check_record(record: dict[str, Any]) -> None:
+    """Raise ValueError if the contents of a run.json lack an entry, or one is not what it should be."""
 
+    def check(entries: dict[str, Any], where: str, **are_right: Callable[[Any], bool]) -> None:
+        for name, is_right in are_right.items():
+            if not is_right(entries.get(name)):
+                raise ValueError(f"{where}{name} is {repr(entries[name])[:60] if name in entries else 'nothing'}")
 
-def is_text(value: Any) -> bool:
-    return isinstance(value, str) and bool(value)
+    def number(least: float, most: float = math.inf) -> Callable[[Any], bool]:
+        return lambda value: type(value) in (int, float) and least <= value <= most and math.isfinite(value)
 
+    def a(kind: type) -> Callable[[Any], bool]:
+        return lambda value: type(value) is kind and (value or kind is not str)
 
-def is_file_name(value: Any) -> bool:
-    return is_text(value) and Path(value).name == value
+    def is_file_name(value: Any) -> bool:
+        return a(str)(value) and Path(value).name == value
 
-
-# The entries of a run.json that a table needs: where they are, and the check that each must pass.
-ENTRIES = {
-    "format": lambda value: value == FORMAT,
-    "experiment": is_text,
-    "seed": lambda value: type(value) is int,
-    "updates": lambda value: type(value) is int and value > 0,
-    "mapping": lambda value: isinstance(value, dict),
-    "settings": lambda value: isinstance(value, dict),
-    "is_complete": lambda value: isinstance(value, bool),
-    "validation": lambda value: isinstance(value, dict) and is_finite(value.get("ppl", 1), 1),
-    "scores": lambda value: isinstance(value, dict) and bool(value),
-}
-BLEU_ENTRIES = {
-    "bleu": lambda value: is_finite(value, 0) and value <= 100,
-    "signature": lambda value: is_text(value) and value.startswith("BLEU|"),
-    "hypotheses": is_file_name,
-    "references": is_file_name,
-}
-TOKENS = {"tokens": lambda value: is_finite(value, 1), "output": is_file_name}
-ENTRIES_OF = {"bleu": BLEU_ENTRIES, **{
-    name: {name: lambda value: is_finite(value, 1), **TOKENS} for name in ("perplexity", "epsilon_perplexity")}}
-
-
-def check_entries(content: Any, entries: dict[str, Callable[[Any], bool]], where: str = "") -> None:
-    """Raise ValueError if ``content`` lacks an entry, or it is not what it should be."""
-    if not isinstance(content, dict):
-        raise ValueError(f"{where or 'it'} is no table")
-    for name, is_right in entries.items():
-        if not is_right(content.get(name)):
-            found = repr(content[name])[:60] if name in content else "nothing"
-            raise ValueError(f"{where}{name} is {found}")
+    check(record, "", format=lambda value: value == FORMAT, experiment=a(str), seed=a(int), updates=number(1),
+          mapping=a(dict), settings=a(dict), is_complete=a(bool), scores=lambda value: a(dict)(value) and value,
+          validation=lambda value: a(dict)(value) and number(1)(value.get("ppl", 1)))
+    for name, score in record["scores"].items():
+        if kind_of(score) == "bleu":
+            check(score, f"{name}: ", bleu=number(0, 100), signature=lambda value: str(value).startswith("BLEU|"),
+                  hypotheses=is_file_name, references=is_file_name)
+        else:
+            check(score, f"{name}: ", **{kind_of(score): number(1)}, tokens=number(1), output=is_file_name)
 
 
 def load_run(path: Path) -> Run:
@@ -180,10 +156,8 @@ def load_run(path: Path) -> Run:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        check_entries(content, ENTRIES)
+        check_record(content)
         name_of_mapping(content["mapping"])
-        for name, score in content["scores"].items():
-            check_entries(score, ENTRIES_OF[kind_of(score)], f"{name}: ")
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
@@ -198,7 +172,7 @@ def load_run(path: Path) -> Run:
 
 
 def kind_of(score: Any) -> str:
-    return next((kind for kind in ENTRIES_OF if isinstance(score, dict) and kind in score), "perplexity")
+    return next((kind for kind in KINDS if kind in score), "perplexity")
 
 
 def check_bleu(run: Run, which: str) -> None:
@@ -250,23 +224,6 @@ def load_runs(folders: list[Path]) -> dict[str, list[Run]]:
     for runs in found.values():
         name_rows(runs)
     return found
-
-
-def load_paper(path: Path) -> dict[str, Any]:
-    """Load the file of ``--paper``.
-
-    Raises:
-        UserError: it does not have the required form.
-    """
-    try:
-        paper = json.loads(path.read_text(encoding="utf-8"))
-        check_entries(paper, {})
-        for name, published in paper.items():
-            check_entries(published, {"source": is_text, "rows": lambda rows: isinstance(rows, dict)}, f"{name}: ")
-            check_entries(published["rows"], {row: is_text for row in published["rows"]}, f"{name}: ")
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"--paper {path} is not of the form that --help shows: {error}") from error
-    return paper
 
 
 def mean_and_deviation(values: Iterable[float]) -> str:
@@ -364,7 +321,7 @@ def comma_separated(header: list[str], rows: list[list[str]]) -> str:
 FORMATS = {"markdown": markdown, "latex": latex, "csv": comma_separated}
 
 
-def table(runs: list[Run], paper: dict[str, Any], samples: int, form: str) -> str:
+def table(runs: list[Run], samples: int, form: str) -> str:
     """The table of one experiment, with notes below (in Markdown)."""
     by_row: dict[str, list[Run]] = defaultdict(list)
     for run in sorted(runs, key=lambda run: run.seed):
@@ -382,8 +339,6 @@ def table(runs: list[Run], paper: dict[str, Any], samples: int, form: str) -> st
     header += [f"{first[0]} − softmax's"] if baseline else []
     p = p_values(runs, "best", samples) if ("best", "bleu") in scores else {}
     header += ["p against softmax"] if p else []
-    published = paper.get(runs[0].experiment, {})
-    header += ["published"] if published else []
     body = []
     for row in in_order(by_row):
         group = by_row[row]
@@ -398,16 +353,14 @@ def table(runs: list[Run], paper: dict[str, Any], samples: int, form: str) -> st
             cells.append("–" if row == BASELINE else difference(values(group, *first), baseline))
         if p:
             cells.append(" ".join(f"{p[row, run.seed]:.3f}" for run in group if (row, run.seed) in p) or "–")
-        if published:
-            cells.append(published["rows"].get(row, "–"))
         body.append(cells)
     if form != "markdown":
         return FORMATS[form](header, body)
-    below = notes(runs, p, published, samples)
+    below = notes(runs, p, samples)
     return "\n".join([f"### {runs[0].experiment}", "", markdown(header, body), "", *below])
 
 
-def notes(runs: list[Run], p: dict, published: dict[str, Any], samples: int) -> list[str]:
+def notes(runs: list[Run], p: dict, samples: int) -> list[str]:
     """How the numbers were obtained, and warnings if they cannot be compared."""
     found = []
     signatures = sorted({s["signature"] for run in runs for s in run.content["scores"].values() if "signature" in s})
@@ -430,8 +383,6 @@ def notes(runs: list[Run], p: dict, published: dict[str, Any], samples: int) -> 
         found.append("Differences are means over seeds; bold: above the standard deviation between seeds of either.")
     if p:
         found.append(f"p: sacrebleu's paired bootstrap of the best checkpoints, {samples:,} samples, a value a seed.")
-    if published:
-        found.append(f"Published: {published['source']}.")
     return found
 
 
@@ -441,15 +392,13 @@ def main() -> None:
     parser.add_argument("--format", choices=FORMATS, default="markdown", help="of the table (default: %(default)s)")
     parser.add_argument("--samples", type=positive, default=1000, metavar="N",
                         help="of the bootstrap (default: %(default)s)")
-    parser.add_argument("--paper", type=Path, metavar="FILE", help="published numbers, as above")
     args = parser.parse_args()
     if args.samples > 1_000_000:
         parser.error("--samples takes no more than a million")
     logging.getLogger("sacrebleu").setLevel(logging.WARNING)  # it logs each system that it resamples
     with errors_in_a_line():
-        paper = load_paper(args.paper) if args.paper else {}
         found = load_runs(args.folders)
-        print("\n\n".join(table(found[name], paper, args.samples, args.format) for name in sorted(found)))
+        print("\n\n".join(table(found[name], args.samples, args.format) for name in sorted(found)))
 
 
 if __name__ == "__main__":

@@ -2,63 +2,55 @@
 
 import copy
 import csv
+import itertools
 import json
 import math
 import re
+import runpy
 import shutil
 import sys
 from argparse import Namespace
+from statistics import fmean
 from xml.etree import ElementTree
 
 import matplotlib
 import pytest
 import reference
 import torch
-from conftest import ROOT, call, run, save_checkpoint
-from fairseq import checkpoint_utils
+from conftest import ROOT, call, parse, run, save_checkpoint
+from fairseq import checkpoint_utils, tasks
 from PIL import Image
 
-from multimax_fairseq.analysis import collect, figures, page
+from multimax_fairseq.analysis import collect, figures, metrics, page
 from multimax_fairseq.analysis.cli import main
 from multimax_fairseq.analysis.measure import Measurement
 from multimax_fairseq.mappings import MAPPINGS
 
 SENTENCES = 12
+LSTM = ["--arch", "lstm", "--encoder-embed-dim", 8, "--decoder-embed-dim", 8, "--decoder-out-embed-dim", 8,
+        "--encoder-hidden-size", 8, "--decoder-hidden-size", 8]  # its attention is no MultiheadAttention
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def checkpoints(build, tmp_path_factory):
     """Untrained, but with weights and modulators large enough that attention is not uniform."""
     folder = tmp_path_factory.mktemp("checkpoints")
-    saved = {}
-    for name, arch, options in [
-        ("stock", "transformer", []),
-        ("multimax", "multimax_transformer", []),
-        ("no-cross", "multimax_transformer", ["--cross-self-attention", "--no-cross-attention"]),
-        ("lm", "multimax_transformer_lm", ["--output-mapping", "multimax"]),
-        ("lstm", "tiny_lstm", []),
-    ]:
-        built = build_lstm(build) if name == "lstm" else build(arch, *options)
-        generator = torch.Generator().manual_seed(3)
-        with torch.no_grad():
-            for parameter_name, parameter in built.model.named_parameters():
-                if "k_proj.weight" in parameter_name:
-                    parameter.mul_(4)
-                if "mapping" in parameter_name:
-                    parameter.copy_(torch.rand(parameter.shape, generator=generator) * 0.6 - 0.3)
-        saved[name] = save_checkpoint(built, folder / name / "checkpoint_best.pt")
-    return saved
-
-
-def build_lstm(build):
-    """A model of fairseq whose attention is no MultiheadAttention."""
-    from conftest import parse
-    from fairseq import tasks
-
-    _, cfg = parse([build("transformer").cfg.task.data, "--arch", "lstm", "--encoder-embed-dim", "8",
-                    "--decoder-embed-dim", "8", "--decoder-out-embed-dim", "8", "--encoder-hidden-size", "8",
-                    "--decoder-hidden-size", "8"])  # fmt: skip
-    return Namespace(model=tasks.setup_task(cfg.task).build_model(cfg.model), cfg=cfg)
+    models = {
+        "stock": build("transformer"),
+        "multimax": build("multimax_transformer"),
+        "no-cross": build("multimax_transformer", "--cross-self-attention", "--no-cross-attention"),
+        "lm": build("multimax_transformer_lm", "--output-mapping", "multimax"),
+    }
+    _, cfg = parse([models["stock"].cfg.task.data, *LSTM])
+    models["lstm"] = Namespace(model=tasks.setup_task(cfg.task).build_model(cfg.model), cfg=cfg)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in (pair for built in models.values() for pair in built.model.named_parameters()):
+            if "k_proj.weight" in name:
+                parameter.mul_(4)
+            if "mapping" in name:
+                parameter.copy_(torch.rand(parameter.shape, generator=generator) * 0.6 - 0.3)
+    return {name: save_checkpoint(built, folder / name / "checkpoint_best.pt") for name, built in models.items()}
 
 
 def analyze(checkpoints, data, out, *options):
@@ -67,7 +59,7 @@ def analyze(checkpoints, data, out, *options):
     return out
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def report(checkpoints, corpus, tmp_path_factory):
     """A report of a stock model and one with MultiMax, on the first sentences of the validation set."""
     return analyze([checkpoints["stock"], checkpoints["multimax"]], corpus / "data-bin",
@@ -75,12 +67,21 @@ def report(checkpoints, corpus, tmp_path_factory):
                    "--alignments", corpus / "text" / "valid.align")  # fmt: skip
 
 
-@pytest.fixture(scope="session")
-def results(report):
-    return {model["label"]: model for model in json.loads((report / "results.json").read_text())["models"]}
+@pytest.fixture(scope="module")
+def document(report):
+    return json.loads((report / "results.json").read_text())
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
+def results(document):
+    return {label: model for label, (model,) in document["models"].items()}
+
+
+def where(rows, /, **values):
+    return [row for row in rows if all(row[name] == value for name, value in values.items())]
+
+
+@pytest.fixture(scope="module")
 def collected(checkpoints, corpus):
     """Each sentence by itself, so without padding: what the report's numbers are computed from once more."""
     (model,), _, task = checkpoint_utils.load_model_ensemble_and_task([str(checkpoints["multimax"])])
@@ -89,59 +90,45 @@ def collected(checkpoints, corpus):
     return [collect(model, dataset.collater([dataset[index]])) for index in range(SENTENCES)]
 
 
-def rows_of(collected, site, layer, head):
-    """All rows of a head: (scores, probabilities) as lists without absent entries."""
-    for sentence in collected:
-        attention = sentence.at(site)[layer]
-        for scores, probabilities in zip(attention.scores[0, head], attention.probabilities[0, head]):
-            there = scores != -math.inf
-            yield scores[there].tolist(), probabilities[there].tolist()
-
-
-def mean(values):
-    values = [value for value in values if value is not None]
-    return sum(values) / len(values)
+def check_numbers(numbers, rows):
+    """A row of a table against the metrics of single sentences: (scores, probabilities), (queries, K), of each."""
+    found = metrics.RowMetrics(*map(torch.cat, zip(*(metrics.row_metrics(*pair) for pair in rows))))
+    assert numbers["rows"] == len(found.entropy)
+    for name, values in found._asdict().items():
+        assert numbers[name] == pytest.approx(values.nanmean().item(), abs=1e-4, rel=1e-4)
+    for name in ("multimodality", "top_multimodality", "sparsity"):
+        assert numbers[f"{name}_undefined"] == getattr(found, name).isnan().sum()
+    s = numbers["common_reference"]
+    common = torch.cat([metrics.row_metrics(*pair, reference=s).sparsity for pair in rows])
+    assert numbers["common_sparsity"] == pytest.approx(common.nanmean().item(), abs=1e-4)
 
 
 # ---------------------------------------------------------------------- numbers
 
 
-@pytest.mark.parametrize("site", ["encoder", "decoder", "cross"])
-def test_numbers_of_a_head_are_means_over_single_sentences(site, results, collected):
-    layer, head = 1, 0
-    rows = list(rows_of(collected, site, layer, head))
-    (numbers,) = [
-        row for row in results["multimax"]["heads"]
-        if (row["site"], row["layer"], row["head"]) == (site, layer, head)
-    ]  # fmt: skip
-    thresholds = [reference.relevance_threshold(scores) for scores, _ in rows]
-    modes = [reference.multimodality(*row, threshold) for row, threshold in zip(rows, thresholds)]
-    sparse = [
+def test_numbers_of_each_head_are_means_over_single_sentences(results, collected):
+    heads = results["multimax"]["heads"]
+    places = {(row["site"], row["layer"], row["head"]) for row in heads}
+    assert places == {*itertools.product(("encoder", "decoder", "cross"), (0, 1), (0, 1))}
+    for numbers in heads:
+        head, attentions = numbers["head"], [one.at(numbers["site"])[numbers["layer"]] for one in collected]
+        check_numbers(numbers, [(one.scores[0, head], one.probabilities[0, head]) for one in attentions])
         # a first target token sees one score, which lies on the threshold
-        None if len(x) == 1 else reference.sparsity(x, p, threshold, 1 / len(x))
-        for (x, p), threshold in zip(rows, thresholds)
-    ]
-    assert numbers["rows"] == len(rows)
-    assert numbers["multimodality"] == pytest.approx(mean(modes), abs=1e-4)
-    assert numbers["sparsity"] == pytest.approx(mean(sparse), abs=1e-4)
-    assert numbers["multimodality_undefined"] == modes.count(None)
-    assert numbers["sparsity_undefined"] == sparse.count(None) == (SENTENCES if site == "decoder" else 0)
-    assert numbers["entropy"] == pytest.approx(mean(reference.entropy(p) for _, p in rows), abs=1e-4)
-    assert numbers["top_share"] == pytest.approx(mean(max(p) for _, p in rows), abs=1e-5)
+        assert numbers["sparsity_undefined"] == (SENTENCES if numbers["site"] == "decoder" else 0)
+    for site in results["multimax"]["sites"]:
+        entropies = [row["entropy"] for row in where(heads, site=site["site"])]
+        assert site["entropy"] == pytest.approx(fmean(entropies)) and site["heads"] == len(entropies) == 4
 
 
 def test_models_of_a_report_share_one_s_a_site(results, report):
     """The geometric mean of their tails; and the page says which, and where M is undefined."""
     caption = re.search(r"<figcaption>(Sparsity against.*?)</figcaption>", (report / "report.html").read_text())[1]
-    for site, name in figures.SITE_NAMES.items():
-        if site == "output":
-            continue
-        rows = {label: [row for row in results[label]["sites"] if row["site"] == site] for label in results}
-        (stock,), (ours,) = rows["stock"], rows["multimax"]
+    for site, name in [*figures.SITE_NAMES.items()][:3]:
+        (stock,), (ours,) = (where(model["sites"], site=site) for model in results.values())
         assert stock["common_reference"] == pytest.approx(math.sqrt(stock["tail"] * ours["tail"]))
         assert stock["common_reference"] == ours["common_reference"]
-        shares = [f"{label} {row['multimodality_undefined'] / row['rows']:.0%}" for label, (row,) in rows.items()]
-        assert f"{name}: {', '.join(shares)}" in caption
+        shares = [f"{row['multimodality_undefined'] / row['rows']:.0%}" for row in (stock, ours)]
+        assert f"{name}: stock {shares[0]}, multimax {shares[1]}" in caption
 
 
 def test_numbers_of_a_layer_are_means_over_single_sentences(results, collected):
@@ -149,29 +136,44 @@ def test_numbers_of_a_layer_are_means_over_single_sentences(results, collected):
         (side, layer) for side in ("encoder", "decoder") for layer in (0, 1, 2)
     }
     for row in results["multimax"]["layers"]:
-        hidden = [
-            output.hidden[0].tolist()
-            for sentence in collected
-            for output in sentence.layers
-            if (output.side, output.layer) == (row["side"], row["layer"])
-        ]
-        assert row["mad"] == pytest.approx(mean(reference.mean_average_distance(h) for h in hidden), abs=1e-5)
+        place = (row["side"], row["layer"])
+        layers = [layer for sentence in collected for layer in sentence.layers if (layer.side, layer.layer) == place]
+        distances = [reference.mean_average_distance(layer.hidden[0].tolist()) for layer in layers]
+        assert row["mad"] == pytest.approx(fmean(distances), abs=1e-5)
 
 
-def test_modules_and_the_scores_that_they_saw(results, collected, checkpoints):
+def coefficients_of(module):
+    numbers = module["learned"]
+    return ([[numbers[f"{a}{n}"], numbers[f"{b}{n}"]] for n in (1, 2)] for a, b in (("b", "d"), ("g_b", "g_d")))
+
+
+def test_modules_and_the_scores_that_they_saw(results, document, collected, checkpoints, report):
+    """Their parameters, the histogram of the scores, and σ over it: in the results and in the figure's table."""
     parameters = torch.load(checkpoints["multimax"])["model"]
+    of_figure = table(report / "figures" / "multimax-modulators.csv")
     for module in results["multimax"]["modules"]:
         attention = {"encoder": "encoder.layers.{}.self_attn", "decoder": "decoder.layers.{}.self_attn",
                      "cross": "decoder.layers.{}.encoder_attn"}[module["site"]].format(module["layer"])  # fmt: skip
-        thresholds, gains = (parameters[f"{attention}.mapping.{kind}"] for kind in ("thresholds", "gains"))
-        expected = [thresholds.flatten().tolist(), gains.flatten().tolist()]
+        expected = [parameters[f"{attention}.mapping.{kind}"].flatten().tolist() for kind in ("thresholds", "gains")]
         assert [sum(pairs, []) for pairs in coefficients_of(module)] == [*map(pytest.approx, expected)]
         scores = torch.cat([sentence.at(module["site"])[module["layer"]].scores.flatten() for sentence in collected])
         scores = scores[scores.isfinite()]
-        assert sum(module["histogram"]["counts"]) == len(scores)
+        edges, counts = module["histogram"]["edges"], module["histogram"]["counts"]
+        assert 0.998 * len(scores) <= sum(counts) <= len(scores)  # without the outermost
+        assert counts == [int(((low <= scores) & (scores < high)).sum()) for low, high in zip(edges, edges[1:])]
         assert module["lowest_score"] == pytest.approx(scores.min().item(), abs=1e-4)
         assert module["highest_score"] == pytest.approx(scores.max().item(), abs=1e-4)
-    assert "b1" not in results["stock"]["modules"][0] and results["stock"]["modules"][0]["mapping"] == "softmax"
+        sigma = reference.modulator(edges, *coefficients_of(module))
+        falling = sum(count for count, low, high in zip(counts, sigma, sigma[1:]) if high < low)
+        assert module["falling_share"] == pytest.approx(falling / sum(counts))
+
+        rows = where(of_figure, site=module["site"], layer=str(module["layer"]))
+        x, y = ([float(row[name]) for row in rows] for name in ("x", "sigma"))
+        assert x == edges and y == pytest.approx(sigma, abs=1e-9)
+        areas = [float(row["density"]) * (high - low) for row, low, high in zip(rows, x, x[1:])]
+        assert areas == pytest.approx([count / sum(counts) for count in counts])
+    assert not any(row["sigma"] for row in drawn(document, "stock-modulators")[0])  # softmax has only the histogram
+    assert results["stock"]["modules"][0]["mapping"] == "softmax" and not results["stock"]["modules"][0]["learned"]
 
 
 @pytest.mark.parametrize("shift, rows", [(0, "predicting"), (1, "reading")])
@@ -185,49 +187,26 @@ def test_alignment_error_of_a_head(shift, rows, results, collected, corpus):
         words = [row[:-1] for row in head[shift:]][: len(head) - 1]  # without </s>
         predicted = {(row.index(max(row)), target) for target, row in enumerate(words)}
         agreed, total = agreed + 2 * len(predicted & sure), total + len(predicted) + len(sure)
-    (row,) = [
-        row for row in results["multimax"]["alignment"]
-        if (row["layer"], row["head"], row["rows"]) == (0, "1", rows)
-    ]  # fmt: skip
+    (row,) = where(results["multimax"]["alignment"], layer=0, head="1", rows=rows)
     assert row["aer"] == pytest.approx(1 - agreed / total, abs=1e-12)
     assert {row["head"] for row in results["multimax"]["alignment"]} == {"0", "1", "mean", "rollout"}
 
 
-@pytest.fixture(scope="session")
-def lm_report(checkpoints, corpus, tmp_path_factory):
-    out = tmp_path_factory.mktemp("lm") / "report"
-    return analyze([checkpoints["lm"]], corpus / "data-bin-lm", out, "--split", "test", "--max-sentences", 6,
-                   "--max-tokens", 70, "--labels", "ours", "--show", 0)  # fmt: skip
-
-
-def test_the_output_layer_of_a_language_model(lm_report, checkpoints):
-    (model,) = json.loads((lm_report / "results.json").read_text())["models"]
-    assert model["label"] == "ours" and {row["site"] for row in model["heads"]} == {"decoder"}
+def test_the_output_layer_of_a_language_model(checkpoints, corpus, tmp_path):
+    lm_report = analyze([checkpoints["lm"]], corpus / "data-bin-lm", tmp_path / "out", "--split", "test",
+                        "--max-sentences", 6, "--max-tokens", 70, "--labels", "ours", "--show", 0)  # fmt: skip
+    (model,) = json.loads((lm_report / "results.json").read_text())["models"]["ours"]
+    assert {row["site"] for row in model["heads"]} == {"decoder"}
     (ours,), _, task = checkpoint_utils.load_model_ensemble_and_task([str(checkpoints["lm"])])
     task.load_dataset("test")
     dataset = task.dataset("test")
-    rows = []
-    for index in range(6):
-        output = collect(ours, dataset.collater([dataset[index]])).output
-        rows += zip(output.scores[0].tolist(), output.probabilities[0].tolist())
-    numbers = model["output"]
-    modes = [reference.multimodality(x, p, reference.relevance_threshold(x)) for x, p in rows]
-    assert numbers["rows"] == len(rows) and numbers["multimodality_undefined"] == 0
-    assert numbers["multimodality"] == pytest.approx(mean(modes), abs=1e-5)
-    assert numbers["entropy"] == pytest.approx(mean(reference.entropy(p) for _, p in rows), abs=1e-4)
-    assert numbers["top_k_share"] == pytest.approx(mean(sum(sorted(p)[-5:]) for _, p in rows), abs=1e-5)
-    largest = [reference.multimodality(x, p, sorted(x)[-6]) for x, p in rows]
-    assert numbers["top_multimodality"] == pytest.approx(mean(largest), abs=1e-5)
+    outputs = [collect(ours, dataset.collater([dataset[index]])).output for index in range(6)]
+    (numbers,) = where(model["sites"], site="output")
+    check_numbers(numbers, [(output.scores[0], output.probabilities[0]) for output in outputs])
     # of one model, the common s is the mean of its own irrelevant probabilities
-    thresholds = [reference.relevance_threshold(x) for x, _ in rows]
-    tail = mean(
-        mean(q for y, q in zip(x, p) if y < threshold) for (x, p), threshold in zip(rows, thresholds)
-    )  # fmt: skip
-    assert numbers["common_reference"] == pytest.approx(tail, rel=1e-4)  # a score at ε is on no side
-    sparse = [reference.sparsity(x, p, threshold, tail) for (x, p), threshold in zip(rows, thresholds)]
-    assert numbers["common_sparsity"] == pytest.approx(mean(sparse), abs=1e-4)
-    assert numbers["support"] == pytest.approx(len(rows[0][0]))  # softmax gives something to every word
-    assert model["modules"][-1]["site"] == "output" and "b1" in model["modules"][-1]
+    assert numbers["common_reference"] == pytest.approx(numbers["tail"])
+    assert numbers["support"] == pytest.approx(outputs[0].scores.size(-1))  # softmax gives something to every word
+    assert model["modules"][-1]["site"] == "output" and "b1" in model["modules"][-1]["learned"]
 
 
 # ---------------------------------------------------------------------- figures
@@ -245,14 +224,9 @@ def drawn(results, name, width=None):
         return plan.rows(), plan.draw(plan.rows(), width)
 
 
-@pytest.fixture(scope="session")
-def document(report):
-    return json.loads((report / "results.json").read_text())
-
-
 def test_a_sentence_to_be_drawn(document, collected, corpus):
     """Taken out of a padded batch, it is what the sentence gives by itself, with its words beside it."""
-    (example,) = document["models"][1]["examples"]
+    (example,) = document["models"]["multimax"][0]["examples"]
     german, english = (
         [*(corpus / "text" / f"valid.{language}").read_text().splitlines()[3].split(), "</s>"]
         for language in ("de", "en")
@@ -262,9 +236,14 @@ def test_a_sentence_to_be_drawn(document, collected, corpus):
     written = ["</s>", *english[:-1]]
     axes = {"encoder": [german, german], "decoder": [written, written], "cross": [english, german]}
     assert example["tokens"] == axes
-    for attention in example["attention"]:
-        expected = collected[3].at(attention["site"])[attention["layer"]].probabilities[0]
-        torch.testing.assert_close(torch.tensor(attention["heads"]), expected, atol=2e-5, rtol=0)
+    for shown in example["maps"]:
+        if shown["layer"] != "rollout":
+            expected = collected[3].at(shown["site"])[shown["layer"]].probabilities[0]
+        else:
+            attention = [[layer.probabilities for layer in collected[3].at(site)] for site in axes]
+            rollout = metrics.translation_rollout(attention[1], attention[2], attention[0])[0]
+            expected = rollout if shown["site"] == "cross" else metrics.attention_rollout(attention[0])
+        torch.testing.assert_close(torch.tensor(shown["heads"]), expected, atol=2e-5, rtol=0)
 
     # a head of both models side by side
     rows, figure = drawn(document, "sentence3-cross-layer2-head1")
@@ -292,31 +271,10 @@ def test_what_is_drawn_are_the_numbers_of_the_table(report, results, document):
             here = [row for row in rows if (row["site"], row["model"]) == (site, label)]
             of_model = [[row[name] for name in names] for row in here]
             assert points.get_offsets().tolist() == of_model
-            assert [*zip(*means[0].get_data())] == [pytest.approx([mean(axis) for axis in zip(*of_model)])]
+            assert [*zip(*means[0].get_data())] == [pytest.approx([fmean(axis) for axis in zip(*of_model)])]
     for row in table(report / "figures" / "over-smoothing.csv"):
-        (expected,) = [
-            layer["mad"] for layer in results[row["model"]]["layers"]
-            if (layer["side"], str(layer["layer"])) == (row["side"], row["layer"])
-        ]  # fmt: skip
-        assert float(row["mad"]) == expected and not row["standard_deviation"]
-
-
-def coefficients_of(module):
-    return ([[module[f"{a}{n}"], module[f"{b}{n}"]] for n in (1, 2)] for a, b in (("b", "d"), ("g_b", "g_d")))
-
-
-def test_sigma_is_the_formula_over_the_scores(report, results):
-    rows = table(report / "figures" / "multimax-modulators.csv")
-    for module in results["multimax"]["modules"]:
-        place = [row for row in rows if (row["site"], row["layer"]) == (module["site"], str(module["layer"]))]
-        x, y = ([float(row[axis]) for row in place if row["curve"] == "sigma"] for axis in "xy")
-        thresholds, gains = coefficients_of(module)
-        assert y == pytest.approx(reference.modulator(x, thresholds, gains), abs=1e-9)
-        width = module["histogram"]["edges"][1] - module["histogram"]["edges"][0]
-        assert module["lowest_score"] - width <= x[0] < x[-1] <= module["highest_score"] + width
-        density = [float(row["y"]) for row in place if row["curve"] == "density"]
-        assert sum(density) * width == pytest.approx(1, abs=2e-3)  # but for the outermost scores
-    assert {row["curve"] for row in table(report / "figures" / "stock-modulators.csv")} == {"density"}
+        (layer,) = where(results[row["model"]]["layers"], side=row["side"], layer=int(row["layer"]))
+        assert float(row["mad"]) == layer["mad"]
 
 
 def test_the_simplex_shows_what_mappings_make_of_three_scores(report, results):
@@ -327,7 +285,7 @@ def test_the_simplex_shows_what_mappings_make_of_three_scores(report, results):
         assert ends[f"T = {temperature:g}"] == pytest.approx(expected)
     for name in ("entmax15", "sparsemax", "evsoftmax"):
         assert ends[name] == pytest.approx([0.5, 0.5, 0])  # sparse and bimodal
-    module = next(m for m in results["multimax"]["modules"] if (m["site"], m["layer"]) == ("cross", 1))
+    (module,) = where(results["multimax"]["modules"], site="cross", layer=1)
     (name,) = [name for name in ends if name.startswith("cross 2")]
     high, low = map(float, re.findall(r"-?\d+\.\d", name))
     thresholds, gains = coefficients_of(module)
@@ -336,12 +294,11 @@ def test_the_simplex_shows_what_mappings_make_of_three_scores(report, results):
 
 def test_a_mapping_has_one_colour_and_names_fit(document):
     """In whatever place, and however long names are; models with the same mapping differ in shade."""
-    first = {model["label"]: figures._looks(document)[model["label"]] for model in document["models"]}
-    stock, multimax = ({**model, "label": model["label"] + " of a long name" * 6} for model in document["models"])
-    turned = {**document, "models": [multimax, stock, {**stock, "label": "again"}]}
+    first, models = figures._looks(document), document["models"]
+    long = {name: f"{name} of a long name" * 6 for name in ("multimax", "stock")}
+    turned = {**document, "models": {**{long[name]: models[name] for name in long}, "again": models["stock"]}}
     looks = figures._looks(turned)
-    for model, label in zip(turned["models"], ("multimax", "stock")):
-        assert looks[model["label"]]["color"] == first[label]["color"]
+    assert all(looks[long[name]]["color"] == first[name]["color"] for name in long)
     assert looks["again"]["color"] not in [look["color"] for look in first.values()]
     for name in ("sparsity-multimodality", "over-smoothing"):
         for width in (8.4 / 2.54, None):
@@ -353,34 +310,30 @@ def test_a_mapping_has_one_colour_and_names_fit(document):
 
 def test_seeds_of_one_model_are_a_mean_with_its_deviation(document):
     seeds = copy.deepcopy(document)
-    seeds["models"].append(copy.deepcopy(seeds["models"][1]))
-    for layer in seeds["models"][2]["layers"]:
+    seeds["models"]["multimax"] *= 2
+    seeds["models"]["multimax"][1] = copy.deepcopy(seeds["models"]["multimax"][0])
+    for layer in seeds["models"]["multimax"][1]["layers"]:
         layer["mad"] += 0.1
     rows, figure = drawn(seeds, "over-smoothing")
-    for row, layer in zip([row for row in rows if row["model"] == "multimax"], seeds["models"][1]["layers"]):
-        assert row["mad"] == pytest.approx(layer["mad"] + 0.05)
-        assert row["standard_deviation"] == pytest.approx(0.1 / math.sqrt(2))
+    (one, two), (lines, _, (bars,)) = (where(rows, model="multimax", side="encoder", layer=1),
+                                       figure.axes[0].containers[1])  # fmt: skip
+    assert two["mad"] == pytest.approx(one["mad"] + 0.1)
+    assert lines.get_ydata()[1] == pytest.approx(one["mad"] + 0.05)
+    ends = bars.get_segments()[1][:, 1]
+    assert ends[1] - ends[0] == pytest.approx(2 * 0.1 / math.sqrt(2))  # twice the standard deviation
     assert [container.has_yerr for container in figure.axes[0].containers] == [False, True]
+    assert figure.axes[0].get_title() == "encoder"
     text = page.render_page(seeds, [])
-    assert "± 0.000" in text and "multimax (2)" in text and "<td>2</td>" in text
+    assert "± 0.000" in text and "<td>2</td>" in text
 
 
 # ---------------------------------------------------------------------- files
 
 
-def test_the_page_needs_no_other_file_and_no_network(report):
-    page = (report / "report.html").read_text()
-    sources = re.findall(r'(?:src|href)="([^"]{0,30})', page)
-    assert len(sources) == len(list((report / "figures").glob("*.png"))) >= 7
-    assert all(source.startswith("data:image/png;base64,") for source in sources)
-    assert not re.search(r"@import|url\(|<script|<link", page)
-    assert "multimax" in page and "Word alignment" in page
-
-
-def test_every_figure_is_there_as_picture_and_table(report):
-    names = {"simplex", "over-smoothing", "sparsity-multimodality", "alignment", "stock-modulators",
-             "multimax-modulators", *(f"sentence3-{name}" for name in ("encoder-rollout", "cross-rollout",
-             "cross-layer2"))}  # fmt: skip
+def test_the_files_of_a_report(report, results):
+    """Each figure as a picture of three kinds and a table; a page that needs nothing else; tables of all numbers."""
+    names = {"simplex", "over-smoothing", "sparsity-multimodality", "multimax-modulators",
+             "sentence3-encoder-rollout", "sentence3-cross-rollout", "sentence3-cross-layer2"}  # fmt: skip
     files = {path.name for path in (report / "figures").iterdir()}
     assert files == {f"{name}.{kind}" for name in names for kind in ("png", "svg", "pdf", "csv")}
     for name in names:
@@ -391,17 +344,20 @@ def test_every_figure_is_there_as_picture_and_table(report):
     assert {"stock", "multimax", "encoder"} <= {text.text for text in texts}  # text as text
     assert b"/FontFile2" in (report / "figures" / "over-smoothing.pdf").read_bytes()  # TrueType, not outlines
 
+    text = (report / "report.html").read_text()
+    sources = re.findall(r'(?:src|href)="([^"]{0,30})', text)
+    assert len(sources) == len(names) and all(source.startswith("data:image/png;base64,") for source in sources)
+    assert not re.search(r"@import|url\(|<script|<link", text) and "Word alignment" in text
 
-def test_csv_holds_the_numbers_of_json(report, results):
-    rows = table(report / "heads.csv")
-    expected = [(label, row) for label, model in results.items() for row in model["heads"]]
-    assert len(rows) == len(expected) == 2 * 6 * 2
-    # both models saw the same sentences: none of fairseq's own layers has got around its attention module
-    assert len({(row["site"], row["rows"]) for row in rows}) == 3 and int(rows[0]["rows"]) > SENTENCES
-    for row, (label, numbers) in zip(rows, expected):
-        assert row["model"] == label and float(row["entropy"]) == numbers["entropy"]
     tables = {"heads.csv", "sites.csv", "modules.csv", "layers.csv", "alignment.csv"}
     assert {path.name for path in report.glob("*.csv")} == tables
+    rows = table(report / "heads.csv")
+    assert [(row["model"], float(row["entropy"])) for row in rows] == [
+        (label, row["entropy"]) for label, model in results.items() for row in model["heads"]
+    ]
+    # both models saw the same sentences: none of fairseq's own layers has got around its attention module
+    assert len({(row["site"], row["rows"]) for row in rows}) == 3 and int(rows[0]["rows"]) > SENTENCES
+    assert {"b1", "g_d2"} <= table(report / "modules.csv")[-1].keys()
 
 
 def test_drawn_again_from_the_file_alone(report, tmp_path):
@@ -422,32 +378,32 @@ def test_drawn_again_from_the_file_alone(report, tmp_path):
     assert (out / "results.json").read_bytes() == (report / "results.json").read_bytes()
 
 
+def read(out):
+    return json.loads((out / "results.json").read_text())
+
+
+def entropies(out):
+    return [row["entropy"] for row in read(out)["models"]["multimax"][0]["heads"]]
+
+
 NO_MAPS = ["--show", "--figures", "over-smoothing"]
 
 
-def test_a_failure_leaves_nothing_behind(checkpoints, corpus, tmp_path, monkeypatch):
-    def fail(*_):
-        raise RuntimeError("no space left")
-
-    monkeypatch.setattr(figures, "_draw_smoothing", fail)
-    with pytest.raises(RuntimeError, match="no space left"):
-        analyze([checkpoints["multimax"]], corpus / "data-bin", tmp_path / "new" / "out", *NO_MAPS)
-    assert not list((tmp_path / "new").iterdir())
-
-
-def test_force_replaces_a_report_and_nothing_else(checkpoints, corpus, tmp_path, capsys):
+def test_a_report_is_replaced_when_asked_and_a_failure_leaves_nothing(checkpoints, corpus, tmp_path, monkeypatch,
+                                                                      capsys):
     out = tmp_path / "out"
-    out.mkdir()
     arguments = [checkpoints["multimax"]], corpus / "data-bin", out, *NO_MAPS
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(figures, "_draw_smoothing", lambda *_: 1 / 0)
+        analyze(*arguments)
+    assert not list(tmp_path.iterdir())
     analyze(*arguments, "--figures", "over-smoothing,none")
     assert "WARNING: --figures: there is no none; choose from: sparsity-multimodality, " in capsys.readouterr().err
-    first = (out / "results.json").read_text()
+    first = entropies(out)
     with pytest.raises(SystemExit, match="is not empty: --force replaces it"):
         analyze(*arguments)
     analyze(*arguments, "--force", "--max-tokens", 30)
-    second = (out / "results.json").read_text()
-    values = [[row["entropy"] for row in json.loads(text)["models"][0]["heads"]] for text in (first, second)]
-    assert values[0] == pytest.approx(values[1], abs=1e-5)  # whatever the size of batches
+    assert entropies(out) == pytest.approx(first, abs=1e-5)  # whatever the size of batches
     (out / "notes.txt").write_text("mine")
     with pytest.raises(SystemExit, match="choose another, or empty it"):
         analyze(*arguments, "--force")
@@ -458,33 +414,34 @@ def test_force_replaces_a_report_and_nothing_else(checkpoints, corpus, tmp_path,
 
 
 def test_models_that_differ_in_their_sites(checkpoints, corpus, tmp_path):
-    """One has no cross-attention; its decoder attends to source and target together."""
+    """One has no cross-attention; its decoder attends to source and target together, so it has no rollout there."""
+    names = "cross-layer1,decoder-layer1,cross-rollout,encoder-rollout".split(",")
     analyze([checkpoints["multimax"], checkpoints["no-cross"]], corpus / "data-bin", tmp_path / "out", "--show", 1,
             "--labels", "l" * 300, "no $cross",
-            "--figures", "*layer?,*rollout,sparsity*,over*,*modulators,simplex")  # fmt: skip
-    first, second = json.loads((tmp_path / "out" / "results.json").read_text())["models"]
-    assert [{row["site"] for row in model["heads"]} for model in (first, second)] == [
-        {"encoder", "decoder", "cross"}, {"encoder", "decoder"},
-    ]  # fmt: skip
-    rows = {name: table(tmp_path / "out" / "figures" / f"sentence1-{name}.csv")
-            for name in ("cross-layer1", "decoder-layer1", "cross-rollout")}  # fmt: skip
+            "--figures", ",".join(["sparsity*,over*,*modulators", *(f"sentence1-{name}" for name in names)]))
+    sites = [{row["site"] for row in model["heads"]} for (model,) in read(tmp_path / "out")["models"].values()]
+    assert sites == [{"encoder", "decoder", "cross"}, {"encoder", "decoder"}]
+    rows = {name: table(tmp_path / "out" / "figures" / f"sentence1-{name}.csv") for name in names}
     models = {name: len({row["model"] for row in of_name}) for name, of_name in rows.items()}
-    assert models == {"cross-layer1": 1, "decoder-layer1": 2, "cross-rollout": 2}
+    assert models == {"cross-layer1": 1, "decoder-layer1": 2, "cross-rollout": 1, "encoder-rollout": 2}
+    keys = {(name, model): [row["key"] for row in where(rows[name], model=model, head="1", row="0")]
+            for name in rows for model in ("l" * 300, "no $cross")}  # fmt: skip
+    read_and_written = keys["encoder-rollout", "no $cross"] + keys["decoder-layer1", "l" * 300]
+    assert keys["decoder-layer1", "no $cross"] == read_and_written
 
 
 def test_sentences_longer_than_learned_positions_are_left_out(build, corpus, tmp_path):
     """As in training; they are in the counts, and no heat map is drawn of them."""
-    lengths = [1 + max(len(line.split()) for line in lines) for lines in zip(
-        *((corpus / "text" / f"valid.{language}").read_text().splitlines() for language in ("de", "en"))
-    )]  # fmt: skip
+    texts = ((corpus / "text" / f"valid.{language}").read_text().splitlines() for language in ("de", "en"))
+    lengths = [1 + max(len(line.split()) for line in lines) for lines in zip(*texts)]
     longest = sorted(lengths)[len(lengths) // 2]
     options = [f"--{side}-learned-pos" for side in ("encoder", "decoder")]
     options += [f"--max-{side}-positions={longest}" for side in ("source", "target")]
     path = save_checkpoint(build("multimax_transformer", *options), tmp_path / "run" / "checkpoint_best.pt")
     analyze([path], corpus / "data-bin", tmp_path / "out", *NO_MAPS, "--max-sentences", 60)
-    results = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert results["models"][0]["sentences"] == sum(length <= longest for length in lengths) < 60
-    assert results["skipped"] == 60 - results["models"][0]["sentences"]
+    results = read(tmp_path / "out")
+    assert results["models"]["run"][0]["sentences"] == sum(length <= longest for length in lengths) < 60
+    assert results["skipped"] == 60 - results["models"]["run"][0]["sentences"]
     with pytest.raises(SystemExit, match="is too long for a model"):
         longest = ["--show", lengths.index(max(lengths))]
         analyze([path], corpus / "data-bin", tmp_path / "other", "--max-sentences", 60, *longest)
@@ -503,7 +460,7 @@ def test_the_numbers_of_a_mapping_of_ones_own_are_in_the_report(monkeypatch):
     scores = torch.randn(2, 5, 4)
     measurement._add(("cross", 0), "cross layer 1", Tempered(), scores, scores.softmax(-1))
     module = measurement._module(("cross", 0))
-    assert module["mapping"] == "tempered" and module["temperature"] == [0.5, 2.0]
+    assert module["mapping"] == "tempered" and module["learned"] == {"temperature": [0.5, 2.0]}
     (row,) = page._modules({"one's own": [{"modules": [module]}]})
     assert row["temperature"] == "0.500, 2.000" and row["layer"] == 1
 
@@ -511,24 +468,9 @@ def test_the_numbers_of_a_mapping_of_ones_own_are_in_the_report(monkeypatch):
 # ---------------------------------------------------------------------- errors
 
 
-@pytest.fixture
-def refused(tmp_path, monkeypatch):
-    """refused(*arguments, message=…): the command ends with this error before any work."""
-
-    def refused(*arguments, message):
-        monkeypatch.setattr("multimax_fairseq.analysis.measure.Measurement.run", None)  # not reached
-        with pytest.raises(SystemExit) as stopped:
-            main(["--out", str(tmp_path / "out"), "--cpu", *map(str, arguments)])
-        error = str(stopped.value)
-        assert error.startswith("ERROR: ") and message in error
-        assert not (tmp_path / "out").exists()
-
-    return refused
-
-
-def changed_data(corpus, tmp_path, pattern, change):
+def changed_data(corpus, folder, pattern, change):
     """The binarised data, with other contents of the files of this pattern; None: without them."""
-    data = tmp_path / "data"
+    data = folder / "data"
     data.mkdir()
     for path in (corpus / "data-bin").iterdir():
         if not path.match(pattern):
@@ -538,39 +480,38 @@ def changed_data(corpus, tmp_path, pattern, change):
     return data
 
 
-# The data where they are others, of (corpus, tmp_path); and what is said.
-@pytest.mark.parametrize("data, message", [
-    (lambda corpus, folder: folder / "absent", "there is no folder"),
-    (lambda corpus, folder: corpus / "data-bin-lm", "its model cannot be built with the data in"),
-    (lambda *where: changed_data(*where, "dict.de.txt", None), "has no dictionary dict.de.txt"),
-    (lambda *where: changed_data(*where, "dict.*", lambda text: b"".join(text.splitlines(keepends=True)[:50])),
-     "the vocabulary of"),
-    (lambda *where: changed_data(*where, "valid.de-en.en.bin", lambda content: content[:900]),
+# Checkpoints beside stock; the data where they are others, of (corpus, folder); options, with files in {folder} and
+# the corpus' {text}; what is said.
+@pytest.mark.parametrize("others, data, options, message", [
+    ([], lambda corpus, folder: folder / "absent", "", "there is no folder"),
+    ([], lambda corpus, folder: corpus / "data-bin-lm", "", "its model cannot be built with the data in"),
+    ([], lambda *where: changed_data(*where, "dict.de.txt", None), "", "has no dictionary dict.de.txt"),
+    ([], lambda *where: changed_data(*where, "dict.*", lambda text: b"".join(text.splitlines(keepends=True)[:50])),
+     "", "the vocabulary of"),
+    ([], lambda *where: changed_data(*where, "valid.de-en.en.bin", lambda content: content[:900]), "",
      "the split 'valid' of"),
-    (lambda *where: changed_data(*where, "valid.de-en.de.bin", lambda c: c[:40] + b"\xff\x7f\x00\x00" + c[44:]),
-     "has words that its dictionary lacks"),
+    ([], lambda *where: changed_data(*where, "valid.de-en.de.bin", lambda c: c[:40] + b"\xff\x7f\x00\x00" + c[44:]),
+     "", "has words that its dictionary lacks"),
+    ([], None, "--split dev", "has no split 'dev' for this model; --split takes one of: test, train, valid"),
+    (["lstm"], None, "", "LSTMModel has no attention to analyse"),
+    (["multimax"], None, "--labels one", "2 checkpoints need as many --labels"),
+    (["multimax"], None, "--labels one one", "models called 'one' differ in more than the seed"),
+    ([], None, "--show 60", "--show 60: sentences 0 to 59 are analysed"),
+    ([], None, "--alignments {text}/test.align", "there are 40 gold alignments for the 60 sentence pairs"),
+    ([], None, "--alignments {folder}/valid.align", "gold alignment 99-0 in line 2 is outside of its sentences"),
+    ([], None, "--alignments {folder}/absent.align", "absent.align: No such file or directory"),
+    ([], None, "--out {folder}/valid.align/out", "is not a folder: choose another"),
 ])  # fmt: skip
-def test_wrong_data_are_named_before_any_work(data, message, checkpoints, corpus, tmp_path, refused):
-    refused(checkpoints["stock"], "--data", data(corpus, tmp_path), message=message)
-
-
-# The other checkpoints, and options after them; files are in {folder} and the corpus' {text}. What is said.
-@pytest.mark.parametrize("others, options, message", [
-    ([], ["--split", "dev"], "has no split 'dev' for this model; --split takes one of: test, train, valid"),
-    (["lstm"], [], "LSTMModel has no attention to analyse"),
-    (["multimax"], ["--labels", "one"], "2 checkpoints need as many --labels"),
-    (["multimax"], ["--labels", "one", "one"], "models called 'one' differ in more than the seed"),
-    ([], ["--show", "60"], "--show 60: sentences 0 to 59 are analysed"),
-    ([], ["--alignments", "{text}/test.align"], "there are 40 gold alignments for the 60 sentence pairs"),
-    ([], ["--alignments", "{folder}/valid.align"], "gold alignment 99-0 in line 2 is outside of its sentences"),
-    ([], ["--alignments", "{folder}/absent.align"], "absent.align: No such file or directory"),
-    ([], ["--out", "{folder}/valid.align/out"], "is not a folder: choose another"),
-])  # fmt: skip
-def test_wrong_options_are_named_before_any_work(others, options, message, checkpoints, corpus, tmp_path, refused):
+def test_errors_before_any_work(others, data, options, message, checkpoints, corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(Measurement, "run", None)  # not reached
     (tmp_path / "valid.align").write_text("0-0\n0-0 99-0\n" + "0-0\n" * 58)
-    options = [option.format(folder=tmp_path, text=corpus / "text") for option in options]
+    data = data(corpus, tmp_path) if data else corpus / "data-bin"
     paths = [checkpoints[name] for name in ("stock", *others)]
-    refused(*paths, "--data", corpus / "data-bin", *options, message=message)
+    with pytest.raises(SystemExit) as stopped:
+        analyze(paths, data, tmp_path / "out", *options.format(folder=tmp_path, text=corpus / "text").split(),
+                "--max-sentences", 1000)  # fmt: skip
+    assert str(stopped.value).startswith("ERROR: ") and message in str(stopped.value)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("factor", [1e12, 1e36])
@@ -597,12 +538,14 @@ def test_wrong_ways_to_draw(arguments, message, report, tmp_path):
 
 
 @pytest.mark.parametrize("name, data", [("multimax", "data-bin"), ("lm", "data-bin-lm")])
-def test_the_example(name, data, checkpoints, corpus, tmp_path):
-    result = run(sys.executable, ROOT / "examples" / "analysis" / "look.py", checkpoints[name], corpus / data,
-                 "--sentence", 1, "--out", tmp_path / "attention.png", cwd=ROOT)  # fmt: skip
+def test_the_example(name, data, checkpoints, corpus, tmp_path, monkeypatch, capsys):
+    example, picture = ROOT / "examples" / "analysis" / "look.py", tmp_path / "attention.png"
+    arguments = [example, checkpoints[name], corpus / data, "--sentence", 1, "--out", picture]
+    monkeypatch.setattr("sys.argv", [*map(str, arguments)])
+    runpy.run_path(str(example))
     site = "cross" if name == "multimax" else "decoder"
-    assert re.search(rf"{site} +layer 1:  M \d\.\d{{3}}  S \d", result.stdout)
-    with Image.open(tmp_path / "attention.png") as image:
+    assert re.search(rf"{site} +layer 1:  M \d\.\d{{3}}  S \d", capsys.readouterr().out)
+    with Image.open(picture) as image:
         assert image.width > 3 * image.height / 2
 
 

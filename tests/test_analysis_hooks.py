@@ -1,5 +1,7 @@
 """multimax_fairseq/analysis/hooks.py: what it reports is what the model computes with, and leaves no trace."""
 
+import itertools
+
 import pytest
 import torch
 from fairseq.modules import MultiheadAttention
@@ -15,10 +17,6 @@ MODELS = [
     ("multimax_transformer", ["--attention-mapping", "entmax", "--entmax-alpha", "learned"]),
     ("multimax_transformer_lm", ["--output-mapping", "multimax"]),
 ]
-
-
-def sites(arch):
-    return ["decoder"] if "_lm" in arch else ["encoder", "decoder", "cross"]
 
 
 def logits(built, sample):
@@ -37,46 +35,49 @@ def case(request, build, batch):
 
 def test_every_site_layer_and_head_is_there(case):
     arch, _, _, collected = case
-    assert [(a.site, a.layer) for site in sites(arch) for a in collected.at(site)] == [
-        (site, layer) for site in sites(arch) for layer in (0, 1)
-    ]
+    sites = ["decoder"] if "_lm" in arch else ["encoder", "decoder", "cross"]
+    assert [(a.site, a.layer) for site in sites for a in collected.at(site)] == [*itertools.product(sites, (0, 1))]
+    assert len(collected.attention) == 2 * len(sites)
     for attention in collected.attention:
         bsz, num_heads, tgt_len, _ = attention.probabilities.shape
         assert num_heads == 2 and (bsz, tgt_len) == collected.masks[attention.site].shape
-        assert attention.scores.shape == attention.probabilities.shape
-        rows = attention.probabilities.transpose(1, 2)[collected.masks[attention.site]]
-        torch.testing.assert_close(rows.sum(-1), torch.ones(rows.shape[:-1]), atol=1e-5, rtol=0)
 
 
-def test_probabilities_are_the_mapping_of_the_scores(case):
-    """Two ways through the model: its forward pass with head weights, and its scores before the mapping."""
-    _, built, _, collected = case
-    sites = attention_modules(built.model)
-    mappings = {(site, layer): getattr(module, "mapping", None) for site, layer, module in sites}
+def test_probabilities_are_those_that_the_model_computes_with(case):
+    """Times the values they are what each module gives by itself, without anything that records."""
+    _, built, sample, collected = case
+    given, modules = {}, {(site, layer): module for site, layer, module in attention_modules(built.model)}
+
+    def keep(module, args, kwargs, result):
+        given[module] = kwargs["value"], result[0]
+
+    handles = [module.register_forward_hook(keep, with_kwargs=True) for module in modules.values()]
+    logits(built, sample)
+    for handle in handles:
+        handle.remove()
     for attention in collected.attention:
-        assert attention.mapping is mappings[attention.site, attention.layer]
-        mapping = attention.mapping or (lambda scores: scores.softmax(-1))
-        real = collected.masks[attention.site].unsqueeze(1).expand(-1, 2, -1)
+        module, real = modules[attention.site, attention.layer], collected.masks[attention.site]
+        assert attention.mapping is getattr(module, "mapping", None)
+        value, expected = given[module]
         with torch.no_grad():
-            expected = mapping(attention.scores)
-        torch.testing.assert_close(attention.probabilities[real], expected[real], atol=2e-6, rtol=0)
-        assert attention.probabilities[real][attention.scores[real] == float("-inf")].eq(0).all()
+            values = module.v_proj(value).unflatten(-1, (2, -1)).permute(1, 2, 0, 3)  # (bsz, heads, src_len, dim)
+            output = module.out_proj((attention.probabilities @ values).transpose(1, 2).flatten(2))
+        torch.testing.assert_close(output[real], expected.transpose(0, 1)[real], atol=2e-6, rtol=1e-5)
+        assert attention.probabilities[attention.scores == float("-inf")].eq(0).all()
 
 
 def test_padding_and_future_are_absent(case):
     arch, built, sample, collected = case
-    pad = built.task.target_dictionary.pad()
-    assert "_lm" in arch or sample["net_input"]["src_tokens"].eq(pad).any()
+    is_padding = sample["net_input"]["src_tokens"].eq(built.task.target_dictionary.pad())
+    assert "_lm" in arch or is_padding.any()
     for attention in collected.attention:
-        absent = attention.scores == float("-inf")
+        absent = (attention.scores == float("-inf")).transpose(1, 2)  # (bsz, tgt_len, num_heads, src_len)
         if attention.site == "decoder":
-            expected = torch.ones(absent.shape[-2:], dtype=torch.bool).triu(1).expand_as(absent)
+            future = torch.ones(absent.size(1), absent.size(3), dtype=torch.bool).triu(1)[:, None].expand_as(absent)
             real = collected.masks["decoder"]
-            assert torch.equal(absent.transpose(1, 2)[real] | ~expected.transpose(1, 2)[real],
-                               torch.ones_like(absent.transpose(1, 2)[real]))  # fmt: skip
+            assert absent[real][future[real]].all()
         else:
-            expected = sample["net_input"]["src_tokens"].eq(pad)[:, None, None].expand_as(absent)
-            assert torch.equal(absent, expected)
+            assert torch.equal(absent, is_padding[:, None, None].expand_as(absent))
 
 
 def test_the_model_computes_the_same_and_is_left_as_it_was(case):
@@ -91,7 +92,6 @@ def test_the_model_computes_the_same_and_is_left_as_it_was(case):
     assert torch.equal(logits(built, sample), before)
     assert hooks == [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in built.model.modules()]
     assert checks == [m.skip_embed_dim_check for m in built.model.modules() if isinstance(m, MultiheadAttention)]
-    # with softmax where fairseq has a fused path of its own, the sums are taken in another order
     torch.testing.assert_close(collected.output.probabilities, before.float().softmax(-1), atol=1e-5, rtol=0)
 
 
@@ -122,25 +122,14 @@ def test_outputs_of_the_layers(arch, build, batch):
         torch.testing.assert_close(layer.hidden[real], expected.transpose(0, 1)[real], atol=1e-5, rtol=1e-5)
 
 
-def test_an_error_in_the_listener_leaves_no_hook_behind(build, batch):
+def test_errors(build, batch):
+    """One in the listener leaves no hook behind; decoding and models without attention are refused."""
     built = build("multimax_transformer")
-
-    def listener(attention):
-        raise RuntimeError("stop")
-
-    with pytest.raises(RuntimeError, match="stop"), recording(built.model, listener):
+    with pytest.raises(ZeroDivisionError), recording(built.model, lambda attention: 1 / 0):
         logits(built, batch(built))
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in built.model.modules())
-
-
-def test_decoding_with_a_cache_is_refused(build, batch):
-    built = build("multimax_transformer_lm")
-    tokens = batch(built)["net_input"]["src_tokens"]
-    with pytest.raises(ValueError, match="not while decoding"), recording(built.model, print):
-        built.model.decoder(tokens[:, :1], incremental_state={})
-
-
-def test_a_model_without_attention_is_an_error_that_says_so(build):
-    embedding = build("transformer_lm").model.decoder.embed_tokens
+    model = build("multimax_transformer_lm").model
+    with pytest.raises(ValueError, match="not while decoding"), recording(model, print):
+        model.decoder(torch.tensor([[5]]), incremental_state={})
     with pytest.raises(ValueError, match="Embedding has no attention to analyse"):
-        attention_modules(embedding)
+        attention_modules(model.decoder.embed_tokens)

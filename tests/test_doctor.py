@@ -31,19 +31,16 @@ def test_a_mapping_that_is_wrong_in_single_precision(monkeypatch, capsys):
     assert "PROBLEM wrong: error cpu float32" in capsys.readouterr().out
 
 
-def test_packages_that_are_missing_or_do_not_fit(monkeypatch):
+def test_packages_that_are_missing_and_versions_that_do_not_fit(monkeypatch):
     requirements = ["torch>=99", "no-such-package>=1.0", "numpy; extra == 'test'", "tqdm"]
     monkeypatch.setattr(importlib.metadata, "requires", lambda name: requirements)
-    too_old, missing, present = doctor.check_packages()
-    assert not too_old[0] and too_old[1].endswith("does not fit; pip install 'torch>=99'")
-    assert missing == (False, "no-such-package is missing: pip install 'no-such-package>=1.0'")
-    assert present[0] and present[1].startswith("tqdm ")
-
-
-def test_a_python_that_fairseq_does_not_know(monkeypatch):
     monkeypatch.setattr(doctor, "PYTHONS", ((2, 7), (3, 0)))
     ((fits, line),) = doctor.check_python()
     assert not fits and "needs 2.7 to 3.0" in line
+    too_old, missing, present = doctor.check_packages()
+    assert not too_old[0] and too_old[1].endswith(": pip install 'torch>=99'")
+    assert missing == (False, "no-such-package is missing: pip install 'no-such-package>=1.0'")
+    assert present[0] and present[1].startswith("tqdm ")
 
 
 def test_what_it_does_not_know_is_answered_with_help(monkeypatch, capsys):

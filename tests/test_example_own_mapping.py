@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+from unittest import mock
 
 import pytest
 import torch
@@ -15,13 +16,13 @@ INF = float("inf")
 
 
 @pytest.fixture
-def example(monkeypatch):
+def example():
     """The example's module; what it registers is forgotten afterwards."""
-    monkeypatch.setattr(mappings, "MAPPINGS", dict(mappings.MAPPINGS))
     spec = importlib.util.spec_from_file_location("own_mapping", FOLDER / "__init__.py")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    with mock.patch.dict(mappings.MAPPINGS):
+        spec.loader.exec_module(module)
+        yield module
 
 
 def test_top_k_is_softmax_of_the_largest(example):

@@ -3,8 +3,9 @@
 import importlib.util
 import json
 import logging
-import multiprocessing.dummy
 import sys
+from argparse import Namespace
+from multiprocessing.pool import ThreadPool
 
 import pytest
 import torch
@@ -46,12 +47,9 @@ def test_modulators_have_a_learning_rate_of_their_own(retrieval):
     assert modulators["lr"] == 10 * others["lr"] and len(others["params"]) == 4
 
 
-def test_a_mapping_of_the_users_own_may_have_a_number_per_head(retrieval, tmp_path, monkeypatch):
+def test_a_mapping_of_the_users_own_may_have_a_number_per_head(retrieval, monkeypatch):
     """As the command in docs/own-mapping.md says, with a module for scores of attention."""
-    monkeypatch.setitem(mappings.MAPPINGS, "per_head", None)  # so that it is gone when the test is done
-    del mappings.MAPPINGS["per_head"]
 
-    @mappings.register_mapping("per_head")
     class PerHead(torch.nn.Module):
         def __init__(self, num_heads: int = 4):
             super().__init__()
@@ -60,8 +58,8 @@ def test_a_mapping_of_the_users_own_may_have_a_number_per_head(retrieval, tmp_pa
         def forward(self, scores):
             return mappings.softmax(scores * (-self.log_temperature).exp())
 
+    monkeypatch.setitem(mappings.MAPPINGS, "per_head", PerHead)
     layer = retrieval.Layer(retrieval.Row.parse("per_head"), 4)
-    torch.manual_seed(1)
     query, keys, values = torch.randn(3, 4), torch.randn(3, 7, 4), torch.randn(3, 7, 2)
     output, probabilities = layer(query, keys, values)
     assert layer.mapping.log_temperature.shape == (1, 1, 1)
@@ -74,7 +72,7 @@ def test_a_mapping_of_the_users_own_may_have_a_number_per_head(retrieval, tmp_pa
 def test_a_run_is_resumed_and_has_a_table_and_figures(retrieval, tmp_path, monkeypatch):
     """With a pool, here of threads, where there is more than one run to do."""
     monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
-    monkeypatch.setattr(retrieval.multiprocessing, "get_context", lambda kind: multiprocessing.dummy)
+    monkeypatch.setattr(retrieval.multiprocessing, "get_context", lambda kind: Namespace(Pool=ThreadPool))
     monkeypatch.setattr(logging.getLogger(), "level", logging.DEBUG)  # as importing fairseq leaves it
     rows = "softmax,multimax:order=1:lr_scale=10,entmax:alpha=learned,softmax:scale=log-length"
     call(retrieval, *QUICK, "--mappings", "softmax", "--seeds", 1, "--out", tmp_path)
@@ -89,7 +87,7 @@ def test_a_run_is_resumed_and_has_a_table_and_figures(retrieval, tmp_path, monke
     assert row in second.stdout and row in (tmp_path / "table.md").read_text()
     for name in ("errors", "modulators", "rows"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-    with pytest.raises(retrieval.UserError, match="has results of another task or length"):
+    with pytest.raises(retrieval.tools.UserError, match="has results of another task or length"):
         call(retrieval, *QUICK, "--noise", 0.3, "--out", tmp_path)
 
 

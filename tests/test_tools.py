@@ -79,14 +79,15 @@ CHECKPOINTS = {
     "cut": (cut, re.escape(UNREADABLE)),
     "a bit": (flip_a_bit, "the checksum of .* is wrong"),
     "text": (lambda path: path.write_text("Ein Hund läuft.\n" * 50), re.escape(UNREADABLE)),
-    "a tensor": (saved(lambda state: torch.ones(3)), "has no entry 'model'"),
-    "without model": (saved(lambda state: {"cfg": state["cfg"]}), "has no entry 'model'"),
+    "a tensor": (saved(lambda state: torch.ones(3)), f"has no entry 'model'|{re.escape(UNREADABLE)}"),
+    "without model": (saved(lambda state: {"cfg": state["cfg"]}), f"has no entry 'model'|{re.escape(UNREADABLE)}"),
     "no parameters": (saved(lambda state: {**state, "model": {}}), "holds no parameters"),
     "no tensors": (saved(lambda state: {**state, "model": {"a": "b"}}), "'a' is not a tensor"),
     "infinite": (filled("decoder.layers.1.fc1.bias", float("inf")),
                  "has NaN or infinity in decoder.layers.1.fc1.bias: its training has diverged"),
-    "malicious": (saved(lambda state: {**state, "extra": Malice()}), r"it holds \w+\.mkdir, and not only tensors"),
 }
+if hasattr(torch.serialization, "add_safe_globals"):
+    CHECKPOINTS["malicious"] = saved(lambda state: {**state, "extra": Malice()}), re.escape(UNREADABLE)
 
 # name → command line, of a run's folder and the corpus
 TOOLS = {
@@ -145,23 +146,23 @@ def test_options_that_cannot_be(tool, options, message, folder, corpus, monkeypa
         assert "\n" not in error
 
 
+# A file of the run's folder, what it holds or how it is changed, and what is said.
 @pytest.mark.parametrize("name, content, message", [
     ("best.bleu", b"BLEU|\xff = 1.0 ", "best.bleu is damaged: it is not UTF-8"),
     ("best.bleu", b"BLEU|x = 1.2.3 ", "best.bleu is not what sacrebleu prints"),
     ("test.context-0.eval", b"Traceback\n", "test.context-0.eval is not what fairseq-eval-lm prints"),
     ("test.context-0.eval", b"Evaluated 0 tokens\nLoss (base 2): 0.0, Perplexity: 1.00\n", "no token was evaluated"),
     ("test.context-0.eval", b"Evaluated 9 tokens\nLoss (base 2): nan, Perplexity: nan\n", "of a finite perplexity"),
+    ("checkpoint_best.pt", saved(lambda state: state.update(optimizer_history=[])),
+     "has no entry 'optimizer_history.-1'"),
 ])
-def test_scores_that_are_none(name, content, message, folder, corpus, monkeypatch):
-    (folder / name).write_bytes(content)
+def test_what_a_record_needs(name, content, message, folder, corpus, monkeypatch):
+    if callable(content):
+        content(folder / name)
+    else:
+        (folder / name).write_bytes(content)
     error = start("record_run", TOOLS["record_run"](folder, corpus), monkeypatch)
     assert error.startswith("ERROR: ") and message in error and not (folder / "run.json").exists()
-
-
-def test_a_checkpoint_that_lacks_what_a_record_needs(folder, corpus, monkeypatch):
-    saved(lambda state: state.update(optimizer_history=[]))(folder / "checkpoint_best.pt")
-    error = start("record_run", TOOLS["record_run"](folder, corpus), monkeypatch)
-    assert "has no entry 'optimizer_history.-1'" in error
 
 
 def test_intact_files_are_no_error(folder, corpus, monkeypatch):
@@ -173,26 +174,20 @@ def test_intact_files_are_no_error(folder, corpus, monkeypatch):
     assert (folder / "average.pt").is_file()
 
 
-def test_what_computes_nan_is_no_success(folder, corpus, monkeypatch):
-    """Parameters that are finite, and whose products are not."""
-    filled("decoder.layers.0.fc1.weight", 3e38, rows=slice(None))(folder / "checkpoint_best.pt")
-    error = start("check_decoding", TOOLS["check_decoding"](folder, corpus), monkeypatch)
-    assert "computes NaN or infinity on sentences of 'test'" in error
-
-
-@pytest.mark.parametrize("tool", ["check_decoding", "multimax-analyze"])
-def test_a_split_without_its_target_language(tool, folder, corpus, tmp_path, monkeypatch):
+def test_models_and_data_that_do_not_serve(build, folder, corpus, tmp_path, monkeypatch):
+    """Finite parameters whose products are not; a language model; a split without its target language."""
+    lm = save_checkpoint(build("multimax_transformer_lm"), tmp_path / "lm.pt")
+    error = start("check_decoding", [corpus / "data-bin-lm", "--path", lm], monkeypatch)
+    assert error.endswith("is no translation model: there is no beam search to compare with")
     shutil.copytree(corpus / "data-bin", tmp_path / "data-bin")
     for path in (tmp_path / "data-bin").glob("*.de-en.en.*"):
         path.unlink()
-    error = start(tool, TOOLS[tool](folder, tmp_path), monkeypatch)
-    assert re.search("of .* has no text in the target language: files of it are missing$", error or "")
-
-
-def test_a_language_model_has_no_beam_search(build, corpus, tmp_path, monkeypatch):
-    path = save_checkpoint(build("multimax_transformer_lm"), tmp_path / "lm.pt")
-    error = start("check_decoding", [corpus / "data-bin-lm", "--path", path], monkeypatch)
-    assert error.endswith("is no translation model: there is no beam search to compare with")
+    for tool in ("check_decoding", "multimax-analyze"):
+        error = start(tool, TOOLS[tool](folder, tmp_path), monkeypatch)
+        assert re.search("of .* has no text in the target language: files of it are missing$", error or "")
+    filled("decoder.layers.0.fc1.weight", 3e38, rows=slice(None))(folder / "checkpoint_best.pt")
+    error = start("check_decoding", TOOLS["check_decoding"](folder, corpus), monkeypatch)
+    assert "computes NaN or infinity on sentences of 'test'" in error
 
 
 # ---------------------------------------------------------------------- going on

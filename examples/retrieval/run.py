@@ -39,25 +39,9 @@ from torch.nn.functional import normalize
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # in a checkout that is not installed
-from multimax_fairseq.analysis.style import (  # noqa: E402
-    BLACK,
-    GREY,
-    LINES,
-    MARKERS,
-    STYLE,
-    TWO_COLUMNS,
-    VERMILLION,
-    colour_of,
-)
+from multimax_fairseq import tools  # noqa: E402
+from multimax_fairseq.analysis import style  # noqa: E402
 from multimax_fairseq.mappings import BUILT_IN, MAPPINGS, arguments_of, build_mapping, parse_options  # noqa: E402
-from multimax_fairseq.tools import (  # noqa: E402
-    ArgumentParser,
-    UserError,
-    errors_in_a_line,
-    import_user_dir,
-    positive,
-    replacing,
-)
 
 PROJECTED = 32  # numbers of a projected query or key
 UPDATES, BATCH, LEARNING_RATE = 1_500, 128, 3e-3
@@ -103,9 +87,6 @@ class Row(NamedTuple):
             return parse_options(self.mapping, ",".join(f"{name}={value}" for name, value in own.items()))
         return {name: int(value) if value.isdigit() else value for name, value in own.items()}
 
-    def option(self, name: str, default: str) -> str:
-        return dict(self.options).get(name, default)
-
 
 class Layer(nn.Module):
     """One attention layer with one head: projections of query and key, a mapping, values as they are."""
@@ -115,13 +96,13 @@ class Layer(nn.Module):
         self.query, self.key = nn.Linear(dimensions, PROJECTED), nn.Linear(dimensions, PROJECTED)
         heads = {"num_heads": 1} if "num_heads" in arguments_of(MAPPINGS.get(row.mapping, nn.Identity)) else {}
         self.mapping = build_mapping(row.mapping, **row.mapping_options(), **heads)
-        self.kind_of_scale = row.option("scale", "none")
+        options = dict(row.options)
+        self.kind_of_scale, self.lr_scale = options.get("scale", "none"), float(options.get("lr_scale", 1))
         if self.kind_of_scale not in SCALES:
             raise ValueError(f"there is no scale {self.kind_of_scale!r}; choose from: {', '.join(SCALES)}")
         self.scale = None
         if self.kind_of_scale != "none":
             self.scale = nn.Parameter(torch.tensor(SCALES[self.kind_of_scale]))
-        self.lr_scale = float(row.option("lr_scale", "1"))
 
     def scores(self, query: Tensor, keys: Tensor) -> Tensor:
         """(batch, d) and (batch, length, d) → (batch, length)."""
@@ -137,12 +118,9 @@ class Layer(nn.Module):
         return torch.einsum("bl,bld->bd", probabilities, values), probabilities
 
     def parameter_groups(self) -> List[Dict[str, Any]]:
-        modulators = [p for name, p in self.named_parameters() if name.startswith("mapping.")]
+        modulators = list(self.mapping.parameters())
         others = [p for name, p in self.named_parameters() if not name.startswith("mapping.")]
-        return [
-            {"params": others, "lr": LEARNING_RATE},
-            {"params": modulators, "lr": LEARNING_RATE * self.lr_scale},
-        ]
+        return [{"params": others, "lr": LEARNING_RATE}, {"params": modulators, "lr": LEARNING_RATE * self.lr_scale}]
 
 
 class Batch(NamedTuple):
@@ -218,7 +196,7 @@ def test(layer: Layer, task: Task, length: int) -> Dict[str, Any]:
 def run(job: Tuple[Task, Row, int, int, List[int], Path, Optional[Path]]) -> List[Dict[str, Any]]:
     """Trains and tests a row with a seed, and keeps the layer for the figures."""
     task, row, seed, updates, lengths, out, user_dir = job
-    import_user_dir(user_dir)
+    tools.import_user_dir(user_dir)
     torch.set_num_threads(1)
     layer = train(task, row, seed, updates)
     write(model_file(out, row, seed), lambda file: torch.save(layer.state_dict(), file))
@@ -238,12 +216,8 @@ def key_of(record: Dict[str, Any]) -> Tuple:
 def write(path: Path, save: Callable[[IO[bytes]], Any]) -> None:
     """Whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as file:
+    with tools.replacing(path) as file:
         save(file)
-
-
-def write_text(path: Path, text: str) -> None:
-    write(path, lambda file: file.write(text.encode()))
 
 
 # ---------------------------------------------------------------- the table and the figures
@@ -288,19 +262,20 @@ def label_of(row: Row) -> str:
 
 def draw_errors(results: List[Dict[str, Any]], rows: List[Row], lengths: List[int], task: Task) -> Figure:
     """The error over the number of keys, and over the number of matches among as many keys as in training."""
-    figure = Figure(figsize=(TWO_COLUMNS, 3.2), layout="constrained")
+    figure = Figure(figsize=(style.TWO_COLUMNS, 3.2), layout="constrained")
     by_length, by_matches = figure.subplots(1, 2, sharey=True)
     matches = range(1, task.matches + 1)
     for number, row in enumerate(rows):
-        style = {"color": colour_of(row.mapping), "marker": MARKERS[number % 8], "linestyle": LINES[number % 8]}
+        look = {"color": style.colour_of(row.mapping), "marker": style.MARKERS[number % 8],
+                "linestyle": style.LINES[number % 8], "markersize": 3.5}  # fmt: skip
         if number >= 8:
-            style["markerfacecolor"] = "white"
+            look["markerfacecolor"] = "white"
         means = [statistics.mean(errors_of(results, row, length)) for length in lengths]
-        by_length.plot(lengths, means, label=label_of(row), markersize=3.5, **style)
+        by_length.plot(lengths, means, label=label_of(row), **look)
         found = records(results, row, task.length)
         if found:
             means = [statistics.mean(record["mse_by_matches"][k - 1] for record in found) for k in matches]
-            by_matches.plot(matches, means, markersize=3.5, **style)
+            by_matches.plot(matches, means, **look)
     by_length.set(xscale="log", yscale="log", xlabel="keys", ylabel="mean squared error")
     by_length.set_xticks(lengths, [str(length) for length in lengths], minor=False)
     by_length.minorticks_off()
@@ -316,12 +291,10 @@ def load(task: Task, row: Row, seed: int, out: Path) -> Layer:
 
 
 @torch.no_grad()
-def draw_modulators(task: Task, rows: List[Row], seed: int, out: Path) -> Optional[Figure]:
+def draw_modulators(task: Task, rows: List[Row], seed: int, out: Path) -> Figure:
     """σ of each MultiMax over the histograms of the scores of matches and of distractors."""
     rows = [row for row in rows if row.mapping == "multimax"]
-    if not rows:
-        return None
-    figure = Figure(figsize=(min(TWO_COLUMNS, 2.2 * len(rows) + 0.4), 2.5), layout="constrained")
+    figure = Figure(figsize=(min(style.TWO_COLUMNS, 2.2 * len(rows) + 0.4), 2.5), layout="constrained")
     batch = task.draw(torch.Generator().manual_seed(10_000))
     for axes, row in zip(figure.subplots(1, len(rows), squeeze=False)[0], rows):
         layer = load(task, row, seed, out)
@@ -329,11 +302,11 @@ def draw_modulators(task: Task, rows: List[Row], seed: int, out: Path) -> Option
         low, high = scores.min().item(), scores.max().item()
         x = torch.linspace(low, high, 400)
         sigma = layer.mapping.modulate(x)
-        axes.plot(x, sigma - sigma.max(), color=BLACK, label="σ(x) − max σ")
+        axes.plot(x, sigma - sigma.max(), color=style.BLACK, label="σ(x) − max σ")
         axes.set(title="\n".join(textwrap.wrap(label_of(row), 24)), xlabel="score x")
         density = axes.twinx()
         density.set_yticks([])
-        for matching, colour, name in ((False, GREY, "distractors"), (True, VERMILLION, "matches")):
+        for matching, colour, name in ((False, style.GREY, "distractors"), (True, style.VERMILLION, "matches")):
             chosen = scores[batch.matches == matching]
             density.hist(chosen, bins=60, range=(low, high), density=True, alpha=0.5, color=colour, label=name)
     handles, labels = (a + b for a, b in zip(axes.get_legend_handles_labels(), density.get_legend_handles_labels()))
@@ -349,14 +322,14 @@ def draw_rows(task: Task, rows: List[Row], seed: int, out: Path) -> Figure:
     count = int(batch.matches[question].sum())
     columns = min(5, len(rows))
     lines = -(-len(rows) // columns)
-    figure = Figure(figsize=(TWO_COLUMNS, 1.5 * lines + 0.3), layout="constrained")
+    figure = Figure(figsize=(style.TWO_COLUMNS, 1.5 * lines + 0.3), layout="constrained")
     for axes, row in zip(figure.subplots(lines, columns, squeeze=False, sharey=True).flat, rows):
         probabilities = load(task, row, seed, out)(batch.query, batch.keys, batch.values)[1][question]
         kinds = probabilities.split([count, task.length - count])
         matches, others = (kind.sort(descending=True).values for kind in kinds)
-        axes.bar(range(count), matches, color=VERMILLION, width=1.0)
-        axes.bar(range(count, task.length), others, color=GREY, width=1.0)
-        axes.axhline(1 / count, color=BLACK, lw=0.6, ls=":")
+        axes.bar(range(count), matches, color=style.VERMILLION, width=1.0)
+        axes.bar(range(count, task.length), others, color=style.GREY, width=1.0)
+        axes.axhline(1 / count, color=style.BLACK, lw=0.6, ls=":")
         axes.set_title("\n".join(textwrap.wrap(label_of(row), 22)), fontsize=6.5)
         axes.set_xticks([])
     for axes in figure.axes[len(rows) :]:
@@ -371,20 +344,20 @@ def draw_rows(task: Task, rows: List[Row], seed: int, out: Path) -> Figure:
 
 def numbers(text: str) -> List[int]:
     """The type of an argument that is a list of whole numbers above 0."""
-    return [positive(number.strip()) for number in text.split(",")]
+    return [tools.positive(number.strip()) for number in text.split(",")]
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = ArgumentParser(__doc__)
+    parser = tools.ArgumentParser(__doc__)
     parser.add_argument("--mappings", default=DEFAULT_ROWS, help="rows of the table (default: %(default)s)")
     parser.add_argument("--seeds", type=numbers, default="1,2,3,4,5", help="default: %(default)s")
-    parser.add_argument("--length", type=positive, default=64, help="keys in training (default: %(default)s)")
+    parser.add_argument("--length", type=tools.positive, default=64, help="keys in training (default: %(default)s)")
     parser.add_argument("--test-lengths", type=numbers, default="64,256,1024", help="default: %(default)s")
-    parser.add_argument("--matches", type=positive, default=8, help="keys that match, at most (default: %(default)s)")
-    parser.add_argument("--dimensions", type=positive, default=16, help="of queries, values (default: %(default)s)")
+    parser.add_argument("--matches", type=tools.positive, default=8, help="keys that match (default: %(default)s)")
+    parser.add_argument("--dimensions", type=tools.positive, default=16, help="of queries (default: %(default)s)")
     parser.add_argument("--noise", type=float, default=0.6, help="how far matches are off (default: %(default)s)")
-    parser.add_argument("--updates", type=positive, default=UPDATES, help="default: %(default)s")
-    parser.add_argument("--processes", type=positive, default=os.cpu_count(), help="default: as many as cores")
+    parser.add_argument("--updates", type=tools.positive, default=UPDATES, help="default: %(default)s")
+    parser.add_argument("--processes", type=tools.positive, default=os.cpu_count(), help="default: as many as cores")
     parser.add_argument("--user-dir", type=Path, help="a folder with mappings of your own")
     parser.add_argument("--out", type=Path, required=True, help="folder for results.json, the table and the figures")
     arguments = parser.parse_args()
@@ -393,9 +366,9 @@ def parse_arguments() -> argparse.Namespace:
     if arguments.matches > min(arguments.length, *arguments.test_lengths):
         parser.error(f"--matches {arguments.matches}: more than there are keys")
     try:
-        import_user_dir(arguments.user_dir)
+        tools.import_user_dir(arguments.user_dir)
         arguments.rows = [Row.parse(text) for text in arguments.mappings.split(",")]
-    except (UserError, ValueError) as error:
+    except (tools.UserError, ValueError) as error:
         parser.error(str(error))
     return arguments
 
@@ -409,7 +382,7 @@ def main() -> None:
     results = json.loads(file.read_text()) if file.exists() else []
     same = {**task._asdict(), "updates": arguments.updates}
     if any(record[name] != value for record in results for name, value in same.items()):
-        raise UserError(f"{file} has results of another task or length: choose another --out")
+        raise tools.UserError(f"{file} has results of another task or length: choose another --out")
     jobs = []
     for seed in arguments.seeds:
         for row in rows:
@@ -422,22 +395,21 @@ def main() -> None:
         for new in tqdm(runs, total=len(jobs), desc="trainings", disable=None):
             replaced = set(map(key_of, new))
             results = sorted([record for record in results if key_of(record) not in replaced] + new, key=key_of)
-            write_text(file, json.dumps(results, indent=1))
+            content = json.dumps(results, indent=1).encode()
+            write(file, lambda opened, content=content: opened.write(content))
     text = table(results, rows, lengths)
-    write_text(out / "table.md", text)
-    with matplotlib.rc_context(STYLE):
-        figures = {
-            "errors": draw_errors(results, rows, lengths, task),
-            "modulators": draw_modulators(task, rows, arguments.seeds[0], out),
-            "rows": draw_rows(task, rows, arguments.seeds[0], out),
-        }
+    write(out / "table.md", lambda opened: opened.write(text.encode()))
+    with matplotlib.rc_context(style.STYLE):
+        figures = {"errors": draw_errors(results, rows, lengths, task),
+                   "rows": draw_rows(task, rows, arguments.seeds[0], out)}  # fmt: skip
+        if any(row.mapping == "multimax" for row in rows):
+            figures["modulators"] = draw_modulators(task, rows, arguments.seeds[0], out)
         for name, figure in figures.items():
-            if figure is not None:
-                write(out / f"{name}.png", lambda file, figure=figure: figure.savefig(file, format="png"))
+            write(out / f"{name}.png", lambda file, figure=figure: figure.savefig(file, format="png"))
     print(f"{text}\nMean squared error ± standard deviation, {len(arguments.seeds)} seeds; in brackets the ratio to "
           f"softmax's, and the largest ratio in a seed. {out} has results.json and the figures.")  # fmt: skip
 
 
 if __name__ == "__main__":
-    with errors_in_a_line():
+    with tools.errors_in_a_line():
         main()

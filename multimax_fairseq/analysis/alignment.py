@@ -12,6 +12,8 @@ from typing import List, NamedTuple, Optional, Sequence, Set, Tuple, Union
 import torch
 from torch import Tensor
 
+from ..tools import UserError
+
 Links = Set[Tuple[int, int]]  # (source word, target word), from 0
 
 SENTENCEPIECE_SPACE = "\u2581"
@@ -29,7 +31,7 @@ def read_alignments(path: Union[str, Path]) -> List[GoldAlignment]:
     possible one.
 
     Raises:
-        ValueError: a line is not of this format; gives its number.
+        UserError: a line is not of this format; gives its number.
     """
     alignments = []
     for number, line in enumerate(Path(path).read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
@@ -37,7 +39,7 @@ def read_alignments(path: Union[str, Path]) -> List[GoldAlignment]:
         for link, match in links:
             if not match:
                 text = f"{link!r} is not a link of Pharaoh format, such as 3-4 (sure) or 3?4 (possible)"
-                raise ValueError(f"{path}, line {number}: {text}")
+                raise UserError(f"{path}, line {number}: {text}")
         possible = {(int(match[1]), int(match[3])) for _, match in links}
         sure = {(int(match[1]), int(match[3])) for _, match in links if match[2] == "-"}
         alignments.append(GoldAlignment(sure, possible))
@@ -51,10 +53,9 @@ class AlignmentError:
     """
 
     def __init__(self):
-        self.sentences = self._agreed = self._all = 0
+        self._agreed = self._all = 0
 
     def update(self, predicted: Links, gold: GoldAlignment) -> None:
-        self.sentences += 1
         self._agreed += len(predicted & gold.sure) + len(predicted & gold.possible)
         self._all += len(predicted) + len(gold.sure)
 

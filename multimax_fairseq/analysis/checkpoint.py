@@ -1,8 +1,8 @@
 """Loads a model and its data from files; errors say what to do."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, NamedTuple, Sequence, Tuple
-from unittest.mock import patch
 
 import numpy
 import torch
@@ -20,17 +20,11 @@ from .hooks import attention_modules
 
 
 class LoadedModel(NamedTuple):
-    """A model in evaluation mode, and the data to analyse it with.
-
-    Attributes:
-        label: its name in figures and tables; checkpoints with one label are seeds of one model.
-        path: its checkpoint.
-        architecture: its ``--arch``.
-    """
+    """A model in evaluation mode, and the data to analyse it with; checkpoints of one label are its seeds."""
 
     label: str
     path: Path
-    architecture: str
+    architecture: str  # --arch
     model: nn.Module
     task: FairseqTask
     dataset: FairseqDataset
@@ -44,8 +38,7 @@ def load(path: Path, label: str, data: Path, split: str, max_sentences: int, dev
     """Load a checkpoint of fairseq or of this plugin, and a split of the data.
 
     Raises:
-        UserError: the file is no checkpoint; the data does not fit it; the split is missing, empty or damaged; or
-            the model has no attention.
+        UserError: a file is missing or damaged, the data does not fit the model, or that has no attention.
     """
     model, cfg, task = load_model(path, data)
     try:
@@ -66,10 +59,9 @@ def load_model(path: Path, data: Path) -> Tuple[nn.Module, Any, FairseqTask]:
     """
     if not data.is_dir():
         raise UserError(f"there is no folder {data}")
-    content = read_checkpoint(path)  # with checks that fairseq does not make
+    read = partial(checkpoint_utils.load_checkpoint_to_cpu, str(path), {"data": str(data)})
+    state = read_checkpoint(path, read)  # with checks that fairseq does not make
     try:
-        with patch.object(torch, "load", lambda *_, **__: content):  # so fairseq need not read it again
-            state = checkpoint_utils.load_checkpoint_to_cpu(str(path), {"data": str(data)})
         (model,), cfg, task = checkpoint_utils.load_model_ensemble_and_task([str(path)], state=state)
     except FileNotFoundError as error:
         raise UserError(
@@ -102,9 +94,8 @@ def load_split(task: FairseqTask, data: Path, split: str) -> FairseqDataset:
             f"{data} has no split {split!r} for this model; --split takes one of: {', '.join(splits) or 'none'}"
         ) from error
     except Exception as error:
-        raise UserError(
-            f"the split {split!r} of {data} cannot be read: {type(error).__name__}: {_first_line(error)}"
-        ) from error
+        reason = f"{type(error).__name__}: {_first_line(error)}"
+        raise UserError(f"the split {split!r} of {data} cannot be read: {reason}") from error
     dataset = task.dataset(split)
     if not len(dataset):
         raise UserError(f"the split {split!r} of {data} is empty: there is nothing in it")

@@ -17,21 +17,13 @@ import shlex
 import shutil
 import sys
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any, Dict, Optional, Sequence
 
-from ..tools import (
-    ArgumentParser,
-    UserError,
-    check_output_folder,
-    errors_in_a_line,
-    import_user_dir,
-    positive,
-    replacing_folder,
-    write_table,
-)
+from .. import tools
+from ..tools import ArgumentParser, UserError, check_output_folder, positive
 
 PAGE = "report.html"
-TABLES = ("heads", "sites", "modules", "layers", "alignment", "output")
+TABLES = ("heads", "sites", "modules", "layers", "alignment")
 
 
 def parser() -> ArgumentParser:
@@ -73,7 +65,7 @@ def _width(text: str) -> float:
 
 def main(arguments: Optional[Sequence[str]] = None) -> None:
     args = parser().parse_args(arguments)
-    with errors_in_a_line():
+    with tools.errors_in_a_line():
         analyze(args, command=shlex.join(["multimax-analyze", *(arguments or sys.argv[1:])]))
 
 
@@ -84,13 +76,12 @@ def analyze(args: argparse.Namespace, command: str) -> None:
         UserError: something that the user can fix; raised before long work.
     """
     from . import figures  # here, as --help needs no matplotlib
-    from .page import Picture, render_page
+    from .page import render_page
 
     out = args.redraw or args.out
     if args.redraw:
         results = _read(args)
     else:
-        _check(args)
         results = {"command": command, **_measure(args)}
     plans = figures.plans_of(results)
     drawn, unknown = figures.chosen(plans, args.figures)
@@ -99,21 +90,20 @@ def analyze(args: argparse.Namespace, command: str) -> None:
         if args.redraw:
             raise UserError(text)
         print(f"WARNING: {text}", file=sys.stderr)  # what was measured is worth more
-    with replacing_folder(out, replace=args.redraw or args.force) as build:
+    with tools.replacing_folder(out, replace=args.redraw or args.force) as build:
         if args.redraw:
             shutil.copytree(out, build, dirs_exist_ok=True)
         else:
             (build / "figures").mkdir()
             _write_numbers(build, results)
         figures.draw_all(drawn, build / "figures", args.width)
-        pictures = [Picture(plan.part, plan.caption, build / "figures" / f"{plan.name}.png") for plan in plans]
-        page = render_page(results, [picture for picture in pictures if picture.path.exists()])
+        pictures = [(plan.part, plan.caption, build / "figures" / f"{plan.name}.png") for plan in plans]
+        page = render_page(results, [picture for picture in pictures if picture[-1].exists()])
         (build / PAGE).write_text(page, encoding="utf-8")
     print(out / PAGE)
 
 
-def _check(args: argparse.Namespace) -> None:
-    """What can be checked without a model."""
+def _measure(args: argparse.Namespace) -> Dict[str, Any]:
     out = args.out
     if not args.checkpoints or not args.data:
         raise UserError("give checkpoints and --data, or --redraw with the folder of a report")
@@ -126,30 +116,20 @@ def _check(args: argparse.Namespace) -> None:
             hint = "--force replaces it" if is_report else "choose another, or empty it"
             raise UserError(f"the folder {out} is not empty: {hint}")
     check_output_folder(out)
-    args.labels = args.labels or _labels_of(args.checkpoints)
-    if len(args.labels) != len(args.checkpoints):
+    labels = args.labels or [path.absolute().parent.name for path in args.checkpoints]
+    if not args.labels and len(set(labels)) < len(labels):
+        labels = list(map(str, args.checkpoints))
+    if len(labels) != len(args.checkpoints):
         raise UserError(f"{len(args.checkpoints)} checkpoints need as many --labels")
-
-
-def _labels_of(paths: Sequence[Path]) -> List[str]:
-    """A short name for each checkpoint: its folder's name, or its path if folder names are not distinct."""
-    labels = [path.absolute().parent.name for path in paths]
-    return labels if len(set(labels)) == len(labels) else list(map(str, paths))
-
-
-def _measure(args: argparse.Namespace) -> Dict[str, Any]:
     logging.getLogger("fairseq").setLevel(logging.WARNING)
-    import_user_dir(args.user_dir)
+    tools.import_user_dir(args.user_dir)
     from .measure import measure  # here, since it imports fairseq, which takes seconds
 
     logging.getLogger().setLevel(logging.WARNING)  # fairseq has set it to DEBUG
     return measure(
-        args.checkpoints, args.labels, args.data, args.split, args.max_sentences, args.max_tokens, args.show,
+        args.checkpoints, labels, args.data, args.split, args.max_sentences, args.max_tokens, args.show,
         args.alignments, args.subwords, args.cpu, not args.no_progress_bar,
     )  # fmt: skip
-
-
-# ---------------------------------------------------------------------- numbers
 
 
 def _read(args: argparse.Namespace) -> Dict[str, Any]:
@@ -159,7 +139,7 @@ def _read(args: argparse.Namespace) -> Dict[str, Any]:
         raise UserError("--redraw needs no checkpoints: it draws what is in results.json")
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(results["simplex"], list):
+        if not isinstance(results["models"], dict):
             raise TypeError
     except FileNotFoundError:
         raise UserError(f"{args.redraw} is no report: there is no results.json in it") from None
@@ -175,9 +155,11 @@ def _write_numbers(folder: Path, results: Dict[str, Any]) -> None:
     text = re.sub(r"\[[^][{}]*\]", lambda numbers: re.sub(r"\n\s*", " ", numbers[0]), text)
     (folder / "results.json").write_text(text, encoding="utf-8")
     for table in TABLES:
-        rows = []
-        for model in results["models"]:
-            of_model = [model[table]] if isinstance(model[table], dict) else model[table] or []
-            rows += [{"model": model["label"], "checkpoint": model["checkpoint"], **row} for row in of_model]
+        rows = [
+            {"model": label, "checkpoint": model["checkpoint"], **row, **row.get("learned", {})}
+            for label, models in results["models"].items()
+            for model in models
+            for row in model[table]
+        ]
         if rows:
-            write_table(folder / f"{table}.csv", rows, without=("histogram", "sigma", "bulk"))
+            tools.write_table(folder / f"{table}.csv", rows, without=("histogram", "sigma", "learned"))

@@ -1,7 +1,7 @@
 """Collects a model's attention on a batch: scores and probabilities of every site, layer and head.
 
 Works for this plugin's and fairseq's own translation and language models. It replaces nothing in a model: temporary
-hooks ask each attention module for what it can already return.
+hooks ask each attention module for its scores once more, and its mapping for their probabilities.
 """
 
 import inspect
@@ -14,7 +14,8 @@ import torch
 from fairseq.modules import MultiheadAttention
 from torch import Tensor, nn
 
-from ..mappings import additive_mask
+from ..mappings import Softmax, additive_mask
+from ..mappings.masking import probabilities_by
 from ..models.attach import attention_sites
 
 
@@ -121,9 +122,6 @@ def recording(
         for site, layer, attention in found if on_attention is not None else ():
             _report_attention(site, layer, attention, on_attention, stack)
         for module in model.modules():
-            if hasattr(module, "can_use_fastpath"):
-                # fairseq 0.12.2 evaluates its own encoder layers in one kernel that bypasses their attention modules
-                stack.enter_context(patch.object(module, "can_use_fastpath", False))
             if on_layer is not None and getattr(module, "self_attn", None) in layers:
                 _report_layer(*layers[module.self_attn], module, on_layer, stack)
         if on_output is not None and projection is not None:
@@ -134,39 +132,21 @@ def recording(
 def _report_attention(
     site: str, layer: int, module: MultiheadAttention, report: Callable[[Attention], Any], stack: ExitStack
 ) -> None:
-    signature = inspect.signature(module.forward)
-    wanted: List[Dict[str, Any]] = []  # the model's arguments
+    signature, mapping = inspect.signature(module.forward), getattr(module, "mapping", None)
 
-    def before(module: MultiheadAttention, args: Tuple, kwargs: Dict[str, Any]):
-        bound = signature.bind(*args, **kwargs)
-        bound.apply_defaults()
-        if bound.arguments["incremental_state"] is not None:
+    def after(module: MultiheadAttention, args: Tuple, kwargs: Dict[str, Any], _: Any) -> None:
+        arguments = {**signature.bind(*args, **kwargs).arguments, "before_softmax": True}
+        if arguments.get("incremental_state") is not None:
             raise ValueError("attention can be recorded of whole sentences, not while decoding with a cache")
-        wanted.append(dict(bound.arguments))
-        return (), {**bound.arguments, "need_weights": True, "need_head_weights": True}
+        if isinstance(arguments.get("attn_mask"), Tensor):
+            arguments["attn_mask"] = additive_mask(arguments["attn_mask"], arguments["query"].dtype)
+        # only on this path does fairseq's own attention stop before its softmax
+        with patch.object(module, "skip_embed_dim_check", True):
+            scores, _ = module.forward(**arguments)
+        scores = scores.unflatten(0, (-1, module.num_heads))
+        report(Attention(site, layer, scores, probabilities_by(mapping or Softmax())(scores).float(), mapping))
 
-    def after(module: MultiheadAttention, args: Tuple, kwargs: Dict[str, Any], result: Tuple[Tensor, Tensor]):
-        asked = wanted.pop()
-        output, weights = result  # weights: (num_heads, bsz, tgt_len, src_len)
-        probabilities = weights.transpose(0, 1)
-        scores = _scores(module, kwargs).view_as(probabilities)
-        report(Attention(site, layer, scores, probabilities, getattr(module, "mapping", None)))
-        if asked["need_head_weights"]:
-            return output, weights
-        return output, weights.mean(0) if asked["need_weights"] else None
-
-    # only on this path does fairseq's own attention return the weights of each head
-    stack.enter_context(patch.object(module, "skip_embed_dim_check", True))
-    stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
     stack.callback(module.register_forward_hook(after, with_kwargs=True).remove)
-
-
-def _scores(module: MultiheadAttention, arguments: Dict[str, Any]) -> Tensor:
-    """Masked scores, (bsz · num_heads, tgt_len, src_len), from a second call without hooks."""
-    mask = arguments["attn_mask"]
-    if isinstance(mask, Tensor):
-        arguments = {**arguments, "attn_mask": additive_mask(mask, arguments["query"].dtype)}
-    return module.forward(**{**arguments, "before_softmax": True})[0]
 
 
 def _report_layer(

@@ -4,10 +4,9 @@ The dictionary is what ``results.json`` holds, and all that figures and the page
 from 0 in it.
 """
 
-import os
 from pathlib import Path
+from statistics import mean
 from typing import Any, Dict, List, Optional, Sequence, Tuple
-from unittest.mock import patch
 
 import torch
 import tqdm
@@ -25,7 +24,16 @@ from .alignment import (
     words_of_tokens,
 )
 from .checkpoint import LoadedModel, batches, fitting, load
-from .hooks import Attention, LayerOutput, Output, attention_modules, output_mapping, recording, token_masks
+from .hooks import (
+    Attention,
+    LayerOutput,
+    Output,
+    attention_modules,
+    collect,
+    output_mapping,
+    recording,
+    token_masks,
+)
 from .metrics import (
     TOP_K,
     MeanMetrics,
@@ -33,7 +41,6 @@ from .metrics import (
     attention_rollout,
     common_reference,
     falling_share,
-    is_monotone,
     mean_average_distance,
     translation_rollout,
 )
@@ -47,6 +54,8 @@ MOST_TOKENS = 32
 # The cross-attention rows of a target word: those that predict its pieces, or those that read them (one step later;
 # Chen, Sun & Liu 2020 find the latter better).
 ROWS = ("predicting", "reading")
+
+OUTERMOST = 5e-4  # the share of the lowest and of the highest scores that histograms leave out
 
 MOST_NUMBERS = 32  # of a parameter of a registered mapping, for a table
 
@@ -68,13 +77,13 @@ def measure(
 ) -> Dict[str, Any]:
     """Run models over the same sentences of a split; what the arguments mean, ``multimax-analyze --help`` says.
 
+    Returns:
+        ``models`` has for each label a list of checkpoints, the seeds of one model.
+
     Raises:
         UserError: something that the user can fix; before long work, but for scores that no trained model has.
     """
-    try:
-        gold = None if alignments is None else read_alignments(alignments)
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    gold = None if alignments is None else read_alignments(alignments)
     device = torch.device("cuda" if torch.cuda.is_available() and not cpu else "cpu")
     loaded = [load(path, label, data, split, max_sentences, device) for path, label in zip(paths, labels)]
     first = loaded[0]
@@ -86,25 +95,27 @@ def measure(
     if absent:
         why = "is too long for a model" if absent[0] in there else f"sentences 0 to {there[-1]} are analysed"
         raise UserError(f"--show {absent[0]}: {why}")
-    if gold is not None:
-        subwords = subwords or guess_subwords(first.task.target_dictionary.symbols)
-    measurements = [Measurement(model, show, gold, subwords) for model in loaded]
     _check_seeds(loaded)
-    for measurement in measurements:
-        measurement.check_gold(indices)
+    subwords = subwords or guess_subwords(first.task.target_dictionary.symbols)
+    for model in loaded if gold is not None else ():
+        _check_gold(model, gold, indices, subwords)
     with_output = any(not model.is_translation or output_mapping(model.model) is not None for model in loaded)
+    measurements = [Measurement(model) for model in loaded]
     for measurement in measurements:
         measurement.run(indices, max_tokens, device, with_output, progress)
     # one s for all models at each site: see sparsity_at
     sites = dict.fromkeys(site for measurement in measurements for site, _ in measurement.heads)
     references = {site: common_reference(m.tail(site) for m in measurements) for site in sites}
-    with patch.dict(os.environ, MULTIMAX_BACKEND="eager"):  # a few rows are not worth half a minute of compiling
-        return {
-            "top_k": TOP_K,
-            "skipped": len(there) - len(indices),
-            "models": [measurement.results(references) for measurement in measurements],
-            "simplex": _simplex(measurements),
-        }
+    models: Dict[str, List[Dict[str, Any]]] = {}
+    for model, measurement in zip(loaded, measurements):
+        results = measurement.results(references)
+        results["alignment"] = []
+        if gold is not None:
+            results["alignment"] = _alignment_errors(model, gold, indices, subwords, max_tokens, device)
+        results["examples"] = [_example(model, index, device) for index in show]
+        models.setdefault(model.label, []).append(results)
+    skipped = len(there) - len(indices)
+    return {"top_k": TOP_K, "skipped": skipped, "models": models, "simplex": _simplex(measurements)}
 
 
 def _check_seeds(loaded: Sequence[LoadedModel]) -> None:
@@ -122,26 +133,13 @@ def _check_seeds(loaded: Sequence[LoadedModel]) -> None:
 class Measurement:
     """What one model does, summed batch by batch."""
 
-    def __init__(
-        self,
-        loaded: LoadedModel,
-        shown: Sequence[int] = (),
-        gold: Optional[Sequence[GoldAlignment]] = None,
-        subwords: Optional[str] = None,
-    ):
-        self.loaded, self.gold, self.subwords = loaded, gold, subwords
-        self.sentences = self.tokens = 0
-        self.examples: Dict[int, Dict[str, Any]] = {index: {} for index in shown}
+    def __init__(self, loaded: LoadedModel):
+        self.loaded, self.sentences, self.tokens = loaded, 0, 0
         self.heads: Dict[Site, MeanMetrics] = {}
         self.histograms: Dict[Site, ScoreHistogram] = {}
         self.mappings: Dict[Site, Optional[nn.Module]] = {}
         # (side, layer) → sum of MADs, sentences with a MAD, all sentences
         self._distances: Dict[Site, List[float]] = {}
-        self._errors: Dict[Tuple[str, int, str], AlignmentError] = {}
-        # decoder layers that attend to source and target together
-        self._cross_self = bool(getattr(getattr(loaded.model, "decoder", None), "cross_self_attention", False))
-
-    # ------------------------------------------------------------------------------ gathering
 
     def run(
         self, indices: Sequence[int], max_tokens: int, device: torch.device, with_output: bool, progress: bool
@@ -151,42 +149,18 @@ class Measurement:
         with tqdm.tqdm(total=len(indices), desc=self.loaded.label, unit="sentence", disable=not progress) as bar:
             with torch.no_grad(), recording(model, self._on_attention, self._on_layer, listener):
                 for sample in batches(self.loaded.dataset, indices, max_tokens, device):
-                    self._begin(sample)
+                    self._masks = token_masks(model, sample)
                     model(**sample["net_input"])
-                    self._on_rollout()
+                    self.sentences += len(sample["id"])
+                    self.tokens += sample["ntokens"]
                     bar.update(len(sample["id"]))
 
-    def _begin(self, sample: Dict[str, Any]) -> None:
-        self._sample, self._masks = sample, token_masks(self.loaded.model, sample)
-        self._means: Dict[str, List[Tensor]] = {}  # by site, each layer's attention averaged over heads
-        self._shown = {
-            row: self.examples[index] for row, index in enumerate(sample["id"].tolist()) if index in self.examples
-        }
-        for row, example in self._shown.items():
-            tokens = self._tokens_of(row)
-            example["sentence"] = int(sample["id"][row])
-            example["is_cut"] = any(len(axis) > MOST_TOKENS for axes in tokens.values() for axis in axes)
-            example["tokens"] = {site: [axis[:MOST_TOKENS] for axis in axes] for site, axes in tokens.items()}
-            example.update(attention=[], rollout={})
-        self.sentences += len(sample["id"])
-        self.tokens += sample["ntokens"]
-
     def _on_attention(self, attention: Attention) -> None:
-        site, layer, probabilities = attention.site, attention.layer, attention.probabilities
-        mask = self._masks[site]
+        site, layer, mask = attention.site, attention.layer, self._masks[attention.site]
         rows = (  # (num_heads, rows, src_len), without padding rows
-            tensor.transpose(1, 2)[mask].transpose(0, 1) for tensor in (attention.scores, probabilities)
+            tensor.transpose(1, 2)[mask].transpose(0, 1) for tensor in (attention.scores, attention.probabilities)
         )
         self._add((site, layer), f"{site} layer {layer + 1}", attention.mapping, *rows)
-        if self._shown or self.gold is not None:
-            self._means.setdefault(site, []).append(probabilities.mean(1))
-        for row, example in self._shown.items():
-            heads = self._cut(site, row, probabilities[row])
-            example["attention"].append({"site": site, "layer": layer, "heads": heads})
-        if self.gold is not None and site == "cross":
-            for row in range(len(mask)):
-                heads = {str(head): of_head for head, of_head in enumerate(probabilities[row])}
-                self._align(row, layer, {**heads, "mean": probabilities[row].mean(0)})
 
     def _on_output(self, output: Output) -> None:
         rows = (tensor[self._masks["decoder"]].unsqueeze(0) for tensor in output)
@@ -210,122 +184,20 @@ class Measurement:
 
     def _on_layer(self, output: LayerOutput) -> None:
         distance = mean_average_distance(output.hidden, self._masks[output.side]).double()
-        is_defined = ~distance.isnan()
         total = self._distances.setdefault((output.side, output.layer), [0.0, 0, 0])
-        total[0] += distance[is_defined].sum().item()
-        total[1] += int(is_defined.sum())
+        total[0] += distance.nansum().item()
+        total[1] += int((~distance.isnan()).sum())
         total[2] += len(distance)
-
-    def _on_rollout(self) -> None:
-        """Compute rollouts of the sentences to draw, and their alignment error."""
-        if not self._means:
-            return
-        if self.loaded.is_translation:
-            decoder, cross, encoder = (self._means.get(site, []) for site in ("decoder", "cross", "encoder"))
-            over_source, _ = translation_rollout(decoder, cross, encoder)
-            matrices = {"encoder": attention_rollout(encoder), "cross": over_source}
-        else:
-            matrices = {side: attention_rollout(layers) for side, layers in self._means.items()}
-        for row, example in self._shown.items():
-            for site, matrix in matrices.items():
-                example["rollout"][site] = self._cut(site, row, matrix[row])
-        if self.gold is not None:
-            for row in range(len(self._sample["id"])):
-                self._align(row, len(self._means["cross"]) - 1, {"rollout": matrices["cross"][row]})
-
-    # ------------------------------------------------------------------------------ tokens
-
-    def _positions(self, site: str, row: int) -> Tuple[Tensor, Tensor]:
-        """The positions of a sentence's queries and keys, without padding."""
-        sides = {"cross": ["encoder"], "decoder": ["encoder", "decoder"][not self._cross_self :]}.get(site, [site])
-        keys = torch.cat([self._masks[side][row] for side in sides])
-        return self._masks[site][row].nonzero().flatten(), keys.nonzero().flatten()
-
-    def _cut(self, site: str, row: int, probabilities: Tensor) -> List[Any]:
-        """What can be read of a sentence's probabilities, (…, tgt_len, src_len), to five digits."""
-        rows, columns = (positions[:MOST_TOKENS] for positions in self._positions(site, row))
-        return (probabilities[..., rows, :][..., columns].double().cpu() * 1e5).round().div(1e5).tolist()
-
-    def _tokens_of(self, row: int) -> Dict[str, Tuple[List[str], List[str]]]:
-        """The tokens along each site's axes; a cross-attention row is named by the token that it predicts."""
-        net_input, task = self._sample["net_input"], self.loaded.task
-
-        def symbols(tokens: Tensor, dictionary) -> List[str]:
-            return [dictionary[token] for token in tokens[row].tolist() if token != dictionary.pad()]
-
-        read = symbols(net_input["src_tokens"], task.source_dictionary)
-        if not self.loaded.is_translation:
-            return {side: (read, read) for side in self._masks}
-        written = symbols(net_input["prev_output_tokens"], task.target_dictionary)
-        predicted = symbols(self._sample["target"], task.target_dictionary)
-        keys = [*read, *written] if self._cross_self else written
-        return {"encoder": (read, read), "decoder": (written, keys), "cross": (predicted, read)}
-
-    # ------------------------------------------------------------------------------ alignment
-
-    def _words_of(self, index: int) -> Tuple[List[int], List[int]]:
-        """The word of each token of a sentence, source and target, without ``</s>``."""
-        pair, task = self.loaded.dataset[index], self.loaded.task
-        sides = (pair["source"], task.source_dictionary), (pair["target"], task.target_dictionary)
-        return tuple(
-            words_of_tokens([d[token] for token in tokens.tolist() if token != d.eos()], self.subwords)
-            for tokens, d in sides
-        )
-
-    def check_gold(self, indices: Sequence[int]) -> None:
-        """Check that the gold alignments, if any, fit these sentences.
-
-        Raises:
-            UserError: the number of sentences differs, or a link is to a word that its sentence does not have.
-        """
-        if self.gold is None:
-            return
-        if not any(site == "cross" for site, _, _ in attention_modules(self.loaded.model)):
-            raise UserError(f"{self.loaded.path} has no cross-attention: it has nothing to align")
-        if len(self.gold) != len(self.loaded.dataset):
-            raise UserError(
-                f"there are {len(self.gold)} gold alignments for the {len(self.loaded.dataset)} sentence pairs of "
-                "the split: give those of the same split, a line a pair"
-            )
-        for index in indices:
-            counts = [words[-1] + 1 if words else 0 for words in self._words_of(index)]
-            for link in self.gold[index].possible:
-                if link[0] >= counts[0] or link[1] >= counts[1]:
-                    raise UserError(
-                        f"gold alignment {link[0]}-{link[1]} in line {index + 1} is outside of its sentences, which "
-                        f"have {counts[0]} and {counts[1]} words (from 0): other text, or another marking of "
-                        f"subwords than --subwords {self.subwords}"
-                    )
-
-    def _align(self, row: int, layer: int, attentions: Dict[str, Tensor]) -> None:
-        """Compare each attention, (tgt_len, src_len), of a sentence with its gold alignment."""
-        index = int(self._sample["id"][row])
-        src_words, tgt_words = self._words_of(index)
-        if not src_words or not tgt_words:
-            return
-        rows, source = self._positions("cross", row)
-        is_word = self._sample["net_input"]["src_tokens"][row][source] != self.loaded.task.source_dictionary.eos()
-        stacked = torch.stack(list(attentions.values()))[:, :, source[is_word]]
-        for shift, name in enumerate(ROWS):
-            taken = rows[shift : shift + len(tgt_words)]
-            words = word_attention(stacked[:, taken].float().cpu(), tgt_words, src_words)
-            for head, attention in zip(attentions, words):
-                error = self._errors.setdefault((head, layer, name), AlignmentError())
-                error.update(hard_alignment(attention), self.gold[index])
-
-    # ------------------------------------------------------------------------------ results
 
     def tail(self, site: str) -> float:
         """The mean probability of an irrelevant entry at a site; NaN if there is none."""
-        tails = [means.sums["tail"] / means.defined["tail"] for at, means in self.heads.items() if at[0] == site]
-        return torch.cat(tails).nanmean().item() if tails else float("nan")
+        heads = [head["tail"] for at, means in self.heads.items() if at[0] == site for head in means.result()]
+        return mean(tails) if (tails := [tail for tail in heads if tail is not None]) else float("nan")
 
     def results(self, references: Dict[str, Optional[float]]) -> Dict[str, Any]:
         """All numbers; ``references``: the common s of each site."""
         heads = self._heads(references)
-        sites = [_mean_of_rows(heads, site) for site in dict.fromkeys(row["site"] for row in heads)]
         return {
-            "label": self.loaded.label,
             "checkpoint": str(self.loaded.path),
             "architecture": self.loaded.architecture,
             "is_translation": self.loaded.is_translation,
@@ -333,15 +205,9 @@ class Measurement:
             "sentences": self.sentences,
             "target_tokens": self.tokens,
             "heads": [row for row in heads if row["site"] != "output"],
-            "sites": sites,
+            "sites": [_mean_of_rows(heads, site) for site in dict.fromkeys(row["site"] for row in heads)],
             "modules": [self._module(site) for site in self.heads],
             "layers": self._layers(),
-            "alignment": [
-                {"layer": layer, "head": head, "rows": rows, "aer": error.rate()}
-                for (head, layer, rows), error in self._errors.items()
-            ],
-            "output": next((row for row in sites if row["site"] == "output"), None),
-            "examples": list(self.examples.values()),
         }
 
     def _heads(self, references: Dict[str, Optional[float]]) -> List[Dict[str, Any]]:
@@ -356,29 +222,27 @@ class Measurement:
     def _module(self, site: Site) -> Dict[str, Any]:
         """An attention module (or the output layer): its mapping, the scores it saw, and what it has learned."""
         mapping, histogram = self.mappings[site], self.histograms[site]
-        low, high = histogram.bulk()
+        edges, counts = histogram.bins(OUTERMOST, OUTERMOST)
         module = {
             "site": site[0],
             "layer": site[1],
             "mapping": next((name for name, kind in MAPPINGS.items() if type(mapping) is kind), "softmax"),
             "lowest_score": histogram.low,
             "highest_score": histogram.high,
+            "learned": {},
+            "histogram": {"edges": edges.tolist(), "counts": counts.tolist()},
         }
         if isinstance(mapping, MultiMax):
             thresholds, gains = coefficients(mapping)
+            sigma = modulate(edges, thresholds, gains)
             for n, ((b, d), (gain_b, gain_d)) in enumerate(zip(thresholds.tolist(), gains.tolist()), start=1):
-                module.update({f"b{n}": b, f"d{n}": d, f"g_b{n}": gain_b, f"g_d{n}": gain_d})
-            module["is_monotone"] = is_monotone(thresholds, gains, histogram.low, histogram.high)
-            module["falling_share"] = falling_share(thresholds, gains, histogram.edges, histogram.counts)
-            x = torch.linspace(low, high, 201, dtype=torch.float64)
-            module["sigma"] = {"x": x.tolist(), "y": modulate(x, thresholds, gains).tolist()}
+                module["learned"] |= {f"b{n}": b, f"d{n}": d, f"g_b{n}": gain_b, f"g_d{n}": gain_d}
+            module |= {"sigma": sigma.tolist(), "falling_share": falling_share(sigma, counts)}
         elif module["mapping"] == "entmax":
-            module["alpha"] = torch.as_tensor(mapping.alpha, dtype=torch.float64).flatten().tolist()
+            module["learned"]["alpha"] = torch.as_tensor(mapping.alpha, dtype=torch.float64).flatten().tolist()
         elif mapping is not None:  # one's own
             few = {name: p for name, p in mapping.named_parameters() if p.numel() <= MOST_NUMBERS}
-            module = {name: p.detach().double().flatten().tolist() for name, p in few.items()} | module
-        module["bulk"] = [low, high]  # without the outermost 0.05 % on either side
-        module["histogram"] = {"edges": histogram.edges, "counts": histogram.counts}
+            module["learned"] = {name: p.detach().double().flatten().tolist() for name, p in few.items()}
         return module
 
     def _layers(self) -> List[Dict[str, Any]]:
@@ -403,15 +267,136 @@ def _mean_of_rows(rows: Sequence[Dict[str, Any]], site: str) -> Dict[str, Any]:
     for name in list(at_site[0])[3:]:  # after site, layer and head
         values = [row[name] for row in at_site if row[name] is not None]
         is_count = name == "rows" or name.endswith("_undefined")
-        means[name] = sum(values) if is_count else sum(values) / len(values) if values else None
+        means[name] = sum(values) if is_count else mean(values) if values else None
     return means
+
+
+# ---------------------------------------------------------------------- single sentences
+
+
+def _example(loaded: LoadedModel, index: int, device: torch.device) -> Dict[str, Any]:
+    """A sentence by itself: the tokens along each site's axes, the attention of each layer and rollouts over them.
+
+    A cross-attention row is named by the token that it predicts. All is cut to what can be read.
+    """
+    (sample,), task = batches(loaded.dataset, [index], 1, device), loaded.task
+    collected = collect(loaded.model, sample)
+
+    def symbols(tokens: Tensor, dictionary: Any) -> List[str]:
+        return [dictionary[token] for token in tokens[0].tolist()]
+
+    read = symbols(sample["net_input"]["src_tokens"], task.source_dictionary)
+    tokens = {site: (read, read) for site in collected.masks}
+    if loaded.is_translation:
+        written = symbols(sample["net_input"]["prev_output_tokens"], task.target_dictionary)
+        attends_to_both = collected.at("decoder")[0].probabilities.size(-1) > len(written)
+        tokens["decoder"] = written, [*read, *written] if attends_to_both else written
+        tokens["cross"] = symbols(sample["target"], task.target_dictionary), read
+    maps = [(attention.site, attention.layer, attention.probabilities[0]) for attention in collected.attention]
+    maps += [(site, "rollout", rollout) for site, rollout in _rollouts(collected.attention).items()]
+    return {
+        "sentence": index,
+        "is_cut": any(len(axis) > MOST_TOKENS for axes in tokens.values() for axis in axes),
+        "tokens": {site: [axis[:MOST_TOKENS] for axis in axes] for site, axes in tokens.items()},
+        "maps": [
+            {"site": site, "layer": layer, "heads": _to_five_digits(heads[:, :MOST_TOKENS, :MOST_TOKENS])}
+            for site, layer, heads in maps
+        ],
+    }
+
+
+def _to_five_digits(probabilities: Tensor) -> List[Any]:
+    return (probabilities.double().cpu() * 1e5).round().div(1e5).tolist()
+
+
+def _rollouts(attentions: Sequence[Attention]) -> Dict[str, Tensor]:
+    """The rollout of each site, (bsz, queries, keys): of the encoder or a language model, and over the source.
+
+    Decoders whose self-attention sees the source, too, have none.
+    """
+    means: Dict[str, List[Tensor]] = {}
+    for attention in attentions:
+        means.setdefault(attention.site, []).append(attention.probabilities.mean(1))
+    first = next(iter(means))
+    rollouts = {first: attention_rollout(means[first])}
+    if "cross" in means and means["decoder"][0].size(1) == means["decoder"][0].size(2):
+        rollouts["cross"], _ = translation_rollout(means["decoder"], means["cross"], means["encoder"])
+    return rollouts
+
+
+def _words_of(loaded: LoadedModel, index: int, subwords: str) -> Tuple[List[int], List[int]]:
+    """The word of each token of a sentence, source and target, without ``</s>``."""
+    pair, task = loaded.dataset[index], loaded.task
+    sides = (pair["source"], task.source_dictionary), (pair["target"], task.target_dictionary)
+    return tuple(
+        words_of_tokens([d[token] for token in tokens.tolist() if token != d.eos()], subwords) for tokens, d in sides
+    )
+
+
+def _check_gold(loaded: LoadedModel, gold: Sequence[GoldAlignment], indices: Sequence[int], subwords: str) -> None:
+    """Check that gold alignments fit these sentences.
+
+    Raises:
+        UserError: the number of sentences differs, or a link is to a word that its sentence does not have.
+    """
+    if not any(site == "cross" for site, _, _ in attention_modules(loaded.model)):
+        raise UserError(f"{loaded.path} has no cross-attention: it has nothing to align")
+    if len(gold) != len(loaded.dataset):
+        raise UserError(
+            f"there are {len(gold)} gold alignments for the {len(loaded.dataset)} sentence pairs of the split: give "
+            "those of the same split, a line a pair"
+        )
+    for index in indices:
+        counts = [words[-1] + 1 if words else 0 for words in _words_of(loaded, index, subwords)]
+        for source, target in gold[index].possible:
+            if source >= counts[0] or target >= counts[1]:
+                raise UserError(
+                    f"gold alignment {source}-{target} in line {index + 1} is outside of its sentences, which have "
+                    f"{counts[0]} and {counts[1]} words (from 0): other text, or another marking of subwords than "
+                    f"--subwords {subwords}"
+                )
+
+
+def _alignment_errors(
+    loaded: LoadedModel, gold: Sequence[GoldAlignment], indices: Sequence[int], subwords: str, max_tokens: int,
+    device: torch.device,
+) -> List[Dict[str, Any]]:  # fmt: skip
+    """The alignment error rates of each cross-attention head, of each layer's mean, and of the rollout."""
+    errors: Dict[Tuple[int, str, str], AlignmentError] = {}
+    eos = loaded.task.source_dictionary.eos()
+    for sample in batches(loaded.dataset, indices, max_tokens, device):
+        attentions: List[Attention] = []
+        with torch.no_grad(), recording(loaded.model, attentions.append):
+            loaded.model(**sample["net_input"])
+        masks, rollout = token_masks(loaded.model, sample), _rollouts(attentions).get("cross")
+        cross = [attention for attention in attentions if attention.site == "cross"]
+        for row, index in enumerate(sample["id"].tolist()):
+            src_words, tgt_words = _words_of(loaded, index, subwords)
+            if not src_words or not tgt_words:
+                continue
+            found: Dict[Tuple[int, str], Tensor] = {}  # (tgt_len, src_len) each
+            for _, layer, _, probabilities, _ in cross:
+                found |= {(layer, str(head)): of_head for head, of_head in enumerate(probabilities[row])}
+                found[layer, "mean"] = probabilities[row].mean(0)
+            if rollout is not None:
+                found[len(cross) - 1, "rollout"] = rollout[row]
+            is_word = masks["encoder"][row] & (sample["net_input"]["src_tokens"][row] != eos)
+            queries = masks["cross"][row].nonzero().flatten()
+            stacked = torch.stack(list(found.values()))[:, :, is_word]
+            for shift, name in enumerate(ROWS):
+                rows = stacked[:, queries[shift : shift + len(tgt_words)]].float().cpu()
+                for place, attention in zip(found, word_attention(rows, tgt_words, src_words)):
+                    error = errors.setdefault((*place, name), AlignmentError())
+                    error.update(hard_alignment(attention), gold[index])
+    return [
+        {"layer": layer, "head": head, "rows": rows, "aer": error.rate()}
+        for (layer, head, rows), error in errors.items()
+    ]
 
 
 # ---------------------------------------------------------------------- mappings by themselves
 
-# Drawn if no model has a learned modulator.
-ILLUSTRATION = [[0.7, 0.8], [0.7, 0.8]], [[-2.0, -0.6], [-1.0, -0.2]]
-SIMPLEX_SCORES = (1.5, 0.0)  # the largest and smallest of three; the third moves between them
+ILLUSTRATION = [[0.7, 0.8], [0.7, 0.8]], [[-2.0, -0.6], [-1.0, -0.2]]  # thresholds and gains
 
 
 def _simplex(measurements: Sequence[Measurement]) -> List[Dict[str, Any]]:
@@ -421,26 +406,20 @@ def _simplex(measurements: Sequence[Measurement]) -> List[Dict[str, Any]]:
     edge, where the smallest score gets nothing, to its middle. Learned modulators are those of the last layer of each
     site of the first model that has any, each on scores of its own range: the median and the 99th percentile.
     """
-    high, low = SIMPLEX_SCORES
-    given, of = _rising(high, low), f"({high:g}, t, {low:g})"
-    paths = [(f"softmax of {of} / T", f"T = {t:g}", "softmax", softmax(given / t)) for t in (0.25, 0.5, 1, 2)]
+    given = _rising(1.5, 0.0)
+    paths = [("softmax of (1.5, t, 0) / T", f"T = {t:g}", "softmax", softmax(given / t)) for t in (0.25, 0.5, 1, 2)]
     for name in ("softmax", "entmax15", "sparsemax", "evsoftmax"):
-        paths.append((f"mappings of {of}", name, name, build_mapping(name).eval()(given)))
-    for measurement in measurements:
-        last = {at: m for (at, _), m in measurement.mappings.items() if isinstance(m, MultiMax) and at != "output"}
-        for (site, layer), mapping in measurement.mappings.items():
-            if mapping is not None and last.get(site) is mapping:
-                ends = measurement.histograms[site, layer].bulk(0.5, 0.01)[::-1]
-                scores, panel = _rising(*ends), "learned MultiMax"
-                name = f"{site} {layer + 1} ({ends[0]:.1f}, t, {ends[1]:.1f})"
-                paths.append((panel, name, "multimax", multimax(scores, *coefficients(mapping))))
-                paths.append((panel, f"softmax, {site} {layer + 1}", "softmax", softmax(scores)))
-        if last:
-            break
-    else:
-        path = multimax(given, *(torch.tensor(numbers, dtype=torch.float64) for numbers in ILLUSTRATION))
-        paths.append((f"MultiMax of {of}", "softmax", "softmax", softmax(given)))
-        paths.append((f"MultiMax of {of}", "MultiMax, illustrative", "multimax", path))
+        paths.append(("mappings of (1.5, t, 0)", name, name, build_mapping(name).eval()(given)))
+    example = multimax(given, *(torch.tensor(numbers, dtype=torch.float64) for numbers in ILLUSTRATION))
+    paths.append(("mappings of (1.5, t, 0)", "MultiMax, for example", "multimax", example))
+    learned = [{at: number for (at, number), mapping in measurement.mappings.items()
+                if isinstance(mapping, MultiMax) and at != "output"} for measurement in measurements]  # fmt: skip
+    number = next((number for number, last in enumerate(learned) if last), 0)
+    for site in learned[number].items():
+        low, *_, high = measurements[number].histograms[site].bins(0.5, 0.01)[0].tolist()
+        path = multimax(_rising(high, low), *coefficients(measurements[number].mappings[site]))
+        name = f"{site[0]} {site[1] + 1} ({high:.1f}, t, {low:.1f})"
+        paths.append(("learned MultiMax", name, "multimax", path))
     return [
         {"panel": panel, "name": name, "mapping": mapping, "probabilities": probabilities.tolist()}
         for panel, name, mapping, probabilities in paths

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..mappings import compute_dtype, is_absent, modulate
+from ..mappings import compute_dtype, is_absent
 
 # A score within this distance (nats) of the default threshold is on neither side. In a row of equal scores all lie
 # exactly on the threshold, and rounding would decide the side.
@@ -28,15 +28,23 @@ TOP_K = 5
 # Irrelevant probabilities are counted in bins of their logarithm, from 1 down to e^−32; smaller ones are in the last.
 BINS_PER_NAT, NUM_BINS = 64, 2048
 
+# Bins of asinh on either side of 0: scores up to 10^8.
+ASINH_BINS = 20 * BINS_PER_NAT
+
 
 class RowMetrics(NamedTuple):
     """One tensor for each metric, in the shape of the rows; NaN where undefined.
 
+    With ε a threshold on the scores, N the number of relevant scores below the largest, ε < x_n < max x, and L that
+    of irrelevant ones, x_l < ε:
+
     Attributes:
-        multimodality: M, see :func:`multimodality`.
-        top_multimodality: M over the ``TOP_K`` largest scores.
-        sparsity: S, see :func:`sparsity`.
-        tail: mean probability of the irrelevant entries, those below ε.
+        multimodality: M = 1 − (1/N) Σ_n (max φ − φ_n), in [0, 1]: 1 where relevant scores share the top, 0 with one
+            mode; undefined where N = 0 (Zhou et al. 2024, Definition 3.2).
+        top_multimodality: M where the ``TOP_K`` largest scores (and all equal to the last) are relevant.
+        sparsity: S = (1/L) Σ_l exp(−φ_l / s), in (0, 1]: 1 if irrelevant scores get nothing, less the more they get;
+            undefined where L = 0 (Definition 3.3).
+        tail: mean probability of the irrelevant entries.
         entropy: nats.
         support: number of entries above 0.
         effective_support: exp(entropy), a number of entries.
@@ -55,27 +63,51 @@ class RowMetrics(NamedTuple):
     top_k_share: Tensor
 
 
-def row_metrics(scores: Tensor, probabilities: Tensor) -> RowMetrics:
-    """All metrics of each row, with the default threshold and reference.
+def row_metrics(
+    scores: Tensor, probabilities: Tensor, threshold: Optional[float] = None, reference: Optional[float] = None
+) -> RowMetrics:
+    """All metrics of each row.
 
     Args:
         scores: (…, K); −inf marks an absent score.
         probabilities: (…, K), from the mapping.
+        threshold: ε; by default log(1/K) + logsumexp(x), with K the number of scores present: a score is relevant if
+            softmax would give it more than 1/K.
+        reference: s, a probability that does not depend on φ; 1/K by default.
 
     Returns:
         metrics of shape (…), fp32 (fp64 for fp64 scores).
     """
-    return _row_metrics(*_prepare(scores, probabilities, None))
+    return _metrics(*_prepared(scores, probabilities, threshold), reference)
 
 
-def _row_metrics(x: Tensor, p: Tensor, present: Tensor, relevant: Tensor, irrelevant: Tensor) -> RowMetrics:
-    largest, nan = p.topk(min(TOP_K, p.size(-1)), dim=-1).values, float("nan")
+def _prepared(scores: Tensor, probabilities: Tensor, threshold: Optional[float] = None):
+    """Scores and probabilities in the dtype of the computation, a mask of scores present, their distance from ε."""
+    if scores.shape != probabilities.shape:
+        raise ValueError(
+            f"scores and probabilities differ in shape: {tuple(scores.shape)}, {tuple(probabilities.shape)}"
+        )
+    x = scores.to(compute_dtype(scores.dtype))
+    p, present = probabilities.to(x.dtype), ~is_absent(x)
+    if threshold is not None:
+        return x, p, present, x - threshold
+    largest = x.amax(-1, keepdim=True).masked_fill(~present.any(-1, keepdim=True), 0.0)
+    below_largest = x - largest  # equal scores stay equal, and the sum keeps its digits
+    count = present.sum(-1, keepdim=True).to(x.dtype)
+    return x, p, present, below_largest - (below_largest.logsumexp(-1, keepdim=True) - count.log())
+
+
+def _metrics(x: Tensor, p: Tensor, present: Tensor, distance: Tensor, reference: Optional[float] = None):
+    k, nan = min(TOP_K, p.size(-1)), float("nan")
+    largest, irrelevant = p.topk(k, dim=-1).values, present & (distance < -RESOLUTION)
+    gap, is_below = p.amax(-1, keepdim=True) - p, x < x.amax(-1, keepdim=True)
+    inverse = 1 / reference if reference is not None else present.sum(-1, keepdim=True).to(p.dtype)
     is_empty = largest[..., 0] == 0  # a row of zeros is no distribution
     nats = torch.special.entr(p).sum(-1).masked_fill(is_empty, nan)
     return RowMetrics(
-        multimodality=_multimodality(x, p, relevant),
-        top_multimodality=_multimodality(x, p, _largest(x, present, TOP_K)),
-        sparsity=_sparsity(p, present, irrelevant, None),
+        multimodality=1 - _mean(gap, present & is_below & (distance > RESOLUTION)),
+        top_multimodality=1 - _mean(gap, present & is_below & (x >= x.topk(k, dim=-1).values[..., -1:])),
+        sparsity=_mean((-p * inverse).exp(), irrelevant),
         tail=_mean(p, irrelevant),
         entropy=nats,
         support=(p > 0).sum(-1).to(p.dtype).masked_fill(is_empty, nan),
@@ -85,46 +117,9 @@ def _row_metrics(x: Tensor, p: Tensor, present: Tensor, relevant: Tensor, irrele
     )
 
 
-def multimodality(
-    scores: Tensor, probabilities: Tensor, threshold: Optional[float] = None, k: Optional[int] = None
-) -> Tensor:
-    """M(x) = 1 − (1/N) Σ_{ε < x_n < max x} (max φ − φ_n): 1 where relevant scores share the top, 0 with one mode.
-
-    Args:
-        scores: (…, K); −inf marks an absent score.
-        probabilities: (…, K).
-        threshold: ε; by default log(1/K) + logsumexp(x), with K the number of scores present: a score is relevant if
-            softmax would give it more than 1/K.
-        k: if given, the k largest scores (and all equal to the k-th) are relevant, whatever ε is.
-
-    Returns:
-        (…), in [0, 1]; NaN where no relevant score is below the largest (N = 0).
-
-    Source: Zhou et al. 2024, Definition 3.2.
-    """
-    x, p, present, relevant, _ = _prepare(scores, probabilities, threshold)
-    return _multimodality(x, p, relevant if k is None else _largest(x, present, k))
-
-
-def sparsity(
-    scores: Tensor,
-    probabilities: Tensor,
-    threshold: Optional[float] = None,
-    reference: Optional[float] = None,
-) -> Tensor:
-    """S(x) = (1/L) Σ_{x_l < ε} exp(−φ_l / s): 1 if irrelevant scores get nothing, less the more they get.
-
-    Args:
-        scores, probabilities, threshold: as in :func:`multimodality`.
-        reference: s, a probability that does not depend on φ; 1/K by default.
-
-    Returns:
-        (…), in (0, 1]; NaN where no score lies below ε (L = 0).
-
-    Source: Zhou et al. 2024, Definition 3.3.
-    """
-    _, p, present, _, irrelevant = _prepare(scores, probabilities, threshold)
-    return _sparsity(p, present, irrelevant, reference)
+def _mean(values: Tensor, where: Tensor) -> Tensor:
+    """The mean of each row's entries in ``where``; 0 / 0 gives the NaN of an undefined row."""
+    return values.masked_fill(~where, 0.0).sum(-1) / where.sum(-1)
 
 
 def common_reference(tails: Iterable[float]) -> Optional[float]:
@@ -140,41 +135,6 @@ def common_reference(tails: Iterable[float]) -> Optional[float]:
     return geometric_mean(counted) if counted else None
 
 
-def _prepare(scores: Tensor, probabilities: Tensor, threshold: Optional[float]):
-    """Scores and probabilities in the dtype of the computation; masks of scores present, above ε, and below it."""
-    if scores.shape != probabilities.shape:
-        raise ValueError(
-            f"scores and probabilities differ in shape: {tuple(scores.shape)}, {tuple(probabilities.shape)}"
-        )
-    x = scores.to(compute_dtype(scores.dtype))
-    p, present = probabilities.to(x.dtype), ~is_absent(x)
-    if threshold is not None:
-        return x, p, present, present & (x > threshold), present & (x < threshold)
-    largest = x.amax(-1, keepdim=True).masked_fill(~present.any(-1, keepdim=True), 0.0)
-    below_largest = x - largest  # equal scores stay equal, and the sum keeps its digits
-    count = present.sum(-1, keepdim=True).to(x.dtype)
-    distance = below_largest - (below_largest.logsumexp(-1, keepdim=True) - count.log())
-    return x, p, present, present & (distance > RESOLUTION), present & (distance < -RESOLUTION)
-
-
-def _largest(x: Tensor, present: Tensor, k: int) -> Tensor:
-    return present & (x >= x.topk(min(k, x.size(-1)), dim=-1).values[..., -1:])
-
-
-def _mean(values: Tensor, where: Tensor) -> Tensor:
-    """The mean of each row's entries in ``where``; 0 / 0 gives the NaN of an undefined row."""
-    return values.masked_fill(~where, 0.0).sum(-1) / where.sum(-1)
-
-
-def _multimodality(x: Tensor, p: Tensor, relevant: Tensor) -> Tensor:
-    return 1 - _mean(p.amax(-1, keepdim=True) - p, relevant & (x < x.amax(-1, keepdim=True)))
-
-
-def _sparsity(p: Tensor, present: Tensor, irrelevant: Tensor, reference: Optional[float]) -> Tensor:
-    inverse = 1 / reference if reference is not None else present.sum(-1, keepdim=True).to(p.dtype)
-    return _mean((-p * inverse).exp(), irrelevant)
-
-
 class MeanMetrics:
     """Means of :class:`RowMetrics` over all rows seen, for each head (or other group).
 
@@ -187,9 +147,9 @@ class MeanMetrics:
 
     def __init__(self, num_groups: int):
         self.rows = 0
-        self.sums = {name: torch.zeros(num_groups, dtype=torch.float64) for name in RowMetrics._fields}
-        self.defined = {name: torch.zeros(num_groups, dtype=torch.int64) for name in RowMetrics._fields}
-        # for each group and bin: the sum of weights (1/L, so that rows count equally), and of weights times φ
+        # of each metric and group: the sum of its values, and how many rows define it
+        self._sums, self._defined = torch.zeros(2, len(RowMetrics._fields), num_groups, dtype=torch.float64)
+        # of each group and bin: the sum of weights (1/L, so that rows count equally), and of weights times φ
         self._tails = torch.zeros(num_groups, 2, NUM_BINS, dtype=torch.float64)
 
     def update(self, scores: Tensor, probabilities: Tensor) -> None:
@@ -200,29 +160,28 @@ class MeanMetrics:
         """
         height = max(CHUNK_SIZE // max(scores.size(0) * scores.size(-1), 1), 1)
         for parts in zip(scores.split(height, 1), probabilities.split(height, 1)):
-            _, p, *_, irrelevant = prepared = _prepare(*parts, None)
+            x, p, present, distance = _prepared(*parts)
+            values = torch.stack(_metrics(x, p, present, distance)).double()
             self.rows += p.size(1)
-            for name, values in _row_metrics(*prepared)._asdict().items():
-                is_defined = ~values.isnan()
-                self.sums[name] += values.double().masked_fill(~is_defined, 0.0).sum(1).cpu()
-                self.defined[name] += is_defined.sum(1).cpu()
+            self._sums += values.nansum(-1).cpu()
+            self._defined += (~values.isnan()).sum(-1).cpu()
+            irrelevant = present & (distance < -RESOLUTION)
             weights = (1 / irrelevant.sum(-1, keepdim=True).double()).expand(p.shape)
             for tails, of_group, weight, where in zip(self._tails, p, weights, irrelevant):
                 tail, weight = of_group[where], weight[where]
                 bins = (-BINS_PER_NAT * tail.log()).clamp(0, NUM_BINS - 1).long()
-                for row, values in zip(tails, (weight, weight * tail)):
-                    row += bins.bincount(values, NUM_BINS).cpu()
+                for row, terms in zip(tails, (weight, weight * tail)):
+                    row += bins.bincount(terms, NUM_BINS).cpu()
 
     def result(self) -> List[Dict[str, Optional[float]]]:
         """For each group: its rows, each mean (None if no row defines it), and the rows that M and S leave out."""
         results = []
-        for group in range(len(self._tails)):
+        for sums, defined in zip(self._sums.t().tolist(), self._defined.t().tolist()):
             result: Dict[str, Optional[float]] = {"rows": self.rows}
-            for name in RowMetrics._fields:
-                count = int(self.defined[name][group])
-                result[name] = float(self.sums[name][group]) / count if count else None
+            result |= {name: s / n if n else None for name, s, n in zip(RowMetrics._fields, sums, defined)}
+            left_out = {name: self.rows - int(n) for name, n in zip(RowMetrics._fields, defined)}
             for name in ("multimodality", "top_multimodality", "sparsity"):
-                result[f"{name}_undefined"] = self.rows - int(self.defined[name][group])
+                result[f"{name}_undefined"] = left_out[name]
             results.append(result)
         return results
 
@@ -234,53 +193,31 @@ class MeanMetrics:
 
 
 class ScoreHistogram:
-    """A histogram with a fixed number of bins, for scores of unknown range.
-
-    Bins are [k·w, (k+1)·w) for whole k. If the scores do not fit into ``num_bins`` bins, neighbours are merged and w
-    doubles, so counts stay exact.
+    """A histogram of scores of unknown range: bins of asinh(x), so as wide as x is large, and 1/64 around 0.
 
     Attributes:
-        width: w.
         low, high: the smallest and the largest score seen; inf and −inf before the first.
     """
 
-    def __init__(self, num_bins: int = 256, width: float = 2**-6):
-        self.num_bins, self.width = num_bins, width
+    def __init__(self):
         self.low, self.high = math.inf, -math.inf
-        self._first = 0  # k of the first bin
-        self._counts = torch.zeros(0, dtype=torch.int64)
+        self._counts = torch.zeros(2 * ASINH_BINS, dtype=torch.int64)
 
     def update(self, scores: Tensor) -> None:
         """Count scores of any shape, except those that are not finite."""
         for part in scores.flatten().split(CHUNK_SIZE):
             values = part[part.isfinite()].double().cpu()
             if values.numel():
-                self._count(values)
+                self.low, self.high = min(self.low, values.min().item()), max(self.high, values.max().item())
+                bins = (values.asinh() * BINS_PER_NAT).floor().long() + ASINH_BINS
+                self._counts += bins.clamp(0, 2 * ASINH_BINS - 1).bincount(minlength=2 * ASINH_BINS)
 
-    def _count(self, values: Tensor) -> None:
-        self.low, self.high = min(self.low, values.min().item()), max(self.high, values.max().item())
-        before = torch.arange(self._first, self._first + len(self._counts))
-        while math.floor(self.high / self.width) - math.floor(self.low / self.width) >= self.num_bins:
-            self.width *= 2
-            before = before.div(2, rounding_mode="floor")
-        first, last = math.floor(self.low / self.width), math.floor(self.high / self.width)
-        counts = torch.bincount((values / self.width).floor().long() - first, minlength=last - first + 1)
-        self._first, self._counts = first, counts.index_add(0, before - first, self._counts)
-
-    @property
-    def edges(self) -> List[float]:
-        """The borders of the bins: one more than there are counts."""
-        return [(self._first + k) * self.width for k in range(len(self._counts) + 1)]
-
-    @property
-    def counts(self) -> List[int]:
-        return self._counts.tolist()
-
-    def bulk(self, low: float = 5e-4, high: float = 5e-4) -> Tuple[float, float]:
-        """The range of the scores without the lowest and the highest share of them, to the width of a bin."""
-        shares, last = self._counts.cumsum(0) / self._counts.sum(), len(self._counts) - 1
-        first, end = int((shares <= low).sum()), int((shares < 1 - high).sum())
-        return self.edges[min(first, last)], self.edges[min(end, last) + 1]
+    def bins(self, low: float = 0.0, high: float = 0.0) -> Tuple[Tensor, Tensor]:
+        """Borders, (bins + 1,) fp64, and counts, (bins,), without these shares of the lowest and highest scores."""
+        shares = self._counts.cumsum(0) / self._counts.sum()
+        first, last = int((shares <= low).sum()), int((shares < 1 - high).sum())
+        borders = torch.arange(first, last + 2, dtype=torch.float64) - ASINH_BINS
+        return (borders / BINS_PER_NAT).sinh(), self._counts[first : last + 1]
 
 
 # ---------------------------------------------------------------------- layers
@@ -338,29 +275,21 @@ def translation_rollout(
     cross-attention then turns the new R into ½ C E + ½ R.
 
     Args:
-        decoder: self-attention of each decoder layer, (bsz, num_heads, tgt_len, tgt_len) or averaged; with
-            ``--cross-self-attention`` (…, tgt_len, src_len + tgt_len), whose source part is multiplied by E.
-        cross: cross-attention of each decoder layer, (bsz, num_heads, tgt_len, src_len) or averaged; none with
-            ``--no-cross-attention``.
+        decoder: self-attention of each decoder layer, (bsz, num_heads, tgt_len, tgt_len) or averaged.
+        cross: cross-attention of each decoder layer, (bsz, num_heads, tgt_len, src_len) or averaged.
         encoder: self-attention of each encoder layer, (bsz, num_heads, src_len, src_len) or averaged.
 
     Returns:
         how much of each decoder output comes from each source token, (bsz, tgt_len, src_len), and from each target
         token read, (bsz, tgt_len, tgt_len). The two rows of an output together sum to 1.
     """
-    if not decoder or len(cross) not in (0, len(decoder)):
-        raise ValueError(f"decoder layers are alike; got {len(decoder)} self- and {len(cross)} cross-attentions")
     encoded, tgt_len = attention_rollout(encoder), decoder[0].size(-2)
-    bsz, src_len, _ = encoded.shape
     # columns are source tokens, then target tokens
-    rollout = F.pad(torch.eye(tgt_len).to(encoded), (src_len, 0)).expand(bsz, -1, -1)
-    encoded = F.pad(encoded, (0, tgt_len))
-    for layer, attention in enumerate(map(_mean_of_heads, decoder)):
-        attended = rollout if attention.size(-1) == tgt_len else torch.cat([encoded, rollout], dim=1)
-        rollout = _normalised(attention @ attended + rollout)
-        if cross:
-            rollout = _normalised(_mean_of_heads(cross[layer]) @ encoded + rollout)
-    return rollout.split([src_len, tgt_len], dim=-1)
+    rollout = F.pad(torch.eye(tgt_len).to(encoded), (encoded.size(-1), 0))
+    for own, other in zip(map(_mean_of_heads, decoder), map(_mean_of_heads, cross), strict=True):
+        rollout = _normalised(own @ rollout + rollout)
+        rollout = _normalised(F.pad(other @ encoded, (0, tgt_len)) + rollout)
+    return rollout.split([encoded.size(-1), tgt_len], dim=-1)
 
 
 def _normalised(rollout: Tensor) -> Tensor:
@@ -375,37 +304,11 @@ def _mean_of_heads(attention: Tensor) -> Tensor:
 # ---------------------------------------------------------------------- modulators
 
 
-def slope(scores: Tensor, thresholds: Tensor, gains: Tensor) -> Tensor:
-    """σ'(x), by autograd of :func:`multimax_fairseq.mappings.modulate`.
+def falling_share(modulated: Tensor, counts: Tensor) -> float:
+    """The share of a histogram's scores in bins over which σ falls; 0 if it rises over all scores.
 
     Args:
-        scores: any shape.
-        thresholds, gains: (N, 2), as in :func:`multimax_fairseq.mappings.modulate`.
-
-    Returns:
-        the shape of ``scores``; below 0 where σ falls.
+        modulated: σ at the borders of the bins, (bins + 1,).
+        counts: scores in each bin, (bins,).
     """
-    with torch.enable_grad():
-        x = scores.detach().requires_grad_()
-        return torch.autograd.grad(modulate(x, thresholds.detach(), gains.detach()).sum(), x)[0]
-
-
-def is_monotone(thresholds: Tensor, gains: Tensor, low: float, high: float) -> bool:
-    """Whether σ rises all the way from ``low`` to ``high``.
-
-    σ' is linear between neighbouring thresholds (orders 1 and 2), so checking both ends of each interval, from
-    inside, is enough.
-    """
-    inside = [float(x) for x in thresholds.flatten() if low < x < high]
-    ends = torch.tensor(sorted([low, *inside, high]), dtype=torch.float64)
-    lengths = ends[1:] - ends[:-1]
-    near_ends = torch.cat([ends[:-1] + 1e-9 * lengths, ends[1:] - 1e-9 * lengths])
-    return bool((slope(near_ends, thresholds.double(), gains.double()) > 0).all())
-
-
-def falling_share(thresholds: Tensor, gains: Tensor, edges: Sequence[float], counts: Sequence[int]) -> float:
-    """The share of a histogram's scores where σ falls, judged at the middle of each bin."""
-    edges = torch.tensor(edges, dtype=torch.float64)
-    counts = torch.tensor(counts, dtype=torch.float64)
-    falls = slope((edges[1:] + edges[:-1]) / 2, thresholds.double(), gains.double()) < 0
-    return float((counts * falls).sum() / counts.sum())
+    return (counts[modulated.diff() < 0].sum() / counts.sum()).item()

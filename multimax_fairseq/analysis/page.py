@@ -4,7 +4,7 @@ import base64
 import html
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any, Dict, Iterator, List, NamedTuple, Sequence, Tuple
+from typing import Any, Dict, List, Sequence, Tuple
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; max-width: 66rem; margin: 2rem auto; padding: 0 1rem }
@@ -14,7 +14,6 @@ th, td { padding: .2rem .5rem; text-align: right; border-bottom: 1px solid #ddd 
 .text { text-align: left } td { white-space: nowrap }
 .scroll { overflow-x: auto } figure { margin: 1.2rem 0 } img { max-width: 100%; height: auto }
 figcaption { font-size: .9rem; color: #444; max-width: 48rem }
-summary { cursor: pointer; font-weight: 600; margin: .6rem 0 }
 dt { font-weight: 600 } dd { margin: 0 0 .5rem 1.2rem } code { font-size: .9em }
 """
 
@@ -55,78 +54,59 @@ Ney 2003.</p>
 Row = Dict[str, Any]
 
 
-class Picture(NamedTuple):
-    """A figure of the report: where it stands on the page, and the PNG."""
+def render_page(results: Dict[str, Any], pictures: Sequence[Tuple[str, str, Path]]) -> str:
+    """The whole page.
 
-    part: str
-    caption: str
-    path: Path
-
-
-def render_page(results: Dict[str, Any], pictures: Sequence[Picture]) -> str:
-    """The whole page, with the pictures in it."""
-    models: Dict[str, List[Row]] = {}
-    for model in results["models"]:
-        models.setdefault(model["label"], []).append(model)
-    labels, k = html.escape(", ".join(models)), results["top_k"]
+    Args:
+        pictures: for each the part of the page that it stands in, its caption, and the PNG.
+    """
+    models, k = results["models"], results["top_k"]
     output = _metrics(models, k, is_output=True)
 
     def show(part: str) -> str:
-        return "".join(_figure(picture) for picture in pictures if picture.part == part)
+        return "".join(_figure(caption, path) for of, caption, path in pictures if of == part)
 
     parts = [
-        ("", _table([_model(label, seeds) for label, seeds in models.items()]) + _skipped(results)),
+        ("", _table([_model(label, seeds) for label, seeds in models.items()]) + _skipped(results["skipped"])),
         ("Sparse, multi-modal?", show("sparsity-multimodality") + _table(_metrics(models, k, is_output=False))),
         ("Over-smoothing", show("over-smoothing")),
-        ("Word alignment", show("alignment") + _table(_alignments(models))),
+        ("Word alignment", _table(_alignments(models))),
         ("The output layer", _table(output) + OUTPUT_NOTE.format(k=k) if output else ""),
-        ("Modulators and scores", show("modulators") + _details("What mappings learned", _modules(models))),
+        ("Modulators and scores", show("modulators") + _table(_modules(models))),
         ("Attention in single sentences", show("sentences")),
         ("Mappings", show("simplex")),
-        ("All heads", _details("Every number of every head", [
-            {"model": name, "site": row["site"], "layer": row["layer"] + 1, "head": row["head"] + 1,
-             **{name: row[key] for key, name in _names(k).items()}, "rows": row["rows"],
-             "no M": row["multimodality_undefined"], "no S": row["sparsity_undefined"]}
-            for name, model in _each(models) for row in model["heads"]
-        ])),
         ("What is measured", DEFINITIONS.format(k=k)),
-    ]  # fmt: skip
+    ]
     body = "\n".join((f"<h2>{title}</h2>\n" if title else "") + content for title, content in parts if content)
     return (
         f'<!DOCTYPE html>\n<html lang="en">\n<meta charset="utf-8">\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>Attention of {labels}</title>\n<style>{STYLE}</style>\n<h1>What the attention learned</h1>\n{body}\n"
+        f"<title>Attention of {html.escape(', '.join(models))}</title>\n<style>{STYLE}</style>\n"
+        f"<h1>What the attention learned</h1>\n{body}\n"
         f"<p>Made by <code>{html.escape(results['command'])}</code></p>\n</html>\n"
     )
 
 
-def _figure(picture: Picture) -> str:
-    png = picture.path.read_bytes()
+def _figure(caption: str, path: Path) -> str:
+    png = path.read_bytes()
     width = int.from_bytes(png[16:20], "big") * 110 // 200  # CSS pixels; 200 dots an inch
-    caption, data = html.escape(picture.caption), base64.b64encode(png).decode()
+    caption, data = html.escape(caption), base64.b64encode(png).decode()
     return (
         f'<figure><img width="{width}" alt="{caption}" src="data:image/png;base64,{data}">'
-        f"<figcaption>{caption} <code>{picture.path.stem}</code></figcaption></figure>"
+        f"<figcaption>{caption} <code>{path.stem}</code></figcaption></figure>"
     )
-
-
-def _details(summary: str, rows: List[Row]) -> str:
-    return f"<details><summary>{html.escape(summary)}</summary>{_table(rows)}</details>" if rows else ""
 
 
 def _table(rows: List[Row]) -> str:
     if not rows:
         return ""
     columns = list(dict.fromkeys(name for row in rows for name in row))
-    words = {name for name in columns if any(isinstance(row.get(name), str) for row in rows)}
-    cells = [[(name, html.escape(name)) for name in columns]]
-    cells += [[(name, html.escape(_text(row.get(name)))) for name in columns] for row in rows]
-    lines = [
-        "<tr>" + "".join(f'<{tag} class="text">{text}</{tag}>' if name in words else f"<{tag}>{text}</{tag}>"
-                         for name, text in line) + "</tr>"
-        for tag, line in zip(["th", *["td"] * len(rows)], cells)
-    ]  # fmt: skip
-    return f'<div class="scroll"><table>{"".join(lines)}</table></div>'
+    words = {name for row in rows for name, value in row.items() if isinstance(value, str)}
+    lines = []
+    for tag, row in [("th", dict(zip(columns, columns))), *(("td", row) for row in rows)]:
+        cells = ((' class="text"' if name in words else "", html.escape(_text(row.get(name)))) for name in columns)
+        lines.append("".join(f"<{tag}{kind}>{text}</{tag}>" for kind, text in cells))
+    return f'<div class="scroll"><table><tr>{"</tr><tr>".join(lines)}</tr></table></div>'
 
 
 def _text(value: Any) -> str:
@@ -137,8 +117,6 @@ def _text(value: Any) -> str:
         return _text(mean(there) if there else None) + spread
     if value is None:
         return "–"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
     if isinstance(value, float):
         digits = ".1e" if 0 < abs(value) < 1e-3 else ",.3f" if abs(value) < 100 else ",.1f"
         return f"{value:{digits}}".replace("-", "−")
@@ -163,13 +141,6 @@ def _names(k: int) -> Dict[str, str]:
     }
 
 
-def _each(models: Dict[str, List[Row]]) -> Iterator[Tuple[str, Row]]:
-    """Each checkpoint with a name: the label, and a number where there are several seeds."""
-    for label, seeds in models.items():
-        for number, model in enumerate(seeds, start=1):
-            yield label if len(seeds) == 1 else f"{label} ({number})", model
-
-
 def _model(label: str, seeds: List[Row]) -> Row:
     mappings = {module["site"]: module["mapping"] for module in seeds[0]["modules"]}
     same = f"{next(iter(mappings.values()))} everywhere" if len(set(mappings.values())) == 1 else None
@@ -184,10 +155,8 @@ def _model(label: str, seeds: List[Row]) -> Row:
     }
 
 
-def _skipped(results: Row) -> str:
-    if not results.get("skipped"):
-        return ""
-    return f"<p>{results['skipped']:,} sentences are longer than a model's positions, and left out.</p>"
+def _skipped(count: int) -> str:
+    return f"<p>{count:,} sentences are longer than a model's positions, and left out.</p>" if count else ""
 
 
 def _metrics(models: Dict[str, List[Row]], k: int, is_output: bool) -> List[Row]:
@@ -209,17 +178,15 @@ def _metrics(models: Dict[str, List[Row]], k: int, is_output: bool) -> List[Row]
 def _modules(models: Dict[str, List[Row]]) -> List[Row]:
     """Modules that have learned something: their numbers, and the scores that they saw."""
     rows = []
-    seen = ("site", "layer", "mapping", "lowest_score", "highest_score", "is_monotone", "falling_share")
-    for name, model in _each(models):
-        for module in model["modules"]:
-            learned = {k: v for k, v in module.items() if k not in (*seen, "sigma", "bulk", "histogram")}
-            if learned:
-                row = {"model": name, "site": module["site"], "layer": module["layer"] + 1}
-                row["mapping"] = module["mapping"]
-                row |= {k: ", ".join(map(_text, v)) if isinstance(v, list) else v for k, v in learned.items()}
+    for label, seeds in models.items():
+        modules = [(seed, module) for seed, model in enumerate(seeds, start=1) for module in model["modules"]]
+        for seed, module in modules:
+            if module["learned"]:
+                row = {"model": label, "seed": seed, "site": module["site"], "layer": module["layer"] + 1}
+                for name, value in module["learned"].items():
+                    row[name] = ", ".join(map(_text, value)) if isinstance(value, list) else value
                 row |= {"lowest score": module["lowest_score"], "highest score": module["highest_score"]}
-                if "is_monotone" in module:
-                    row["monotone there"] = module["is_monotone"]
+                if "falling_share" in module:
                     row["scores where σ falls (%)"] = 100 * module["falling_share"]
                 rows.append(row)
     return rows
