@@ -55,6 +55,8 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, Any]:
             MappingChoice.from_options(args)
     except (ValueError, FileNotFoundError) as problem:
         raise UserError(str(problem)) from problem
+    except ImportError as problem:
+        raise UserError(f"{problem}. Is another copy of it installed? `pip install -e .` in this checkout") from problem
     precision = [name for name in ("fp16", "bf16", "amp") if cfg.common[name]]
     if precision and not (torch.cuda.is_available() or cfg.common.cpu):
         raise UserError(f"--{precision[0]} needs a GPU, and torch sees none: without it the CPU trains")

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # From nothing to a BLEU score: installs, makes a German-English corpus from a grammar, trains a small Transformer with
 # MultiMax in every attention module, translates and scores the test set, and reports what the attention learned. About
-# 4 minutes on two cores.
+# 5 minutes on two cores.
 #
 #     bash scripts/demo.sh [OPTION OF fairseq-train …]      for example: --attention-mapping sparsemax
 #
