@@ -1,7 +1,7 @@
 """Attention with the built-in mappings, fp32 on a CPU, in C++: plain functions, without autograd.
 
 Threads take blocks of queries, whose rows of scores are whole. PyTorch's BLAS computes the products. Dropout draws
-its mask from the position of each probability, by the counter-based generator Philox4x32-10; the backward draws it
+its mask from the position of each probability, by the counter-based generator Philox4x32-7; the backward draws it
 again.
 """
 

@@ -36,7 +36,11 @@ void forward(const Problem& problem, const float* scores, float* probabilities) 
     if constexpr (Mapping::ROWS_ABREAST) {
       for (int height; width <= FEW_SCORES && row < end; row += height) {
         height = std::min(int64_t(LANES), end - row);
-        mapping.forward_abreast(scores + row * width, probabilities + row * width, width, height, room);
+        uint32_t alone = mapping.forward_abreast(scores + row * width, probabilities + row * width, width, height);
+        for (; alone; alone &= alone - 1) {
+          const int64_t at = (row + __builtin_ctz(alone)) * width;
+          mapping.forward(scores + at, probabilities + at, width, room);
+        }
       }
     }
     for (; row < end; ++row) mapping.forward(scores + row * width, probabilities + row * width, width, room);
