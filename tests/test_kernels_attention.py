@@ -10,6 +10,7 @@ from test_attention import EVERY, make
 from multimax_fairseq.attention import attend, mapped_attention
 from multimax_fairseq.kernels.attention import blocks, kernels_for
 from multimax_fairseq.kernels.attention.blocks import can_checkpoint
+from multimax_fairseq.kernels.attention.call import Call
 from multimax_fairseq.kernels.rows import Rows
 from multimax_fairseq.mappings import MAPPINGS, build_mapping
 from multimax_fairseq.mappings.masking import probabilities_by
@@ -162,9 +163,9 @@ def test_a_cpu_has_cpp_for_every_mapping_at_every_length(name, monkeypatch):
     choose("C++", monkeypatch)
     for length in (1, 300):
         query, key, value = draw(1, 2, length, length, 8)
-        assert kernels_for(query, key, value, make(name, 2).kernel_rows(), None, False, 0.0) is not None
+        assert kernels_for(query, key, value, Call(make(name, 2).kernel_rows())) is not None
     empty = torch.zeros(1, 2, 0, 8)
-    assert kernels_for(empty, key, value, Rows("softmax"), None, False, 0.0) is None
+    assert kernels_for(empty, key, value, Call(Rows("softmax"))) is None
 
 
 def test_blocks_pay_where_the_matrix_is_large():
