@@ -17,7 +17,7 @@ from .kernels.backend import autocast_dtype, no_autocast, wants_compiled
 from .kernels.rows import rows_of
 from .kernels.scores import HALF, compute_dtype
 from .mappings import build_mapping
-from .mappings.masking import additive_mask, probabilities_by
+from .mappings.masking import additive_mask, function_of, probabilities_by
 
 
 def attend(
@@ -131,7 +131,9 @@ def _attend(
         if kernels is not None:
             return attend_by(kernels, attend, query, key, value, call)
     if is_free and blocks.pay(query, key):
-        return blocks.attend(attend, query, key, value, probabilities_by(mapping), mask, is_causal, dropout_p)
+        function, tensors = function_of(mapping)
+        problem = blocks.Problem(attend, function, is_causal, dropout_p)
+        return blocks.attend(problem, query, key, value, mask, *tensors)
     return attend(query, key, value, probabilities_by(mapping), mask, is_causal, dropout_p)
 
 

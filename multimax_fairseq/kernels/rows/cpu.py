@@ -91,7 +91,8 @@ class Numbers:
         if self.shape == (0,):
             return [None] * len(self.rows.numbers)
         found = [grads.sum_to_size(self.rows.numbers[0].shape)] if self.rows.name == "entmax" else grads.unbind()
-        return [grad.to(number.dtype) for grad, number in zip(found, self.rows.numbers)]
+        pairs = zip(found, self.rows.numbers)
+        return [grad if number.dtype == grad.dtype else grad.to(number.dtype) for grad, number in pairs]
 
 
 def _call(function: Callable, numbers: Numbers, *tensors: Tensor) -> None:

@@ -40,7 +40,7 @@ class _Rows(Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
         scores, probabilities, *numbers = kept(ctx)
-        if torch.is_grad_enabled() or not is_plain(grad, scores):
+        if torch.is_grad_enabled() or not is_plain(grad):
             return None, None, *gradients_of(ctx.formula, (scores, *numbers), ctx.needs_input_grad[2:], grad)
         rows = Rows(ctx.name, tuple(numbers))
         return None, None, *cpu.backward(rows, scores, probabilities, grad)
