@@ -2,10 +2,9 @@
 
     python benchmarks/benchmark.py                                   # mapping, attention, step, output
     python benchmarks/benchmark.py mapping attention --rounds 21
-    python benchmarks/benchmark.py generate epoch --data data/multi30k_de_en/data-bin --path checkpoint_best.pt
 
-The sides of a comparison take turns in one process. Its figure is the median of their ratios to the first side:
-below 1 is faster, or less memory. Unlike times, ratios are reliable on a machine that is not quite idle.
+The sides of a comparison take turns in one process. Its figure is the median of their ratios to the first side of the
+same round: below 1 is faster, or less memory. Unlike times, ratios are reliable on a machine that is not quite idle.
 
     mapping    scores → probabilities, against torch's softmax: MultiMax, its formula in eager PyTorch, the others,
                and those of the package entmax
@@ -14,9 +13,6 @@ below 1 is faster, or less memory. Unlike times, ratios are reliable on a machin
                mapping in attention
     output     output layer and loss at 267,744 types, against fairseq's cross-entropy: time, and peak memory above
                weights and their gradients; sparsemax, entmax15 and entmax (α learned) with entmax_loss
-    generate   sentences per second of beam search on --data. --path: a softmax checkpoint of this plugin; the other
-               side has its weights and MultiMax with modulators at the identity, so both find the same hypotheses
-    epoch      words per second of training on --data (translation), in a first and a second pass
 
 The end of the output counts compiled kernels and their compile time. A GPU is used if there is one. On a CPU the
 process keeps freed memory, as in the recipes (GLIBC_TUNABLES in run.sh), except in `output`; otherwise the system's
@@ -35,18 +31,16 @@ import statistics
 import time
 import warnings
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Tuple
 
 import entmax as entmax_package
 import torch
 import torch.nn.functional as F
-from fairseq import checkpoint_utils, options, tasks, utils
+from fairseq import options, tasks, utils
 from fairseq.data import Dictionary
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq.modules import MultiheadAttention
-from fairseq.trainer import Trainer
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import multimax_fairseq.models  # noqa: F401  registers the models
 from multimax_fairseq.attention import mapped_attention
@@ -65,40 +59,28 @@ Sides = Dict[str, Callable[[], Any]]
 # ---------------------------------------------------------------- measuring
 
 
-SECONDS_A_SIDE = 20.0  # a slow side runs fewer rounds, but at least three
-
-
-def alternate(sides: Sequence[Callable[[], Any]], rounds: int, warm_up: int = 2) -> List[List[float]]:
-    """The seconds of each side in each round; the sides take turns."""
-    seconds: List[List[float]] = [[] for _ in sides]
-    for number in range(warm_up + rounds):
-        for side, times in zip(sides, seconds):
-            synchronise()
-            start = time.perf_counter()
-            side()
-            synchronise()
-            if number >= warm_up:
-                times.append(time.perf_counter() - start)
-    return seconds
+SECONDS = 20.0  # for a comparison: slow sides run fewer rounds, but at least two
 
 
 def compare(case: str, sides: Sides, rounds: int) -> Rows:
     """One row for each side: its median time, and its median ratio to the first side of the same round."""
-    (first_name, first), *others = sides.items()
-    rows: Rows = []
-    for name, side in tqdm(others, desc=case, leave=False, disable=None):
-        ((warm_up,),) = alternate([side], rounds=1)
-        enough = max(3, min(rounds, int(SECONDS_A_SIDE / warm_up)))
-        first_seconds, seconds = alternate([first, side], enough)
-        if not rows:
-            rows = [row_of(case, first_name, [1.0], first_seconds)]
-        rows.append(row_of(case, name, [own / other for own, other in zip(seconds, first_seconds)], seconds))
-    return rows
+    seconds: Dict[str, List[float]] = {name: [] for name in sides}
+    start, number = time.perf_counter(), -1  # the first round compiles
+    while number < 2 or number < rounds and time.perf_counter() - start < SECONDS:
+        for name, side in sides.items():
+            synchronise()
+            before = time.perf_counter()
+            side()
+            synchronise()
+            if number >= 0:
+                seconds[name].append(time.perf_counter() - before)
+        number += 1
+    return [row_of(case, name, seconds[name], next(iter(seconds.values()))) for name in sides]
 
 
-def row_of(case: str, side: str, ratios: List[float], seconds: List[float]) -> Dict[str, Any]:
-    milliseconds = 1e3 * statistics.median(seconds)
-    return {"case": case, "side": side, "ratio": statistics.median(ratios), "milliseconds": milliseconds}
+def row_of(case: str, side: str, seconds: List[float], of_first: List[float]) -> Dict[str, Any]:
+    ratio = statistics.median(own / first for own, first in zip(seconds, of_first))
+    return {"case": case, "side": side, "ratio": ratio, "milliseconds": 1e3 * statistics.median(seconds)}
 
 
 def keep_memory(keep: bool) -> None:
@@ -424,95 +406,6 @@ def output_peak(name: str, mapping: str, tokens: int) -> int:
     return peak_bytes(side) - sum(tensor.numel() * tensor.element_size() for tensor in learned)  # their gradients
 
 
-# ---------------------------------------------------------------- generation and epochs, on data
-
-
-def benchmark_generate(rounds: int, data: Path, path: Path) -> Iterator[Rows]:
-    overrides = {"data": str(data)}
-    sides, batches = {}, None
-    for mapping in ("softmax", "multimax"):
-        chosen = {**overrides, "attention_mapping": mapping, "multimax_init": "identity"}
-        (model,), cfg, task = checkpoint_utils.load_model_ensemble_and_task([str(path)], arg_overrides=chosen)
-        cfg.generation.beam = 5
-        model = model.to(DEVICE).eval()
-        model.prepare_for_inference_(cfg)
-        generator = task.build_generator([model], cfg.generation)
-        if batches is None:
-            task.load_dataset("test")
-            dataset = task.dataset("test")
-            indices = dataset.ordered_indices()
-            batches = [
-                utils.move_to_cuda(batch) if DEVICE.type == "cuda" else batch
-                for batch in (dataset.collater([dataset[i] for i in part]) for part in in_parts(indices, 50))
-            ]
-        sides[mapping] = translating(task, model, generator, batches)
-    sentences = sum(batch["nsentences"] for batch in batches)
-    rows = compare(f"{sentences} sentences, beam 5", sides, max(rounds // 4, 3))
-    for row in rows:
-        row["sentences a second"] = 1e3 * sentences / row["milliseconds"]
-    yield rows
-
-
-def translating(task: Any, model: nn.Module, generator: Any, batches: List[Dict[str, Any]]) -> Callable[[], None]:
-    return lambda: [task.inference_step(generator, [model], batch) for batch in batches]
-
-
-def in_parts(indices: Any, size: int) -> List[Any]:
-    return [indices[start : start + size] for start in range(0, len(indices), size)]
-
-
-def benchmark_epoch(data: Path, updates: Optional[int]) -> Iterator[Rows]:
-    """Two epochs of fairseq's trainer, the sides taking turns update by update; the first includes compiling."""
-    trainers = {name: trainer_of(prefix, data) for name, prefix in (("stock", ""), ("multimax", "multimax_"))}
-    for epoch in (1, 2):
-        seconds = dict.fromkeys(trainers, 0.0)
-        count = 0
-        batches = epoch_batches(next(iter(trainers.values())), epoch)
-        for batch in tqdm(batches[:updates], leave=False, disable=None):
-            count += batch["ntokens"]
-            for name, trainer in trainers.items():
-                start = time.perf_counter()
-                trainer.train_step([batch])
-                synchronise()
-                seconds[name] += time.perf_counter() - start
-        yield [
-            {
-                "case": f"epoch {epoch}, {len(batches[:updates])} updates",
-                "side": name,
-                "ratio": spent / seconds["stock"],
-                "words a second": count / spent,
-            }
-            for name, spent in seconds.items()
-        ]
-
-
-def trainer_of(prefix: str, data: Path) -> Trainer:
-    size = ["--encoder-layers", 4, "--encoder-embed-dim", 128, "--encoder-ffn-embed-dim", 256,
-            "--encoder-attention-heads", 4, "--decoder-layers", 4, "--decoder-embed-dim", 128,
-            "--decoder-ffn-embed-dim", 256, "--decoder-attention-heads", 4, "--share-all-embeddings"]  # fmt: skip
-    args = arguments_of(
-        data, "--arch", f"{prefix}transformer", *size, "--dropout", 0.3,
-        "--criterion", "label_smoothed_cross_entropy", "--label-smoothing", 0.1,
-        "--optimizer", "adam", "--lr", 5e-4, "--max-tokens", 4_096, "--num-workers", 0,
-        *([] if DEVICE.type == "cuda" else ["--cpu"]),
-    )  # fmt: skip
-    cfg = convert_namespace_to_omegaconf(args)
-    task = tasks.setup_task(cfg.task)
-    task.load_dataset("train")
-    torch.manual_seed(1)
-    trainer = Trainer(cfg, task, task.build_model(cfg.model), task.build_criterion(cfg.criterion))
-    trainer.get_train_iterator(epoch=1)
-    trainer.begin_epoch(1)
-    return trainer
-
-
-def epoch_batches(trainer: Trainer, epoch: int) -> List[Dict[str, Any]]:
-    dataset = trainer.task.dataset("train")
-    batches = dataset.batch_by_size(dataset.ordered_indices(), max_tokens=4_096)
-    order = torch.randperm(len(batches), generator=torch.Generator().manual_seed(epoch)).tolist()
-    return [dataset.collater([dataset[index] for index in batches[number]]) for number in order]
-
-
 # ---------------------------------------------------------------- what is printed and written
 
 
@@ -545,20 +438,15 @@ def main() -> None:
         "attention": lambda: benchmark_attention(args.rounds),
         "step": lambda: benchmark_step(args.rounds),
         "output": lambda: benchmark_output(args.rounds),
-        "generate": lambda: benchmark_generate(args.rounds, args.data, args.path),
-        "epoch": lambda: benchmark_epoch(args.data, args.updates),
     }
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"of: {', '.join(sections)}")
-    parser.add_argument("--rounds", type=int, default=15, help="rounds of a comparison (15)")
+    parser.add_argument("--rounds", type=int, default=15, help="rounds of a comparison, at most (15)")
     parser.add_argument("--threads", type=int, help="threads on a CPU (what PyTorch takes)")
-    parser.add_argument("--data", type=Path, help="binarised translation data, for generate and epoch")
-    parser.add_argument("--path", type=Path, help="a softmax checkpoint on that data, for generate")
-    parser.add_argument("--updates", type=int, help="updates of an epoch (all)")
     parser.add_argument("--json", type=Path, help="write all figures here too")
     parser.add_argument("--user-dir", type=Path, help="a folder with mappings of your own, for mapping")
     args = parser.parse_args()
-    chosen = args.sections or ["mapping", "attention", "step", "output"]
+    chosen = args.sections or list(sections)
     check(parser, args, chosen, list(sections))
     logging.getLogger().setLevel(logging.WARNING)
     warnings.simplefilter("ignore")  # fairseq, torch and hydra warn about each other
@@ -587,10 +475,6 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace, chosen: Lis
     for section in chosen:
         if section not in sections:
             parser.error(f"there is no section {section!r}; choose from: {', '.join(sections)}")
-    if {"generate", "epoch"} & set(chosen) and not (args.data and (args.data / "dict.de.txt").is_file()):
-        parser.error("generate and epoch need --data DATA_BIN, German-English translation data that is binarised")
-    if "generate" in chosen and not (args.path and args.path.is_file()):
-        parser.error("generate needs --path CHECKPOINT, trained with --attention-mapping softmax on this data")
     if args.rounds < 1:
         parser.error("--rounds takes 1 or more")
     if args.json and not args.json.parent.is_dir():

@@ -33,6 +33,7 @@ if __name__ == "__main__" and DEVICE.type == "cpu" and sys.argv[1:2] != ["binari
 from multimax_fairseq import attention as mapped  # noqa: E402
 from multimax_fairseq.kernels import attention as kernels  # noqa: E402
 from multimax_fairseq.kernels.attention import gpu  # noqa: E402
+from multimax_fairseq.kernels.attention.call import Call  # noqa: E402
 from multimax_fairseq.kernels.rows import Rows  # noqa: E402
 from multimax_fairseq.mappings.multimax import multimax_formula  # noqa: E402
 
@@ -44,11 +45,11 @@ INF, EPSILON = float("inf"), torch.finfo(torch.float32).eps
 # ---------------------------------------------------------------- the oracle
 
 
-def philox(counter: Sequence[numpy.ndarray], key: Tuple[int, int], rounds: int) -> List[numpy.ndarray]:
-    """Philox4x32 (Salmon et al. 2011) of broadcast uint32 counters: four words each."""
+def philox(counter: Sequence[numpy.ndarray], key: Tuple[int, int]) -> List[numpy.ndarray]:
+    """Philox4x32-7 (Salmon et al. 2011) of broadcast uint32 counters: four words each."""
     words = [numpy.asarray(word, dtype=numpy.uint64) for word in counter]
     low, high = key
-    for _ in range(rounds):
+    for _ in range(7):
         first, second = (words[0] * 0xD2511F53), (words[2] * 0xCD9E8D57)
         words = [
             (second >> 32) ^ words[1] ^ low, second & 0xFFFFFFFF, (first >> 32) ^ words[3] ^ high, first & 0xFFFFFFFF
@@ -62,7 +63,7 @@ def dropout_factors(shape: Tuple[int, int, int], dropout: float, seed: int) -> T
     if not dropout:
         return torch.ones(shape, dtype=torch.float64)
     heads, queries, keys = numpy.ogrid[tuple(slice(size) for size in shape)]
-    words = philox((keys, queries, heads, numpy.uint64(0)), (seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF), 7)[0]
+    words = philox((keys, queries, heads, numpy.uint64(0)), (seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF))[0]
     kept = (words >> 8) * 2.0**-24 >= numpy.float32(dropout)
     return torch.from_numpy(kept / (1 - dropout))
 
@@ -159,10 +160,10 @@ def triton_results(case: Case) -> List[Tensor]:
 
     def attend(query: Tensor, key: Tensor, value: Tensor, *numbers: Tensor) -> Tensor:
         rows = Rows("multimax", numbers, multimax_formula) if len(numbers[0]) else Rows("softmax")
-        tensors = query[None], key[None], value[None]
-        if not gpu.serves(*tensors, rows, mask):
+        tensors, call = (query[None], key[None], value[None]), Call(rows, mask, case.causal, case.dropout)
+        if not gpu.serves(*tensors, call):
             raise RuntimeError(f"Triton does not serve: {case}")
-        return kernels.attend_by(gpu, mapped.attend, rows, *tensors, mask, case.causal, case.dropout)[0]
+        return kernels.attend_by(gpu, mapped.attend, *tensors, call)[0]
 
     with mock.patch.object(kernels, "_seed", lambda: case.seed):
         return with_gradients(attend, case.inputs, case.upstream)

@@ -12,11 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .kernels.attention import attend_by, blocks, kernels_for
+from .kernels.attention.call import Call
 from .kernels.backend import autocast_dtype, no_autocast, wants_compiled
 from .kernels.rows import rows_of
 from .kernels.scores import HALF, compute_dtype
 from .mappings import build_mapping
-from .mappings.masking import additive_mask, probabilities_by
+from .mappings.masking import additive_mask, function_of, probabilities_by
 
 
 def attend(
@@ -125,11 +126,14 @@ def _attend(
     numbers, masks = () if rows is None else rows.numbers, () if mask is None else (mask,)
     is_free = wants_compiled(query, key, value, *numbers, *masks)
     if is_free and rows is not None and not (mask is not None and mask.requires_grad):
-        kernels = kernels_for(query, key, value, rows, mask, is_causal, dropout_p)
+        call = Call(rows, mask, is_causal, dropout_p)
+        kernels = kernels_for(query, key, value, call)
         if kernels is not None:
-            return attend_by(kernels, attend, rows, query, key, value, mask, is_causal, dropout_p)
+            return attend_by(kernels, attend, query, key, value, call)
     if is_free and blocks.pay(query, key):
-        return blocks.attend(attend, query, key, value, probabilities_by(mapping), mask, is_causal, dropout_p)
+        function, tensors = function_of(mapping)
+        problem = blocks.Problem(attend, function, is_causal, dropout_p)
+        return blocks.attend(problem, query, key, value, mask, *tensors)
     return attend(query, key, value, probabilities_by(mapping), mask, is_causal, dropout_p)
 
 

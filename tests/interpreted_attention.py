@@ -13,6 +13,7 @@ from conftest import load_script
 from multimax_fairseq.attention import attend, mapped_attention
 from multimax_fairseq.kernels import attention as kernels
 from multimax_fairseq.kernels.attention import gpu, gpu_kernels
+from multimax_fairseq.kernels.attention.call import Call
 from multimax_fairseq.mappings import build_mapping
 from multimax_fairseq.mappings.masking import probabilities_by
 
@@ -60,7 +61,7 @@ def test_who_computes(trusted):
         (torch.float64, "multimax", False), (torch.bfloat16, "multimax", False),  # interpreted, that is wrong
     ):  # fmt: skip
         (query, key, value), module = case(dtype=dtype, mapping=mapping)
-        assert (kernels.kernels_for(query, key, value, module.kernel_rows(), None, False, 0.0) is gpu) == served
+        assert (kernels.kernels_for(query, key, value, Call(module.kernel_rows())) is gpu) == served
 
 
 # ---------------------------------------------------------------- the check before kernels are trusted
@@ -122,7 +123,12 @@ def wrong_gradient(monkeypatch):
 def other_dropout(monkeypatch):
     """The backward draws other numbers."""
     right = gpu.backward
-    monkeypatch.setattr(gpu, "backward", lambda *given: right(*given[:7], given[7] + 1, *given[8:]))
+
+
+    def backward(query, key, value, call, *others):
+        return right(query, key, value, call._replace(seed=call.seed + 1), *others)
+
+    monkeypatch.setattr(gpu, "backward", backward)
     return "gradient of query has an error of"
 
 

@@ -9,7 +9,7 @@ from test_attention import EVERY, make
 
 from multimax_fairseq.attention import attend, mapped_attention
 from multimax_fairseq.kernels.attention import blocks, kernels_for
-from multimax_fairseq.kernels.attention.blocks import can_checkpoint
+from multimax_fairseq.kernels.attention.call import Call
 from multimax_fairseq.kernels.rows import Rows
 from multimax_fairseq.mappings import MAPPINGS, build_mapping
 from multimax_fairseq.mappings.masking import probabilities_by
@@ -162,23 +162,12 @@ def test_a_cpu_has_cpp_for_every_mapping_at_every_length(name, monkeypatch):
     choose("C++", monkeypatch)
     for length in (1, 300):
         query, key, value = draw(1, 2, length, length, 8)
-        assert kernels_for(query, key, value, make(name, 2).kernel_rows(), None, False, 0.0) is not None
+        assert kernels_for(query, key, value, Call(make(name, 2).kernel_rows())) is not None
     empty = torch.zeros(1, 2, 0, 8)
-    assert kernels_for(empty, key, value, Rows("softmax"), None, False, 0.0) is None
+    assert kernels_for(empty, key, value, Call(Rows("softmax"))) is None
 
 
 def test_blocks_pay_where_the_matrix_is_large():
     """By tensors without memory: there is no GPU here, and no number is asked for."""
     short, long = (torch.empty(4, 8, length, 64, device="meta") for length in (512, 4_096))
     assert blocks.pay(long, long) and not blocks.pay(short, short)
-
-
-def test_without_pytorchs_compiler_the_matrix_is_kept(monkeypatch, caplog):
-    """``torch.utils.checkpoint`` imports it."""
-    choose("blocks", monkeypatch)
-    monkeypatch.setitem(__import__("sys").modules, "torch._dynamo", None)
-    can_checkpoint.cache_clear()
-    query = torch.randn(1, 1, 40, 4, requires_grad=True)
-    mapped_attention(query, query, query, "softmax").sum().backward()
-    can_checkpoint.cache_clear()
-    assert "keeps the whole matrix" in caplog.text and query.grad.isfinite().all()

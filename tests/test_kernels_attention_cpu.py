@@ -9,6 +9,7 @@ from conftest import load_script, needs_compiler
 from test_kernels_rows_cpu import CAPABILITIES, ORACLES, Rows, compiled_for, rows_of
 
 from multimax_fairseq.kernels.attention import cpu
+from multimax_fairseq.kernels.attention.call import Call
 
 BSZ, HEADS = 2, 3
 pytestmark = needs_compiler
@@ -34,9 +35,9 @@ def case(tgt_len=40, src_len=40, head_dim=16, value_dim=16):
 
 
 def results(inputs, rows, grad, mask=None, is_causal=False, dropout=0.0, seed=0):
-    options = rows, mask, is_causal, dropout, seed
-    output, saved = cpu.forward(*inputs, *options)
-    return [output, *(g for g in cpu.backward(*inputs, *options, saved, grad) if g is not None)]
+    call = Call(rows, mask, is_causal, dropout, seed)
+    output, saved = cpu.forward(*inputs, call)
+    return [output, *(g for g in cpu.backward(*inputs, call, saved, grad) if g is not None)]
 
 
 def exact(inputs, rows, grad, mask=None, is_causal=False, factors=1):
@@ -64,7 +65,7 @@ def assert_near(found, expected):
 def test_output_and_gradients_are_those_of_double_precision(name, sizes, is_causal, blocks):
     inputs, grad = case(*sizes)
     rows = rows_of(name)
-    assert cpu.serves(*inputs, rows, None)
+    assert cpu.serves(*inputs, Call(rows))
     assert_near(results(inputs, rows, grad, None, is_causal), exact(inputs, rows, grad, None, is_causal))
 
 
@@ -88,9 +89,9 @@ def test_any_layout_in_memory(name):
         lambda x: x.permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3),
         lambda x: x.mT.contiguous().mT,
     ):
-        options = rows, way(mask), True, 0.3, 5
-        output, saved = cpu.forward(*map(way, inputs), *options)
-        found = [output, *cpu.backward(*map(way, inputs), *options, tuple(map(way, saved)), way(grad))]
+        call = Call(rows, way(mask), True, 0.3, 5)
+        output, saved = cpu.forward(*map(way, inputs), call)
+        found = [output, *cpu.backward(*map(way, inputs), call, tuple(map(way, saved)), way(grad))]
         expected = expected or found
         torch.testing.assert_close(found, expected, atol=0, rtol=0)
 
@@ -107,9 +108,9 @@ def test_any_number_of_threads_gives_the_same_bits(name, heads):
     try:
         for first, second in ((1, 1), (2, 2), (2, 1), (5, 64), (3, 3), (3, 3)):
             torch.set_num_threads(first)
-            output, saved = cpu.forward(*inputs, rows, None, True, 0.2, 7)
+            output, saved = cpu.forward(*inputs, Call(rows, None, True, 0.2, 7))
             torch.set_num_threads(second)
-            found = [output, *cpu.backward(*inputs, rows, None, True, 0.2, 7, saved, grad)]
+            found = [output, *cpu.backward(*inputs, Call(rows, None, True, 0.2, 7), saved, grad)]
             expected = expected or found
             torch.testing.assert_close(found, expected, atol=0, rtol=0)
     finally:
@@ -123,7 +124,7 @@ def test_memory_for_threads_is_bounded(monkeypatch):
         torch.Tensor, "new_empty", lambda *given, **options: taken.append(original(*given, **options)) or taken[-1]
     )
     query = torch.zeros(1, 8, 2_048, 16)
-    cpu.forward(query, query, query, rows_of("multimax"), None, True, 0.0, 0)
+    cpu.forward(query, query, query, Call(rows_of("multimax"), None, True))
     most = torch.get_num_threads() * (4 * 2_048 * 16 + 2 * cpu.SCORES + 2 * 128 * 16 + 6 * 2_048 + 2_048)
     assert max(tensor.numel() for tensor in taken) <= max(most, query.numel())
 
@@ -132,26 +133,26 @@ def test_memory_for_threads_is_bounded(monkeypatch):
 def test_what_is_not_a_number_stays_in_its_row(name):
     (query, key, value), _ = case()
     query[:, :, 3] = math.nan
-    output, _ = cpu.forward(query, key, value, rows_of(name), None, True, 0.0, 0)
+    output, _ = cpu.forward(query, key, value, Call(rows_of(name), None, True))
     assert output[:, :, 3].isnan().all() and output[:, :, [*range(3), *range(4, 40)]].isfinite().all()
 
 
 def test_shapes_that_do_not_go_together():
     (query, key, value), _ = case()
     with pytest.raises(ValueError, match=r"key is \(2, 3, 39, 16\); expected \(2, 3, 40, 16\)"):
-        cpu.forward(query, key[:, :, 1:], value, Rows("softmax"), None, False, 0.0, 0)
+        cpu.forward(query, key[:, :, 1:], value, Call(Rows("softmax")))
     with pytest.raises(RuntimeError, match="expand"):
-        cpu.forward(query, key, value, Rows("softmax"), torch.zeros(1, 1, 1, 39), False, 0.0, 0)
+        cpu.forward(query, key, value, Call(Rows("softmax"), torch.zeros(1, 1, 1, 39)))
 
 
 def test_what_it_serves(monkeypatch):
     inputs, _ = case()
-    softmax = Rows("softmax")
-    assert cpu.serves(*inputs, softmax, None)
-    assert not cpu.serves(*(tensor.double() for tensor in inputs), softmax, None)
-    assert not cpu.serves(*inputs, Rows("entmax", (torch.full((BSZ, 1, 40, 1), 1.5),)), None)
+    softmax = Call(Rows("softmax"))
+    assert cpu.serves(*inputs, softmax)
+    assert not cpu.serves(*(tensor.double() for tensor in inputs), softmax)
+    assert not cpu.serves(*inputs, Call(Rows("entmax", (torch.full((BSZ, 1, 40, 1), 1.5),))))
     monkeypatch.setattr(cpu, "sgemm", lambda: None)
-    assert not cpu.serves(*inputs, softmax, None)
+    assert not cpu.serves(*inputs, softmax)
 
 
 # ---------------------------------------------------------------- dropout
@@ -162,7 +163,7 @@ def kept(seed, heads, tgt_len, src_len, dropout):
     query, head, 0), and of its four numbers that of number ⌊j / 16⌋ mod 4 decides."""
     head, query, key = (axis.ravel() for axis in np.mgrid[:heads, :tgt_len, :src_len])
     counters = 16 * (key // 64) + key % 16, query, head, 0 * head
-    numbers = np.stack(check_kernels.philox(counters, (seed % 2**32, seed >> 32), 10))
+    numbers = np.stack(check_kernels.philox(counters, (seed % 2**32, seed >> 32)))
     decides = numbers[key // 16 % 4, np.arange(key.size)]
     return torch.from_numpy(decides >= int(dropout * 2**32)).view(heads, tgt_len, src_len)
 
@@ -182,7 +183,7 @@ def test_the_mask_has_the_rate_and_is_independent_of_place_and_seed():
     heads, length, dropout, masks = 4, 256, 0.1, []
     scores, value = torch.zeros(1, heads, length, length), torch.eye(length).expand(1, heads, -1, -1)
     for seed in (1, 2, 2**40):
-        masks.append(cpu.forward(scores, scores, value, Rows("softmax"), None, False, dropout, seed)[0][0] > 0)
+        masks.append(cpu.forward(scores, scores, value, Call(Rows("softmax"), None, False, dropout, seed))[0][0] > 0)
         assert torch.equal(masks[-1], kept(seed, heads, length, length, dropout))
     dropped = torch.stack(masks).logical_not().double()  # (seeds, heads, queries, keys)
     assert abs(dropped.mean() - dropout) < 4 * (dropout * (1 - dropout) / dropped.numel()) ** 0.5

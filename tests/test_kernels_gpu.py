@@ -8,6 +8,7 @@ import torch
 from conftest import ROOT, load_script, run
 
 from multimax_fairseq.kernels.attention import gpu
+from multimax_fairseq.kernels.attention.call import Call
 from multimax_fairseq.kernels.rows import Rows
 
 TESTS = ROOT / "tests" / "interpreted_attention.py"
@@ -34,7 +35,7 @@ def test_importing_needs_no_triton_and_no_gpu():
 
 def test_tensors_on_a_cpu_are_not_served():
     query = torch.zeros(1, 1, 2, 3)
-    assert not gpu.serves(query, query, query, Rows("softmax"), None)
+    assert not gpu.serves(query, query, query, Call(Rows("softmax")))
 
 
 @pytest.mark.parametrize("dtype", gpu.DTYPES)

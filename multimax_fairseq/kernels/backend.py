@@ -79,7 +79,8 @@ def keep(ctx: Any, *tensors: Optional[Tensor]) -> None:
 
 def kept(ctx: Any) -> List[Optional[Tensor]]:
     """What :func:`keep` was given, in its dtypes, whatever saved-tensor hooks have made of it; to be read once."""
-    return [tensor if tensor is None else tensor.to(dtype) for tensor, dtype in zip(ctx.saved_tensors, ctx.dtypes)]
+    saved = zip(ctx.saved_tensors, ctx.dtypes)
+    return [tensor if tensor is None or tensor.dtype == dtype else tensor.to(dtype) for tensor, dtype in saved]
 
 
 def gradients_of(

@@ -9,7 +9,7 @@ through the gradient, because 0 · inf is NaN. For a mapping of one's own, :func
 """
 
 import itertools
-from typing import Callable
+from typing import Callable, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -67,28 +67,34 @@ def additive_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def probabilities_by(mapping: nn.Module) -> Callable[[Tensor], Tensor]:
-    """``mapping`` as a function of scores that keeps the contract of this file, and computes in fp32 at least.
+    """``mapping`` as a function of scores: :func:`function_of` with its tensors."""
+    function, tensors = function_of(mapping)
+    return lambda scores: function(scores, *tensors)
+
+
+def function_of(mapping: nn.Module) -> Tuple[Callable[..., Tensor], Tuple[Tensor, ...]]:
+    """``mapping`` as function(scores, *tensors), which keeps the contract of this file; and its tensors.
 
     Mappings of this package are called as they are. So are those derived from one, or made of one: they have to deal
     with −inf. Any other module gets ``ABSENT`` in place of −inf, so that the gradients of its own parameters are
-    numbers; what it gives to absent scores is replaced by 0. Parameters in half precision become fp32 once, here, so
-    that their gradients are summed in fp32 over all calls of what is returned. A row without scores gets zeros.
+    numbers; what it gives to absent scores is replaced by 0. It computes in fp32 at least: tensors in half precision
+    become fp32 once, here, so that their gradients are summed in fp32. A row without scores gets zeros.
     """
     rows = rows_of(mapping)
     if rows is not None:
-        rows = rows._replace(numbers=tuple(n.float() if n.dtype in HALF else n for n in rows.numbers))
-        return lambda scores: map_rows(rows, scores)
+        numbers = tuple(number.float() if number.dtype in HALF else number for number in rows.numbers)
+        return lambda scores, *numbers: map_rows(rows._replace(numbers=numbers), scores), numbers
     takes_infinities = any(hasattr(module, "kernel_rows") for module in mapping.modules())
-    named = itertools.chain(mapping.named_parameters(), mapping.named_buffers())
-    in_single = {name: tensor.float() for name, tensor in named if tensor.dtype in HALF}
+    named = dict(itertools.chain(mapping.named_parameters(), mapping.named_buffers()))
 
-    def probabilities(scores: Tensor) -> Tensor:
+    def function(scores: Tensor, *tensors: Tensor) -> Tensor:
         if scores.numel() == 0:
             return scores.clone()
         absent, x = is_absent(scores), scores.to(compute_dtype(scores.dtype))
         if not takes_infinities:
             x = x.masked_fill(absent, ABSENT).masked_fill(absent.all(-1, keepdim=True), 0.0)
-        result = torch.func.functional_call(mapping, in_single, x) if in_single else mapping(x)
+        other = {name: tensor for (name, own), tensor in zip(named.items(), tensors) if tensor is not own}
+        result = torch.func.functional_call(mapping, other, x) if other else mapping(x)
         return result.to(scores.dtype).masked_fill(absent, 0.0)
 
-    return probabilities
+    return function, tuple(tensor.float() if tensor.dtype in HALF else tensor for tensor in named.values())

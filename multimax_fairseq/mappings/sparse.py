@@ -271,4 +271,4 @@ def _entmax_rows(alpha: Union[float, Tensor]) -> Rows:
     if alpha in (1.5, 2.0):  # which are exact
         return Rows("entmax15", (), entmax15_formula) if alpha == 1.5 else Rows("sparsemax", (), sparsemax_formula)
     number = torch.tensor(alpha, dtype=torch.float64)
-    return Rows("entmax", (number,), lambda scores, _: entmax_formula(scores, alpha))
+    return Rows("entmax, fixed", (number,), lambda scores, _: entmax_formula(scores, alpha))

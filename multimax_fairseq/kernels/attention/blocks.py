@@ -7,93 +7,134 @@ scores that the causal mask hides.
 Source of the idea: Rabe and Staats, *Self-attention Does Not Need O(n²) Memory*, 2021.
 """
 
-import functools
-import logging
-from typing import Callable, Optional
+from typing import Any, Callable, Iterator, List, NamedTuple, Optional, Tuple
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
 
+from ..backend import gradients_of, is_plain, keep, kept, no_autocast
 from ..scores import compute_dtype
-
-logger = logging.getLogger(__name__)
 
 # Up to so many scores the whole matrix is computed. On a GPU a block takes some seven launches, and must fill it for
 # long to pay: in half precision they are 64 MiB, kept two or three times, 2 GiB in twelve layers.
 WHOLE = {"cpu": 2**20, "cuda": 2**25}
-# Scores in a block: 4 MiB in fp32, of which the mapping has several. A GPU needs large blocks to be filled.
-SCORES = {"cpu": 2**20, "cuda": 2**26}
+# Scores in a block: 2 MiB in fp32, of which the mapping has several. A GPU needs large blocks to be filled.
+SCORES = {"cpu": 2**19, "cuda": 2**26}
 # Queries in a block, at most. A causal block wastes queries²/2 scores on its diagonal.
 QUERIES = {"cpu": 64, "cuda": 512}
 
 
+class Problem(NamedTuple):
+    """What is computed of query, key, value, mask and the mapping's tensors.
+
+    Attributes:
+        formula: :func:`multimax_fairseq.attention.attend`.
+        mapping: (scores, *tensors) → probabilities.
+    """
+
+    formula: Callable[..., Tensor]
+    mapping: Callable[..., Tensor]
+    is_causal: bool
+    dropout: float
+
+    def __call__(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Optional[Tensor], *tensors: Tensor, first: int = 0
+    ) -> Tensor:
+        def probabilities(scores: Tensor) -> Tensor:
+            return self.mapping(scores, *tensors)
+
+        return self.formula(query, key, value, probabilities, mask, self.is_causal, self.dropout, first)
+
+
 def pay(query: Tensor, key: Tensor) -> bool:
-    """Whether the matrix of scores is too large to be kept, and can be computed again in the backward."""
+    """Whether the matrix of scores is too large to be kept."""
     batch, heads, tgt_len, _ = query.shape
-    is_large = batch * heads * tgt_len * key.size(2) > WHOLE.get(query.device.type, WHOLE["cuda"])
-    return is_large and (not torch.is_grad_enabled() or can_checkpoint())
+    return batch * heads * tgt_len * key.size(2) > WHOLE.get(query.device.type, WHOLE["cuda"])
 
 
 def attend(
-    formula: Callable[..., Tensor],
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    probabilities: Callable[[Tensor], Tensor],
-    mask: Optional[Tensor],
-    is_causal: bool,
-    dropout: float,
+    problem: Problem, query: Tensor, key: Tensor, value: Tensor, mask: Optional[Tensor], *tensors: Tensor
 ) -> Tensor:
-    """``formula(query, key, value, probabilities, mask, is_causal, dropout)`` by blocks.
+    """``problem(query, key, value, mask, *tensors)`` by blocks.
 
     Args:
-        formula: :func:`multimax_fairseq.attention.attend`.
         query: (batch, heads, tgt_len, head_dim), scaled.
         key, value: (batch, heads, src_len, …).
         mask: (batch | 1, heads | 1, tgt_len | 1, src_len | 1), to be added to scores, or None.
+        tensors: of the mapping; they get gradients, as all of these do.
     """
+    return _Blocks.apply(problem, query, key, value, mask, *tensors)
+
+
+class _Blocks(Function):
+    """See :func:`attend`."""
+
+    @staticmethod
+    def forward(ctx, problem: Problem, *tensors: Optional[Tensor]) -> Tensor:
+        query, _, value, *_ = tensors
+        ctx.problem, ctx.random = problem, _random_numbers(query)
+        keep(ctx, *tensors)
+        output = query.new_empty(*query.shape[:-1], value.size(-1))
+        for at in _blocks(problem, *tensors[:2]):
+            output[at[0], :, at[1]] = problem(*_parts(at, *tensors), first=at[1].start)
+        return output
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
+        problem, tensors, needed = ctx.problem, kept(ctx), ctx.needs_input_grad[1:]
+        if torch.is_grad_enabled() or not is_plain(grad):
+            if problem.dropout:
+                raise RuntimeError("attention with dropout has no gradients of gradients: leave out its dropout")
+            return None, *gradients_of(problem, tensors, needed, grad)
+        sums = [torch.zeros_like(t, dtype=compute_dtype(t.dtype)) if n else None for t, n in zip(tensors, needed)]
+        query = tensors[0]
+        with torch.random.fork_rng([query.device] if query.is_cuda else []), no_autocast(query):
+            torch.set_rng_state(ctx.random[0])
+            if query.is_cuda:
+                torch.cuda.set_rng_state(ctx.random[1], query.device)
+            for at in _blocks(problem, *tensors[:2]):
+                _add_gradients(problem, at, tensors, needed, grad[at[0], :, at[1]], _parts(at, *sums))
+        return None, *(s if s is None else s.to(tensor.dtype) for s, tensor in zip(sums, tensors))
+
+
+def _add_gradients(
+    problem: Problem, at: Tuple[slice, ...], tensors: List, needed: List[bool], grad: Tensor, sums: List
+) -> None:
+    parts = _parts(at, *tensors)
+    with torch.enable_grad():
+        leaves = [t if t is None else t.detach().requires_grad_(is_needed) for t, is_needed in zip(parts, needed)]
+        output = problem(*leaves, first=at[1].start)
+    wanted = [(leaf, total) for leaf, total in zip(leaves, sums) if total is not None]
+    found = torch.autograd.grad(output, [leaf for leaf, _ in wanted], grad, allow_unused=True)
+    for (_, total), part in zip(wanted, found):
+        if part is not None:
+            total += part
+
+
+def _blocks(problem: Problem, query: Tensor, key: Tensor) -> Iterator[Tuple[slice, slice, slice]]:
+    """The sentences, queries and keys of each block."""
     (batch, heads, tgt_len, _), src_len, device = query.shape, key.size(2), query.device.type
     size = SCORES.get(device, SCORES["cuda"]) // (heads * src_len)
     queries = max(min(QUERIES.get(device, QUERIES["cuda"]), tgt_len, size), 1)
     sentences = min(max(size // queries, 1), batch)
-    key, value = (tensor.to(compute_dtype(tensor.dtype)) for tensor in (key, value))  # their gradients are sums
-
-    def block(q: Tensor, k: Tensor, v: Tensor, part: Optional[Tensor], first: int) -> Tensor:
-        return formula(q, k.to(q.dtype), v.to(q.dtype), probabilities, part, is_causal, dropout, first)
-
-    outputs = []
-    for some in (slice(start, start + sentences) for start in range(0, batch, sentences)):
+    for some in range(0, batch, sentences):
         for start in range(0, tgt_len, queries):
-            keys = slice(0, min(start + queries, src_len) if is_causal else src_len)
-            part = None if mask is None else _part(mask, some, slice(start, start + queries), keys)
-            arguments = query[some, :, start : start + queries], key[some, :, keys], value[some, :, keys], part, start
-            outputs.append(_again(block, *arguments) if torch.is_grad_enabled() else block(*arguments))
-    count = -(-tgt_len // queries)
-    sentences = [torch.cat(outputs[at : at + count], dim=2) for at in range(0, len(outputs), count)]
-    return torch.cat(sentences)
+            end = min(start + queries, src_len) if problem.is_causal else src_len
+            yield slice(some, some + sentences), slice(start, start + queries), slice(0, end)
 
 
-def _part(mask: Tensor, *slices: slice) -> Tensor:
-    """The part of a broadcast mask for these sentences, queries and keys."""
-    for dim, some in zip((0, 2, 3), slices):
-        if mask.size(dim) > 1:
-            mask = mask.narrow(dim, some.start, min(some.stop, mask.size(dim)) - some.start)
-    return mask
+def _parts(at: Tuple[slice, ...], query: Any, key: Any, value: Any, mask: Any, *tensors: Any) -> List:
+    """Views of what belongs to a block, of tensors that are there."""
+    sentences, queries, keys = at
+    if mask is not None:
+        for dim, some in zip((0, 2, 3), at):
+            if mask.size(dim) > 1:
+                mask = mask.narrow(dim, some.start, min(some.stop, mask.size(dim)) - some.start)
+    pairs = (query, queries), (key, keys), (value, keys)
+    return [*(t if t is None else t[sentences, :, some] for t, some in pairs), mask, *tensors]
 
 
-def _again(block: Callable[..., Tensor], *arguments) -> Tensor:
-    """``block(*arguments)``, computed again in the backward."""
-    from torch.utils.checkpoint import checkpoint
-
-    return checkpoint(block, *arguments, use_reentrant=False)
-
-
-@functools.lru_cache(maxsize=None)
-def can_checkpoint() -> bool:
-    """Whether ``torch.utils.checkpoint`` works: it imports PyTorch's compiler, which wants a folder to write to."""
-    try:
-        import torch._dynamo  # noqa: F401
-    except Exception as error:  # whatever that import raises
-        logger.warning("attention keeps the whole matrix, as PyTorch's compiler does not import: %s", error)
-        return False
-    return True
+def _random_numbers(query: Tensor) -> List[Tensor]:
+    """The states of the generators that dropout, and a mapping of one's own, may draw from."""
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(query.device)] if query.is_cuda else [])]

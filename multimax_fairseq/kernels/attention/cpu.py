@@ -1,7 +1,7 @@
 """Attention with the built-in mappings, fp32 on a CPU, in C++: plain functions, without autograd.
 
 Threads take blocks of queries, whose rows of scores are whole. PyTorch's BLAS computes the products. Dropout draws
-its mask from the position of each probability, by the counter-based generator Philox4x32-10; the backward draws it
+its mask from the position of each probability, by the counter-based generator Philox4x32-7; the backward draws it
 again.
 """
 
@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from .. import cpp
-from ..rows import Rows
 from ..rows.cpu import Numbers
+from .call import Call
 
 ADDRESS, INTEGER = cpp.ADDRESS, cpp.INTEGER
 
@@ -57,12 +57,12 @@ LIBRARY = cpp.Library(
 )
 
 
-def serves(query: Tensor, key: Tensor, value: Tensor, rows: Rows, mask: Optional[Tensor]) -> bool:
+def serves(query: Tensor, key: Tensor, value: Tensor, call: Call) -> bool:
     """Whether :func:`forward` takes these arguments, of one dtype and not empty: fp32, where there is a compiler."""
     if not LIBRARY.serves(query) or sgemm() is None:
         return False
     shape = (*query.shape[:3], key.size(-2))
-    return rows.name != "entmax" or Numbers(rows, torch.Size(shape)).count in (1, query.size(1))
+    return call.rows.name != "entmax" or Numbers(call.rows, torch.Size(shape)).count in (1, query.size(1))
 
 
 @functools.lru_cache(maxsize=None)
@@ -75,27 +75,13 @@ def sgemm() -> Optional[int]:
         return None
 
 
-def forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    rows: Rows,
-    mask: Optional[Tensor],
-    is_causal: bool,
-    dropout: float,
-    seed: int,
-) -> Tuple[Tensor, Tuple[Tensor, ...]]:
+def forward(query: Tensor, key: Tensor, value: Tensor, call: Call) -> Tuple[Tensor, Tuple[Tensor, ...]]:
     """dropout(mapping(query · keyᵀ + mask)) · value.
 
     Args:
         query: (bsz, num_heads, tgt_len, head_dim), scaled; this and all else fp32.
         key: (bsz, num_heads, src_len, head_dim).
         value: (bsz, num_heads, src_len, value_dim).
-        rows: the mapping. An α is one number, or (num_heads, 1, 1).
-        mask: to be added to scores, (bsz or 1, num_heads or 1, tgt_len or 1, src_len), or None.
-        is_causal: whether query i sees the keys 0 to i alone.
-        dropout: the probability to drop a probability; what is kept is divided by 1 − dropout.
-        seed: of dropout's mask, 64 bits.
 
     Returns:
         (bsz, num_heads, tgt_len, value_dim), laid out with length first, and what :func:`backward` needs besides:
@@ -106,46 +92,24 @@ def forward(
     """
     output = _length_first(query, query.size(-2), value.size(-1))
     states = query.new_empty(*query.shape[:3], 3)
-    options = rows, mask, is_causal, dropout, seed
-    _call(LIBRARY.functions.attend, query, key, value, *options, output=output, states=states)
+    _call(LIBRARY.functions.attend, query, key, value, call, output=output, states=states)
     return output, (states,)
 
 
 def backward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    rows: Rows,
-    mask: Optional[Tensor],
-    is_causal: bool,
-    dropout: float,
-    seed: int,
-    saved: Tuple[Tensor, ...],
-    grad_output: Tensor,
+    query: Tensor, key: Tensor, value: Tensor, call: Call, saved: Tuple[Tensor, ...], grad_output: Tensor
 ) -> Tuple[Optional[Tensor], ...]:
     """The gradients of query, key, value and ``rows.numbers``, from that of the output; None for that of an ε."""
     (states,) = saved
     grads = [_length_first(query, *tensor.shape[-2:]) for tensor in (query, key, value)]
     tensors = dict(zip(("grad_query", "grad_key", "grad_value"), grads))
-    options = rows, mask, is_causal, dropout, seed
-    grads_of_numbers = _call(
-        LIBRARY.functions.attend_backward, query, key, value, *options,
-        states=states, grad_output=grad_output, **tensors,
-    )  # fmt: skip
+    tensors.update(states=states, grad_output=grad_output)
+    grads_of_numbers = _call(LIBRARY.functions.attend_backward, query, key, value, call, **tensors)
     return (*grads, *grads_of_numbers)
 
 
 def _call(
-    function: Callable,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    rows: Rows,
-    mask: Optional[Tensor],
-    is_causal: bool,
-    dropout: float,
-    seed: int,
-    **tensors: Tensor,
+    function: Callable, query: Tensor, key: Tensor, value: Tensor, call: Call, **tensors: Tensor
 ) -> Tuple[Optional[Tensor], ...]:
     """Call ``function`` with a :class:`Problem` of these tensors, named as its fields.
 
@@ -162,10 +126,10 @@ def _call(
         "states": (bsz, num_heads, tgt_len, 3),
     }
     tensors.update(query=query, key=key, value=value)
-    if mask is not None:
-        mask = mask.expand(*mask.shape[:3], src_len)
+    if call.mask is not None:
+        mask = call.mask.expand(*call.mask.shape[:3], src_len)
         tensors["mask"] = (mask if mask.stride(-1) == 1 else mask.contiguous()).expand(shapes["mask"])
-    numbers = Numbers(rows, torch.Size(shapes["mask"]))
+    numbers = Numbers(call.rows, torch.Size(shapes["mask"]))
     most = min(SCORES // src_len, MOST_QUERIES, bsz * num_heads * tgt_len // BLOCKS)
     block = min(max(most, 1), tgt_len)
     parts = min(-(-PARTS // (bsz * num_heads)), max(-(-tgt_len // block) // BLOCKS_PER_PART, 1))
@@ -179,7 +143,7 @@ def _call(
     )  # fmt: skip
     scratch_size = sum(size + LANES for size in sizes) // LANES * LANES
     scratch, grads = query.new_empty(threads, scratch_size), query.new_empty(numbers.shape)
-    layout = is_causal, block, parts, threads, scratch_size
+    layout = call.is_causal, block, parts, threads, scratch_size
     problem = Problem(bsz, num_heads, tgt_len, src_len, head_dim, value_dim, *layout)
     problem.first, problem.second = numbers.addresses()
     problem.rows_of_each, problem.count = numbers.rows_of_each, numbers.count
@@ -193,9 +157,9 @@ def _call(
         address = tensor.data_ptr()
         setattr(problem, name, address if name == "states" else Matrices(address, *tensor.stride()[:3]))
     problem.grads_of_numbers, problem.scratch, problem.sgemm = grads.data_ptr(), scratch.data_ptr(), sgemm()
-    if dropout:
-        problem.seed, problem.dropped = seed, min(int(dropout * 2**32), 2**32 - 1)
-        problem.scale = 1 / (1 - dropout) if dropout < 1 else 0
+    if call.dropout:
+        problem.seed, problem.dropped = call.seed, min(int(call.dropout * 2**32), 2**32 - 1)
+        problem.scale = 1 / (1 - call.dropout) if call.dropout < 1 else 0
     function(numbers.kind, problem)
     return tuple(numbers.gradients(grads))
 

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ..backend import backend
 from ..rows import Rows
+from .call import Call
 
 logger = logging.getLogger(__name__)
 
@@ -78,10 +79,10 @@ def padded(head_dim: int) -> int:
     return max(1 << (head_dim - 1).bit_length(), 16)
 
 
-def serves(query: Tensor, key: Tensor, value: Tensor, rows: Rows, mask: Optional[Tensor]) -> bool:
+def serves(query: Tensor, key: Tensor, value: Tensor, call: Call) -> bool:
     """Whether :func:`forward` takes these arguments and can run."""
     return (
-        rows.name in ("softmax", "multimax")
+        call.rows.name in ("softmax", "multimax")
         and query.dtype in DTYPES
         and query.device == key.device == value.device
         and query.size(-1) == value.size(-1) <= MOST_DIMENSIONS
@@ -91,55 +92,48 @@ def serves(query: Tensor, key: Tensor, value: Tensor, rows: Rows, mask: Optional
     )
 
 
-def forward(
-    query: Tensor, key: Tensor, value: Tensor, rows: Rows, mask: Optional[Tensor], is_causal: bool, dropout: float,
-    seed: int,
-) -> Tuple[Tensor, Tuple[Tensor, ...]]:  # fmt: skip
+def forward(query: Tensor, key: Tensor, value: Tensor, call: Call) -> Tuple[Tensor, Tuple[Tensor, ...]]:
     """dropout(mapping(query · keyᵀ + mask)) · value; arguments as in :func:`.attend_by`.
 
     Args:
         query, key, value: fp16, bf16 or fp32; tensors whose last dimension has gaps are copied.
-        seed: of dropout's random numbers, int64: the same seed drops the same ones.
 
     Returns:
         (batch, heads, tgt_len, head_dim), laid out with length first, and what the backward needs.
     """
     output = _length_first(query)
     peaks, factors = query.new_empty(2, query.size(0) * query.size(1), query.size(2), dtype=torch.float32)
-    call = _Call(query, key, rows, mask, is_causal, dropout, seed)
-    call("forward", query=query, key=key, value=value, output=output, peaks=peaks, factors=factors)
+    launch = _Launch(query, key, call)
+    launch("forward", query=query, key=key, value=value, output=output, peaks=peaks, factors=factors)
     return output, (peaks, factors)
 
 
 def backward(
-    query: Tensor, key: Tensor, value: Tensor, rows: Rows, mask: Optional[Tensor], is_causal: bool, dropout: float,
-    seed: int, saved: Sequence[Tensor], grad_output: Tensor,
-) -> Tuple[Tensor, ...]:  # fmt: skip
-    """The gradients of query, key, value and of the numbers of ``rows``."""
+    query: Tensor, key: Tensor, value: Tensor, call: Call, saved: Sequence[Tensor], grad_output: Tensor
+) -> Tuple[Tensor, ...]:
+    """The gradients of query, key, value and of the mapping's numbers."""
     peaks, factors = saved
     inputs = {"query": query, "key": key, "value": value, "grad": grad_output}
     kept = {"peaks": peaks, "factors": factors, "expecteds": torch.empty_like(peaks)}
     grads = [_length_first(tensor) for tensor in (query, key, value)]
-    call = _Call(query, key, rows, mask, is_causal, dropout, seed)
-    order = call.constants["ORDER"]
-    table = peaks.new_empty(call.programs("backward_queries"), 2, order, 2)
-    call("backward_queries", **inputs, **kept, grad_query=grads[0], table=table)
-    call("backward_keys", **inputs, **kept, grad_key=grads[1], grad_value=grads[2])
+    launch = _Launch(query, key, call)
+    order = launch.constants["ORDER"]
+    table = peaks.new_empty(launch.programs("backward_queries"), 2, order, 2)
+    launch("backward_queries", **inputs, **kept, grad_query=grads[0], table=table)
+    launch("backward_keys", **inputs, **kept, grad_key=grads[1], grad_value=grads[2])
     if not order:
         return tuple(grads)
     slopes, powers = table.sum(0, dtype=torch.float64)
-    thresholds, gains = rows.numbers
+    thresholds, gains = call.rows.numbers
     grad_thresholds = gains * slopes * slopes.new_tensor([1.0, -1.0])
     return *grads, grad_thresholds.to(thresholds.dtype), powers.to(gains.dtype)
 
 
-class _Call:
+class _Launch:
     """Launches the kernels of one call."""
 
-    def __init__(
-        self, query: Tensor, key: Tensor, rows: Rows, mask: Optional[Tensor], is_causal: bool, dropout: float,
-        seed: int,
-    ):  # fmt: skip
+    def __init__(self, query: Tensor, key: Tensor, call: Call):
+        rows, mask, is_causal, dropout, seed = call
         (batch, heads, tgt_len, head_dim), src_len = query.shape, key.size(2)
         self.rows, self.tgt_len, self.src_len, self.dtype = batch * heads, tgt_len, src_len, query.dtype
         numbers = rows.numbers or (query.new_empty(0, 2), query.new_empty(0, 2))
@@ -192,13 +186,14 @@ _tried = set()  # devices with the constants of kernels
 _distrusted = set()  # devices on which a kernel was wrong, or failed
 
 
-def is_right(query: Tensor, rows: Rows, mask: Optional[Tensor], is_causal: bool, dropout: float) -> bool:
+def is_right(query: Tensor, call: Call) -> bool:
     """Whether kernels with the constants of this call have been right on its device; tries them the first time.
 
     If not, one warning says what was seen, and nothing runs in Triton on that device from then on.
     """
     if query.device in _distrusted:
         return False
+    rows, mask, is_causal, dropout, _ = call
     mask_rows = 0 if mask is None else 1 if mask.size(2) == 1 else TGT_LEN
     order = len(rows.numbers[0]) if rows.numbers else 0
     key = query.device, query.dtype, query.size(-1), order, mask_rows, is_causal, dropout > 0
@@ -232,7 +227,7 @@ def _wrong(
     mask_rows: int, is_causal: bool, drops: bool,
 ) -> str:  # fmt: skip
     """What is wrong with the kernels on a small problem; empty if nothing is."""
-    generator, dropout, seed = torch.Generator().manual_seed(0), DROPOUT if drops else 0.0, 1
+    generator, dropout = torch.Generator().manual_seed(0), DROPOUT if drops else 0.0
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, device="cpu").to(device)
@@ -244,7 +239,7 @@ def _wrong(
     mask = draw(1, 1, mask_rows, SRC_LEN) if mask_rows else None
     if mask_rows:
         mask = mask.masked_fill(mask < -1, -math.inf)
-    rows, options = Rows("multimax" if order else "softmax", numbers), (mask, is_causal, dropout, seed)
+    call = Call(Rows("multimax" if order else "softmax", numbers), mask, is_causal, dropout, seed=1)
 
     def attend(query: Tensor, key: Tensor, value: Tensor, *numbers: Tensor, factors: Tensor) -> Tensor:
         scores = (query @ key.mT).to(torch.promote_types(query.dtype, torch.float32))
@@ -257,7 +252,7 @@ def _wrong(
     if drops:  # equal scores, and values that show which probability is which
         none, eye = torch.zeros_like(inputs[0]), torch.eye(SRC_LEN, device=device, dtype=dtype)
         columns = [F.pad(some, (0, head_dim - some.size(1))) for some in eye.split(head_dim, dim=1)]
-        shown = [forward(none, inputs[1], some.expand_as(inputs[1]), rows, *options)[0] for some in columns]
+        shown = [forward(none, inputs[1], some.expand_as(inputs[1]), call)[0] for some in columns]
         shown = torch.cat(shown, -1)[..., :SRC_LEN].double()
         whole = attend(*(t.double() for t in (none, inputs[1], eye, *numbers)), factors=factors)
         kept = (shown > 0) | (whole == 0)
@@ -274,8 +269,8 @@ def _wrong(
         return [output.detach(), *torch.autograd.grad(output, leaves, upstream.to(dtype))]
 
     exact, plain = results(attend, torch.float64), results(attend, dtype)
-    output, saved = forward(*inputs, rows, *options)
-    ours = [output, *backward(*inputs, rows, *options, saved, upstream)]
+    output, saved = forward(*inputs, call)
+    ours = [output, *backward(*inputs, call, saved, upstream)]
     for name, a, b, right in zip(("output", "query", "key", "value", "thresholds", "gains"), ours, plain, exact):
         error, usual = (((tensor.double() - right).norm() / right.norm()).item() for tensor in (a, b))
         if not error <= 4 * usual + 1e-5:

@@ -10,7 +10,9 @@ from .. import cpp
 from . import Rows
 
 # The places in mappings.hpp; multimax has that of softmax and its order more.
-KINDS = {"softmax": 0, "multimax": 0, "sparsemax": 3, "entmax15": 4, "entmax": 5, "evsoftmax": 6}
+KINDS = {
+    "softmax": 0, "multimax": 0, "sparsemax": 3, "entmax15": 4, "entmax, fixed": 5, "entmax": 6, "evsoftmax": 7
+}  # fmt: skip
 
 # Scores for which one more thread pays, as in PyTorch's own loops.
 SCORES_PER_THREAD = 2**15
@@ -38,7 +40,7 @@ def forward(rows: Rows, scores: Tensor) -> Tensor:
 def backward(
     rows: Rows, scores: Optional[Tensor], probabilities: Tensor, grad: Tensor
 ) -> Tuple[Optional[Tensor], ...]:
-    """∂L/∂scores, (…, width), and the gradients of ``rows.numbers`` (None for ε), from ∂L/∂probabilities.
+    """∂L/∂scores, (…, width), and the gradients of ``rows.numbers``, from ∂L/∂probabilities.
 
     Args:
         scores: for ``multimax``; the backward of the other mappings needs none.
@@ -58,7 +60,7 @@ class Numbers:
     Attributes:
         kind: the mapping.
         tensors: thresholds and gains; ε; or c = α − 1.
-        shape: in which the C++ writes their gradients.
+        shape: in which the C++ writes their gradients; (0,) where they have none.
     """
 
     def __init__(self, rows: Rows, scores: torch.Size):
@@ -69,6 +71,8 @@ class Numbers:
         if rows.name == "multimax":
             self.kind += len(self.tensors[0])
             self.shape = (2, *self.tensors[0].shape)
+        elif rows.name.startswith("entmax,"):
+            self.tensors = [_as_read(rows.numbers[0].double() - 1)]
         elif rows.name == "entmax":
             c = rows.numbers[0].detach().double() - 1  # an α near 1 has few digits of it in fp32
             self.count, self.shape = c.numel(), c.shape
@@ -83,12 +87,12 @@ class Numbers:
         return [tensor.data_ptr() for tensor in self.tensors] + [None] * (2 - len(self.tensors))
 
     def gradients(self, grads: Tensor) -> List[Optional[Tensor]]:
-        """The gradients of ``rows.numbers``, from what the C++ has written."""
-        if self.rows.name == "evsoftmax":
-            return [None]
-        if self.rows.name == "entmax":
-            grads = [grads.sum_to_size(self.rows.numbers[0].shape)]
-        return [grad.to(number.dtype) for grad, number in zip(grads, self.rows.numbers)]
+        """The gradients of ``rows.numbers``, from what the C++ has written; None for those of ε and of a fixed α."""
+        if self.shape == (0,):
+            return [None] * len(self.rows.numbers)
+        found = [grads.sum_to_size(self.rows.numbers[0].shape)] if self.rows.name == "entmax" else grads.unbind()
+        pairs = zip(found, self.rows.numbers)
+        return [grad if number.dtype == grad.dtype else grad.to(number.dtype) for grad, number in pairs]
 
 
 def _call(function: Callable, numbers: Numbers, *tensors: Tensor) -> None:

@@ -22,9 +22,9 @@ def map_rows(rows: Rows, scores: Tensor, dim: int = -1) -> Tensor:
     x = scores.float() if scores.dtype in HALF else scores
     if not cpu.serves(x):
         return rows.formula(scores, *rows.numbers)
-    if torch.is_grad_enabled():
-        return _Rows.apply(rows.name, rows.formula, x, *rows.numbers).to(scores.dtype)
-    return cpu.forward(rows, x).to(scores.dtype)
+    is_learning = torch.is_grad_enabled()
+    probabilities = _Rows.apply(rows.name, rows.formula, x, *rows.numbers) if is_learning else cpu.forward(rows, x)
+    return probabilities if x is scores else probabilities.to(scores.dtype)
 
 
 class _Rows(Function):
@@ -40,7 +40,7 @@ class _Rows(Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
         scores, probabilities, *numbers = kept(ctx)
-        if torch.is_grad_enabled() or not is_plain(grad, scores):
+        if torch.is_grad_enabled() or not is_plain(grad):
             return None, None, *gradients_of(ctx.formula, (scores, *numbers), ctx.needs_input_grad[2:], grad)
         rows = Rows(ctx.name, tuple(numbers))
         return None, None, *cpu.backward(rows, scores, probabilities, grad)

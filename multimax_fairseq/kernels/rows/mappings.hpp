@@ -46,6 +46,7 @@ inline void with_mapping(int64_t kind, Body body) {
     case 3: return body(Type<Sparsemax>{});
     case 4: return body(Type<Entmax<HalfPower>>{});
     case 5: return body(Type<Entmax<AnyPower>>{});
+    case 6: return body(Type<Entmax<AnyPower, true>>{});
     default: return body(Type<EvSoftmax>{});
   }
 }

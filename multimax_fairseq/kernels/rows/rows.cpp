@@ -17,12 +17,13 @@ struct Problem {
   template <class Mapping, class Body>
   void each_group(Body body) const {
     share(groups, threads, [&](int64_t group, int64_t last, int64_t) {
-      std::vector<float> room(room_for(width));
+      struct alignas(64) Line { char bytes[64]; };  // vectors that lie in two lines of the cache take twice the time
+      std::vector<Line> room(room_for(width) / 16 + 1);
       for (; group < last; ++group) {
         const int64_t place = group / groups_of_each, start = place * numbers.rows_of_each;
         const int64_t row = start + group % groups_of_each * of_group;
         body(numbers.mapping<Mapping>(place), row, std::min(row + of_group, start + numbers.rows_of_each), group,
-             room.data());
+             reinterpret_cast<float*>(room.data()));
       }
     });
   }
@@ -35,7 +36,11 @@ void forward(const Problem& problem, const float* scores, float* probabilities) 
     if constexpr (Mapping::ROWS_ABREAST) {
       for (int height; width <= FEW_SCORES && row < end; row += height) {
         height = std::min(int64_t(LANES), end - row);
-        mapping.forward_abreast(scores + row * width, probabilities + row * width, width, height, room);
+        uint32_t alone = mapping.forward_abreast(scores + row * width, probabilities + row * width, width, height);
+        for (; alone; alone &= alone - 1) {
+          const int64_t at = (row + __builtin_ctz(alone)) * width;
+          mapping.forward(scores + at, probabilities + at, width, room);
+        }
       }
     }
     for (; row < end; ++row) mapping.forward(scores + row * width, probabilities + row * width, width, room);

@@ -43,66 +43,6 @@ inline int64_t keep(const float* scores, float peak, float limit, int64_t count,
   return kept;
 }
 
-// p = max(d - tau, 0), tau = (the sum of d > tau, less 1) / their number. Scores on a grid are often exactly at tau,
-// and do not belong to the support: sums of d and tau are in double precision, so that each d is on its side.
-class Sparsemax {
- public:
-  static constexpr bool ROWS_ABREAST = false;
-  static constexpr int NUMBERS = 0;
-  using Sums = NoSums;
-
-  Sparsemax(const float*, const float*) {}
-
-  State forward(const float* scores, float* p, int64_t count, float* room) const {
-    bool wrong;
-    const float peak = largest(scores, count, wrong);
-    const int64_t kept = keep(scores, peak, -1, count, room);
-    double tau = -1, support = 0, before = -1;
-    for (int steps = 0; support != before && steps < MOST_STEPS; ++steps) {  // tau rises until none falls below
-      Doubles totals = {}, counts = {};
-      for (int64_t j = 0; j < kept; j += LANES) {
-        Doubles d[2];
-        halves(load(room + j, AllLanes{}, 0), d);
-        for (const Doubles& half : d) {
-          totals += half > tau ? half : Doubles{}, counts += half > tau ? Doubles{} + 1. : Doubles{};
-        }
-      }
-      before = support, support = sum(counts), tau = (sum(totals) - 1) / support;
-    }
-    float cut = float(tau);
-    if (cut > tau) cut = std::nextafter(cut, -INFINITE);  // so that d > cut exactly where d > tau
-    const float factor = wrong ? NOT_A_NUMBER : support == 0 ? 0 : float(1 / (1 + support * (tau - cut)));
-    again(scores, {peak, cut, factor}, p, count, room);
-    return {peak, cut, factor};
-  }
-
-  void again(const float* scores, State state, float* p, int64_t count, float*) const {
-    each(count, [&](int64_t j, auto lanes) {
-      const Vec d = load(scores + j, lanes, -INFINITE) - state.peak;
-      store(p + j, lanes, state.factor * max(d - state.cut, Vec{}));
-    });
-  }
-
-  // dL/dx = g less its mean over the support
-  void backward(const float*, const float* p, const float* grad, float* grad_scores, int64_t count, Sums&,
-                float*) const {
-    Vec counts = {}, totals = {};
-    each(count, [&](int64_t j, auto lanes) {
-      const Vec one = support(load(p + j, lanes, 0));
-      counts += one, totals += one * load(grad + j, lanes, 0);
-    });
-    const float number = sum(counts), mean = number == 0 ? 0 : sum(totals) / number;
-    each(count, [&](int64_t j, auto lanes) {
-      store(grad_scores + j, lanes, support(load(p + j, lanes, 0)) * (load(grad + j, lanes, 0) - mean));
-    });
-  }
-
-  void add(const Sums&, double*) const {}
-
- private:
-  static Vec support(Vec p) { return p > 0.f ? all(1.f) : p; }  // NaN stays
-};
-
 inline Vec sqrt(Vec v) {
   for (int lane = 0; lane < LANES; ++lane) v[lane] = __builtin_sqrtf(v[lane]);
   return v;
@@ -156,6 +96,14 @@ inline Vec reciprocal(Vec x) {
 // 0; where c is large, it falls so steeply to this 0 that fp32 has too few digits of a small p: a row with a base
 // nearer to 0 than edge is solved again in double precision.
 
+struct WholePower {
+  const Vec c = all(1.f), bend = {}, near = all(1e-6f), edge = all(1e-5f);
+  static constexpr bool IS_COSTLY = false;
+  static Vec power(Vec base, Vec) { return base; }
+  static Vec slope(Vec, Vec, Vec) { return all(1.f); }
+  static Vec shrink(Vec sum) { return 1.f / sum; }
+};
+
 struct HalfPower {
   static constexpr bool IS_COSTLY = false;
   const Vec c = all(0.5f), bend = all(0.5f), near = all(1e-6f), edge = all(-1.f);
@@ -171,7 +119,7 @@ struct AnyPower {
   const Vec c, reciprocal, bend, near, edge;
   explicit AnyPower(const float* number)
       : c(all(*number)), reciprocal(1.f / c), bend(c > 0.55f ? Vec{} : 0.5f * (1.f - c) / c),
-        near(c > 0.55f ? all(1e-6f) : all(5e-4f)),
+        near(c > 0.55f ? all(1e-6f) : all(2e-3f)),
         edge(c > 0.55f ? all(2e-3f) : c > 0.33f ? all(1e-4f) : all(-1.f)) {}
   Vec power(Vec base, Vec base_less_1) const { return exp2(log2_1p(base_less_1, base) * reciprocal); }
   static Vec slope(Vec q, Vec, Vec inverse) { return q * inverse; }
@@ -258,6 +206,118 @@ inline void transpose(Vec* rows) {
   if constexpr (HALF > 1) transpose<HALF / 2>(rows);
 }
 
+// The probabilities of `height` rows, at most LANES, of up to FEW_SCORES scores, each in a lane of its own. Returns a bit
+// for each row that has to be computed alone: those with NaN, +inf or a base near 0.
+template <class Power>
+uint32_t project_abreast(const Power power, const float* scores, float* p, int64_t width, int height) {
+  Vec d[FEW_SCORES], q[FEW_SCORES], peaks = all(LOWEST), totals = {};
+  uint32_t alone = 0;
+  for (int64_t start = 0; start < width; start += LANES) {
+    const int lanes = std::min(int64_t(LANES), width - start);
+    for (int i = 0; i < LANES; ++i) {
+      d[start + i] = i < height ? load(scores + i * width + start, lanes, -INFINITE) : all(-INFINITE);
+    }
+    transpose(d + start);
+  }
+  for (int64_t j = 0; j < width; ++j) alone |= lanes_above(d[j], all(-LOWEST)), peaks = max(d[j], peaks);
+  for (int64_t j = 0; j < width; ++j) d[j] -= peaks;
+  Root<Power> root(power);
+  if constexpr (Power::IS_COSTLY) {
+    // Start near the root, by way of alpha = 1.5, whose powers are cheap: the logarithm of the largest probability
+    // falls about linearly with c.
+    Root<HalfPower> start(HalfPower{nullptr});
+    for (int steps = 0; steps < STARTS; ++steps) {
+      start.clear();
+      for (int64_t j = 0; j < width; ++j) start.add(d[j]);
+      start.step();
+    }
+    root.t = exp2(2.f * power.c * (1.4f - 0.8f * power.c) * log2(start.t)), root.ratio = power.c / root.t;
+  }
+  for (int steps = 0; steps < MOST_STEPS; ++steps) {
+    root.clear();
+    for (int64_t j = 0; j < width; ++j) root.add(d[j]);
+    if (!root.step()) break;
+  }
+  for (int64_t j = 0; j < width; ++j) {
+    const Vec base_less_1 = root.ratio * d[j], base = 1.f + base_less_1;
+    totals += q[j] = base > 0.f ? power.power(base, base_less_1) : Vec{};
+    alone |= ~lanes_above(max(base, -base), power.edge);
+  }
+  const Vec factor = totals > 0.f ? 1.f / totals : Vec{};
+  for (int64_t start = 0; start < width; start += LANES) {
+    for (int i = 0; i < LANES; ++i) q[start + i] *= factor;
+    transpose(q + start);
+    for (int i = 0; i < height; ++i) {
+      store(p + i * width + start, int(std::min(int64_t(LANES), width - start)), q[start + i]);
+    }
+  }
+  return alone & ((1u << height) - 1);
+}
+
+// p = max(d - tau, 0), tau = (the sum of d > tau, less 1) / their number. Scores on a grid are often exactly at tau,
+// and do not belong to the support: sums of d and tau are in double precision, so that each d is on its side.
+class Sparsemax {
+ public:
+  static constexpr bool ROWS_ABREAST = true;
+  static constexpr int NUMBERS = 0;
+  using Sums = NoSums;
+
+  Sparsemax(const float*, const float*) {}
+
+  uint32_t forward_abreast(const float* scores, float* p, int64_t width, int height) const {
+    return project_abreast(WholePower(), scores, p, width, height);
+  }
+
+  State forward(const float* scores, float* p, int64_t count, float* room) const {
+    bool wrong;
+    const float peak = largest(scores, count, wrong);
+    const int64_t kept = keep(scores, peak, -1, count, room);
+    double tau = -1, support = 0, before = -1;
+    for (int steps = 0; support != before && steps < MOST_STEPS; ++steps) {  // tau rises until none falls below
+      Doubles totals = {}, counts = {};
+      for (int64_t j = 0; j < kept; j += LANES) {
+        Doubles d[2];
+        halves(load(room + j, AllLanes{}, 0), d);
+        for (const Doubles& half : d) {
+          totals += half > tau ? half : Doubles{}, counts += half > tau ? Doubles{} + 1. : Doubles{};
+        }
+      }
+      before = support, support = sum(counts), tau = (sum(totals) - 1) / support;
+    }
+    float cut = float(tau);
+    if (cut > tau) cut = std::nextafter(cut, -INFINITE);  // so that d > cut exactly where d > tau
+    const float factor = wrong ? NOT_A_NUMBER : support == 0 ? 0 : float(1 / (1 + support * (tau - cut)));
+    again(scores, {peak, cut, factor}, p, count, room);
+    return {peak, cut, factor};
+  }
+
+  void again(const float* scores, State state, float* p, int64_t count, float*) const {
+    each(count, [&](int64_t j, auto lanes) {
+      const Vec d = load(scores + j, lanes, -INFINITE) - state.peak;
+      store(p + j, lanes, state.factor * max(d - state.cut, Vec{}));
+    });
+  }
+
+  // dL/dx = g less its mean over the support
+  void backward(const float*, const float* p, const float* grad, float* grad_scores, int64_t count, Sums&,
+                float*) const {
+    Vec counts = {}, totals = {};
+    each(count, [&](int64_t j, auto lanes) {
+      const Vec one = support(load(p + j, lanes, 0));
+      counts += one, totals += one * load(grad + j, lanes, 0);
+    });
+    const float number = sum(counts), mean = number == 0 ? 0 : sum(totals) / number;
+    each(count, [&](int64_t j, auto lanes) {
+      store(grad_scores + j, lanes, support(load(p + j, lanes, 0)) * (load(grad + j, lanes, 0) - mean));
+    });
+  }
+
+  void add(const Sums&, double*) const {}
+
+ private:
+  static Vec support(Vec p) { return p > 0.f ? all(1.f) : p; }  // NaN stays
+};
+
 // (exp(x) - 1 - x) / x^2 for x in [0, 1], to 1 unit in the last place: its series.
 inline Vec bent(Vec x) {
   Vec y = x * 2.087675699e-9f + 2.505210839e-8f;
@@ -273,16 +333,20 @@ inline Vec bent(Vec x) {
 }
 
 // alpha-entmax, alpha = 1 + c.
-template <class Power>
+template <class Power, bool IS_LEARNED = false>
 class Entmax {
  public:
   static constexpr bool ROWS_ABREAST = true;
-  static constexpr int NUMBERS = Power::IS_COSTLY ? 1 : 0;
+  static constexpr int NUMBERS = IS_LEARNED;
   struct Sums {
     double c = 0;  // dL/dc
   };
 
   Entmax(const float* c, const float*) : power(c) {}
+
+  uint32_t forward_abreast(const float* scores, float* p, int64_t width, int height) const {
+    return project_abreast(power, scores, p, width, height);
+  }
 
   State forward(const float* scores, float* p, int64_t count, float* room) const {
     bool wrong;
@@ -305,54 +369,6 @@ class Entmax {
     state.factor = wrong ? NOT_A_NUMBER : total == 0 ? 0 : 1 / total;
     each(count, [&](int64_t j, auto lanes) { store(p + j, lanes, state.factor * load(p + j, lanes, 0)); });
     return state;
-  }
-
-  // `height` rows, at most LANES, each in a lane of its own. States are not wanted.
-  void forward_abreast(const float* scores, float* p, int64_t width, int height, float* room) const {
-    Vec d[FEW_SCORES], q[FEW_SCORES], peaks = all(LOWEST), totals = {};
-    uint32_t alone = 0;  // rows with NaN or +inf, or with a base near 0
-    for (int64_t start = 0; start < width; start += LANES) {
-      const int lanes = std::min(int64_t(LANES), width - start);
-      for (int i = 0; i < LANES; ++i) {
-        d[start + i] = i < height ? load(scores + i * width + start, lanes, -INFINITE) : all(-INFINITE);
-      }
-      transpose(d + start);
-    }
-    for (int64_t j = 0; j < width; ++j) alone |= lanes_above(d[j], all(-LOWEST)), peaks = max(d[j], peaks);
-    for (int64_t j = 0; j < width; ++j) d[j] -= peaks;
-    Root<Power> root(power);
-    if constexpr (Power::IS_COSTLY) {
-      // Start near the root, by way of alpha = 1.5, whose powers are cheap: the logarithm of the largest probability
-      // falls about linearly with c.
-      Root<HalfPower> start(HalfPower{nullptr});
-      for (int steps = 0; steps < STARTS; ++steps) {
-        start.clear();
-        for (int64_t j = 0; j < width; ++j) start.add(d[j]);
-        start.step();
-      }
-      root.t = exp2(2.f * power.c * (1.4f - 0.8f * power.c) * log2(start.t)), root.ratio = power.c / root.t;
-    }
-    for (int steps = 0; steps < MOST_STEPS; ++steps) {
-      root.clear();
-      for (int64_t j = 0; j < width; ++j) root.add(d[j]);
-      if (!root.step()) break;
-    }
-    for (int64_t j = 0; j < width; ++j) {
-      const Vec base_less_1 = root.ratio * d[j], base = 1.f + base_less_1;
-      totals += q[j] = base > 0.f ? power.power(base, base_less_1) : Vec{};
-      alone |= ~lanes_above(max(base, -base), power.edge);
-    }
-    const Vec factor = totals > 0.f ? 1.f / totals : Vec{};
-    for (int64_t start = 0; start < width; start += LANES) {
-      for (int i = 0; i < LANES; ++i) q[start + i] *= factor;
-      transpose(q + start);
-      for (int i = 0; i < height; ++i) {
-        store(p + i * width + start, int(std::min(int64_t(LANES), width - start)), q[start + i]);
-      }
-    }
-    for (int i = 0; i < height; ++i) {
-      if (alone >> i & 1) forward(scores + i * width, p + i * width, width, room);
-    }
   }
 
   // Returns the sum of p.
@@ -432,13 +448,17 @@ class Entmax {
     each(kept, [&](int64_t j, auto lanes) {
       const Vec y = load(left + j, lanes, 0), g = load(grad_left + j, lanes, 0), slope = power.slope_of(y);
       slopes += slope, products += slope * g;
-      const Vec l = y >= SMALLEST ? 0.693147181f * log2(y) : Vec{}, x = -c * l, pl = y * l;
-      const Vec bend = x < 1.f ? pl * l * bent(x) : ((slope - y) * reciprocal_of_c + pl) * reciprocal_of_c;
-      logs += pl, linear_products += g * (y - c * pl), bends += bend, bend_products += g * bend;
       store(slope_left + j, lanes, slope);
+      if constexpr (IS_LEARNED) {
+        const Vec l = y >= SMALLEST ? 0.693147181f * log2(y) : Vec{}, x = -c * l, pl = y * l;
+        const Vec bend = x < 1.f ? pl * l * bent(x) : ((slope - y) * reciprocal_of_c + pl) * reciprocal_of_c;
+        logs += pl, linear_products += g * (y - c * pl), bends += bend, bend_products += g * bend;
+      }
     });
     const float total = sum(slopes), inverse = total == 0 ? 0 : 1 / total, mean = sum(products) * inverse;
-    sums.c += (sum(bends) * sum(linear_products) - (1 - c * sum(logs)) * sum(bend_products)) * inverse;
+    if constexpr (IS_LEARNED) {
+      sums.c += (sum(bends) * sum(linear_products) - (1 - c * sum(logs)) * sum(bend_products)) * inverse;
+    }
     float* to = count > FEW_SCORES ? slope_left : grad_scores;
     each(kept, [&](int64_t j, auto lanes) {
       store(to + j, lanes, load(slope_left + j, lanes, 0) * (load(grad_left + j, lanes, 0) - mean));
@@ -451,7 +471,7 @@ class Entmax {
   }
 
   void add(const Sums& sums, double* grads) const {
-    if constexpr (NUMBERS) *grads += sums.c;
+    if constexpr (IS_LEARNED) *grads += sums.c;
   }
 
  private:
