@@ -3,6 +3,7 @@
 import argparse
 import functools
 import logging
+import zipfile
 from typing import Any, Callable
 
 import torch
@@ -36,10 +37,8 @@ def checks_mappings(load_checkpoint: Callable) -> Callable:
 def options_of(path: str) -> Any:
     """The namespace or config of a checkpoint's model; read in each process, as what fairseq sends has lost it."""
     path = PathManager.get_local_path(path)
-    try:
-        state = torch.load(path, map_location="cpu", mmap=True)  # leaves the weights on the disk
-    except RuntimeError:  # a file in torch's format before 1.6
-        state = torch.load(path, map_location="cpu")
+    is_zip = zipfile.is_zipfile(path)  # not before torch 1.6; with mmap the weights stay on the disk
+    state = torch.load(path, map_location="cpu", mmap=is_zip)
     model = (state.get("cfg") or {}).get("model") or state.get("args")
     return argparse.Namespace(**model) if isinstance(model, dict) else model
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from ..mappings import MAPPINGS, SPARSE, MultiMax
 from ..modules.scale import LearnedScale, LogLengthScale
 from .attach import attach, attention_sites
-from .options import MappingChoice
+from .checkpoints import warn_of_what_is_gone
+from .options import MappingChoice, option_errors
 from .sparse_search import build_sparse_generator
 
 logger = logging.getLogger(__name__)
@@ -25,46 +26,34 @@ class MappedModelMixin:
     """Gives a model its mappings, loads checkpoints, logs modulators; a base class named before the stock class."""
 
     @classmethod
-    def hub_models(cls) -> Dict[str, str]:
-        """None: fairseq's are of the stock classes (start from them with --finetune-from-model)."""
-        return {}
-
-    def set_mapping_options(self, args: Any, task: FairseqTask, choice: MappingChoice) -> None:
-        """Attach the mappings of ``choice``, and do what else ``args`` (:class:`.options.MappingOptions`) say.
+    @option_errors()
+    def build_model(cls, args: Any, task: FairseqTask) -> "MappedModelMixin":
+        """The stock model of ``args``, with the mappings that they choose (:class:`.options.MappingOptions`).
 
         Raises:
-            ValueError: the modulators are to have a learning rate of their own, and there are none; or see
-                :meth:`check_alignments`.
+            ValueError: a choice that does not exist, or that does not go with this model or task.
         """
-        attach(self, choice)
-        self.logged_modulators = getattr(args, "log_modulators", "site")
+        choice = MappingChoice.from_options(args)
+        warn_of_what_is_gone(args)
+        model = super().build_model(args, task)
+        attach(model, choice)
+        model.logged_modulators = getattr(args, "log_modulators", "site")
         scale = getattr(args, "modulator_lr_scale", 1)
-        if scale != 1 and not modulators_by_site(self):
+        if scale != 1 and not modulators_by_site(model):
             raise ValueError(
                 f"--modulator-lr-scale {scale}: this model has no modulators; use --attention-mapping multimax or "
                 "--output-mapping multimax, or drop it"
             )
-        if getattr(getattr(task, "cfg", None), "load_alignments", False):
-            self.check_alignments()
-        if self.decoder.is_sparse:
+        mapping, follows_alignments = choice.attention[0], getattr(getattr(task, "cfg", 0), "load_alignments", False)
+        if follows_alignments and "cross" in choice.sites and mapping in SPARSE:
+            raise ValueError(
+                "guided alignment (--load-alignments) is the logarithm of cross-attention's probabilities, and "
+                f"{mapping} makes most of them 0: leave cross out of --attention-mapping-sites, or drop "
+                "--load-alignments"
+            )
+        if model.decoder.is_sparse:
             task.build_generator = functools.partial(build_sparse_generator, task.build_generator)
-
-    def get_targets(self, sample: Dict[str, Any], net_output: Any) -> Tensor:
-        """As the stock model's; raises ValueError as :meth:`check_alignments` if the batch has word alignments."""
-        if sample.get("alignments") is not None:
-            self.check_alignments()
-        return super().get_targets(sample, net_output)
-
-    def check_alignments(self) -> None:
-        """Raise ValueError if cross-attention, which is to follow word alignments, can give them probability 0."""
-        for site, _, attention in attention_sites(self):
-            mapping = getattr(attention, "mapping", None)
-            if site == "cross" and isinstance(mapping, tuple(MAPPINGS[name] for name in SPARSE)):
-                raise ValueError(
-                    "guided alignment (--load-alignments) is the logarithm of cross-attention's probabilities, and "
-                    f"{type(mapping).__name__.lower()} makes most of them 0: leave cross out of "
-                    "--attention-mapping-sites, or drop --load-alignments"
-                )
+        return model
 
     def _load_from_state_dict(self, state_dict: Dict[str, Tensor], prefix: str, *args, **kwargs) -> None:
         # Not in fairseq's upgrade_state_dict: --encoder-layers-to-keep renumbers the layers after that.

@@ -43,12 +43,15 @@ class MappedMultiheadAttention(MultiheadAttention):
         version of fairseq.
 
         Raises:
-            TypeError: it is of a subclass, whose own way of attending would be lost.
+            TypeError: it attends in its own way, which would be lost: a subclass, xFormers, keys of no token.
         """
-        if type(attention) not in (MultiheadAttention, cls):
+        has_own_keys = attention.bias_k is not None or attention.add_zero_attn
+        is_plain = type(attention) in (MultiheadAttention, cls) and not attention.use_xformers
+        if not is_plain or has_own_keys:
             raise TypeError(
-                f"only fairseq's MultiheadAttention itself can be given a mapping; {type(attention).__name__} "
-                f"attends in its own way, which would be lost: leave {site} out of --attention-mapping-sites"
+                "only fairseq's MultiheadAttention itself, without xFormers, add_bias_kv and add_zero_attn, can be "
+                f"given a mapping; this {type(attention).__name__} attends in its own way, which would be lost: "
+                f"leave {site} out of --attention-mapping-sites"
             )
         attention.__class__ = cls
         attention.mapping = mapping
@@ -92,7 +95,7 @@ class MappedMultiheadAttention(MultiheadAttention):
             (attn_mask,) = attn_mask
         if incremental_state is None:
             queries, keys, values = self._project(query, key, value)
-            mask, is_causal = self._mask(keys, key_padding_mask, attn_mask)
+            mask, is_causal = self._mask(key_padding_mask, attn_mask)
             if self.scale is not None:
                 seen = queries.new_zeros(1, 1, 1, keys.size(2)) if mask is None else mask
                 queries = (queries * self._factor(seen, is_causal, queries.size(2))).to(queries.dtype)
@@ -123,50 +126,27 @@ class MappedMultiheadAttention(MultiheadAttention):
             key = value = query
         elif self.encoder_decoder_attention:
             value = key
-        queries, keys, values = self.q_proj(query).mul_(self.scaling), self.k_proj(key), self.v_proj(value)
-        if self.bias_k is not None:
-            keys = torch.cat([keys, self.bias_k.to(keys).expand(1, keys.size(1), -1)])
-            values = torch.cat([values, self.bias_v.to(values).expand(1, values.size(1), -1)])
-        if self.add_zero_attn:
-            keys, values = (torch.cat([tensor, tensor.new_zeros(1, *tensor.shape[1:])]) for tensor in (keys, values))
-        bsz = query.size(1)
-        heads = bsz, self.num_heads, self.head_dim
-        return tuple(tensor.view(tensor.size(0), *heads).permute(1, 2, 0, 3) for tensor in (queries, keys, values))
+        projected = self.q_proj(query).mul_(self.scaling), self.k_proj(key), self.v_proj(value)
+        heads = query.size(1), self.num_heads, self.head_dim
+        return tuple(tensor.view(tensor.size(0), *heads).permute(1, 2, 0, 3) for tensor in projected)
 
     def _mask(
-        self, keys: Tensor, key_padding_mask: Optional[Tensor], attn_mask: Optional[Tensor]
+        self, key_padding_mask: Optional[Tensor], attn_mask: Optional[Tensor]
     ) -> Tuple[Optional[Tensor], bool]:
-        """What to add to scores, (bsz | 1, num_heads | 1, tgt_len | 1, src_len), and whether to mask causally too.
-
-        Keys that belong to no token (``add_bias_kv``, ``add_zero_attn``) come last, and are always seen.
-        """
-        bsz, _, src_len, _ = keys.shape
-        extra = int(self.bias_k is not None) + int(self.add_zero_attn)
-        is_causal = getattr(attn_mask, CAUSAL, False) and not extra
+        """What to add to scores, (bsz | 1, num_heads | 1, tgt_len | 1, src_len), and whether to mask causally too."""
+        is_causal = getattr(attn_mask, CAUSAL, False)
         mask = None
         if attn_mask is not None and not is_causal:
-            mask = self._by_head(additive_mask(attn_mask, torch.float32), bsz)
+            mask = self._by_head(attn_mask, torch.float32)
         if key_padding_mask is not None and key_padding_mask.dim():
             padding = additive_mask(key_padding_mask.bool(), torch.float32)[:, None, None]
             mask = padding if mask is None else mask + padding
-        if extra and mask is not None:
-            mask = torch.nn.functional.pad(mask, (0, extra))
         return mask, is_causal
 
-    def _by_head(self, mask: Tensor, bsz: int) -> Tensor:
-        """A mask of :meth:`forward`, with dimensions for sentences and heads.
-
-        Raises:
-            ValueError: its first dimension is of another size than bsz · num_heads.
-        """
-        if mask.dim() == 2:
-            return mask[None, None]
-        if mask.dim() != 3 or mask.size(0) != bsz * self.num_heads:
-            raise ValueError(
-                f"attn_mask is (tgt_len, src_len), or ({bsz * self.num_heads}, tgt_len, src_len) for {bsz} sentences "
-                f"of {self.num_heads} heads; got {tuple(mask.shape)}"
-            )
-        return mask.unflatten(0, (bsz, self.num_heads))
+    def _by_head(self, mask: Tensor, dtype: torch.dtype) -> Tensor:
+        """A mask of :meth:`forward`, to be added, with dimensions for sentences and heads."""
+        mask = additive_mask(mask, dtype)
+        return mask[None, None] if mask.dim() == 2 else mask.unflatten(0, (-1, self.num_heads))
 
     def _factor(self, seen: Tensor, is_causal: bool, tgt_len: int) -> Tensor:
         """What ``scale`` makes of the keys that are seen, as :func:`.scale.visible_keys` counts them."""
@@ -176,7 +156,7 @@ class MappedMultiheadAttention(MultiheadAttention):
 
     def _scaled_and_masked(self, scores: Tensor, attn_mask: Optional[Tensor]) -> Tensor:
         """Scores of fairseq, −inf at padding, (bsz, num_heads, tgt_len, src_len), times ``scale``, plus the mask."""
-        added = 0.0 if attn_mask is None else self._by_head(additive_mask(attn_mask, scores.dtype), scores.size(0))
+        added = 0.0 if attn_mask is None else self._by_head(attn_mask, scores.dtype)
         if self.scale is not None:
             absent = is_absent(scores)
             factor = self._factor(scores + added, False, scores.size(2))
