@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from ..kernels.rows import Rows
 from ..kernels.rows.mapped import map_rows
 from .masking import compute_dtype, is_absent
-from .option import Option
 
 LEARNED_ALPHA_MIN = 1.01
 
@@ -197,10 +196,9 @@ class Entmax(nn.Module):
         ValueError: α is neither ``"learned"`` nor a number in (1, 2].
     """
 
-    options = (
-        Option("entmax_alpha", "alpha", "α of entmax: a number in (1, 2], or learned (one a head, one for the "
-               "vocabulary)"),
-    )  # fmt: skip
+    options = {
+        "entmax_alpha": ("alpha", "α of entmax: a number in (1, 2], or learned (one a head, one for the vocabulary)"),
+    }
 
     def __init__(self, alpha: Union[float, str] = 1.5, num_heads: Optional[int] = None):
         super().__init__()
@@ -244,7 +242,7 @@ class Entmax(nn.Module):
 class Sparsemax(Entmax):
     """:func:`sparsemax` over the last dimension: entmax with α = 2."""
 
-    options = ()
+    options = {}
 
     def __init__(self):
         super().__init__(2.0)
@@ -253,7 +251,7 @@ class Sparsemax(Entmax):
 class Entmax15(Entmax):
     """:func:`entmax15` over the last dimension."""
 
-    options = ()
+    options = {}
 
     def __init__(self):
         super().__init__(1.5)

@@ -35,16 +35,16 @@ def option_errors() -> Iterator[None]:
 
 
 # The options of the package's own mappings, as their classes declare them.
-OWN_OPTIONS = {name: getattr(MAPPINGS[name], "options", ()) for name in MAPPINGS}
+OWN_OPTIONS = {name: getattr(MAPPINGS[name], "options", {}) for name in MAPPINGS}
 
 
 def _own_fields() -> Iterator[Tuple[str, type, Any]]:
     """The fields of a dataclass for ``OWN_OPTIONS``; an argument that also takes words is a string."""
-    for name, options in OWN_OPTIONS.items():
-        for option in options:
-            argument = arguments_of(MAPPINGS[name])[option.argument]
-            kind = argument.annotation if argument.annotation in (int, float, str) else str
-            yield option.name, kind, field(default=kind(argument.default), metadata={"help": option.help})
+    for mapping, options in OWN_OPTIONS.items():
+        for name, (argument, text) in options.items():
+            known = arguments_of(MAPPINGS[mapping])[argument]
+            kind = known.annotation if known.annotation in (int, float, str) else str
+            yield name, kind, field(default=kind(known.default), metadata={"help": text})
 
 
 @dataclass
@@ -188,9 +188,10 @@ def describe(args: Any) -> Dict[str, str]:
     def words(name: str) -> str:
         if name not in BUILT_IN:
             return f"{name} {options.mapping_options}".strip()
-        fixed = [option for option in OWN_OPTIONS[name] if not option.may_change]
-        values = (",".join(sorted(_split(getattr(options, option.name)))) for option in fixed)
-        return " ".join([name, *(f"{option.argument}={value}" for option, value in zip(fixed, values))])
+        may_change = getattr(MAPPINGS[name], "may_change", ())
+        fixed = {argument: _split(value) for argument, value in _mapping(name, options)[1].items()
+                 if argument not in may_change}  # fmt: skip
+        return " ".join([name, *(f"{argument}={','.join(sorted(value))}" for argument, value in fixed.items())])
 
     sites = _split(options.attention_mapping_sites)
     sites = sorted(site for site in available_sites(args) if site in sites)
@@ -213,7 +214,7 @@ def _mapping(name: str, options: Any) -> Mapping:
     """The mapping of a name, with the arguments that ``options`` give it."""
     if name not in BUILT_IN:
         return name, parse_options(name, options.mapping_options)
-    return name, {option.argument: getattr(options, option.name) for option in OWN_OPTIONS[name]}
+    return name, {argument: getattr(options, option) for option, (argument, _) in OWN_OPTIONS[name].items()}
 
 
 def _split(names: Union[str, Sequence[str]]) -> Sequence[str]:

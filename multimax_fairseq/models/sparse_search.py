@@ -20,7 +20,6 @@ from typing import Any, Callable, Dict, List
 
 import torch
 from fairseq.sequence_generator import SequenceGenerator
-from fairseq.sequence_scorer import SequenceScorer
 from torch import Tensor, nn
 
 from ..modules.decoder import LOG_ZERO

@@ -95,7 +95,7 @@ class MappedMultiheadAttention(MultiheadAttention):
             (attn_mask,) = attn_mask
         if incremental_state is None:
             queries, keys, values = self._project(query, key, value)
-            mask, is_causal = self._mask(key_padding_mask, attn_mask)
+            mask, is_causal = self._mask(keys, key_padding_mask, attn_mask)
             if self.scale is not None:
                 seen = queries.new_zeros(1, 1, 1, keys.size(2)) if mask is None else mask
                 queries = (queries * self._factor(seen, is_causal, queries.size(2))).to(queries.dtype)
@@ -131,22 +131,22 @@ class MappedMultiheadAttention(MultiheadAttention):
         return tuple(tensor.view(tensor.size(0), *heads).permute(1, 2, 0, 3) for tensor in projected)
 
     def _mask(
-        self, key_padding_mask: Optional[Tensor], attn_mask: Optional[Tensor]
+        self, keys: Tensor, key_padding_mask: Optional[Tensor], attn_mask: Optional[Tensor]
     ) -> Tuple[Optional[Tensor], bool]:
         """What to add to scores, (bsz | 1, num_heads | 1, tgt_len | 1, src_len), and whether to mask causally too."""
         is_causal = getattr(attn_mask, CAUSAL, False)
         mask = None
         if attn_mask is not None and not is_causal:
-            mask = self._by_head(attn_mask, torch.float32)
+            mask = self._by_head(attn_mask, torch.float32, keys.size(0))
         if key_padding_mask is not None and key_padding_mask.dim():
             padding = additive_mask(key_padding_mask.bool(), torch.float32)[:, None, None]
             mask = padding if mask is None else mask + padding
         return mask, is_causal
 
-    def _by_head(self, mask: Tensor, dtype: torch.dtype) -> Tensor:
+    def _by_head(self, mask: Tensor, dtype: torch.dtype, bsz: int) -> Tensor:
         """A mask of :meth:`forward`, to be added, with dimensions for sentences and heads."""
         mask = additive_mask(mask, dtype)
-        return mask[None, None] if mask.dim() == 2 else mask.unflatten(0, (-1, self.num_heads))
+        return mask[None, None] if mask.dim() == 2 else mask.unflatten(0, (bsz, self.num_heads))
 
     def _factor(self, seen: Tensor, is_causal: bool, tgt_len: int) -> Tensor:
         """What ``scale`` makes of the keys that are seen, as :func:`.scale.visible_keys` counts them."""
@@ -156,7 +156,7 @@ class MappedMultiheadAttention(MultiheadAttention):
 
     def _scaled_and_masked(self, scores: Tensor, attn_mask: Optional[Tensor]) -> Tensor:
         """Scores of fairseq, −inf at padding, (bsz, num_heads, tgt_len, src_len), times ``scale``, plus the mask."""
-        added = 0.0 if attn_mask is None else self._by_head(attn_mask, scores.dtype)
+        added = 0.0 if attn_mask is None else self._by_head(attn_mask, scores.dtype, scores.size(0))
         if self.scale is not None:
             absent = is_absent(scores)
             factor = self._factor(scores + added, False, scores.size(2))
