@@ -41,10 +41,6 @@ def test_the_defaults_are_those_of_the_documentation():
     ({"output_mapping": "softmin"}, "--output-mapping.*'softmin'.*softmax, multimax"),
     ({"output_mapping": "multimax", "adaptive_softmax_cutoff": "10,20"}, "adaptive-softmax-cutoff"),
     ({"multimax_order": 3}, "orders 1, 2; got 3"),
-    ({"multimax_terms": "beside"}, "the terms below, above, or one of them; got .'beside'"),
-    ({"modulator_lr_scale": "ten"}, "learning rate is scaled by a finite number above 0; got 'ten'"),
-    ({"modulator_lr_scale": float("nan")}, "learning rate is scaled by a finite number above 0; got nan"),
-    ({"multimax_init": "zeros"}, "normal or identity or shaped"),
     ({"entmax_alpha": "9"}, r"\(1, 2\] or 'learned'"),  # chosen or not, it is wrong
     ({"attention_mapping_sites": "cross", "no_cross_attention": True}, "choose from: encoder, decoder$"),
     ({"attention_mapping_sites": "encoder", "encoder_layers": None}, "choose from: decoder$"),

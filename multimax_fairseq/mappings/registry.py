@@ -119,4 +119,8 @@ def build_mapping(name: str, **options: Any) -> nn.Module:
         TypeError: the mapping has no such option.
     """
     check_name(name)
+    known = arguments_of(MAPPINGS[name])
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        raise TypeError(f"{name} has no option {', '.join(unknown)}; it takes: {', '.join(known) or 'none'}")
     return MAPPINGS[name](**options)

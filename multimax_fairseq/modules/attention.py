@@ -30,7 +30,7 @@ class MappedMultiheadAttention(MultiheadAttention):
     Attributes:
         mapping: module over the last dimension, from :func:`multimax_fairseq.mappings.build_mapping`.
         site: which attention of the model this is: ``"encoder"``, ``"decoder"`` or ``"cross"``.
-        scale: the factor of the scores, from :func:`.scale.build_scale`, or None.
+        scale: the factor of the scores, from ``SCALES`` of :mod:`.scale`, or None.
     """
 
     @classmethod
