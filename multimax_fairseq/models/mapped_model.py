@@ -31,7 +31,7 @@ class MappedModelMixin:
         """The stock model of ``args``, with the mappings that they choose (:class:`.options.MappingOptions`).
 
         Raises:
-            ValueError: a choice that does not exist, or that does not go with this model or task.
+            ValueError: a choice that does not exist, or that does not go with this model.
         """
         choice = MappingChoice.from_options(args)
         warn_of_what_is_gone(args)
@@ -44,16 +44,22 @@ class MappedModelMixin:
                 f"--modulator-lr-scale {scale}: this model has no modulators; use --attention-mapping multimax or "
                 "--output-mapping multimax, or drop it"
             )
-        mapping, follows_alignments = choice.attention[0], getattr(getattr(task, "cfg", 0), "load_alignments", False)
-        if follows_alignments and "cross" in choice.sites and mapping in SPARSE:
-            raise ValueError(
-                "guided alignment (--load-alignments) is the logarithm of cross-attention's probabilities, and "
-                f"{mapping} makes most of them 0: leave cross out of --attention-mapping-sites, or drop "
-                "--load-alignments"
-            )
         if model.decoder.is_sparse:
             task.build_generator = functools.partial(build_sparse_generator, task.build_generator)
         return model
+
+    def get_targets(self, sample: Dict[str, Any], net_output: Any) -> Tensor:
+        """As the stock model's; raises ValueError where a batch has word alignments for sparse cross-attention."""
+        sparse = tuple(MAPPINGS[name] for name in SPARSE)
+        for site, _, attention in attention_sites(self) if sample.get("alignments") is not None else ():
+            mapping = getattr(attention, "mapping", None)
+            if site == "cross" and isinstance(mapping, sparse):
+                raise ValueError(
+                    "guided alignment (--load-alignments) is the logarithm of cross-attention's probabilities, and "
+                    f"{type(mapping).__name__.lower()} makes most of them 0: leave cross out of "
+                    "--attention-mapping-sites, or drop --load-alignments"
+                )
+        return super().get_targets(sample, net_output)
 
     def _load_from_state_dict(self, state_dict: Dict[str, Tensor], prefix: str, *args, **kwargs) -> None:
         # Not in fairseq's upgrade_state_dict: --encoder-layers-to-keep renumbers the layers after that.

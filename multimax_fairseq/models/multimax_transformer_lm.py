@@ -32,10 +32,9 @@ class MultimaxTransformerLanguageModel(MappedModelMixin, TransformerLanguageMode
         super().prepare_for_inference_(cfg)
         if self.decoder.adaptive_softmax is not None or cfg.common_eval.path is None:
             return
-        is_unbounded = cfg.eval_lm.softmax_batch == sys.maxsize  # the default, not the user's choice
+        self.decoder.defers_output_layer = True
         is_alone = len(utils.split_paths(cfg.common_eval.path)) == 1
-        self.decoder.defers_output_layer = is_alone or not is_unbounded
-        if is_alone and is_unbounded:
+        if is_alone and cfg.eval_lm.softmax_batch == sys.maxsize:  # the default, not the user's choice
             cfg.eval_lm.softmax_batch = default_chunk_tokens(len(self.decoder.dictionary))
 
 
