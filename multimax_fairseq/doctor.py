@@ -3,46 +3,41 @@
 Prints one line per check. Exit status: 0 if all is well, 1 otherwise.
 """
 
+import copy
 import importlib
 import importlib.metadata
 import logging
-import os
 import platform
 import sys
-from contextlib import contextmanager
-from typing import Iterator, List, Tuple
-from unittest.mock import patch
+from typing import List, Tuple
 
 PACKAGE = "multimax_fairseq"
-PYTHONS = ((3, 10), (3, 14))
 TOLERANCE = {"float32": 2e-5, "bfloat16": 2e-2, "float16": 3e-3}  # of probabilities and gradients of a few scores
 
 Finding = Tuple[bool, str]  # (is it well, line to print)
 
 
-def check_python() -> List[Finding]:
-    lowest, highest = (".".join(map(str, version)) for version in PYTHONS)
-    fits = PYTHONS[0] <= sys.version_info[:2] <= PYTHONS[1]
-    advice = "" if fits else f": this package needs {lowest} to {highest}; make an environment with one of them"
-    return [(fits, f"Python {platform.python_version()}{advice}")]
-
-
 def check_packages() -> List[Finding]:
-    """Compare the installed packages with the requirements in this package's metadata."""
+    """Compare Python and the installed packages with the requirements in this package's metadata."""
     from packaging.requirements import Requirement
 
     try:
-        requirements = [Requirement(text) for text in importlib.metadata.requires(PACKAGE) or ()]
+        metadata = importlib.metadata.metadata(PACKAGE)
     except importlib.metadata.PackageNotFoundError:
         return [(False, f"{PACKAGE} is not installed, only importable: pip install it (README.md, Install)")]
     findings = []
-    for wanted in (one for one in requirements if one.marker is None or one.marker.evaluate({"extra": ""})):
+    for text in (f"Python {metadata['Requires-Python']}", *metadata.get_all("Requires-Dist", ())):
+        wanted = Requirement(text)
+        if wanted.marker is not None and not wanted.marker.evaluate({"extra": ""}):
+            continue
         try:
-            version = importlib.metadata.version(wanted.name)
-            fits = wanted.specifier.contains(version, prereleases=True)
+            is_python = wanted.name == "Python"
+            version = platform.python_version() if is_python else importlib.metadata.version(wanted.name)
         except importlib.metadata.PackageNotFoundError:
-            fits, version = False, "is missing"
-        advice = "" if fits else f": pip install '{wanted.name}{wanted.specifier}'"
+            findings.append((False, f"{wanted.name} is missing: pip install '{wanted.name}{wanted.specifier}'"))
+            continue
+        fits = wanted.specifier.contains(version, prereleases=True)
+        advice = "" if fits else f": does not fit; install '{wanted.name}{wanted.specifier}'"
         findings.append((fits, f"{wanted.name} {version}{advice}"))
     return findings
 
@@ -54,7 +49,6 @@ def check_fairseq() -> List[Finding]:
     if not has_fairseq():
         return [(True, advice())]
     try:
-        importlib.import_module("fairseq")
         models = importlib.import_module(f"{PACKAGE}.models")
     except Exception as error:  # anything that fairseq imports can raise
         return [(False, f"fairseq does not import ({type(error).__name__}: {error}): install what README.md says")]
@@ -62,18 +56,15 @@ def check_fairseq() -> List[Finding]:
 
 
 def check_backends() -> List[Finding]:
-    """Which code computes here, and why. A missing backend is no fault: another takes its place."""
+    """Which code computes here. A missing backend is no fault: another takes its place, and the log says why."""
     import torch
 
     from .kernels import backend
     from .kernels.rows import cpu
 
-    findings = [(True, f"backend: {backend.backend()} ({backend.ENVIRONMENT_VARIABLE})")]
-    with messages() as said:
-        compiled = cpu.LIBRARY.functions is not None
-    capability = torch.backends.cpu.get_cpu_capability()
-    reason = f" ({'; '.join(said)})" if not compiled else ""
-    findings.append((True, f"CPU, {capability}: fp32 in {'C++' if compiled else 'no C++'}{reason}"))
+    kind = "no C++" if cpu.LIBRARY.functions is None else "C++"
+    findings = [(True, f"backend: {backend.backend()} ({backend.ENVIRONMENT_VARIABLE})"),
+                (True, f"CPU, {torch.backends.cpu.get_cpu_capability()}: fp32 in {kind}")]  # fmt: skip
     try:
         triton = f"Triton {importlib.import_module('triton').__version__}"
     except ImportError:
@@ -91,8 +82,15 @@ def check_mappings() -> List[Finding]:
     """Compare every mapping, over rows and in attention, and its gradients with their formulas in float64."""
     import torch
 
-    from .kernels.backend import ENVIRONMENT_VARIABLE
+    from .attention import mapped_attention
     from .mappings import MAPPINGS, build_mapping
+
+    def results_of(mapping, scores, upstream):
+        scores = scores.detach().requires_grad_()
+        small = scores.masked_fill(scores.isinf(), 0.0) / 4
+        results = mapping(scores), mapped_attention(small, small, small, mapping)
+        sum((result * upstream).sum() for result in results).backward()
+        return [result.detach().cpu().double() for result in (*results, scores.grad)]
 
     places = [("cpu", torch.float32), ("cpu", torch.bfloat16)]
     if torch.cuda.is_available():
@@ -105,46 +103,20 @@ def check_mappings() -> List[Finding]:
         scores[torch.rand(64, 40) < 0.1] = float("-inf")
         scores[0] = float("-inf")
         upstream = torch.randn(64, 40, dtype=torch.float64)
-        with patch.dict(os.environ, {ENVIRONMENT_VARIABLE: "eager"}):
-            expected = _result(mapping.double(), scores, upstream)
-        errors = []
+        expected = results_of(copy.deepcopy(mapping).double(), scores, upstream)  # which no kernel computes
+        well, texts = True, []
         for device, dtype in places:
             kind = str(dtype).removeprefix("torch.")
             try:
-                result = _result(mapping.float().to(device), scores.to(device, dtype), upstream.to(device, dtype))
-                error = max((a.cpu().double() - b).abs().max().item() for a, b in zip(result, expected))
+                actual = results_of(mapping.to(device), scores.to(device, dtype), upstream.to(device, dtype))
+                error = max((a - b).abs().max().item() for a, b in zip(actual, expected))
+                well &= error <= TOLERANCE[kind]
+                texts.append(f"{device} {kind} {error:.0e}")
             except Exception as failure:  # whatever a compiler or a driver raises
-                errors.append((False, f"{device} {kind}: {type(failure).__name__}: {str(failure).splitlines()[0]}"))
-                continue
-            errors.append((error <= TOLERANCE[kind], f"{device} {kind} {error:.0e}"))
-        findings.append((all(well for well, _ in errors), f"{name}: error " + ", ".join(text for _, text in errors)))
+                well = False
+                texts.append(f"{device} {kind}: {type(failure).__name__}: {str(failure).splitlines()[0]}")
+        findings.append((well, f"{name}: error {', '.join(texts)}"))
     return findings
-
-
-def _result(mapping, scores, upstream):
-    from .attention import mapped_attention
-
-    scores = scores.detach().requires_grad_()
-    small = scores.masked_fill(scores.isinf(), 0.0) / 4
-    results = mapping(scores), mapped_attention(small, small, small, mapping)
-    sum((result * upstream).sum() for result in results).backward()
-    return *(result.detach() for result in results), scores.grad
-
-
-@contextmanager
-def messages() -> Iterator[List[str]]:
-    """Collect what the package logs."""
-    said: List[str] = []
-    logger, handler = logging.getLogger(PACKAGE), logging.Handler()
-    handler.emit = lambda record: said.append(record.getMessage())
-    level = logger.level
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    try:
-        yield said
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(level)
 
 
 def main() -> int:
@@ -152,9 +124,11 @@ def main() -> int:
     if sys.argv[1:]:
         print(__doc__.strip())
         return 0 if sys.argv[1:] in (["--help"], ["-h"]) else 2
-    logging.basicConfig(handlers=[logging.NullHandler()])  # otherwise importing fairseq makes the root logger print
+    # the reason why something is not compiled is in the log, of this package alone
+    logging.basicConfig(stream=sys.stdout, format="%(levelname)-7s %(message)s")
+    logging.getLogger(PACKAGE).setLevel(logging.INFO)
     well = True
-    for check in (check_python, check_packages, check_fairseq, check_backends, check_mappings):
+    for check in (check_packages, check_fairseq, check_backends, check_mappings):
         try:
             findings = check()
         except ImportError as error:  # an earlier check has reported the cause

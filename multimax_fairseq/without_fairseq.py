@@ -5,18 +5,8 @@ import platform
 import sys
 
 
-class FairseqMissing(ModuleNotFoundError):
-    """fairseq is not installed; the message, one line, says who has it."""
-
-
 def has_fairseq() -> bool:
     return importlib.util.find_spec("fairseq") is not None
-
-
-def require_fairseq() -> None:
-    """Raises :class:`FairseqMissing`, unless fairseq is installed."""
-    if not has_fairseq():
-        raise FairseqMissing(advice(), name="fairseq")
 
 
 def advice() -> str:

@@ -53,47 +53,27 @@ class Case:
         return {"atol": atol, "rtol": rtol}
 
 
-def _multimax(scores, dim=-1):
-    return mappings.multimax(scores, THRESHOLDS, GAINS, dim=dim)
-
-
 CASES = {
     case.name: case
     for case in (
         # exp of a difference and one quotient: a few units in the last place.
         Case("softmax", mappings.softmax, reference.softmax, 3e-14, 3e-7),
         # |σ| reaches 35 under these parameters; its rounding error is the relative error of exp(σ).
-        Case(
-            "multimax",
-            _multimax,
-            partial(reference.multimax, thresholds=THRESHOLDS.tolist(), gains=GAINS.tolist()),
-            1e-13,
-            3e-6,
-        ),
+        Case("multimax", partial(mappings.multimax, thresholds=THRESHOLDS, gains=GAINS),
+             partial(reference.multimax, thresholds=THRESHOLDS.tolist(), gains=GAINS.tolist()), 1e-13, 3e-6),
         # A threshold from a sum of scores less the largest one, of which the support lies within 1.
         Case("sparsemax", mappings.sparsemax, reference.sparsemax, 1e-14, 3e-7),
         # The threshold is a root, and the difference from it is squared.
         Case("entmax15", mappings.entmax15, partial(reference.entmax, alpha=1.5), 1e-14, 1e-6),
         # (α − 1)·x is rounded before the power 1 / (α − 1) multiplies its error.
-        Case(
-            "entmax",
-            partial(mappings.entmax, alpha=ALPHA),
-            partial(reference.entmax, alpha=ALPHA),
-            1e-13,
-            3e-6,
-        ),
+        Case("entmax", partial(mappings.entmax, alpha=ALPHA), partial(reference.entmax, alpha=ALPHA), 1e-13, 3e-6),
         # A softmax of what is kept.
         Case("evsoftmax", mappings.evsoftmax, reference.evsoftmax, 3e-14, 3e-7),
-        Case(
-            "evsoftmax_training",
-            partial(mappings.evsoftmax, training=True),
-            partial(reference.evsoftmax, training=True),
-            3e-14,
-            3e-7,
-            80 * 2.0**-14,  # raised to the smallest normal number, in rows of 80 at most
-        ),
+        # In fp16 raised to the smallest normal number, in rows of 80 at most.
+        Case("evsoftmax_training", partial(mappings.evsoftmax, training=True),
+             partial(reference.evsoftmax, training=True), 3e-14, 3e-7, 80 * 2.0**-14),
     )
-}
+}  # fmt: skip
 
 
 def case_params(*names):
@@ -134,14 +114,14 @@ def assert_matches_oracle(case, scores):
     torch.testing.assert_close(probabilities.double(), case.expected(scores), **case.tolerance(scores.dtype))
 
 
-def assert_on_simplex(case, probabilities, scores, dim=-1):
+def assert_on_simplex(case, probabilities, scores):
     """Finite, not negative, exactly 0 where absent, of sum 1 (0 where nothing is there)."""
     p, absent = probabilities.double(), scores == -INF
     assert p.isfinite().all() and (p >= 0).all()
     assert (p[absent] == 0).all()
     tolerance = case.tolerance(probabilities.dtype)
-    atol = tolerance["rtol"] + scores.size(dim) * tolerance["atol"]  # Σ (atol + rtol · p)
-    torch.testing.assert_close(p.sum(dim), (~absent).any(dim).double(), atol=atol, rtol=0)
+    atol = tolerance["rtol"] + scores.size(-1) * tolerance["atol"]  # Σ (atol + rtol · p)
+    torch.testing.assert_close(p.sum(-1), (~absent).any(-1).double(), atol=atol, rtol=0)
 
 
 @st.composite

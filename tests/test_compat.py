@@ -2,7 +2,6 @@
 
 import argparse
 import ast
-import functools
 import io
 import re
 import sys
@@ -19,25 +18,19 @@ from omegaconf import OmegaConf
 from multimax_fairseq import compat
 
 
-def test_a_namespace_can_be_loaded_and_what_is_unsafe_cannot(tmp_path):
+def test_what_checkpoints_hold_can_be_loaded_and_what_is_unsafe_cannot(tmp_path):
+    """A namespace, and the counts of n-grams that --eval-bleu leaves there."""
     compat.apply()
-    torch.save({"args": argparse.Namespace(arch="multimax_transformer")}, tmp_path / "safe.pt")
-    assert torch.load(tmp_path / "safe.pt")["args"].arch == "multimax_transformer"
+    counts = [numpy.arange(4, dtype=dtype) for dtype in ("int64", "float32", "float64")]
+    torch.save({"args": argparse.Namespace(arch="multimax_transformer"), "counts": counts}, tmp_path / "safe.pt")
+    loaded = torch.load(tmp_path / "safe.pt")
+    assert loaded["args"].arch == "multimax_transformer"
+    assert all(a.dtype == b.dtype and (a == b).all() for a, b in zip(loaded["counts"], counts))
     if not hasattr(torch.serialization, "add_safe_globals"):
         pytest.skip("this torch loads whatever a file holds")
     torch.save({"code": eval}, tmp_path / "unsafe.pt")
     with pytest.raises(Exception, match="weights_only|WeightsUnpickler"):
         torch.load(tmp_path / "unsafe.pt")
-
-
-def test_an_array_can_be_loaded(tmp_path):
-    """--eval-bleu leaves counts of n-grams in a checkpoint."""
-    compat.apply()
-    for dtype in ("int64", "float32", "float64"):
-        counts = numpy.arange(4, dtype=dtype)
-        torch.save({"counts": counts}, tmp_path / "counts.pt")
-        loaded = torch.load(tmp_path / "counts.pt")["counts"]
-        assert loaded.dtype == dtype and (loaded == counts).all()
 
 
 def test_old_numpy_is_numpy_and_what_fairseq_asks_for():
@@ -110,18 +103,12 @@ def test_a_name_is_replaced_once_whoever_wraps_it(monkeypatch):
     monkeypatch.setattr(compat, "REPLACED", set())
 
     class Owner:
-        @staticmethod
-        def call():
-            return "fairseq"
+        callers = "fairseq"
 
-    def wrapping(text):
-        return lambda old: staticmethod(functools.wraps(old)(lambda: f"{text}({old()})"))
-
-    Owner.call = wrapping("theirs")(Owner.call)
-    compat.replace(Owner, "call", wrapping("ours"))
-    Owner.call = wrapping("others")(Owner.call)
-    compat.replace(Owner, "call", wrapping("ours"))
-    assert Owner.call() == "others(ours(theirs(fairseq)))"
+    compat.replace(Owner, "callers", lambda old: f"ours({old})")
+    Owner.callers = f"others({Owner.callers})"
+    compat.replace(Owner, "callers", lambda old: f"ours({old})")
+    assert Owner.callers == "others(ours(fairseq))"
 
 
 def test_a_checkpoint_that_one_process_sends_another(build, tmp_path):

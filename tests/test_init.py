@@ -23,7 +23,6 @@ FROM_ROOT = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
 
 @pytest.mark.parametrize("code", [
     IMPORT_USER_DIR + IMPORT_USER_DIR + "import multimax_fairseq.models",
-    FROM_ROOT + "import multimax_fairseq.models",
     FROM_ROOT + "import fairseq, multimax_fairseq",
     FROM_ROOT + "import multimax_fairseq.mappings" + IMPORT_USER_DIR,
     FROM_ROOT + "import multimax_fairseq.analysis.checkpoint",  # as multimax-analyze does

@@ -6,15 +6,7 @@ import entmax as entmax_package
 import pytest
 import reference
 import torch
-from conftest import needs_compiler
-from mapping_cases import (
-    CASES,
-    DTYPES,
-    INF,
-    masked_scores,
-    random_scores,
-    weighted_gradient,
-)
+from mapping_cases import CASES, DTYPES, INF, masked_scores, weighted_gradient
 from torch.autograd import gradcheck
 
 from multimax_fairseq.mappings import Entmax, entmax, entmax15, sparsemax
@@ -61,27 +53,6 @@ def test_learned_alpha_starts_as_entmax15(num_heads):
     torch.testing.assert_close(module(scores), entmax15(scores), **CASES["entmax"].tolerance(torch.float32))
 
 
-def test_each_head_has_its_own_learned_alpha():
-    module = Entmax(alpha="learned", num_heads=4)
-    with torch.no_grad():
-        module.alpha_logits.copy_(torch.tensor([-2.0, -0.5, 0.5, 2.0]))
-    scores = masked_scores(2, 4, 3, 5)  # (bsz, heads, tgt_len, src_len)
-    probabilities = module(scores)
-    for head, alpha in enumerate(module.alpha.tolist()):
-        torch.testing.assert_close(probabilities[:, head], entmax(scores[:, head], alpha), atol=1e-13, rtol=0)
-    (probabilities[..., 0] * random_scores(2, 4, 3)).sum().backward()
-    assert module.alpha_logits.grad.all()
-    assert module.alpha_logits.grad.unique().numel() == 4
-
-
-def test_alpha_broadcasts_in_another_dimension():
-    scores, alpha = random_scores(2, 5, 3), torch.tensor([1.2, 1.5, 1.9], dtype=torch.float64)
-    probabilities = entmax(scores, alpha.view(1, 3), dim=1)
-    for column in range(3):
-        expected = entmax(scores[..., column], alpha[column].item())
-        torch.testing.assert_close(probabilities[..., column], expected, atol=1e-13, rtol=0)
-
-
 @pytest.mark.parametrize("logit", [-1e4, -20.0, 20.0, 1e4])
 @pytest.mark.parametrize("dtype", DTYPES[1:])
 def test_learned_alpha_stays_in_range(logit, dtype):
@@ -92,10 +63,8 @@ def test_learned_alpha_stays_in_range(logit, dtype):
     scores = masked_scores(3, 2, 4, 6, scale=5.0, dtype=dtype)
     scores[0, 0, 1] = -INF
     gradient = weighted_gradient(module, scores)
-    assert module(scores).isfinite().all()
-    assert gradient.isfinite().all()
-    assert module.alpha_logits.grad.isfinite().all()
-    assert module.alpha_logits.grad[1] != 0
+    assert module(scores).isfinite().all() and gradient.isfinite().all()
+    assert module.alpha_logits.grad.isfinite().all() and module.alpha_logits.grad[1] != 0
 
 
 @pytest.mark.parametrize("alpha", [1, 1.0, 0.5, 2.1, -1.5, float("nan"), INF])
@@ -104,12 +73,10 @@ def test_alpha_out_of_range_is_refused(alpha):
         entmax(torch.zeros(2), alpha)
 
 
-@pytest.mark.parametrize("backend", ["eager", pytest.param("compiled", marks=needs_compiler)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("mapping", [sparsemax, lambda x: entmax(x, 2.0)], ids=["sparsemax", "entmax"])
-def test_a_score_exactly_at_the_threshold_is_outside_the_support(mapping, dtype, backend, monkeypatch):
+def test_a_score_exactly_at_the_threshold_is_outside_the_support(mapping, dtype):
     """Scores on a grid, as half precision's are, often lie there; the gradient jumps with the support."""
-    monkeypatch.setenv("MULTIMAX_BACKEND", backend)
     for width in (8, 64, 1_000):
         scores, upstream = (torch.randn(200, width) * 16).round() / 16, torch.randn(200, width)
         results = []

@@ -31,12 +31,13 @@ def test_each_pair_of_mappings(build, tmp_path):
         cfgs.append(built.cfg.model)
         paths.append(str(save_checkpoint(built, tmp_path / f"{number}.pt")))
     for before, path in enumerate(paths):
+        trained = options_of(path)
         for now, cfg in enumerate(cfgs):
             if before == now or {before, now} == {0, 1}:  # softmax is fairseq's own
-                check_resumed(path, options_of(path), cfg)
+                check_resumed(path, trained, cfg)
             else:
                 with pytest.raises(ValueError, match=r"^--\S+: .*\.pt was trained with .* --finetune-from-model"):
-                    check_resumed(path, options_of(path), cfg)
+                    check_resumed(path, trained, cfg)
 
 
 def test_what_may_change_when_a_run_goes_on(build, tmp_path):

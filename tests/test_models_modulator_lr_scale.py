@@ -2,39 +2,31 @@
 
 import io
 
-import fairseq.optim
 import pytest
 import torch
+from fairseq.optim import FP16Optimizer, build_optimizer
 from fairseq.optim.lr_scheduler import build_lr_scheduler
 
 from multimax_fairseq.mappings import MultiMax
 
-PRECISIONS = {
-    "fp32": [],
-    "fp16": ["--fp16"],
-    "fp16 without copies": ["--memory-efficient-fp16"],
-}
-
 
 @pytest.fixture
 def trainer(build, monkeypatch):
-    """trainer(precision, scale, …) → model, optimizer and schedule, in the order in which fairseq makes them."""
+    """trainer(scale, …) → model, optimizer and schedule, in the order in which fairseq makes them."""
     monkeypatch.setattr(torch.cuda, "current_device", lambda: None)  # for fairseq's flat copies
 
-    def trainer(precision="fp32", scale=1, optimizer="adam", schedule=("fixed",), lr=0.01, saved=None):
+    def trainer(scale=1, optimizer="adam", precision="fp32", lr=0.01, schedule=("fixed",), saved=None):
         built = build("multimax_transformer_lm", "--optimizer", optimizer, "--lr", lr, "--lr-scheduler", *schedule,
-                      "--fp16-init-scale", 64, *PRECISIONS[precision],
-                      "--modulator-lr-scale", scale)  # fmt: skip
+                      "--fp16-init-scale", 64, "--modulator-lr-scale", scale)  # fmt: skip
         if saved is not None:
             saved.seek(0)
             weights, state = torch.load(saved)
             built.model.load_state_dict(weights)
-        parameters = list((built.model.half() if precision != "fp32" else built.model).parameters())
         if precision == "fp32":
-            built.optimizer = fairseq.optim.build_optimizer(built.cfg.optimizer, parameters)
+            built.optimizer = build_optimizer(built.cfg.optimizer, list(built.model.parameters()))
         else:
-            kind = "FP16Optimizer" if precision == "fp16" else "MemoryEfficientFP16Optimizer"
-            built.optimizer = getattr(fairseq.optim, kind).build_optimizer(built.cfg, parameters)
+            built.cfg.common.fp16 = True
+            built.optimizer = FP16Optimizer.build_optimizer(built.cfg, list(built.model.half().parameters()))
         if saved is not None:
             built.optimizer.load_state_dict(state, optimizer_overrides={})
         built.schedule = build_lr_scheduler(built.cfg.lr_scheduler, built.optimizer)
@@ -44,23 +36,8 @@ def trainer(build, monkeypatch):
     return trainer
 
 
-def update(built, number):
-    """One update of all parameters, whose gradients do not depend on where they are."""
-    generator, terms = torch.Generator().manual_seed(number), []
-    for module in built.model.modules():
-        own = module.coefficients() if isinstance(module, MultiMax) else module.parameters(recurse=False)
-        for tensor in own:
-            terms.append((tensor.float() * torch.randint(-8, 9, tensor.shape, generator=generator) / 8).sum())
-    built.optimizer.zero_grad()
-    built.optimizer.backward(sum(terms))
-    norm = built.optimizer.clip_grad_norm(1.0)
-    built.optimizer.step()
-    built.schedule.step_update(number)
-    return norm.item()
-
-
 def numbers(built):
-    """All of them by name, as σ uses them, in fp32 where the optimizer has such copies."""
+    """By name, as σ uses them, in fp32 where the optimizer has such copies."""
     values = dict(built.model.named_parameters())
     copies = getattr(built.optimizer, "fp32_params", None)
     if copies is not None:
@@ -72,43 +49,46 @@ def numbers(built):
 
 
 def moves(built, updates, first=1):
-    start = numbers(built)
-    norms = [update(built, number) for number in range(first, first + updates)]
+    """How far all numbers go, and what --clip-norm sees, with gradients that do not depend on where they are."""
+    start, norms = numbers(built), []
+    for number in range(first, first + updates):
+        generator, terms = torch.Generator().manual_seed(number), []
+        for module in built.model.modules():
+            own = module.coefficients() if isinstance(module, MultiMax) else module.parameters(recurse=False)
+            factors = (torch.randint(-8, 9, tensor.shape, generator=generator) / 8 for tensor in own)
+            terms += [(tensor.float() * factor).sum() for tensor, factor in zip(own, factors)]
+        built.optimizer.zero_grad()
+        built.optimizer.backward(sum(terms))
+        norms.append(built.optimizer.clip_grad_norm(1.0).item())
+        built.optimizer.step()
+        built.schedule.step_update(number)
     end = numbers(built)
     return {name: end[name] - start[name] for name in start}, norms
 
 
-def assert_ten_times(scaled, plain, is_half=False):
-    assert scaled[1] == pytest.approx(plain[1], rel=1e-3)  # what --clip-norm sees
+def assert_ten_times(scaled, plain):
+    assert scaled[1] == pytest.approx(plain[1], rel=1e-3)
     assert any(".mapping." in name for name in plain[0])
     for name, move in plain[0].items():
         factor = 10 if ".mapping." in name else 1
-        # without copies fairseq rounds every number to fp16: weights of 1, and modulators of some 0.02
-        tolerance = (3e-4 if factor == 10 else 1e-3) if is_half else 1e-6
-        torch.testing.assert_close(scaled[0][name], factor * move, atol=tolerance, rtol=1e-4)
+        torch.testing.assert_close(scaled[0][name], factor * move, atol=1e-6, rtol=1e-4)
 
 
-@pytest.mark.parametrize("optimizer, precision", [
-    (optimizer, precision) for optimizer in ("sgd", "adam") for precision in PRECISIONS
-    if (optimizer, precision) != ("sgd", "fp16 without copies")  # fairseq has no such pair
-])  # fmt: skip
-def test_the_first_update_in_every_precision(optimizer, precision, trainer):
-    plain, scaled = (moves(trainer(precision, scale, optimizer, lr=0.05), 1) for scale in (1, 10))
-    assert_ten_times(scaled, plain, is_half="without" in precision)
-
-
-def test_two_hundred_updates_with_a_schedule(trainer):
-    schedule = "cosine", "--max-update", 400, "--warmup-updates", 2
-    plain, scaled = (moves(trainer(scale=scale, schedule=schedule), 200) for scale in (1, 10))
+@pytest.mark.parametrize("options, updates", [
+    ({"optimizer": "sgd", "lr": 0.05}, 1), ({"precision": "fp16"}, 1),
+    ({"schedule": ("cosine", "--max-update", 400, "--warmup-updates", 2)}, 100),
+], ids=str)  # fmt: skip
+def test_every_optimizer_precision_and_schedule(options, updates, trainer):
+    plain, scaled = (moves(trainer(scale, **options), updates) for scale in (1, 10))
     assert_ten_times(scaled, plain)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_going_on_with_another_scale(precision, trainer):
-    built, saved = trainer(precision), io.BytesIO()
+    built, saved = trainer(precision=precision), io.BytesIO()
     moves(built, 3)
     torch.save([built.model.state_dict(), built.optimizer.state_dict()], saved)
-    plain, scaled = (trainer(precision, scale, saved=saved) for scale in (1, 10))
+    plain, scaled = (trainer(scale, precision=precision, saved=saved) for scale in (1, 10))
     for name, value in numbers(plain).items():  # as the checkpoint has them, in the copies, too
         tolerance = {"atol": 1e-8, "rtol": 1e-6} if precision == "fp32" else {"atol": 1e-6, "rtol": 1e-3}
         torch.testing.assert_close(numbers(scaled)[name], value, **tolerance)

@@ -4,10 +4,10 @@ import pytest
 import torch
 from conftest import parse
 from omegaconf import OmegaConf
-from test_models_options import MAPPING_OPTIONS, SITES
 
 import multimax_fairseq.models  # noqa: F401
 from multimax_fairseq.mappings import MAPPINGS
+from multimax_fairseq.models.options import MAPPING_OPTIONS, SITES
 from multimax_fairseq.modules.scale import SCALES
 
 ARCHITECTURES = [
@@ -31,11 +31,11 @@ def test_dimensions_and_defaults_are_those_of_the_stock_architecture(stock, corp
     assert actual["arch"] == f"multimax_{expected['arch']}"
 
 
-SCALED = [(",".join(SITES), scale) for scale in SCALES]
-
-
-@pytest.mark.parametrize(("sites", "scale"), [*SCALED, *((site, "none") for site in SITES)])
-@pytest.mark.parametrize("name", MAPPINGS)
+@pytest.mark.parametrize(("name", "sites", "scale"), [
+    *((name, ",".join(SITES), "none") for name in MAPPINGS),
+    *(("multimax", site, "none") for site in SITES),
+    *((name, ",".join(SITES), scale) for scale in SCALES if scale != "none" for name in ("multimax", "entmax")),
+])  # fmt: skip
 def test_steps_with_reordered_beams_equal_the_full_forward(name, sites, scale, build, batch):
     options = ["--attention-mapping", name, "--attention-mapping-sites", sites, "--output-mapping", "multimax"]
     options += ["--attention-scale", scale]
@@ -78,22 +78,13 @@ def test_options_of_the_stock_model_work(flag, build, batch):
     assert all(reached) and len(reached) == len(gains) - (2 if flag == "--no-cross-attention" else 0)
 
 
-def test_a_misspelt_field_of_a_config_file_stops_at_model_build(build):
+def test_a_misspelt_option_in_a_config_file_stops_at_model_build(build):
     built = build("multimax_transformer")
     size = {"encoder_layers": 1, "decoder_layers": 1, "encoder_embed_dim": 8, "decoder_embed_dim": 8,
             "encoder_attention_heads": 2, "decoder_attention_heads": 2, "modulator_lr_scale": 3}  # fmt: skip
     cfg = OmegaConf.create({"_name": "multimax_transformer", **size})
     assert built.task.build_model(cfg).encoder.layers[0].self_attn.mapping.lr_scale == 3
     built.task.build_model(cfg)  # as a checkpoint has it: with all that the architecture has added
-    for wrong, value, message in [
-        ("attention_maping", 1, "the model has no such field; the nearest one is model.attention_mapping$"),
-        ("encoder_layer", 1, "the model has no such field; the nearest one is model.encoder_layers$"),
-        ("multimax-order", 1, "the model has no such field; the nearest one is model.multimax_order$"),
-        ("multimax_order", None, "null is no value; leave it out for the default, 2$"),
-    ]:
-        with pytest.raises(ValueError, match=f"^model.{wrong}: {message}"):
-            built.task.build_model(OmegaConf.create({"_name": "multimax_transformer", **size, wrong: value}))
-
-
-def test_hub_models_of_the_stock_class_are_not_offered():
-    assert multimax_fairseq.models.MultimaxTransformerModel.hub_models() == {}
+    for wrong, nearest in [("attention_maping", "attention_mapping"), ("multimax-order", "multimax_order")]:
+        with pytest.raises(ValueError, match=f"^model.{wrong}: there is no such field.* is model.{nearest}$"):
+            built.task.build_model(OmegaConf.create({"_name": "multimax_transformer", **size, wrong: 1}))

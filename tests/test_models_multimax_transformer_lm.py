@@ -19,8 +19,6 @@ def test_an_ensembles_softmax_batch_is_left_alone(build, batch, small_chunks):
     assert cfg.eval_lm.softmax_batch == sys.maxsize
     SequenceScorer(built.task.target_dictionary, cfg.eval_lm.softmax_batch).generate([built.model] * 2, sample)
     assert small_chunks == [sample["target"].numel()] * 2  # at once, as in a stock model
-    built.model.prepare_for_inference_(eval_lm_config(built, path="ours.pt:stock.pt", softmax_batch=20))
-    assert built.model.decoder.defers_output_layer
 
 
 def test_adaptive_input_and_softmax_with_multimax_in_attention(build, batch):

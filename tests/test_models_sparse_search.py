@@ -9,7 +9,6 @@ import pytest
 import torch
 from conftest import TINY_LM, parse
 from fairseq import tasks
-from fairseq.sequence_generator import SequenceGenerator
 from fairseq.sequence_scorer import SequenceScorer
 from fairseq.token_generation_constraints import pack_constraints
 
@@ -51,11 +50,10 @@ STRATEGIES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("mapping, options", [
-    *((mapping, {"beam": beam}) for mapping in SPARSE for beam in (1, 200)),
-    *(("entmax15", options) for options in STRATEGIES),
+@pytest.mark.parametrize("factor, mapping, options", [
+    *((factor, mapping, {"beam": beam}) for factor in (1, 50) for mapping in SPARSE for beam in (1, 200)),
+    *((50, "entmax15", options) for options in STRATEGIES),
 ], ids=str)  # fmt: skip
-@pytest.mark.parametrize("factor", [1, 50])
 def test_every_strategy_finds_hypotheses(factor, mapping, options, build, batch):
     """Of a model after 0 updates, and of one with very few words above 0; within five tokens."""
     built = sharpened(build("multimax_transformer", "--output-mapping", mapping), factor)
@@ -84,12 +82,13 @@ def log_probability(models, sample, row, tokens):
     return steps.log()
 
 
-@pytest.mark.parametrize("outputs", [["entmax15"], ["entmax15", "entmax15"], ["entmax15", "softmax"]], ids="-".join)
+@pytest.mark.parametrize("outputs", [["softmax"], ["entmax15"], ["entmax15", "entmax15"], ["softmax", "entmax15"]])
 def test_scores_are_the_logarithms_of_the_mean_of_the_models_probabilities(outputs, build, batch):
     builts = [sharpened(build("multimax_transformer", "--output-mapping", output, seed=seed), 4)
               for seed, output in enumerate(outputs)]  # fmt: skip
     sample, models = batch(builts[0], size=2), [built.model for built in builts]
-    _, hypotheses = generate(builts[0], sample, models)
+    generator, hypotheses = generate(builts[-1], sample, models)
+    assert isinstance(generator, SparseSearch) == ("entmax15" in outputs)
     check(hypotheses, 5)
     for row, hypos in enumerate(hypotheses):
         for hypo in hypos:
@@ -99,9 +98,10 @@ def test_scores_are_the_logarithms_of_the_mean_of_the_models_probabilities(outpu
             torch.testing.assert_close(hypo["positional_scores"], expected, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("how", [{"beam": 3}, {"beam": 3, "sampling": True}], ids=str)
-@pytest.mark.parametrize("weight", [-0.3, 0.0, 0.3])
-@pytest.mark.parametrize("output", ["softmax", "sparsemax"])
+@pytest.mark.parametrize("output, weight, how", [
+    ("softmax", 0.3, {}), ("softmax", -0.3, {"sampling": True}), ("softmax", 0.0, {}),
+    ("sparsemax", 0.3, {"sampling": True}), ("sparsemax", -0.3, {}), ("sparsemax", 0.0, {"sampling": True}),
+], ids=str)  # fmt: skip
 def test_a_sparse_language_model_beside_another_model(output, weight, how, build, batch, corpus, tmp_path):
     shutil.copy(corpus / "data-bin" / "dict.en.txt", tmp_path / "dict.txt")
     _, cfg = parse([tmp_path, "--task", "language_modeling", "--arch", "multimax_transformer_lm", *TINY_LM,
@@ -112,7 +112,8 @@ def test_a_sparse_language_model_beside_another_model(output, weight, how, build
     results = []
     for extra in ({"lm_model": lm, "lm_weight": weight}, {}):
         torch.manual_seed(0)
-        results.append(generate(built, sample, builds={"extra_gen_cls_kwargs": extra}, max_len_b=10, **how)[1])
+        options = {"beam": 3, "max_len_b": 10, **how}
+        results.append(generate(built, sample, builds={"extra_gen_cls_kwargs": extra}, **options)[1])
     for hypos in results[0]:
         assert hypos and all(hypo["positional_scores"].isfinite().all() for hypo in hypos)
     tokens = [[hypo["tokens"].tolist() for hypos in found for hypo in hypos] for found in results]
@@ -144,29 +145,17 @@ def test_the_words_of_lexical_constraints_can_have_probability_0(build, batch):
     assert all(word in hypos[0]["tokens"].tolist() for hypos, word in zip(found, (9, 12)))
 
 
-def test_dense_models_are_searched_and_scored_as_ever(build, batch):
-    built, sparse = build("multimax_transformer"), build("multimax_transformer", "--output-mapping", "sparsemax")
-    assert type(generate(built, batch(built, size=2))[0]) is SequenceGenerator
-    assert isinstance(generate(sparse, batch(sparse, size=2))[0], SparseSearch)
-    sample = batch(built, size=2)
-    scorer = SequenceScorer(built.task.target_dictionary)
-    for row, hypos in enumerate(scorer.generate([built.model], sample)):
-        expected = log_probability([built.model], sample, row, hypos[0]["tokens"].tolist())
+@pytest.mark.parametrize("output, number", [("softmax", 1), ("sparsemax", 1), ("sparsemax", 2)])
+def test_a_reference_of_probability_0_is_said_to_have_it(output, number, build, batch):
+    builts = [sharpened(build("multimax_transformer", "--output-mapping", output, seed=seed), 50)
+              for seed in range(number)]  # fmt: skip
+    sample, models = batch(builts[0], size=3), [built.model for built in builts]
+    _, hypotheses = generate(builts[0], sample, models, score_reference=True)
+    scorer = SequenceScorer(builts[0].task.target_dictionary)  # as fairseq-eval-lm has it
+    for row, hypos in enumerate(hypotheses + (scorer.generate(models, sample) if output == "softmax" else [])):
+        expected = log_probability(models, sample, row % 3, hypos[0]["tokens"].tolist())
         torch.testing.assert_close(hypos[0]["positional_scores"], expected, atol=1e-4, rtol=1e-4)
-    assert not hasattr(scorer, "sparse_scores")
-
-
-@pytest.mark.parametrize("number", [1, 2])
-def test_a_reference_of_probability_0_is_said_to_have_it(number, build, batch):
-    models = [sharpened(build("multimax_transformer", "--output-mapping", "sparsemax", seed=seed), 50)
-              for seed in range(1, 1 + number)]  # fmt: skip
-    built, models = models[0], [each.model for each in models]
-    sample = batch(built, size=3)
-    _, hypotheses = generate(built, sample, models, score_reference=True)
-    for row, (hypo,) in enumerate(hypotheses):
-        expected = log_probability(models, sample, row, hypo["tokens"].tolist())
-        torch.testing.assert_close(hypo["positional_scores"], expected, atol=1e-4, rtol=1e-4)
-        assert hypo["score"] == -math.inf
+        assert (hypos[0]["score"] == -math.inf) == (output == "sparsemax")
 
 
 def test_scores_of_a_language_model_are_those_of_the_paper(build, batch, caplog):

@@ -8,7 +8,6 @@ from fairseq.criterions.label_smoothed_cross_entropy import LabelSmoothedCrossEn
 from fairseq.dataclass import FairseqDataclass
 from fairseq.dataclass.constants import DDP_BACKEND_CHOICES
 from fairseq.models.transformer import TransformerDecoderBase
-from fairseq.modules.quantization.scalar.modules import IntLinear
 from omegaconf import II
 from torch import Tensor, nn
 
@@ -59,15 +58,12 @@ class ChunkedCrossEntropyCriterion(LabelSmoothedCrossEntropyCriterion):
 
     @classmethod
     def build_criterion(cls, cfg: ChunkedCrossEntropyCriterionConfig, task):
-        if cfg.ddp_backend == "fully_sharded":
+        looks_for_unused = cfg.ddp_backend in ("c10d", "pytorch_ddp") and cfg.find_unused_parameters
+        if looks_for_unused or cfg.ddp_backend == "fully_sharded":
             raise ValueError(
-                f"--criterion {cfg._name} reads the weight of the output layer, which FSDP has spread over "
-                "processes when the model has returned; use --ddp-backend legacy_ddp or pytorch_ddp"
-            )
-        if cfg.ddp_backend in ("c10d", "pytorch_ddp") and cfg.find_unused_parameters:
-            raise ValueError(
-                f"--criterion {cfg._name} uses the output layer after the model has returned, so "
-                "--find-unused-parameters would take it for unused; use --ddp-backend legacy_ddp, or drop this flag"
+                f"--criterion {cfg._name} uses the output layer after the model has returned: fully_sharded has then "
+                "spread its weight over processes, and --find-unused-parameters has taken it for unused; use "
+                "--ddp-backend legacy_ddp, or pytorch_ddp without this flag"
             )
         return super().build_criterion(cfg, task)
 
@@ -127,21 +123,10 @@ class ChunkedCrossEntropyCriterion(LabelSmoothedCrossEntropyCriterion):
 def check_output_layer(model: nn.Module, criterion: str = "chunked_cross_entropy") -> None:
     """Raise ValueError, saying what to do, unless a model's output layer is a plain projection."""
     decoder = getattr(model, "decoder", None)
-    if getattr(decoder, "adaptive_softmax", None) is not None:
+    is_plain = getattr(type(decoder), "output_layer", None) in OUTPUT_LAYERS and decoder.adaptive_softmax is None
+    if not is_plain or type(decoder.output_projection) is not nn.Linear:
         raise ValueError(
-            f"--criterion {criterion}: an adaptive softmax has no logits of all words; use --criterion "
-            "adaptive_loss, or drop --adaptive-softmax-cutoff"
-        )
-    others = "" if criterion == "entmax_loss" else ": use --criterion cross_entropy or label_smoothed_cross_entropy"
-    if isinstance(getattr(decoder, "output_projection", None), IntLinear):
-        raise ValueError(
-            f"--criterion {criterion} computes the output layer itself, without the noise of --quant-noise-scalar, "
-            f"which is in there, too: drop --quant-noise-scalar{others.replace(': use', ', or use')}"
-        )
-    if not isinstance(getattr(decoder, "output_projection", None), nn.Linear) or (
-        getattr(type(decoder), "output_layer", None) not in OUTPUT_LAYERS
-    ):
-        raise ValueError(
-            f"--criterion {criterion} needs a Transformer whose output layer is a linear projection of its "
-            f"decoder's features; that of {type(decoder).__name__} is not known to be one{others}"
+            f"--criterion {criterion} needs a Transformer whose output layer is a linear projection of its decoder's "
+            f"features; that of this {type(decoder).__name__} is not known to be one: drop --quant-noise-scalar or "
+            "--adaptive-softmax-cutoff if you use them, or take another --criterion"
         )

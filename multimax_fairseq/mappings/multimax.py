@@ -20,7 +20,6 @@ from ..kernels.rows import Rows
 from ..kernels.rows.mapped import map_rows
 from ..kernels.rows.modulated import modulated
 from .masking import compute_dtype, is_absent, masked_softmax
-from .option import Option
 
 TERMS = ("below", "above")  # the columns of thresholds and gains: (b_n, d_n) and (g_b,n, g_d,n)
 ORDERS = (1, 2)
@@ -136,14 +135,14 @@ class MultiMax(nn.Module):
         ValueError: an order, initialisation, term or scale that does not exist.
     """
 
-    options = (
-        Option("multimax_order", "order", "order N of MultiMax's modulator: 1 or 2"),
-        Option("multimax_terms", "terms", "comma-separated sides of the modulator that are learned: below, above"),
-        Option("multimax_init", "init", "start of the modulator: normal (std 0.02, as in the paper), identity "
-               "(softmax at step 0), or shaped (steeper below, flatter above)", may_change=True),
-        Option("modulator_lr_scale", "lr_scale", "learning rate of the modulators, times that of the other "
-               "parameters", may_change=True),
-    )  # fmt: skip
+    options = {  # of the command line: name, argument of the constructor, help
+        "multimax_order": ("order", "order N of MultiMax's modulator: 1 or 2"),
+        "multimax_terms": ("terms", "comma-separated sides of the modulator that are learned: below, above"),
+        "multimax_init": ("init", "start of the modulator: normal (std 0.02, as in the paper), identity (softmax at "
+                          "step 0), or shaped (steeper below, flatter above)"),
+        "modulator_lr_scale": ("lr_scale", "learning rate of the modulators, times that of the other parameters"),
+    }  # fmt: skip
+    may_change = ("init", "lr_scale")  # arguments with which a run need not go on
 
     def __init__(
         self,

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from ..kernels.rows import Rows
 from ..kernels.rows.mapped import map_rows
 from .masking import compute_dtype, is_absent
-from .option import Option
 
 LEARNED_ALPHA_MIN = 1.01
 
@@ -182,30 +181,6 @@ def _project(scores: Tensor, projection: Callable[[Tensor], Tensor]) -> Tensor:
     return torch.where(is_number, probabilities, no_number).to(scores.dtype)
 
 
-class Sparsemax(nn.Module):
-    """:func:`sparsemax` over the last dimension: entmax with α = 2."""
-
-    alpha = 2.0
-
-    def kernel_rows(self) -> Rows:
-        return Rows("sparsemax", (), sparsemax_formula)
-
-    def forward(self, scores: Tensor) -> Tensor:
-        return sparsemax(scores)
-
-
-class Entmax15(nn.Module):
-    """:func:`entmax15` over the last dimension."""
-
-    alpha = 1.5
-
-    def kernel_rows(self) -> Rows:
-        return Rows("entmax15", (), entmax15_formula)
-
-    def forward(self, scores: Tensor) -> Tensor:
-        return entmax15(scores)
-
-
 class Entmax(nn.Module):
     """:func:`entmax` over the last dimension, with α fixed, or learned per head.
 
@@ -221,10 +196,9 @@ class Entmax(nn.Module):
         ValueError: α is neither ``"learned"`` nor a number in (1, 2].
     """
 
-    options = (
-        Option("entmax_alpha", "alpha", "α of entmax: a number in (1, 2], or learned (one a head, one for the "
-               "vocabulary)"),
-    )  # fmt: skip
+    options = {
+        "entmax_alpha": ("alpha", "α of entmax: a number in (1, 2], or learned (one a head, one for the vocabulary)"),
+    }
 
     def __init__(self, alpha: Union[float, str] = 1.5, num_heads: Optional[int] = None):
         super().__init__()
@@ -235,8 +209,8 @@ class Entmax(nn.Module):
 
     @staticmethod
     def _checked(alpha: Union[float, str]) -> float:
-        try:  # float() takes "1_5" for 15
-            number = float("nan") if "_" in str(alpha) else float(alpha)
+        try:
+            number = float(alpha)
         except (TypeError, ValueError):
             number = float("nan")
         if not 1 < number <= 2:
@@ -263,6 +237,24 @@ class Entmax(nn.Module):
 
     def forward(self, scores: Tensor) -> Tensor:
         return map_rows(self.kernel_rows(), scores)
+
+
+class Sparsemax(Entmax):
+    """:func:`sparsemax` over the last dimension: entmax with α = 2."""
+
+    options = {}
+
+    def __init__(self):
+        super().__init__(2.0)
+
+
+class Entmax15(Entmax):
+    """:func:`entmax15` over the last dimension."""
+
+    options = {}
+
+    def __init__(self):
+        super().__init__(1.5)
 
 
 def _entmax_rows(alpha: Union[float, Tensor]) -> Rows:

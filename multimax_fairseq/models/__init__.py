@@ -3,9 +3,10 @@ the package, ``models`` and ``tasks`` of a ``--user-dir``.
 """
 
 from .. import compat
-from ..without_fairseq import require_fairseq
+from ..without_fairseq import advice, has_fairseq
 
-require_fairseq()
+if not has_fairseq():
+    raise ModuleNotFoundError(advice(), name="fairseq")
 compat.apply()  # before any use of fairseq
 
 from fairseq.sequence_scorer import SequenceScorer  # noqa: E402

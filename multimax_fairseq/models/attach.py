@@ -9,7 +9,7 @@ from torch import nn
 
 from ..mappings import MAPPINGS, arguments_of, build_mapping
 from ..modules import MappedDecoder, MappedMultiheadAttention
-from ..modules.scale import build_scale
+from ..modules.scale import SCALES
 from .options import MappingChoice
 
 
@@ -44,7 +44,7 @@ def attach(model: nn.Module, choice: MappingChoice) -> None:
                 name, options = choice.attention
                 if "num_heads" in arguments_of(MAPPINGS[name]):
                     options = {**options, "num_heads": attention.num_heads}
-                scale = build_scale(choice.scale, attention.num_heads)
+                scale = SCALES[choice.scale](attention.num_heads)
                 MappedMultiheadAttention.adopt(attention, build_mapping(name, **options), site, scale)
         name, options = choice.output
         MappedDecoder.adopt(model.decoder, None if name == "softmax" else build_mapping(name, **options))

@@ -4,6 +4,7 @@ import argparse
 import functools
 import logging
 import re
+import zipfile
 from typing import Any, Callable, Dict
 
 import torch
@@ -63,10 +64,8 @@ def leave_out_other_mappings(model: nn.Module, state_dict: Dict[str, Tensor], *_
 def options_of(path: str) -> Any:
     """The namespace or config of a checkpoint's model; read in each process, as what fairseq sends has lost it."""
     path = PathManager.get_local_path(path)
-    try:
-        state = torch.load(path, map_location="cpu", mmap=True)  # leaves the weights on the disk
-    except RuntimeError:  # a file in torch's format before 1.6
-        state = torch.load(path, map_location="cpu")
+    is_zip = zipfile.is_zipfile(path)  # not before torch 1.6; with mmap the weights stay on the disk
+    state = torch.load(path, map_location="cpu", mmap=is_zip)
     model = (state.get("cfg") or {}).get("model") or state.get("args")
     return argparse.Namespace(**model) if isinstance(model, dict) else model
 

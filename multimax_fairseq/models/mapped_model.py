@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from ..mappings import MAPPINGS, SPARSE, MultiMax
 from ..modules.scale import LearnedScale, LogLengthScale
 from .attach import attach, attention_sites
-from .options import MappingChoice
+from .checkpoints import warn_of_what_is_gone
+from .options import MappingChoice, option_errors
 from .sparse_search import build_sparse_generator
 
 logger = logging.getLogger(__name__)
@@ -29,25 +30,30 @@ class MappedModelMixin:
         """None: fairseq's are of the stock classes (start from them with --finetune-from-model)."""
         return {}
 
-    def set_mapping_options(self, args: Any, task: FairseqTask, choice: MappingChoice) -> None:
-        """Attach the mappings of ``choice``, and do what else ``args`` (:class:`.options.MappingOptions`) say.
+    @classmethod
+    @option_errors()
+    def build_model(cls, args: Any, task: FairseqTask) -> "MappedModelMixin":
+        """The stock model of ``args``, with the mappings that they choose (:class:`.options.MappingOptions`).
 
         Raises:
-            ValueError: the modulators are to have a learning rate of their own, and there are none; or see
-                :meth:`check_alignments`.
+            ValueError: a choice that does not exist, or that does not go with this model.
         """
-        attach(self, choice)
-        self.logged_modulators = getattr(args, "log_modulators", "site")
+        choice = MappingChoice.from_options(args)
+        warn_of_what_is_gone(args)
+        model = super().build_model(args, task)
+        attach(model, choice)
+        model.logged_modulators = getattr(args, "log_modulators", "site")
         scale = getattr(args, "modulator_lr_scale", 1)
-        if scale != 1 and not modulators_by_site(self):
+        if scale != 1 and not modulators_by_site(model):
             raise ValueError(
                 f"--modulator-lr-scale {scale}: this model has no modulators; use --attention-mapping multimax or "
                 "--output-mapping multimax, or drop it"
             )
         if getattr(getattr(task, "cfg", None), "load_alignments", False):
-            self.check_alignments()
-        if self.decoder.is_sparse:
+            model.check_alignments()
+        if model.decoder.is_sparse:
             task.build_generator = functools.partial(build_sparse_generator, task.build_generator)
+        return model
 
     def get_targets(self, sample: Dict[str, Any], net_output: Any) -> Tensor:
         """As the stock model's; raises ValueError as :meth:`check_alignments` if the batch has word alignments."""

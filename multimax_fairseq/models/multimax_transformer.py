@@ -1,16 +1,14 @@
 """The Transformer for translation, with MultiMax or another mapping in each attention module."""
 
-from argparse import ArgumentParser, Namespace
-from typing import Set
+from argparse import Namespace
 
 from fairseq.dataclass.utils import gen_parser_from_dataclass
 from fairseq.models import ARCH_CONFIG_REGISTRY, register_model, register_model_architecture
 from fairseq.models.transformer import TransformerModel
 from omegaconf import OmegaConf
 
-from .checkpoints import warn_of_what_is_gone
 from .mapped_model import MappedModelMixin
-from .options import MappingChoice, MappingOptions, option_errors, with_defaults
+from .options import MappingOptions, with_defaults
 
 
 @register_model("multimax_transformer")
@@ -24,25 +22,14 @@ class MultimaxTransformerModel(MappedModelMixin, TransformerModel):
         gen_parser_from_dataclass(parser, MappingOptions(), delete_default=True)
 
     @classmethod
-    @option_errors()
     def build_model(cls, args, task):
         # A copy, as a namespace: fairseq saves the original in the checkpoint, and the stock model cannot add fields
         # to the config of fairseq-hydra-train.
         namespace = Namespace(**(OmegaConf.to_container(args) if OmegaConf.is_config(args) else vars(args)))
-        choice = MappingChoice.from_options(namespace)
-        warn_of_what_is_gone(namespace)
         model = super().build_model(namespace, task)
-        model.set_mapping_options(namespace, task, choice)
         # The checkpoint has to know how many layers --encoder-layers-to-keep has left.
         args.encoder_layers, args.decoder_layers = namespace.encoder_layers, namespace.decoder_layers
         return model
-
-
-def known_fields() -> Set[str]:
-    """The fields of this model's config: its options, and what fairseq's commands add."""
-    parser = ArgumentParser()
-    MultimaxTransformerModel.add_args(parser)
-    return {action.dest for action in parser._actions} | {"_name", "arch", "base_layers"}
 
 
 for stock_name in (
@@ -53,5 +40,5 @@ for stock_name in (
     "transformer_vaswani_wmt_en_de_big",
 ):
     register_model_architecture("multimax_transformer", f"multimax_{stock_name}")(
-        with_defaults(ARCH_CONFIG_REGISTRY[stock_name], known_fields)
+        with_defaults(ARCH_CONFIG_REGISTRY[stock_name])
     )

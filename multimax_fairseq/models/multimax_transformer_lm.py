@@ -9,7 +9,7 @@ from fairseq.models.transformer_lm import TransformerLanguageModel, TransformerL
 
 from ..kernels.loss import default_chunk_tokens
 from .mapped_model import MappedModelMixin
-from .options import MappingChoice, MappingOptions, option_errors, with_defaults
+from .options import MappingOptions, with_defaults
 
 
 @dataclass
@@ -20,14 +20,6 @@ class MultimaxTransformerLanguageModelConfig(MappingOptions, TransformerLanguage
 @register_model("multimax_transformer_lm", dataclass=MultimaxTransformerLanguageModelConfig)
 class MultimaxTransformerLanguageModel(MappedModelMixin, TransformerLanguageModel):
     """fairseq's ``transformer_lm`` with the options of :class:`.options.MappingOptions`."""
-
-    @classmethod
-    @option_errors()
-    def build_model(cls, args, task):
-        choice = MappingChoice.from_options(args)
-        model = super().build_model(args, task)
-        model.set_mapping_options(args, task, choice)
-        return model
 
     def prepare_for_inference_(self, cfg) -> None:
         """Also makes ``fairseq-eval-lm`` compute logits for one chunk of tokens at a time.
@@ -40,10 +32,9 @@ class MultimaxTransformerLanguageModel(MappedModelMixin, TransformerLanguageMode
         super().prepare_for_inference_(cfg)
         if self.decoder.adaptive_softmax is not None or cfg.common_eval.path is None:
             return
-        is_unbounded = cfg.eval_lm.softmax_batch == sys.maxsize  # the default, not the user's choice
+        self.decoder.defers_output_layer = True
         is_alone = len(utils.split_paths(cfg.common_eval.path)) == 1
-        self.decoder.defers_output_layer = is_alone or not is_unbounded
-        if is_alone and is_unbounded:
+        if is_alone and cfg.eval_lm.softmax_batch == sys.maxsize:  # the default, not the user's choice
             cfg.eval_lm.softmax_batch = default_chunk_tokens(len(self.decoder.dictionary))
 
 

@@ -4,7 +4,7 @@ from argparse import Namespace
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, make_dataclass
 from difflib import get_close_matches
-from typing import Any, Callable, Dict, Iterator, Optional, Sequence, Set, Tuple, Union
+from typing import Any, Callable, Dict, Iterator, Sequence, Tuple, Union
 
 import torch
 from fairseq.dataclass import FairseqDataclass
@@ -34,17 +34,17 @@ def option_errors() -> Iterator[None]:
         raise OptionError(str(error)) from error
 
 
-# The options of the package's own mappings, as their classes declare them: by mapping, by field.
-OWN_OPTIONS = {name: {option.name: option for option in getattr(MAPPINGS[name], "options", ())} for name in MAPPINGS}
+# The options of the package's own mappings, as their classes declare them.
+OWN_OPTIONS = {name: getattr(MAPPINGS[name], "options", {}) for name in MAPPINGS}
 
 
 def _own_fields() -> Iterator[Tuple[str, type, Any]]:
     """The fields of a dataclass for ``OWN_OPTIONS``; an argument that also takes words is a string."""
-    for name, options in OWN_OPTIONS.items():
-        for option in options.values():
-            argument = arguments_of(MAPPINGS[name])[option.argument]
-            kind = argument.annotation if argument.annotation in (int, float, str) else str
-            yield option.name, kind, field(default=kind(argument.default), metadata={"help": option.help})
+    for mapping, options in OWN_OPTIONS.items():
+        for name, (argument, text) in options.items():
+            known = arguments_of(MAPPINGS[mapping])[argument]
+            kind = known.annotation if known.annotation in (int, float, str) else str
+            yield name, kind, field(default=kind(known.default), metadata={"help": text})
 
 
 @dataclass
@@ -92,23 +92,11 @@ FIELDS = {option.name: option for option in MAPPING_OPTIONS}
 # Options of version 0.2.0 that are gone, and what a checkpoint says where they were not used.
 GONE = {"modulator_weight_decay": None, "modulator_clip_norm": None, "multimax_backend": "auto"}
 
-# fairseq's own options for xFormers, by the site whose softmax they replace.
-XFORMERS_OPTIONS = {
-    "encoder": "encoder_xformers_att_config",
-    "decoder": "decoder_xformers_att_config",
-    "cross": "encoder_xformers_att_config",
-}
 
+def with_defaults(architecture: Callable[[Any], None]) -> Callable[[Any], None]:
+    """Wrap fairseq's architecture function so that it also sets the mapping options, which a checkpoint then names.
 
-def with_defaults(
-    architecture: Callable[[Any], None], known_fields: Optional[Callable[[], Set[str]]] = None
-) -> Callable[[Any], None]:
-    """Wrap an architecture function so that it also sets the mapping options: a checkpoint then names all of them.
-
-    Args:
-        architecture: fairseq's.
-        known_fields: returns the fields of the model's config, for a model without a dataclass: fairseq does not
-            check its fields, so other fields raise ValueError here.
+    A config without a dataclass, whose fields fairseq does not check, raises ValueError where one is misspelt.
     """
 
     @option_errors()
@@ -117,8 +105,9 @@ def with_defaults(
         if OmegaConf.is_config(args):
             # In omegaconf 2.0 (fairseq 0.12.2) a missing field reads as None, so work on those that exist.
             given = OmegaConf.to_container(args)
-            if known_fields is not None and "base_layers" not in given:  # a checkpoint's has it, from below
-                check_fields(given, known_fields() | vars(_defaults_of(architecture)).keys())
+            for name in given.keys() - FIELDS.keys():
+                for option in get_close_matches(name.replace("-", "_"), FIELDS, n=1, cutoff=0.75):
+                    raise ValueError(f"model.{name}: there is no such field; the nearest one is model.{option}")
             namespace = Namespace(**{name: value for name, value in given.items() if value is not None})
             namespace.base_layers = getattr(namespace, "base_layers", 0)  # its trainer asks whether this is > 0
         for option in MAPPING_OPTIONS:
@@ -128,23 +117,6 @@ def with_defaults(
             setattr(args, name, value)
 
     return architecture_with_mappings
-
-
-def _defaults_of(architecture: Callable[[Any], None]) -> Namespace:
-    namespace = Namespace()
-    architecture(namespace)
-    return namespace
-
-
-def check_fields(given: Dict[str, Any], known: Set[str]) -> None:
-    """Raise ValueError if a config has a field that is not ``known``, or a mapping option that is null."""
-    for name in given:
-        if name not in known:
-            nearest = get_close_matches(name.replace("-", "_"), sorted(known), n=1, cutoff=0)
-            raise ValueError(f"model.{name}: the model has no such field; the nearest one is model.{nearest[0]}")
-    for option in MAPPING_OPTIONS:
-        if option.name in given and given[option.name] is None and option.default is not None:
-            raise ValueError(f"model.{option.name}: null is no value; leave it out for the default, {option.default}")
 
 
 @dataclass(frozen=True)
@@ -182,7 +154,11 @@ class MappingChoice:
         sites = _names("attention-mapping-sites", options.attention_mapping_sites, SITES)
         available = available_sites(args)
         if (options.attention_mapping, options.attention_scale) != ("softmax", "none"):
-            _check_attention(args, sites, available)
+            if not set(sites) & set(available):
+                raise ValueError(
+                    f"--attention-mapping-sites {','.join(sites)}: this model has none of these; "
+                    f"choose from: {', '.join(available)}"
+                )
         parse_options(options.attention_mapping, options.mapping_options)
         with torch.random.fork_rng(devices=[]):
             for name in {*BUILT_IN, options.attention_mapping}:  # a wrong option is an error even if it is not used
@@ -210,10 +186,12 @@ def describe(args: Any) -> Dict[str, str]:
     options = Namespace(**{name: getattr(args, name, option.default) for name, option in FIELDS.items()})
 
     def words(name: str) -> str:
-        own = OWN_OPTIONS.get(name, {}).values()
-        values = {option.argument: getattr(options, option.name) for option in own if not option.may_change}
-        values = [f"{argument}={_plain(value)}" for argument, value in sorted(values.items())]
-        return " ".join([name, *values, *([] if name in BUILT_IN else [options.mapping_options])]).strip()
+        if name not in BUILT_IN:
+            return f"{name} {options.mapping_options}".strip()
+        may_change = getattr(MAPPINGS[name], "may_change", ())
+        fixed = {argument: _split(value) for argument, value in _mapping(name, options)[1].items()
+                 if argument not in may_change}  # fmt: skip
+        return " ".join([name, *(f"{argument}={','.join(sorted(value))}" for argument, value in fixed.items())])
 
     sites = _split(options.attention_mapping_sites)
     sites = sorted(site for site in available_sites(args) if site in sites)
@@ -236,19 +214,7 @@ def _mapping(name: str, options: Any) -> Mapping:
     """The mapping of a name, with the arguments that ``options`` give it."""
     if name not in BUILT_IN:
         return name, parse_options(name, options.mapping_options)
-    return name, {option.argument: getattr(options, option.name) for option in OWN_OPTIONS[name].values()}
-
-
-def _plain(value: Any) -> str:
-    """A value in one way of writing: the numbers and names of a comma-separated list, or of a list."""
-
-    def plain(part: str) -> str:
-        try:
-            return f"{float(part):g}"
-        except ValueError:
-            return part
-
-    return ",".join(sorted(map(plain, _split(value))))
+    return name, {argument: getattr(options, option) for option, (argument, _) in OWN_OPTIONS[name].items()}
 
 
 def _split(names: Union[str, Sequence[str]]) -> Sequence[str]:
@@ -267,20 +233,6 @@ def _names(flag: str, names: Union[str, Sequence[str]], choices: Sequence[str]) 
 def _check_name(flag: str, name: str, choices: Sequence[str]) -> None:
     if name not in choices:
         raise ValueError(f"--{flag}: there is no {name!r}; choose from: {', '.join(choices)}")
-
-
-def _check_attention(args: Any, sites: Sequence[str], available_sites: Sequence[str]) -> None:
-    if not set(sites) & set(available_sites):
-        raise ValueError(
-            f"--attention-mapping-sites {','.join(sites)}: this model has none of these; "
-            f"choose from: {', '.join(available_sites)}"
-        )
-    for site in sites:
-        if getattr(args, XFORMERS_OPTIONS[site], None) is not None:
-            raise ValueError(
-                f"--{XFORMERS_OPTIONS[site].replace('_', '-')}: xFormers has softmax built in; drop this flag, or "
-                f"leave {site} out of --attention-mapping-sites"
-            )
 
 
 def _check_output(args: Any, mapping: str) -> None:

@@ -19,8 +19,7 @@ import weakref
 from typing import Any, Callable, Dict, List
 
 import torch
-from fairseq.sequence_generator import SequenceGenerator, SequenceGeneratorWithAlignment
-from fairseq.sequence_scorer import SequenceScorer
+from fairseq.sequence_generator import SequenceGenerator
 from torch import Tensor, nn
 
 from ..modules.decoder import LOG_ZERO
@@ -35,9 +34,10 @@ SMOOTHING = 0.01
 
 
 def build_sparse_generator(build_generator: Callable, *args, **kwargs) -> Any:
-    """The generator or scorer that a task builds for a sparse model, of the class of this file that suits it."""
+    """The generator or scorer that a task builds for a sparse model, as an instance of a class of this file, too."""
     generator = build_generator(*args, **kwargs)
-    generator.__class__ = CLASSES.get(type(generator), type(generator))
+    kind = SparseSearch if isinstance(generator, SequenceGenerator) else ReferenceScorer
+    generator.__class__ = type(kind.__name__, (kind, type(generator)), {})
     return generator
 
 
@@ -45,7 +45,7 @@ def build_sparse_generator(build_generator: Callable, *args, **kwargs) -> Any:
 
 
 class SparseSearch:
-    """Named before fairseq's generator, see the top of this file; made of an instance, by its class."""
+    """A base class before that of a generator, for one or more models of which one is sparse; see the top."""
 
     def generate(self, *args, **kwargs) -> List[List[Dict[str, Tensor]]]:
         found = super().generate(*args, **kwargs)
@@ -60,26 +60,11 @@ class SparseSearch:
         return super().finalize_hypos(step, bbsz_idx, eos_scores, tokens, scores, *rest)
 
 
-class SparseGenerator(SparseSearch, SequenceGenerator):
-    """fairseq's generator, for one or more models of which one is sparse."""
-
-
-class SparseGeneratorWithAlignment(SparseSearch, SequenceGeneratorWithAlignment):
-    """The same with ``--print-alignment``."""
-
-
 # ---------------------------------------------------------------- scores
 
 
-class ReferenceScorer(SequenceScorer):
-    """fairseq's scorer as a task builds it (``--score-reference``): it reports a probability of 0 as −inf."""
-
-
-CLASSES = {
-    SequenceGenerator: SparseGenerator,
-    SequenceGeneratorWithAlignment: SparseGeneratorWithAlignment,
-    SequenceScorer: ReferenceScorer,
-}
+class ReferenceScorer:
+    """A base class of scorers that a task builds (``--score-reference``): they report a probability of 0 as −inf."""
 
 
 class Zeros:

@@ -30,7 +30,7 @@ class MappedMultiheadAttention(MultiheadAttention):
     Attributes:
         mapping: module over the last dimension, from :func:`multimax_fairseq.mappings.build_mapping`.
         site: which attention of the model this is: ``"encoder"``, ``"decoder"`` or ``"cross"``.
-        scale: the factor of the scores, from :func:`.scale.build_scale`, or None.
+        scale: the factor of the scores, from ``SCALES`` of :mod:`.scale`, or None.
     """
 
     @classmethod
@@ -43,12 +43,13 @@ class MappedMultiheadAttention(MultiheadAttention):
         version of fairseq.
 
         Raises:
-            TypeError: it is of a subclass, whose own way of attending would be lost.
+            TypeError: it attends in its own way, which would be lost: a subclass, or xFormers.
         """
-        if type(attention) not in (MultiheadAttention, cls):
+        if type(attention) not in (MultiheadAttention, cls) or getattr(attention, "use_xformers", False):
             raise TypeError(
-                f"only fairseq's MultiheadAttention itself can be given a mapping; {type(attention).__name__} "
-                f"attends in its own way, which would be lost: leave {site} out of --attention-mapping-sites"
+                "only fairseq's MultiheadAttention itself, without xFormers, can be given a mapping; this "
+                f"{type(attention).__name__} attends in its own way, which would be lost: leave {site} out of "
+                "--attention-mapping-sites"
             )
         attention.__class__ = cls
         attention.mapping = mapping

@@ -5,14 +5,12 @@ mapping and every way to compute attention.
 """
 
 import math
-from typing import Optional
 
 import torch
 from torch import Tensor, nn
 
 from ..mappings import is_absent
 
-SCALES = ("none", "learned", "log-length")
 NEUTRAL_LENGTH = 64  # keys at which a new LogLengthScale changes nothing
 
 
@@ -56,15 +54,8 @@ class LogLengthScale(nn.Module):
         return counts.clamp(min=1).log() * self.s.float()[:, None, None]
 
 
-def build_scale(name: str, num_heads: int) -> Optional[nn.Module]:
-    """The module of ``--attention-scale name``; None for ``none``.
-
-    Raises:
-        ValueError: no scale has this name.
-    """
-    if name not in SCALES:
-        raise ValueError(f"--attention-scale: there is no {name!r}; choose from: {', '.join(SCALES)}")
-    return LogLengthScale(num_heads) if name == "log-length" else LearnedScale() if name == "learned" else None
+# By the names of --attention-scale: num_heads → the module, or None.
+SCALES = {"none": lambda num_heads: None, "learned": lambda num_heads: LearnedScale(), "log-length": LogLengthScale}
 
 
 def visible_keys(mask: Tensor, is_causal: bool, tgt_len: int) -> Tensor:
@@ -72,12 +63,10 @@ def visible_keys(mask: Tensor, is_causal: bool, tgt_len: int) -> Tensor:
 
     Args:
         mask: (bsz | 1, heads | 1, tgt_len | 1, src_len), −inf where a key is hidden: a mask to be added, or scores.
-        is_causal: whether, besides, query i sees only the keys up to i.
+        is_causal: whether, besides, query i sees only the keys up to i; ``mask`` is then the same for all queries.
     """
     shown = (~is_absent(mask)).float()
     if not is_causal:
         return shown.sum(-1, keepdim=True)
-    if mask.size(2) == 1:  # without a matrix
-        last = torch.arange(tgt_len, device=mask.device).clamp(max=mask.size(-1) - 1)
-        return shown.cumsum(-1)[..., last].transpose(2, 3)
-    return shown.tril().sum(-1, keepdim=True)
+    last = torch.arange(tgt_len, device=mask.device).clamp(max=mask.size(-1) - 1)
+    return shown.cumsum(-1)[..., last].transpose(2, 3)
