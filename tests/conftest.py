@@ -41,9 +41,10 @@ needs_compiler = pytest.mark.skipif(
 )
 
 
-def environment():
-    """That of this process, with the commands of its Python first."""
-    return {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+def environment(*folders):
+    """That of this process, with the commands of these folders and of its Python first."""
+    folders = [*folders, str(Path(sys.executable).parent), os.environ["PATH"]]
+    return {**os.environ, "PATH": os.pathsep.join(folders)}
 
 
 def run(*command, check=True, env=None, **kwargs):
@@ -51,11 +52,8 @@ def run(*command, check=True, env=None, **kwargs):
 
     fairseq's commands are called in a process that has imported it; by their full path they are started anew.
     """
-    variables = environment()
-    variables["PATH"] = os.pathsep.join([fork_server.path(), variables["PATH"]])
-    result = subprocess.run(
-        ["env", *map(str, command)], capture_output=True, text=True, env=variables | (env or {}), **kwargs
-    )
+    variables = environment(fork_server.path()) | (env or {})
+    result = subprocess.run(["env", *map(str, command)], capture_output=True, text=True, env=variables, **kwargs)
     assert not check or result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
     return result
 

@@ -117,9 +117,9 @@ SOURCES = {  # of each recipe: its options
 
 
 def variables(**changes):
-    path = os.pathsep.join([fork_server.path(), environment()["PATH"]])
-    kept = {name: value for name, value in environment().items() if name not in ("MULTIMAX_DATA", "PYTHON")}
-    return {**kept, "PATH": path, "NO_PROXY": "127.0.0.1", **changes}
+    # a Python of its own for prepare.py, which is killed here and cleans up
+    known = {"PYTHON": sys.executable, "NO_PROXY": "127.0.0.1", "MULTIMAX_DATA": ""}
+    return environment(fork_server.path()) | known | changes
 
 
 def prepare(recipe, *arguments, check=True, **changes):

@@ -13,6 +13,7 @@ import sys
 import time
 from argparse import Namespace
 
+import fork_server
 import pytest
 import sacrebleu
 import torch
@@ -202,18 +203,20 @@ def test_what_is_done_is_not_done_again_and_nothing_is_mixed(done, made_up):
 @pytest.mark.slow
 def test_a_run_that_is_killed_goes_on_to_the_same_end(made_up, tmp_path):
     """Killed at random moments of training, at each epoch's end among them, or of scoring."""
-    arguments = [*SHORT, "--max-update", 60, "--max-tokens", 512, "--save-interval-updates", 7,
+    arguments = [*SHORT, "--max-update", 40, "--max-tokens", 512, "--save-interval-updates", 3,
                  "--keep-interval-updates", 1]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
+    start = time.monotonic()
     recipe("multi30k_de_en", whole, *arguments, data=made_up / "multi30k_de_en")
-    variables = environment() | {"DATA": str(made_up / "multi30k_de_en")}
+    longest = time.monotonic() - start
+    variables = environment(fork_server.path()) | {"DATA": str(made_up / "multi30k_de_en")}
     command = ["bash", EXAMPLES / "multi30k_de_en" / "run.sh", killed, *arguments]
     rng = random.Random(3)
     for _ in range(3):
         process = subprocess.Popen([*map(str, command)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
                                    start_new_session=True, env=variables)
         try:
-            process.wait(rng.uniform(8, 16))
+            process.wait(rng.uniform(0.3, 0.9) * longest)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
