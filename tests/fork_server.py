@@ -1,16 +1,17 @@
 """fairseq's commands without the four seconds of its imports: forks of one process that has imported it.
 
 Put first in PATH, each of the commands in the folder :func:`path` sends its arguments, folder, environment and open
-files to the server, which forks; the fork calls the entry point of fairseq's command of this name, or the file of
-scripts/ that follows ``python``, and its exit status comes back. It ends with the command that asked for it. The
-server has not imported this package, and has computed nothing: a fork is as far as a new process is once it has
-imported fairseq. The real command runs where that is not enough: with settings that Python or OpenMP read when they
-start, under other limits or in other namespaces, and on systems other than Linux.
+files to the server, which forks; the fork calls the entry point of the command of this name, or runs what follows
+``python``: the code after -c, or a file of scripts/ or examples/. Its exit status comes back, and it ends with the
+command that asked for it. The server has not imported this package, and has computed nothing: a fork is as far as a
+new process is once it has imported fairseq. The real command runs where that is not enough: with settings that Python
+or OpenMP read when they start, under other limits or in other namespaces, and on systems other than Linux.
 """
 
 import atexit
 import contextlib
 import functools
+import gc
 import importlib.metadata
 import importlib.util
 import json
@@ -30,7 +31,7 @@ import traceback
 from pathlib import Path
 
 COMMANDS = ("preprocess", "train", "generate", "interactive", "validate", "eval-lm", "hydra-train")
-COMMANDS = ("python", *(f"fairseq-{name}" for name in COMMANDS))
+COMMANDS = ("python", "multimax-analyze", *(f"fairseq-{name}" for name in COMMANDS))
 CONFINES = """
 confines = [os.readlink("/proc/self/ns/" + name) for name in ("mnt", "user", "net")]
 with open("/proc/self/limits") as file:
@@ -89,11 +90,15 @@ def settings(environment):
 def serve(listener):
     """Fork for each client until standard input ends, as it does with the process that has started this one."""
     import fairseq.checkpoint_utils
-    import fairseq.options
     import fairseq.sequence_generator
     import fairseq.trainer  # noqa: F401
     import sacrebleu  # noqa: F401
+    from fairseq import options
+    from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 
+    parser = options.get_training_parser()
+    convert_namespace_to_omegaconf(options.parse_args_and_arch(parser, ["data"]))  # the first time takes a second
+    gc.freeze()
     found = {"os": os}
     exec(CONFINES, found)
     at_start = settings(os.environ), found["confines"]
@@ -107,7 +112,7 @@ def serve(listener):
         while not request.endswith(b"\n"):
             request += client.recv(1 << 20)
         name, arguments, folder, environment, umask, confines = json.loads(request)
-        is_known = name != "python" or "/scripts/" in "".join(arguments[:1])
+        is_known = name != "python" or re.match("-c$|.*/(scripts|examples)/", "".join(arguments[:1]))
         if not is_known or (settings(environment), confines) != at_start:
             client.sendall(b"real")
         elif not os.fork():
@@ -135,7 +140,7 @@ def end_with(client):
 
 
 def status_of(entry):
-    """The exit status that Python would give: of an entry point, or of the file in sys.argv."""
+    """The exit status that Python would give: of an entry point, or of what sys.argv names."""
     text = Path(importlib.util.find_spec(entry.module).origin).read_text() if entry else ""
     configures, imports = (re.search(line, text, re.M) for line in ("^logging.basicConfig", "^(from|import) fairseq"))
     # what importing fairseq did to logging would come later, or be undone
@@ -146,6 +151,8 @@ def status_of(entry):
     try:
         if entry:
             status = entry.load()()
+        elif sys.argv[0] == "-c":
+            exec(sys.argv[1], {"__name__": "__main__"})
         else:
             sys.path[0] = str(Path(sys.argv[0]).resolve().parent)
             runpy.run_path(sys.argv[0], run_name="__main__")

@@ -598,7 +598,7 @@ def test_wrong_ways_to_draw(arguments, message, report, tmp_path):
 
 @pytest.mark.parametrize("name, data", [("multimax", "data-bin"), ("lm", "data-bin-lm")])
 def test_the_example(name, data, checkpoints, corpus, tmp_path):
-    result = run(sys.executable, ROOT / "examples" / "analysis" / "look.py", checkpoints[name], corpus / data,
+    result = run("python", ROOT / "examples" / "analysis" / "look.py", checkpoints[name], corpus / data,
                  "--sentence", 1, "--out", tmp_path / "attention.png", cwd=ROOT)  # fmt: skip
     site = "cross" if name == "multimax" else "decoder"
     assert re.search(rf"{site} +layer 1:  M \d\.\d{{3}}  S \d", result.stdout)
