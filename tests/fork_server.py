@@ -2,7 +2,7 @@
 
 Put first in PATH, each of the commands in the folder :func:`path` sends its arguments, folder, environment and open
 files to the server, which forks; the fork calls the entry point of the command of this name, or runs what follows
-``python``: the code after -c, or a file of scripts/ or examples/. Its exit status comes back, and it ends with the
+``python``: the code after -c, or a file of ours. Its exit status comes back, and it ends with the
 command that asked for it. The server has not imported this package, and has computed nothing: a fork is as far as a
 new process is once it has imported fairseq. The real command runs where that is not enough: with settings that Python
 or OpenMP read when they start, under other limits or in other namespaces, and on systems other than Linux.
@@ -112,7 +112,7 @@ def serve(listener):
         while not request.endswith(b"\n"):
             request += client.recv(1 << 20)
         name, arguments, folder, environment, umask, confines = json.loads(request)
-        is_known = name != "python" or re.match("-c$|.*/(scripts|examples)/", "".join(arguments[:1]))
+        is_known = name in mains or re.match("-c$|.*/(scripts|examples|benchmarks)/", "".join(arguments[:1]))
         if not is_known or (settings(environment), confines) != at_start:
             client.sendall(b"real")
         elif not os.fork():

@@ -31,11 +31,13 @@ def test_dimensions_and_defaults_are_those_of_the_stock_architecture(stock, corp
     assert actual["arch"] == f"multimax_{expected['arch']}"
 
 
-SCALED = [(",".join(SITES), scale) for scale in SCALES]
+ALL = ",".join(SITES)
 
 
-@pytest.mark.parametrize(("sites", "scale"), [*SCALED, *((site, "none") for site in SITES)])
-@pytest.mark.parametrize("name", MAPPINGS)
+@pytest.mark.parametrize(("name", "sites", "scale"), [
+    *((name, ALL, "none") for name in MAPPINGS), *(("multimax", ALL, scale) for scale in SCALES if scale != "none"),
+    *((name, site, "none") for name in ("multimax", "entmax15") for site in SITES),
+])  # fmt: skip
 def test_steps_with_reordered_beams_equal_the_full_forward(name, sites, scale, build, batch):
     options = ["--attention-mapping", name, "--attention-mapping-sites", sites, "--output-mapping", "multimax"]
     options += ["--attention-scale", scale]

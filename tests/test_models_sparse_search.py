@@ -99,9 +99,11 @@ def test_scores_are_the_logarithms_of_the_mean_of_the_models_probabilities(outpu
             torch.testing.assert_close(hypo["positional_scores"], expected, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("how", [{"beam": 3}, {"beam": 3, "sampling": True}], ids=str)
-@pytest.mark.parametrize("weight", [-0.3, 0.0, 0.3])
-@pytest.mark.parametrize("output", ["softmax", "sparsemax"])
+@pytest.mark.parametrize("output, weight, how", [
+    ("softmax", -0.3, {"beam": 3}), ("softmax", 0.3, {"beam": 3, "sampling": True}),
+    ("sparsemax", -0.3, {"beam": 3, "sampling": True}), ("sparsemax", 0.3, {"beam": 3}),
+    ("sparsemax", 0.0, {"beam": 3}), ("softmax", 0.0, {"beam": 3, "sampling": True}),
+], ids=str)  # fmt: skip
 def test_a_sparse_language_model_beside_another_model(output, weight, how, build, batch, corpus, tmp_path):
     shutil.copy(corpus / "data-bin" / "dict.en.txt", tmp_path / "dict.txt")
     _, cfg = parse([tmp_path, "--task", "language_modeling", "--arch", "multimax_transformer_lm", *TINY_LM,
