@@ -3,6 +3,7 @@
 import copy
 import functools
 import gc
+import hashlib
 import importlib.util
 import io
 import os
@@ -65,6 +66,15 @@ def trained_parameters(model):
     """Names and parameters, but for those that fairseq 0.12.2's encoder layers have twice, and use in evaluation."""
     twice = re.compile(r"encoder\.layers\.\d+\.(in_proj|out_proj|fc1|fc2)_(weight|bias)")
     return [(name, parameter) for name, parameter in model.named_parameters() if not twice.fullmatch(name)]
+
+
+def digest(folder):
+    """Of names and bytes, without fairseq's log, which has the time, and the record of data, which has the log's size."""
+    found = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.name not in ("preprocess.log", ".complete"):
+            found.update(str(path.relative_to(folder)).encode() + path.read_bytes())
+    return found.hexdigest()
 
 
 def load_script(name):
