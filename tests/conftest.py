@@ -69,7 +69,7 @@ def trained_parameters(model):
 
 
 def digest(folder):
-    """Of names and bytes, without fairseq's log, which has the time, and the record of data, which has the log's size."""
+    """Of names and bytes, without fairseq's log, which has the time, and the record of it."""
     found = hashlib.sha256()
     for path in sorted(folder.rglob("*")):
         if path.is_file() and path.name not in ("preprocess.log", ".complete"):
