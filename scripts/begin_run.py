@@ -20,6 +20,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from settings import LENGTH, mapping_of, settings_of
 
+from multimax_fairseq.models.options import MappingChoice  # imports fairseq quietly
 from multimax_fairseq.tools import UserError, entry, errors_in_a_line, read_checkpoint, replacing
 
 
@@ -49,8 +50,6 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, Any]:
     try:
         args = options.parse_args_and_arch(options.get_training_parser(), arguments)
         cfg = convert_namespace_to_omegaconf(args)
-        from multimax_fairseq.models.options import MappingChoice
-
         if hasattr(args, "attention_mapping"):
             MappingChoice.from_options(args)
     except (ValueError, FileNotFoundError) as problem:
