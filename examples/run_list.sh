@@ -4,8 +4,9 @@
 #     bash examples/run_list.sh EXPERIMENT LIST RUNS "SEED …" [OPTION OF fairseq-train …]
 #     bash examples/run_list.sh iwslt14_de_en examples/ablation.txt runs/ablation "1 2 3" --max-update 20000
 #
-# A line of LIST has options of fairseq-train, between blanks; quotes are letters: --adam-betas (0.9,0.95). Each run goes to a folder in RUNS that is named after them. Stopped and
-# started again, it goes on. If a run fails, the next ones still run, and the exit status is 1.
+# A line of LIST has options of fairseq-train, between blanks; quotes are letters: --adam-betas (0.9,0.95). Each run goes
+# to a folder in RUNS that is named after them. Stopped and started again, it goes on. If a run fails, the next ones still
+# run, and the exit status is 1.
 
 set -euo pipefail
 [[ $# -ge 4 && -f $2 ]] || { sed -n '2,/^$/s/^# \?//p' "$0" >&2; exit 1; }

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from settings import LENGTH, mapping_of, settings_of
 
+from multimax_fairseq.models.options import MappingChoice  # imports fairseq quietly
 from multimax_fairseq.tools import UserError, entry, errors_in_a_line, read_checkpoint, replacing
 
 
@@ -49,14 +50,12 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, Any]:
     try:
         args = options.parse_args_and_arch(options.get_training_parser(), arguments)
         cfg = convert_namespace_to_omegaconf(args)
-        from multimax_fairseq.models.options import MappingChoice
-
         if hasattr(args, "attention_mapping"):
             MappingChoice.from_options(args)
     except (ValueError, FileNotFoundError) as problem:
         raise UserError(str(problem)) from problem
     except ImportError as problem:
-        raise UserError(f"{problem}. Is another copy of it installed? `pip install -e .` in this checkout") from problem
+        raise UserError(f"{problem}; if another copy is installed: pip install -e . in this checkout") from problem
     precision = [name for name in ("fp16", "bf16", "amp") if cfg.common[name]]
     if precision and not (torch.cuda.is_available() or cfg.common.cpu):
         raise UserError(f"--{precision[0]} needs a GPU, and torch sees none: without it the CPU trains")

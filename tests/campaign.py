@@ -9,10 +9,9 @@ kill than without. A line is printed for each failure, with the word that repeat
 attack was made. The exit status is 1 if there was a failure.
 """
 
+# ruff: noqa: E402
+
 import argparse
-import contextlib
-import hashlib
-import io
 import os
 import random
 import re
@@ -30,12 +29,12 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import torch  # noqa: E402
-from conftest import ROOT, TINY, demo_corpus, environment, load_script, parse, run, save_checkpoint  # noqa: E402
-from fairseq import tasks  # noqa: E402
+import torch
+from conftest import ROOT, TINY, call, demo_corpus, digest, environment, load_script, parse, run, save_checkpoint
+from fairseq import tasks
 
-import multimax_fairseq.models  # noqa: E402, F401  torch.load then takes checkpoints of fairseq
-from multimax_fairseq.analysis import cli as analysis_cli  # noqa: E402
+import multimax_fairseq.models  # noqa: F401  torch.load then takes checkpoints of fairseq
+from multimax_fairseq.analysis import cli as analysis_cli
 
 SCRIPTS = ROOT / "scripts"
 
@@ -83,29 +82,18 @@ def trained_run():
     return folder
 
 
-def in_process(tool, arguments, output=None):
-    """A tool of Python: None if it succeeds, or its one line of error; a traceback is a failure.
-
-    ``output`` takes what it prints.
-    """
-    main = analysis_cli.main if tool == "multimax-analyze" else script(tool).main
-    before, sys.argv = sys.argv, [tool, *map(str, arguments)]
-    output = output or io.StringIO()
+def in_process(tool, arguments):
+    """A tool of Python: None if it succeeds, or its one line of error; a traceback is a failure."""
     try:
-        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
-            main()
-        return None
-    except SystemExit as stopped:
-        if stopped.code in (None, 0):  # --help
-            return None
-        message = stopped.code if isinstance(stopped.code, str) else output.getvalue().strip().splitlines()[-1]
-        is_a_line = re.fullmatch(r"(ERROR: |\w+: error: ).*", message)  # the second is argparse's
-        expect(is_a_line, tool, "ends with", repr(message))
-        return message
+        result = call(analysis_cli if tool == "multimax-analyze" else script(tool), *arguments, check=False)
     except Exception as error:
         raise Failure(f"{tool}: traceback: {type(error).__name__}: {error}") from error
-    finally:
-        sys.argv = before
+    if not result.returncode:
+        return None
+    message = result.stderr.strip().splitlines()[-1]
+    is_a_line = re.fullmatch(r"(ERROR: |\w+: error: ).*", message)  # the second is argparse's
+    expect(is_a_line, tool, "ends with", repr(message))
+    return message
 
 
 @cache
@@ -134,15 +122,6 @@ def damage(rng, path):
     ])
     path.unlink() if changed is None else path.write_bytes(changed)
     return f"{how} at {where} of {path.name}"
-
-
-def hash_of(folder):
-    """Of names and bytes, but for what has the time."""
-    digest = hashlib.sha256()
-    for path in sorted(folder.rglob("*")):
-        if path.is_file() and path.name not in ("preprocess.log", ".complete"):
-            digest.update(str(path.relative_to(folder)).encode() + path.read_bytes())
-    return digest.hexdigest()
 
 
 # ---------------------------------------------------------------------- attacks
@@ -218,7 +197,7 @@ def preparation(script, *options):
         arguments = [workplace() / option if option in SOURCES else option for option in options]
         return [SCRIPTS / script, *arguments, "--out", folder / "out"]
 
-    return command, lambda folder: hash_of(folder / "out")
+    return command, lambda folder: digest(folder / "out")
 
 
 SOURCES = ("multi30k", "de-en.tgz", "wikitext-103-v1.zip", "text")

@@ -2,6 +2,8 @@
 
 import copy
 import functools
+import gc
+import hashlib
 import importlib.util
 import io
 import os
@@ -43,9 +45,10 @@ needs_compiler = pytest.mark.skipif(
 )
 
 
-def environment():
-    """That of this process, with the commands of its Python first."""
-    return {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+def environment(*folders):
+    """That of this process, with the commands of these folders and of its Python first."""
+    folders = [*folders, str(Path(sys.executable).parent), os.environ["PATH"]]
+    return {**os.environ, "PATH": os.pathsep.join(folders)}
 
 
 def run(*command, check=True, env=None, **kwargs):
@@ -53,11 +56,8 @@ def run(*command, check=True, env=None, **kwargs):
 
     fairseq's commands are called in a process that has imported it; by their full path they are started anew.
     """
-    variables = environment()
-    variables["PATH"] = os.pathsep.join([fork_server.path(), variables["PATH"]])
-    result = subprocess.run(
-        ["env", *map(str, command)], capture_output=True, text=True, env=variables | (env or {}), **kwargs
-    )
+    variables = environment(fork_server.path()) | (env or {})
+    result = subprocess.run(["env", *map(str, command)], capture_output=True, text=True, env=variables, **kwargs)
     assert not check or result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
     return result
 
@@ -66,6 +66,15 @@ def trained_parameters(model):
     """Names and parameters, but for those that fairseq 0.12.2's encoder layers have twice, and use in evaluation."""
     twice = re.compile(r"encoder\.layers\.\d+\.(in_proj|out_proj|fc1|fc2)_(weight|bias)")
     return [(name, parameter) for name, parameter in model.named_parameters() if not twice.fullmatch(name)]
+
+
+def digest(folder):
+    """Of names and bytes, without fairseq's log, which has the time, and the record of it."""
+    found = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.name not in ("preprocess.log", ".complete"):
+            found.update(str(path.relative_to(folder)).encode() + path.read_bytes())
+    return found.hexdigest()
 
 
 def load_script(name):
@@ -145,6 +154,12 @@ def rows_of(markdown):
     table = [line for line in markdown.splitlines() if line.startswith("|")]
     lines = [[cell.strip() for cell in line.strip("| ").split("|")] for line in table]
     return {cells[0]: cells[1:] for cells in lines if len(cells) > 2 and cells[0].strip("-")}
+
+
+def pytest_collection_finish():
+    """What has been imported stays: the garbage collector need not go through it again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -1,8 +1,9 @@
 """fairseq's commands without the four seconds of its imports: forks of one process that has imported it.
 
-:func:`path` is a folder of commands with the names of fairseq's. Put first in PATH, each of them sends its arguments,
-folder, environment and open files to the server, which forks; the fork calls the entry point of the real command, and
-its exit status comes back. The server has not imported this package, and has computed nothing: a fork is as far as a
+Put first in PATH, each of the commands in the folder :func:`path` sends its arguments, folder, environment and open
+files to the server, which forks; the fork calls the entry point of the command of this name, or runs what follows
+``python``: the code after -c, or a file of ours. Its exit status comes back, and it ends with the
+command that asked for it. The server has not imported this package, and has computed nothing: a fork is as far as a
 new process is once it has imported fairseq. The real command runs where that is not enough: with settings that Python
 or OpenMP read when they start, under other limits or in other namespaces, and on systems other than Linux.
 """
@@ -10,22 +11,27 @@ or OpenMP read when they start, under other limits or in other namespaces, and o
 import atexit
 import contextlib
 import functools
+import gc
 import importlib.metadata
 import importlib.util
 import json
 import logging
 import os
 import re
+import runpy
 import select
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import traceback
 from pathlib import Path
 
 COMMANDS = ("preprocess", "train", "generate", "interactive", "validate", "eval-lm", "hydra-train")
+COMMANDS = ("python", "multimax-analyze", *(f"fairseq-{name}" for name in COMMANDS))
 CONFINES = """
 confines = [os.readlink("/proc/self/ns/" + name) for name in ("mnt", "user", "net")]
 with open("/proc/self/limits") as file:
@@ -68,7 +74,7 @@ def path():
     listener.close()
     atexit.register(process.communicate)  # which ends what it reads
     for name in COMMANDS:
-        command = folder / f"fairseq-{name}"
+        command = folder / name
         real = str(Path(sys.executable).parent)
         command.write_text(CLIENT.format(python=sys.executable, confines=CONFINES, address=str(address), folder=real))
         command.chmod(0o755)
@@ -84,11 +90,15 @@ def settings(environment):
 def serve(listener):
     """Fork for each client until standard input ends, as it does with the process that has started this one."""
     import fairseq.checkpoint_utils
-    import fairseq.options
     import fairseq.sequence_generator
     import fairseq.trainer  # noqa: F401
     import sacrebleu  # noqa: F401
+    from fairseq import options
+    from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 
+    parser = options.get_training_parser()
+    convert_namespace_to_omegaconf(options.parse_args_and_arch(parser, ["data"]))  # the first time takes a second
+    gc.freeze()
     found = {"os": os}
     exec(CONFINES, found)
     at_start = settings(os.environ), found["confines"]
@@ -102,33 +112,50 @@ def serve(listener):
         while not request.endswith(b"\n"):
             request += client.recv(1 << 20)
         name, arguments, folder, environment, umask, confines = json.loads(request)
-        if (settings(environment), confines) != at_start:
+        is_known = name in mains or re.match("-c$|.*/(scripts|examples|benchmarks)/", "".join(arguments[:1]))
+        if not is_known or (settings(environment), confines) != at_start:
             client.sendall(b"real")
         elif not os.fork():
             listener.close()
+            os.setsid()
+            threading.Thread(target=end_with, args=[client], daemon=True).start()
             for number, file in enumerate(files):
                 os.dup2(file, number)
             os.chdir(folder)
             os.umask(umask)
             os.environ.clear()
             os.environ.update(environment)
-            sys.argv = [name, *arguments]
-            client.sendall(str(status_of(mains[name])).encode())
+            sys.argv = arguments if name == "python" else [name, *arguments]
+            client.sendall(str(status_of(mains.get(name))).encode())
             os._exit(0)
         client.close()
         for file in files:
             os.close(file)
 
 
+def end_with(client):
+    """Kill this process, and what it has started, when its command is killed."""
+    client.recv(1)
+    os.killpg(0, signal.SIGKILL)
+
+
 def status_of(entry):
-    """The exit status that Python would give."""
-    text = Path(importlib.util.find_spec(entry.module).origin).read_text()
+    """The exit status that Python would give: of an entry point, or of what sys.argv names."""
+    text = Path(importlib.util.find_spec(entry.module).origin).read_text() if entry else ""
     configures, imports = (re.search(line, text, re.M) for line in ("^logging.basicConfig", "^(from|import) fairseq"))
-    if configures and configures.start() < imports.start():  # what importing fairseq did to logging would come later
+    # what importing fairseq did to logging would come later, or be undone
+    if not entry or configures and configures.start() < imports.start():
         logging.root.handlers.clear()
         logging.root.setLevel(logging.WARNING)
+    status = None
     try:
-        status = entry.load()()
+        if entry:
+            status = entry.load()()
+        elif sys.argv[0] == "-c":
+            exec(sys.argv[1], {"__name__": "__main__"})
+        else:
+            sys.path[0] = str(Path(sys.argv[0]).resolve().parent)
+            runpy.run_path(sys.argv[0], run_name="__main__")
     except SystemExit as end:
         status = end.code
     except BaseException:

@@ -1,5 +1,6 @@
 """Triton's attention, interpreted on the CPU: run by test_kernels_gpu.py, with TRITON_INTERPRET=1."""
 
+import inspect
 import logging
 import math
 import os
@@ -9,6 +10,7 @@ import pytest
 import torch
 import torch.utils.checkpoint
 from conftest import load_script
+from test_reproducible import assert_twice_the_same, attention_of
 
 from multimax_fairseq.attention import attend, mapped_attention
 from multimax_fairseq.kernels import attention as kernels
@@ -62,6 +64,12 @@ def test_who_computes(trusted):
     ):  # fmt: skip
         (query, key, value), module = case(dtype=dtype, mapping=mapping)
         assert (kernels.kernels_for(query, key, value, Call(module.kernel_rows())) is gpu) == served
+
+
+def test_the_same_call_gives_the_same_bits(trusted):
+    """Here, and by construction: no program adds to what another has written."""
+    assert_twice_the_same("multimax", attention_of, *torch.randn(3, 2, 4, 40, 16))
+    assert "atomic" not in inspect.getsource(gpu_kernels)
 
 
 # ---------------------------------------------------------------- the check before kernels are trusted

@@ -2,19 +2,18 @@
 
 import json
 import re
-import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import fairseq
 import pytest
 import torch
 from conftest import PLUGIN, TINY, parse, run
 from fairseq import tasks
-from test_spawn import TOGETHER, TWO_GPUS
 
 pytestmark = pytest.mark.slow
 
 TRAINING = [
-    *("--user-dir", PLUGIN, "--arch", "multimax_transformer", "--output-mapping", "multimax", *TINY),
+    *("--arch", "multimax_transformer", "--output-mapping", "multimax", "--modulator-lr-scale", "10", *TINY),
     "--share-decoder-input-output-embed",
     *("--criterion", "chunked_cross_entropy", "--label-smoothing", "0.1", "--clip-norm", "1"),
     *("--optimizer", "adam", "--lr", "5e-3", "--lr-scheduler", "inverse_sqrt", "--warmup-updates", "10"),
@@ -22,6 +21,7 @@ TRAINING = [
     # Both processes draw from the same seed, where one process goes on drawing.
     *("--dropout", "0"),
 ]
+TOGETHER = ["--distributed-world-size", 2, "--distributed-no-spawn", "--distributed-backend", "gloo"]
 
 BACKENDS = ["legacy_ddp"]
 if fairseq.__version__ != "0.12.2":  # whose unused parameters PyTorch's waits for
@@ -29,17 +29,20 @@ if fairseq.__version__ != "0.12.2":  # whose unused parameters PyTorch's waits f
 
 # fairseq gives PyTorch's the name of a GPU.
 WITHOUT_DEVICES = """
-import torch.nn.parallel
-class OnCPU(torch.nn.parallel.DistributedDataParallel):
+from fairseq.models import distributed_fairseq_model
+import multimax_fairseq.models
+
+class OnCPU(distributed_fairseq_model.DistributedDataParallel):
     def __init__(self, module, device_ids, output_device, **options):
         super().__init__(module, **options)
-torch.nn.parallel.DistributedDataParallel = OnCPU
+
+distributed_fairseq_model.DistributedDataParallel = OnCPU
 """
 
 
-def train(*command):
-    """The lines of all updates, and of the validations, in the log of the first process."""
-    result = run(sys.executable, *command)
+def train(*options):
+    """The lines of all updates, and of the validations, in the log."""
+    result = run("fairseq-train", *options)
     lines = re.findall(r"(train_inner|valid)\W+(\{.*\})", result.stderr + result.stdout)
     return [[json.loads(line) for kind, line in lines if kind == wanted] for wanted in ("train_inner", "valid")]
 
@@ -70,11 +73,15 @@ def test_two_processes_train_like_one_with_twice_the_update_frequency(corpus, tm
     batches = task.get_batch_iterator(task.dataset("train"), max_tokens=500, required_batch_size_multiple=8, seed=1)
     assert len(batches) % 2, "for the last update of an epoch the second process has to be without a batch"
 
-    (tmp_path / "spawn.py").write_text(WITHOUT_DEVICES + TWO_GPUS)
+    (tmp_path / "on_cpu").mkdir()
+    (tmp_path / "on_cpu" / "__init__.py").write_text(WITHOUT_DEVICES)
     options = [*data, *TRAINING, "--max-epoch", 2, "--save-dir"]
-    alone = train("-m", "fairseq_cli.train", *options, tmp_path / "alone", "--update-freq", 2)
+    alone = train(*options, tmp_path / "alone", "--user-dir", PLUGIN, "--update-freq", 2)
     for backend in BACKENDS:
-        together = train(tmp_path / "spawn.py", *options, tmp_path / backend, *TOGETHER, "--ddp-backend", backend)
+        both = [*options, tmp_path / backend, "--user-dir", tmp_path / "on_cpu", *TOGETHER, "--ddp-backend", backend,
+                "--distributed-init-method", f"file://{tmp_path}/{backend}-store", "--distributed-rank"]
+        with ThreadPoolExecutor() as pool:
+            together, _ = pool.map(train, *zip([*both, 0], [*both, 1]))
         assert_same_training(alone, together, [tmp_path / "alone", tmp_path / backend])
     losses = [float(line["loss"]) for line in alone[0]]
     assert len(losses) == len(batches) + 1  # two epochs

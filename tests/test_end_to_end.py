@@ -83,13 +83,6 @@ def test_softmax_gives_the_stock_models_losses(stock, corpus, tmp_path):
     assert log["train"][0]["train_gnorm"] == stock[1]["train"][0]["train_gnorm"]
 
 
-def test_a_stock_checkpoint_is_validated_with_the_stock_loss(stock, corpus, tmp_path):
-    folder, stock_log = stock
-    log = train(corpus / "data-bin", "multimax_transformer", tmp_path, "--max-epoch", 1, "--lr", 1e-30,
-                "--finetune-from-model", folder / "checkpoint_last.pt")  # fmt: skip
-    assert losses(log)[1] == losses(stock_log)[1]
-
-
 def test_validate_generate_and_interactive_need_no_mapping_flags(translation, corpus):
     folder, log = translation
     common = [corpus / "data-bin", "--user-dir", PLUGIN, "--path", folder / "checkpoint_last.pt", "--cpu"]
@@ -176,18 +169,39 @@ def test_a_sparse_vocabulary_from_training_to_translations(corpus, tmp_path):
     assert len(scores) == 40 and all(math.isfinite(float(score)) for score in scores)
 
 
+HYDRA = """
+common: {{user_dir: {plugin}, cpu: true, log_format: json, seed: 1}}
+task: {{_name: {task}, data: {data}}}
+criterion: {{{criterion}}}
+dataset: {{max_tokens: 1000, num_workers: 0}}
+optimization: {{lr: [0.005], max_epoch: 1}}
+optimizer: {{_name: adam}}
+lr_scheduler: {{_name: inverse_sqrt, warmup_updates: 20}}
+checkpoint: {{save_dir: {folder}}}
+model: {{{model}, dropout: 0.1}}
+"""
+
+
+def train_by_config(data, folder, model, criterion):
+    """fairseq-hydra-train of a file; model and criterion: a name, and options as flags."""
+    task = "language_modeling, tokens_per_sample: 64" if "_lm" in model[0] else "translation"
+    model, criterion = (
+        ", ".join([f"_name: {name}", *(f"{flag[2:].replace('-', '_')}: {value}" for flag, value in zip(*flags))])
+        for name, *flags in ((words[0], words[1::2], words[2::2]) for words in (model, criterion))
+    )
+    folder.mkdir(exist_ok=True)
+    (folder / "tiny.yaml").write_text(
+        HYDRA.format(plugin=PLUGIN, task=task, data=data, criterion=criterion, folder=folder, model=model)
+    )
+    run("fairseq-hydra-train", "--config-dir", folder, "--config-name", "tiny", cwd=folder)
+    return folder / "checkpoint_last.pt"
+
+
 def test_a_sparse_vocabulary_from_training_to_perplexity(corpus, tmp_path):
-    (tmp_path / "tiny.yaml").write_text(
-        HYDRA.format(
-            plugin=PLUGIN, task="language_modeling", data=corpus / "data-bin-lm", folder=tmp_path,
-            task_options=", tokens_per_sample: 64", arch="multimax_transformer_lm", model="output_mapping: sparsemax",
-            criterion="entmax_loss, label_smoothing: 0.01",
-        )
-    )  # fmt: skip
-    run("fairseq-hydra-train", "--config-dir", tmp_path, "--config-name", "tiny", cwd=tmp_path)
-    result = run("fairseq-eval-lm", corpus / "data-bin-lm", "--user-dir", PLUGIN, "--path",
-                 tmp_path / "checkpoint_last.pt", "--gen-subset", "valid", "--cpu", "--tokens-per-sample", 64,
-                 "--context-window", 32)  # fmt: skip
+    path = train_by_config(corpus / "data-bin-lm", tmp_path, ["multimax_transformer_lm", *TINY_LM, "--output-mapping",
+                           "sparsemax"], ["entmax_loss", "--label-smoothing", "0.01"])  # fmt: skip
+    result = run("fairseq-eval-lm", corpus / "data-bin-lm", "--user-dir", PLUGIN, "--path", path, "--gen-subset",
+                 "valid", "--cpu", "--tokens-per-sample", 64, "--context-window", 32)  # fmt: skip
     output = result.stdout + result.stderr
     own = re.findall(r"epsilon-perplexity: ([\d.]+),", output)
     perplexity = re.findall(r"Perplexity: ([\d.]+)", output)
@@ -195,43 +209,17 @@ def test_a_sparse_vocabulary_from_training_to_perplexity(corpus, tmp_path):
     assert re.search(r"probability 0: [\d.]+ % of the words; sparsemax score: [\d.]+; Jensen-Shannon", output)
 
 
-HYDRA = """
-common: {{user_dir: {plugin}, cpu: true, log_format: json, seed: 1}}
-task: {{_name: {task}, data: {data}{task_options}}}
-criterion: {{_name: {criterion}}}
-dataset: {{max_tokens: 1000, num_workers: 0}}
-optimization: {{lr: [0.005], max_epoch: 1}}
-optimizer: {{_name: adam}}
-lr_scheduler: {{_name: inverse_sqrt, warmup_updates: 20}}
-checkpoint: {{save_dir: {folder}}}
-model: {{_name: {arch}, dropout: 0.1, {model}}}
-"""
-
-
-@pytest.mark.parametrize("arch, task, task_options, size, data, loss", [
-    ("multimax_transformer", "translation", "", TINY, "data-bin", ["cross_entropy"]),
-    ("multimax_transformer_lm", "language_modeling", ", tokens_per_sample: 64", TINY_LM, "data-bin-lm",
-     ["chunked_cross_entropy", "--label-smoothing", "0.1", "--chunk-tokens", "32"]),
-])  # fmt: skip
-def test_a_config_file_trains_what_the_flags_train(arch, task, task_options, size, data, loss, corpus, tmp_path):
-    flags = ["--attention-mapping", "entmax", "--entmax-alpha", "1.3", "--output-mapping", "multimax"]
-    by_flags = train(corpus / data, arch, tmp_path / "flags", "--max-epoch", 1, *flags, "--criterion", *loss)
-
-    def fields(flags):
-        return [f"{name[2:].replace('-', '_')}: {value}" for name, value in zip(flags[::2], flags[1::2])]
-
-    model, criterion = ", ".join(fields([*size, *flags])), ", ".join([loss[0], *fields(loss[1:])])
-    folder = tmp_path / "hydra"
-    (tmp_path / "tiny.yaml").write_text(
-        HYDRA.format(plugin=PLUGIN, task=task, data=corpus / data, task_options=task_options, folder=folder,
-                     arch=arch, model=model, criterion=criterion)  # fmt: skip
-    )
-    run("fairseq-hydra-train", "--config-dir", tmp_path, "--config-name", "tiny", cwd=tmp_path)
-    states = [torch.load(path / "checkpoint_last.pt") for path in (tmp_path / "flags", folder)]
-    assert by_flags["train"] and states[0]["model"].keys() == states[1]["model"].keys()
-    for name, tensor in states[0]["model"].items():
+def test_a_config_file_trains_what_the_flags_train(corpus, tmp_path):
+    flags = [*TINY, "--attention-mapping", "entmax", "--entmax-alpha", "1.3", "--output-mapping", "multimax"]
+    loss = ["chunked_cross_entropy", "--label-smoothing", "0.1", "--chunk-tokens", "32"]
+    train(corpus / "data-bin", "multimax_transformer", tmp_path / "flags", "--max-epoch", 1, *flags[len(TINY):],
+          "--criterion", *loss)  # fmt: skip
+    path = train_by_config(corpus / "data-bin", tmp_path / "hydra", ["multimax_transformer", *flags], loss)
+    states = [torch.load(path)["model"] for path in (tmp_path / "flags" / "checkpoint_last.pt", path)]
+    assert states[0].keys() == states[1].keys()
+    for name, tensor in states[0].items():
         if not name.endswith("_float_tensor"):  # fairseq 0.12.2 never sets it
-            torch.testing.assert_close(states[1]["model"][name], tensor, atol=0, rtol=0)
+            torch.testing.assert_close(states[1][name], tensor, atol=0, rtol=0)
 
 
 @pytest.mark.parametrize("flags, message", [
@@ -256,8 +244,6 @@ def test_score_translation_scores_what_fairseq_generates(translation, corpus, tm
     generated = dict(re.findall(r"^D-(\d+)\t\S+\t(.*)$", (tmp_path / "test.generate").read_text(), re.M))
     assert hypotheses == [re.sub(r" ([.,?!])", r"\1", generated[str(index)]) for index in range(40)]
     assert not list(tmp_path.glob("*.part"))
-    wrong = run(*script, "--reference", corpus / "text" / "valid.en", "--out", tmp_path / "wrong", check=False)
-    assert wrong.returncode != 0 and "for the 40 sentences of 'test' in" in wrong.stderr
 
 
 @pytest.mark.parametrize("precision, tolerance", [([], 1e-5), (["--fp64"], 1e-13)])

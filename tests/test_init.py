@@ -18,15 +18,17 @@ print(sum(name.startswith("multimax_") for name in ARCH_MODEL_REGISTRY))
 """
 
 
+AFTER = "import fairseq\n"
 FROM_ROOT = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
 
 
 @pytest.mark.parametrize("code", [
-    IMPORT_USER_DIR + IMPORT_USER_DIR + "import multimax_fairseq.models",
-    FROM_ROOT + "import fairseq, multimax_fairseq",
+    AFTER + IMPORT_USER_DIR + IMPORT_USER_DIR + "import multimax_fairseq.models",
+    AFTER + FROM_ROOT + "import multimax_fairseq",
     FROM_ROOT + "import multimax_fairseq.mappings" + IMPORT_USER_DIR,
     FROM_ROOT + "import multimax_fairseq.analysis.checkpoint",  # as multimax-analyze does
 ])  # fmt: skip
 def test_every_way_of_importing_registers_each_architecture_once(code, tmp_path):
-    """In a fresh interpreter, in a folder from which the package is found only by --user-dir."""
-    assert run(sys.executable, "-c", code + COUNT, cwd=tmp_path).stdout == "9\n"
+    """In a folder from which the package is found only by --user-dir; in a fresh interpreter, or after fairseq."""
+    python = "python" if code.startswith(AFTER) else sys.executable
+    assert run(python, "-c", code + COUNT, cwd=tmp_path).stdout == "9\n"

@@ -16,12 +16,14 @@ from multimax_fairseq.mappings import sparsemax
 from multimax_fairseq.mappings.sparse import sparsemax_formula
 
 pytestmark = needs_compiler
+QUICK = [*cpp.FLAGS, "-O0"]
 
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch):
     monkeypatch.setenv("MULTIMAX_BACKEND", "auto")
     monkeypatch.setattr(backend, "failures", [])
+    monkeypatch.setattr(cpp, "FLAGS", QUICK)
 
 
 @pytest.fixture
@@ -103,6 +105,7 @@ def compiled_file(tmp_path_factory):
     folder = tmp_path_factory.mktemp("extensions")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TORCH_EXTENSIONS_DIR", str(folder))
+        patch.setattr(cpp, "FLAGS", QUICK)
         assert new_library().functions is not None
     return next(folder.glob("*/*.so"))
 

@@ -108,10 +108,9 @@ def backend(request, monkeypatch):
 # boosts give p of the gold word up to 0.9999
 @pytest.mark.parametrize("case", [
     dict(vocabulary=8, boost=4), dict(vocabulary=100, boost=12), dict(vocabulary=1_000, boost=14),
-    dict(vocabulary=5_000, boost=1), dict(vocabulary=1_000, boost=8, repeated=True, direction=8.0),
+    dict(vocabulary=2_000, boost=1), dict(vocabulary=1_000, boost=8, repeated=True, direction=8.0),
 ], ids=str)  # fmt: skip
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype, smoothing", [(torch.bfloat16, 0.0), (torch.float16, 0.1)])
 @pytest.mark.parametrize("name", LOSSES)
 def test_no_gradient_has_more_than_plain_pytorchs_error(name, dtype, smoothing, case, backend):
     for chunk_tokens in (0, 100):
@@ -129,7 +128,7 @@ def test_steep_modulators_in_half_precision(gain, dtype, backend):
     assert all(found[n][0] <= 1.02 * found[n][1] + 1e-5 for n in (0, 1, 3)), found
 
 
-@pytest.mark.parametrize("vocabulary", [64, 5_000])
+@pytest.mark.parametrize("vocabulary", [64, 500])
 @pytest.mark.parametrize("name", LOSSES)
 def test_what_fp16_holds_does_not_overflow(name, vocabulary, backend):
     """Sums of up to 65,504, over all tokens, and more where a loss scale brings them down."""

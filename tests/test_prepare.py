@@ -4,7 +4,6 @@ Texts and archives are made up, in the published layout; fairseq-preprocess is r
 """
 
 import gzip
-import hashlib
 import io
 import os
 import random
@@ -21,7 +20,7 @@ from pathlib import Path
 import fork_server
 import pytest
 import sentencepiece
-from conftest import ROOT, environment, run
+from conftest import ROOT, digest, environment, run
 from fairseq import options, tasks
 
 import multimax_fairseq.models  # noqa: F401  fairseq's datasets on numpy 2
@@ -117,9 +116,9 @@ SOURCES = {  # of each recipe: its options
 
 
 def variables(**changes):
-    path = os.pathsep.join([fork_server.path(), environment()["PATH"]])
-    kept = {name: value for name, value in environment().items() if name not in ("MULTIMAX_DATA", "PYTHON")}
-    return {**kept, "PATH": path, "NO_PROXY": "127.0.0.1", **changes}
+    # a Python of its own for prepare.py, which is killed here and cleans up
+    known = {"PYTHON": sys.executable, "NO_PROXY": "127.0.0.1", "MULTIMAX_DATA": ""}
+    return environment(fork_server.path()) | known | changes
 
 
 def prepare(recipe, *arguments, check=True, **changes):
@@ -136,15 +135,6 @@ def refused(recipe, *arguments, **changes):
     assert result.returncode in (1, 2) and result.stderr.count("ERROR: ") == 1, result.stderr
     assert "Traceback" not in result.stderr
     return result.stderr
-
-
-def digest(folder):
-    """Of names and bytes, without fairseq's log, which has the time, and the record, which has the log's size."""
-    found = hashlib.sha256()
-    for path in sorted(folder.rglob("*")):
-        if path.is_file() and path.name not in ("preprocess.log", ".complete"):
-            found.update(str(path.relative_to(folder)).encode() + path.read_bytes())
-    return found.hexdigest()
 
 
 def lines_of(path):

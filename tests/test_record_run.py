@@ -77,20 +77,22 @@ def test_settings_are_all_that_can_change_a_result(corpus):
     usual = settings_of(parse(command)[1])
     assert (usual["arch"], usual["lr"], usual["dropout"], usual["task"]) == (
         "multimax_transformer", [0.001], 0.1, "translation")
+    expected, flags = dict(usual), []
     for option, key, value in (
         ("--lr 2e-3", "lr", [0.002]), ("--fp16", "fp16", True), ("--dropout 0.2", "dropout", 0.2),
         ("--max-tokens 9", "max_tokens", 9), ("--clip-norm 1", "clip_norm", 1.0),
         ("--update-freq 2", "update_freq", [2]),
         ("--adam-betas (0.9,0.98)", "adam_betas", "(0.9,0.98)"), ("--label-smoothing 0.1 --criterion "
          "label_smoothed_cross_entropy", "label_smoothing", 0.1), ("--encoder-layers 2", "encoder_layers", 2),
-        ("--patience 3", "patience", 3), ("--max-update 7", "max_update", 7), ("--no-epoch-checkpoints", None, None),
-        ("--seed 3 --save-dir x --log-interval 5 --num-workers 0 --attention-mapping softmax", None, None),
+        ("--patience 3", "patience", 3), ("--max-update 7", "max_update", 7),
+        ("--no-epoch-checkpoints --seed 3 --save-dir x --log-interval 5 --num-workers 0", "dropout", 0.2),
+        ("--attention-mapping softmax", "dropout", 0.2),
     ):
-        found = settings_of(parse([*command, *option.split()])[1])
-        if key:
-            assert str(found[key]) == str(value) != str(usual.get(key))
-        else:
-            assert found == usual
+        assert str(value) != str(usual.get(key))
+        expected[key] = value
+        flags += option.split()
+    found = settings_of(parse([*command, *flags])[1])
+    assert {name: str(found[name]) for name in found} == {name: str(expected[name]) for name in expected}
 
 
 def test_what_is_learned_is_listed_by_module_and_shared_parameters_count_once(record_run):

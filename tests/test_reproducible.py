@@ -1,11 +1,11 @@
-"""The same call twice gives the same bits, output and gradients: those of thresholds and gains are long sums."""
+"""The same call twice gives the same bits, output and gradients: those of thresholds and gains are long sums.
 
-import subprocess
-import sys
+In Triton: interpreted_attention.py.
+"""
 
 import pytest
 import torch
-from conftest import ROOT, environment, needs_compiler
+from conftest import needs_compiler
 
 from multimax_fairseq.attention import mapped_attention
 from multimax_fairseq.mappings import build_mapping
@@ -27,21 +27,18 @@ def results(name, call, *inputs):
     return [output, *torch.autograd.grad(output, [*inputs, *mapping.parameters()], upstream)]
 
 
-def assert_twice_the_same(name, length=300):
-    def rows(mapping, scores):
-        return mapping(scores)
+def rows_of(mapping, scores):
+    return mapping(scores)
 
-    def attention(mapping, query, key, value):
-        return mapped_attention(query, key, value, mapping, is_causal=True, dropout_p=0.1)
 
-    torch.manual_seed(0)
-    for call, inputs in (
-        (rows, [3 * torch.randn(2, 4, length, length)]),
-        (attention, torch.randn(3, 2, 4, length, 16).unbind()),
-    ):
-        first, again = (results(name, call, *inputs) for _ in range(2))
-        assert all(torch.equal(one, other) for one, other in zip(first, again)), (name, call.__name__)
-        assert all(tensor.ne(0).any() for tensor in first)
+def attention_of(mapping, query, key, value):
+    return mapped_attention(query, key, value, mapping, is_causal=True, dropout_p=0.1)
+
+
+def assert_twice_the_same(name, call, *inputs):
+    first, again = (results(name, call, *inputs) for _ in range(2))
+    assert all(torch.equal(one, other) for one, other in zip(first, again)), (name, call.__name__)
+    assert all(tensor.ne(0).any() for tensor in first)
 
 
 @pytest.mark.parametrize("backend", ["eager", pytest.param("compiled", marks=needs_compiler)])
@@ -51,20 +48,7 @@ def test_on_a_cpu(name, backend, monkeypatch):
     threads = torch.get_num_threads()
     torch.set_num_threads(4)  # each sums a part
     try:
-        assert_twice_the_same(name)
+        assert_twice_the_same(name, rows_of, 3 * torch.randn(2, 4, 300, 300))
+        assert_twice_the_same(name, attention_of, *torch.randn(3, 2, 4, 300, 16))
     finally:
         torch.set_num_threads(threads)
-
-
-@pytest.mark.slow
-def test_in_triton():
-    """Interpreted, and by construction: no program adds to what another has written."""
-    pytest.importorskip("triton", minversion="3.7", reason="needs Triton 3.7 or later: pip install 'triton>=3.7'")
-    code = (
-        "import test_reproducible; from multimax_fairseq.kernels.attention import gpu; assert gpu.INTERPRETED; "
-        "test_reproducible.assert_twice_the_same('multimax', length=40)"
-    )
-    variables = {"TRITON_INTERPRET": "1", "MULTIMAX_BACKEND": "compiled"}
-    subprocess.run([sys.executable, "-c", code], check=True, env=environment() | variables, cwd=ROOT / "tests")
-    kernels = (ROOT / "multimax_fairseq" / "kernels" / "attention" / "gpu_kernels.py").read_text()
-    assert "atomic" not in kernels

@@ -6,7 +6,7 @@ import shutil
 import sys
 
 import pytest
-from conftest import PLUGIN, ROOT, TINY, run
+from conftest import ROOT, TINY, run
 
 pytestmark = pytest.mark.slow
 
@@ -26,27 +26,27 @@ TOGETHER = ["--distributed-world-size", 2, "--distributed-backend", "gloo", "--d
 
 
 def losses_of(folder, program, *options, **where):
-    result = run(sys.executable, *program, *TRAINING, "--save-dir", folder, *options, **where)
+    """Those of eight updates, to the three decimals of the log; and the log."""
+    result = run(*program, *TRAINING, "--save-dir", folder, *options, **where)
     log = result.stderr + result.stdout
     lines = [json.loads(line) for line in re.findall(r"train_inner\W+(\{.*\})", log)]
     assert [line["num_updates"] for line in lines] == [str(update) for update in range(1, 9)], log
     return [float(line["loss"]) for line in lines], log
 
 
-def assert_two_processes_train_like_one(folder, *options, **where):
-    """The same losses, to the three decimals of the log."""
+def spawned_losses(folder, *options, **where):
+    """Of two processes that fairseq has started."""
     (folder / "spawn.py").write_text(TWO_GPUS)
-    alone, _ = losses_of(folder / "alone", ["-m", "fairseq_cli.train"], *options, "--update-freq", 2, **where)
-    together, log = losses_of(folder / "together", [folder / "spawn.py"], *options, *TOGETHER, **where)
+    program = [sys.executable, folder / "spawn.py"]
+    losses, log = losses_of(folder / "together", program, *options, *TOGETHER, **where)
     assert "distributed init (rank 1)" in log and "'distributed_no_spawn': False" in log
+    return losses
+
+
+def test_two_spawned_processes_train_like_one(corpus, tmp_path):
+    """With a mapping of one's own, in a folder of another name."""
+    shutil.copytree(ROOT / "examples" / "own_mapping", tmp_path / "my_mappings")
+    options = ["--user-dir", tmp_path / "my_mappings", "--attention-mapping", "topk_softmax"]
+    alone, _ = losses_of(tmp_path / "alone", ["fairseq-train"], corpus / "data-bin", *options, "--update-freq", 2)
+    together = spawned_losses(tmp_path, corpus / "data-bin", *options)
     assert together == pytest.approx(alone, abs=1.5e-3) and alone[0] - alone[-1] > 0.3
-
-
-@pytest.mark.parametrize("kind", ["flags", "a mapping of one's own, in a folder of another name"])
-def test_two_spawned_processes_train_like_one(kind, corpus, tmp_path):
-    if kind == "flags":
-        options = ["--user-dir", PLUGIN, "--attention-mapping", "multimax", "--modulator-lr-scale", 10]
-    else:
-        shutil.copytree(ROOT / "examples" / "own_mapping", tmp_path / "my_mappings")
-        options = ["--user-dir", tmp_path / "my_mappings", "--attention-mapping", "topk_softmax"]
-    assert_two_processes_train_like_one(tmp_path, corpus / "data-bin", *options)
