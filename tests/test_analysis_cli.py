@@ -340,7 +340,7 @@ def test_seeds_of_one_model_are_a_mean_with_its_deviation(document):
 def test_the_files_of_a_report(report, results):
     """Each figure as a picture of three kinds and a table; a page that needs nothing else; tables of all numbers."""
     names = {"simplex", "over-smoothing", "sparsity-multimodality", "multimax-modulators",
-             "sentence3-encoder-rollout", "sentence3-cross-rollout", "sentence3-cross-layer2"}  # fmt: skip
+             "sentence3-cross-rollout", "sentence3-cross-layer2"}  # fmt: skip
     files = {path.name for path in (report / "figures").iterdir()}
     assert files == {f"{name}.{kind}" for name in names for kind in ("png", "svg", "pdf", "csv")}
     for name in names:
