@@ -207,6 +207,7 @@ def test_the_output_layer_of_a_language_model(checkpoints, corpus, tmp_path):
     assert numbers["common_reference"] == pytest.approx(numbers["tail"])
     assert numbers["support"] == pytest.approx(outputs[0].scores.size(-1))  # softmax gives something to every word
     assert model["modules"][-1]["site"] == "output" and "b1" in model["modules"][-1]["learned"]
+    assert ">output<" not in (lm_report / "report.html").read_text().partition("The output layer")[0]
 
 
 # ---------------------------------------------------------------------- figures
@@ -314,6 +315,8 @@ def test_seeds_of_one_model_are_a_mean_with_its_deviation(document):
     seeds["models"]["multimax"][1] = copy.deepcopy(seeds["models"]["multimax"][0])
     for layer in seeds["models"]["multimax"][1]["layers"]:
         layer["mad"] += 0.1
+    for head in seeds["models"]["multimax"][1]["heads"]:
+        head["sparsity"] += 0.1
     rows, figure = drawn(seeds, "over-smoothing")
     (one, two), (lines, _, (bars,)) = (where(rows, model="multimax", side="encoder", layer=1),
                                        figure.axes[0].containers[1])  # fmt: skip
@@ -323,6 +326,10 @@ def test_seeds_of_one_model_are_a_mean_with_its_deviation(document):
     assert ends[1] - ends[0] == pytest.approx(2 * 0.1 / math.sqrt(2))  # twice the standard deviation
     assert [container.has_yerr for container in figure.axes[0].containers] == [False, True]
     assert figure.axes[0].get_title() == "encoder"
+    _, figure = drawn(seeds, "sparsity-multimodality")
+    across, upright = (bars.get_segments()[0] for bars in figure.axes[0].containers[1][2])
+    assert [*across[1] - across[0]] == pytest.approx([2 * 0.1 / math.sqrt(2), 0])
+    assert [*upright[1] - upright[0]] == [0, 0]
     text = page.render_page(seeds, [])
     assert "± 0.000" in text and "<td>2</td>" in text
 
@@ -333,7 +340,7 @@ def test_seeds_of_one_model_are_a_mean_with_its_deviation(document):
 def test_the_files_of_a_report(report, results):
     """Each figure as a picture of three kinds and a table; a page that needs nothing else; tables of all numbers."""
     names = {"simplex", "over-smoothing", "sparsity-multimodality", "multimax-modulators",
-             "sentence3-encoder-rollout", "sentence3-cross-rollout", "sentence3-cross-layer2"}  # fmt: skip
+             "sentence3-cross-rollout", "sentence3-cross-layer2"}  # fmt: skip
     files = {path.name for path in (report / "figures").iterdir()}
     assert files == {f"{name}.{kind}" for name in names for kind in ("png", "svg", "pdf", "csv")}
     for name in names:

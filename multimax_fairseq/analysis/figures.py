@@ -369,7 +369,7 @@ def _draw_simplex(rows: List[Row], width: Optional[float]) -> Figure:
 def _plans_of_sentences(results: Results) -> List[Plan]:
     """Models side by side, the first seed of each: the rollout of a site, the heads of a layer, and a head alone.
 
-    Of the layers only the last one of cross-attention (or of the only site) is drawn without being asked for.
+    Rollout and last layer of cross-attention (or of the only site) are drawn without being asked for.
     """
     # (sentence, site, what is shown) → label → its matrices, and the tokens along them
     maps: Dict[Tuple[int, str, str], Dict[str, Tuple[List, Any]]] = {}
@@ -391,7 +391,7 @@ def _plans_of_sentences(results: Results) -> List[Plan]:
             f"sentence{sentence}-{site}-{name}", "sentences",
             f"Sentence {sentence}{cut[sentence]}, {SITE_NAMES[site]}: {name.replace('-', ', ')}.",
             partial(_map_rows, of_name), partial(_draw_maps, site, name == "rollout"),
-            is_usual=name == "rollout" or (site, name) == (last, f"layer{depth}"),
+            is_usual=site == last and name in ("rollout", f"layer{depth}"),
         )
         for (sentence, site, name), of_name in maps.items()
     ]  # fmt: skip
