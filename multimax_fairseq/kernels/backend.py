@@ -82,7 +82,7 @@ def kept(ctx: Any) -> List[Optional[Tensor]]:
 
 
 def gradients_of(
-    function: Callable[..., Tensor], inputs: Sequence[Tensor], needed: Sequence[bool], grad: Tensor
+    function: Callable[..., Tensor], inputs: Sequence[Optional[Tensor]], needed: Sequence[bool], grad: Tensor
 ) -> Tuple[Optional[Tensor], ...]:
     """Autograd's gradients of ``function(*inputs)``, for the backward of a kernel that may not run, or not only once.
 
@@ -91,7 +91,8 @@ def gradients_of(
     again = torch.is_grad_enabled()
     with torch.enable_grad():
         if not again:
-            inputs = [tensor.detach().requires_grad_(is_needed) for tensor, is_needed in zip(inputs, needed)]
+            pairs = zip(inputs, needed)
+            inputs = [x if x is None else x.detach().requires_grad_(is_needed) for x, is_needed in pairs]
         wanted = [tensor for tensor, is_needed in zip(inputs, needed) if is_needed]
         found = iter(torch.autograd.grad(function(*inputs), wanted, grad, create_graph=again, allow_unused=True))
     return tuple(next(found) if is_needed else None for is_needed in needed)
