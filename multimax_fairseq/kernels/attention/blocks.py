@@ -20,8 +20,8 @@ from ..scores import compute_dtype
 # Up to so many scores the whole matrix is computed. On a GPU a block takes some seven launches, and must fill it for
 # long to pay: in half precision they are 64 MiB, kept two or three times, 2 GiB in twelve layers.
 WHOLE = {"cpu": 2**20, "cuda": 2**25}
-# Scores in a block: 2 MiB in fp32, of which the mapping has several. A GPU needs large blocks to be filled.
-SCORES = {"cpu": 2**19, "cuda": 2**26}
+# Scores in a block: 1 MiB in fp32, of which the mapping has several. A GPU needs large blocks to be filled.
+SCORES = {"cpu": 2**18, "cuda": 2**26}
 # Queries in a block, at most. A causal block wastes queries²/2 scores on its diagonal.
 QUERIES = {"cpu": 64, "cuda": 512}
 
@@ -110,7 +110,7 @@ def _blocks(problem: Problem, query: Tensor, key: Tensor) -> Iterator[Tuple[slic
     queries = max(min(QUERIES.get(device, QUERIES["cuda"]), tgt_len, size), 1)
     sentences = min(max(size // queries, 1), batch)
     for some in range(0, batch, sentences):
-        for start in range(0, tgt_len, queries):
+        for start in reversed(range(0, tgt_len, queries)):  # causal blocks then fit into what larger ones have freed
             end = min(start + queries, src_len) if problem.is_causal else src_len
             yield slice(some, some + sentences), slice(start, start + queries), slice(0, end)
 
