@@ -105,8 +105,9 @@ def autocast_dtype(tensor: Tensor) -> Optional[torch.dtype]:
         is_on = torch.is_autocast_enabled(device)
         return torch.get_autocast_dtype(device) if is_on and tensor.dtype != torch.float64 else None
     is_on = torch.is_autocast_cpu_enabled() if device == "cpu" else torch.is_autocast_enabled()  # before torch 2.4
-    dtype = torch.get_autocast_cpu_dtype() if device == "cpu" else torch.get_autocast_gpu_dtype()
-    return dtype if is_on and tensor.dtype != torch.float64 else None
+    if not is_on or tensor.dtype == torch.float64:  # asked first: torch.compile cannot trace the dtype
+        return None
+    return torch.get_autocast_cpu_dtype() if device == "cpu" else torch.get_autocast_gpu_dtype()
 
 
 def no_autocast(tensor: Tensor) -> ContextManager:

@@ -20,8 +20,8 @@ from ..scores import compute_dtype
 # Up to so many scores the whole matrix is computed. On a GPU a block takes some seven launches, and must fill it for
 # long to pay: in half precision they are 64 MiB, kept two or three times, 2 GiB in twelve layers.
 WHOLE = {"cpu": 2**20, "cuda": 2**25}
-# Scores in a block: 1 MiB in fp32, of which the mapping has several. A GPU needs large blocks to be filled.
-SCORES = {"cpu": 2**18, "cuda": 2**26}
+# Scores in a block: 2 MiB in fp32, of which the mapping has several. A GPU needs large blocks to be filled.
+SCORES = {"cpu": 2**19, "cuda": 2**26}
 # Queries in a block, at most. A causal block wastes queries²/2 scores on its diagonal.
 QUERIES = {"cpu": 64, "cuda": 512}
 
