@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from conftest import needs_compiler
 from test_attention import EVERY, make
 

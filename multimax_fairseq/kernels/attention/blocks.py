@@ -7,6 +7,7 @@ scores that the causal mask hides.
 Source of the idea: Rabe and Staats, *Self-attention Does Not Need O(n²) Memory*, 2021.
 """
 
+import functools
 from typing import Any, Callable, Iterator, List, NamedTuple, Optional, Tuple
 
 import torch
@@ -94,22 +95,12 @@ class _Blocks(Function):
             if query.is_cuda:
                 torch.cuda.set_rng_state(ctx.random[1], query.device)
             for at in _blocks(problem, *tensors[:2]):
-                _add_gradients(problem, at, tensors, needed, grad[at[0], :, at[1]], _parts(at, *sums))
+                block = functools.partial(problem, first=at[1].start)
+                found = gradients_of(block, _parts(at, *tensors), needed, grad[at[0], :, at[1]])
+                for total, part in zip(_parts(at, *sums), found):
+                    if part is not None:
+                        total += part
         return None, *(s if s is None else s.to(tensor.dtype) for s, tensor in zip(sums, tensors))
-
-
-def _add_gradients(
-    problem: Problem, at: Tuple[slice, ...], tensors: List, needed: List[bool], grad: Tensor, sums: List
-) -> None:
-    parts = _parts(at, *tensors)
-    with torch.enable_grad():
-        leaves = [t if t is None else t.detach().requires_grad_(is_needed) for t, is_needed in zip(parts, needed)]
-        output = problem(*leaves, first=at[1].start)
-    wanted = [(leaf, total) for leaf, total in zip(leaves, sums) if total is not None]
-    found = torch.autograd.grad(output, [leaf for leaf, _ in wanted], grad, allow_unused=True)
-    for (_, total), part in zip(wanted, found):
-        if part is not None:
-            total += part
 
 
 def _blocks(problem: Problem, query: Tensor, key: Tensor) -> Iterator[Tuple[slice, slice, slice]]:
@@ -119,7 +110,7 @@ def _blocks(problem: Problem, query: Tensor, key: Tensor) -> Iterator[Tuple[slic
     queries = max(min(QUERIES.get(device, QUERIES["cuda"]), tgt_len, size), 1)
     sentences = min(max(size // queries, 1), batch)
     for some in range(0, batch, sentences):
-        for start in range(0, tgt_len, queries):
+        for start in reversed(range(0, tgt_len, queries)):  # causal blocks then fit into what larger ones have freed
             end = min(start + queries, src_len) if problem.is_causal else src_len
             yield slice(some, some + sentences), slice(start, start + queries), slice(0, end)
 
