@@ -96,8 +96,8 @@ def serve(listener):
     from fairseq import options
     from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 
-    parser = options.get_training_parser()
-    convert_namespace_to_omegaconf(options.parse_args_and_arch(parser, ["data"]))  # the first time takes a second
+    parser = options.get_training_parser()  # the first time that one parses takes a second
+    convert_namespace_to_omegaconf(options.parse_args_and_arch(parser, ["data", "--arch", "transformer"]))
     gc.freeze()
     found = {"os": os}
     exec(CONFINES, found)

@@ -17,7 +17,8 @@ def test_counted_keys_are_those_whose_score_is_there(mask, padding):
     x = inputs()
     scores, _ = mapped(x, x, x, key_padding_mask=padding, attn_mask=mask, before_softmax=True)
     shown = scores.view(BSZ, NUM_HEADS, SRC_LEN, -1).isfinite().sum(-1, keepdim=True)[:, :1]
-    added, is_causal = mapped._mask(x.transpose(0, 1), padding, mask)
+    keys = x.view(SRC_LEN, BSZ, NUM_HEADS, -1).permute(1, 2, 0, 3)
+    added, is_causal = mapped._mask(keys, padding, mask)
     added = torch.zeros(1, 1, 1, SRC_LEN) if added is None else added
     counted = visible_keys(added, is_causal, SRC_LEN)
     assert torch.equal(counted.expand_as(shown), shown.float())

@@ -91,6 +91,8 @@ def test_settings_are_all_that_can_change_a_result(corpus):
         assert str(value) != str(usual.get(key))
         expected[key] = value
         flags += option.split()
+    expected |= {"criterion": "label_smoothed_cross_entropy", "ignore_prefix_size": 0, "report_accuracy": False,
+                 "max_tokens_valid": 9}  # fmt: skip
     found = settings_of(parse([*command, *flags])[1])
     assert {name: str(found[name]) for name in found} == {name: str(expected[name]) for name in expected}
 
