@@ -89,7 +89,7 @@ def test_it_trains_in_two_processes_with_its_own_kernels_and_the_doctor_finds_al
 def without_fairseq(installed, tmp_path_factory):
     """An environment with the wheel and all that is installed here but fairseq."""
     folder = tmp_path_factory.mktemp("without")
-    for path in map(Path, site.getsitepackages()):
+    for path in filter(Path.is_dir, map(Path, site.getsitepackages())):
         for entry in path.iterdir():
             if "fairseq" not in entry.name and not entry.name.endswith(".pth"):
                 (folder / entry.name).symlink_to(entry)
