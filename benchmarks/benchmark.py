@@ -15,7 +15,7 @@ same round: below 1 is faster, or less memory. Unlike times, ratios are reliable
                weights and their gradients; sparsemax, entmax15 and entmax (α learned) with entmax_loss
 
 The end of the output counts compiled kernels and their compile time. A GPU is used if there is one. On a CPU the
-process keeps freed memory, as in the recipes (GLIBC_TUNABLES in run.sh), except in `output`; otherwise the system's
+process keeps freed memory, as in the recipes (GLIBC_TUNABLES in examples/train.sh), except in `output`; otherwise the system's
 paging would be measured too, and the figures would flip between two values.
 """
 
