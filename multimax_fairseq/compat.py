@@ -14,7 +14,7 @@ import numpy
 import omegaconf
 import torch
 
-# fairseq modules that use what numpy has removed.
+# fairseq modules that use what numpy has removed; only these see numpy through :class:`OldNumpy`.
 OUTDATED = ("fairseq.data.token_block_dataset", "fairseq.data.language_pair_dataset", "fairseq.data.data_utils")
 
 
@@ -47,13 +47,7 @@ def replace(owner: Any, name: str, make: Callable[[Any], Any]) -> None:
 
 
 def apply() -> None:
-    """Restore what fairseq needs from older torch and numpy; does nothing if nothing is missing.
-
-    - Logging and warnings: :func:`import_quietly`.
-    - torch loads fairseq's checkpoints: :func:`trust_plain_records`.
-    - Encoder layers attend to padded batches: :func:`avoid_fused_layers`.
-    - Only the three fairseq modules in ``OUTDATED`` see numpy through :class:`OldNumpy`.
-    """
+    """Restore what fairseq needs from older torch and numpy; does nothing if nothing is missing."""
     import_quietly()
     trust_plain_records()
     avoid_fused_layers()

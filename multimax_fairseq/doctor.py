@@ -11,6 +11,8 @@ import platform
 import sys
 from typing import List, Tuple
 
+from .tools import ArgumentParser
+
 PACKAGE = "multimax_fairseq"
 TOLERANCE = {"float32": 2e-5, "bfloat16": 2e-2, "float16": 3e-3}  # of probabilities and gradients of a few scores
 
@@ -33,11 +35,10 @@ def check_packages() -> List[Finding]:
         try:
             is_python = wanted.name == "Python"
             version = platform.python_version() if is_python else importlib.metadata.version(wanted.name)
+            fits = wanted.specifier.contains(version, prereleases=True)
         except importlib.metadata.PackageNotFoundError:
-            findings.append((False, f"{wanted.name} is missing: pip install '{wanted.name}{wanted.specifier}'"))
-            continue
-        fits = wanted.specifier.contains(version, prereleases=True)
-        advice = "" if fits else f": does not fit; install '{wanted.name}{wanted.specifier}'"
+            version, fits = "is missing", False
+        advice = "" if fits else f": install '{wanted.name}{wanted.specifier}'"
         findings.append((fits, f"{wanted.name} {version}{advice}"))
     return findings
 
@@ -121,9 +122,7 @@ def check_mappings() -> List[Finding]:
 
 def main() -> int:
     """Print the findings; return the exit status."""
-    if sys.argv[1:]:
-        print(__doc__.strip())
-        return 0 if sys.argv[1:] in (["--help"], ["-h"]) else 2
+    ArgumentParser(__doc__).parse_args()
     # the reason why something is not compiled is in the log, of this package alone
     logging.basicConfig(stream=sys.stdout, format="%(levelname)-7s %(message)s")
     logging.getLogger(PACKAGE).setLevel(logging.INFO)

@@ -137,14 +137,12 @@ def entry(state: Any, path: Path, *keys: Any) -> Any:
     Raises:
         UserError: it has no such entry.
     """
-    for depth, key in enumerate(keys, start=1):
-        try:
-            if not isinstance(state, (dict, list, tuple, argparse.Namespace)):
-                raise TypeError
+    try:
+        for key in keys:
             state = (vars(state) if isinstance(state, argparse.Namespace) else state)[key]
-        except (KeyError, IndexError, TypeError):
-            name = ".".join(map(str, keys[:depth]))
-            raise UserError(f"{path} has no entry {name!r}: it is not a checkpoint of fairseq-train") from None
+    except (KeyError, IndexError, TypeError):
+        name = ".".join(map(str, keys))
+        raise UserError(f"{path} has no entry {name!r}: it is not a checkpoint of fairseq-train") from None
     return state
 
 
@@ -191,16 +189,16 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
-        sync_folder(path.parent)
-    except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError
-        raise UserError(f"could not write {path}: {_what_the_system_said(error)}") from error
+    except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError where the system has refused
+        refusal = error if isinstance(error, OSError) else error.__context__
+        raise UserError(f"could not write {path}: {getattr(refusal, 'strerror', None) or error}") from error
     finally:
         part.unlink(missing_ok=True)
 
 
 @contextmanager
 def replacing_folder(path: Path, replace: bool = False) -> Iterator[Path]:
-    """An empty folder to fill; it becomes ``path`` once it is whole and on the disk, and is removed on failure.
+    """An empty folder to fill; it becomes ``path`` once it is whole, and is removed on failure.
 
     Args:
         path: absent or empty, unless ``replace``.
@@ -214,14 +212,10 @@ def replacing_folder(path: Path, replace: bool = False) -> Iterator[Path]:
             build = Path(staging, "new")
             build.mkdir()
             yield build
-            for file in filter(Path.is_file, build.rglob("*")):
-                with open(file, "rb") as content:
-                    os.fsync(content.fileno())
             build.chmod(0o755)
             if replace and path.exists():
                 os.replace(path, Path(staging, "old"))  # deleted with the staging folder
             os.replace(build, path)
-            sync_folder(path.parent)
     except OSError as error:
         raise UserError(f"could not write {path}: {error.strerror or error}") from error
 
@@ -233,21 +227,3 @@ def write_table(path: Path, rows: Sequence[Dict[str, Any]], without: Sequence[st
         writer = csv.DictWriter(file, columns, extrasaction="ignore")
         writer.writeheader()
         writer.writerows(rows)
-
-
-def _what_the_system_said(error: Optional[BaseException]) -> str:
-    """The system's message in an error, or in the errors that led to it."""
-    reasons, seen = [], error
-    while seen is not None:
-        reasons += [seen.strerror] if isinstance(seen, OSError) and seen.strerror else []
-        seen = seen.__context__
-    return (reasons or [str(error)])[-1]
-
-
-def sync_folder(folder: Path) -> None:
-    """Flush a folder's file names to the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -40,11 +40,7 @@ class ChunkedCrossEntropyCriterion(LabelSmoothedCrossEntropyCriterion):
     """fairseq's ``label_smoothed_cross_entropy`` (``cross_entropy`` if smoothing is 0), in a fraction of its memory.
 
     The model computes features. Projection, output mapping and loss are then computed for one chunk of tokens at a
-    time, without padding (see :func:`..kernels.loss.cross_entropy.chunked_cross_entropy`). The log shows the same
-    numbers.
-
-    Args:
-        sentence_avg, label_smoothing, chunk_tokens: as on the command line.
+    time, without padding (see :func:`..kernels.loss.cross_entropy.chunked_cross_entropy`).
 
     Raises:
         ValueError: ``label_smoothing`` or ``chunk_tokens`` is out of range; in training, the model's output layer is
@@ -81,7 +77,11 @@ class ChunkedCrossEntropyCriterion(LabelSmoothedCrossEntropyCriterion):
         self.check(model)
         features, *rest = model(**sample["net_input"], features_only=True)
         targets = model.get_targets(sample, (features, *rest)).reshape(-1)
-        losses = self.chunked_losses(model.decoder, features.reshape(-1, features.size(-1)), targets, reduce)
+        words = targets.ne(self.padding_idx)
+        features = features.reshape(-1, features.size(-1))[words]
+        losses = self.losses_of_words(model.decoder, features, targets[words], reduce)
+        if not reduce:
+            losses = type(losses)(*(kind.new_zeros(len(words)).masked_scatter(words, kind) for kind in losses))
         sample_size = sample["target"].size(0) if self.sentence_avg else sample["ntokens"]
         logging_output = {
             **{name: kind.data for name, kind in losses._asdict().items()},
@@ -90,14 +90,6 @@ class ChunkedCrossEntropyCriterion(LabelSmoothedCrossEntropyCriterion):
             "sample_size": sample_size,
         }
         return losses.loss, sample_size, logging_output
-
-    def chunked_losses(self, decoder: nn.Module, features: Tensor, targets: Tensor, reduce: bool) -> NamedTuple:
-        """Losses of features, (tokens, D), and targets, (tokens,), some of them padding."""
-        words = targets.ne(self.padding_idx)
-        losses = self.losses_of_words(decoder, features[words], targets[words], reduce)
-        if reduce:
-            return losses
-        return type(losses)(*(kind.new_zeros(len(targets)).masked_scatter(words, kind) for kind in losses))
 
     def losses_of_words(self, decoder: nn.Module, features: Tensor, targets: Tensor, reduce: bool) -> NamedTuple:
         """Losses of features, (words, D), and targets, (words,); the first loss has a gradient, all are logged."""

@@ -87,7 +87,7 @@ class MappingOptions(make_dataclass("OwnOptions", _own_fields(), bases=(FairseqD
 
 
 MAPPING_OPTIONS = tuple(option for option in fields(MappingOptions) if not option.name.startswith("_"))
-FIELDS = {option.name: option for option in MAPPING_OPTIONS}
+DEFAULTS = {option.name: option.default for option in MAPPING_OPTIONS}
 
 # Options of version 0.2.0 that are gone, and what a checkpoint says where they were not used.
 GONE = {"modulator_weight_decay": None, "modulator_clip_norm": None, "multimax_backend": "auto"}
@@ -105,13 +105,12 @@ def with_defaults(architecture: Callable[[Any], None]) -> Callable[[Any], None]:
         if OmegaConf.is_config(args):
             # In omegaconf 2.0 (fairseq 0.12.2) a missing field reads as None, so work on those that exist.
             given = OmegaConf.to_container(args)
-            for name in given.keys() - FIELDS.keys():
-                for option in get_close_matches(name.replace("-", "_"), FIELDS, n=1, cutoff=0.75):
+            for name in given.keys() - DEFAULTS.keys():
+                for option in get_close_matches(name.replace("-", "_"), DEFAULTS, n=1, cutoff=0.75):
                     raise ValueError(f"model.{name}: there is no such field; the nearest one is model.{option}")
             namespace = Namespace(**{name: value for name, value in given.items() if value is not None})
             namespace.base_layers = getattr(namespace, "base_layers", 0)  # its trainer asks whether this is > 0
-        for option in MAPPING_OPTIONS:
-            setattr(namespace, option.name, getattr(namespace, option.name, option.default))
+        vars(namespace).update(vars(_completed(namespace)))
         architecture(namespace)
         for name, value in vars(namespace).items():
             setattr(args, name, value)
@@ -146,26 +145,37 @@ class MappingChoice:
         Raises:
             ValueError: a choice does not exist, or this model cannot honour it; says what to do instead.
         """
-        options = Namespace(**{name: getattr(args, name, option.default) for name, option in FIELDS.items()})
-        _check_name("attention-mapping", options.attention_mapping, tuple(MAPPINGS))
-        _check_name("attention-scale", options.attention_scale, tuple(SCALES))
-        _check_name("log-modulators", options.log_modulators, LOG_MODULATORS)
-        _check_output(args, options.output_mapping)
-        sites = _names("attention-mapping-sites", options.attention_mapping_sites, SITES)
-        available = available_sites(args)
-        if (options.attention_mapping, options.attention_scale) != ("softmax", "none"):
-            if not set(sites) & set(available):
-                raise ValueError(
-                    f"--attention-mapping-sites {','.join(sites)}: this model has none of these; "
-                    f"choose from: {', '.join(available)}"
-                )
+        options, available = _completed(args), available_sites(args)
+        sites = _split(options.attention_mapping_sites)
+        for flag, names, choices in (
+            ("attention-mapping", [options.attention_mapping], MAPPINGS),
+            ("attention-mapping-sites", sites, SITES),
+            ("attention-scale", [options.attention_scale], SCALES),
+            ("output-mapping", [options.output_mapping], OUTPUT_MAPPINGS),
+            ("log-modulators", [options.log_modulators], LOG_MODULATORS),
+        ):
+            for name in names:
+                if name not in choices:
+                    raise ValueError(f"--{flag}: there is no {name!r}; choose from: {', '.join(choices)}")
+        if options.output_mapping != "softmax" and getattr(args, "adaptive_softmax_cutoff", None) is not None:
+            raise ValueError(
+                f"--output-mapping {options.output_mapping}: an adaptive softmax never has the scores of all words; "
+                "drop --adaptive-softmax-cutoff (and --criterion adaptive_loss; take another --arch if it has one "
+                "built in), or use --output-mapping softmax"
+            )
+        is_stock = (options.attention_mapping, options.attention_scale) == ("softmax", "none")
+        if not is_stock and not set(sites) & set(available):
+            raise ValueError(
+                f"--attention-mapping-sites {','.join(sites)}: this model has none of these; "
+                f"choose from: {', '.join(available)}"
+            )
         parse_options(options.attention_mapping, options.mapping_options)
         with torch.random.fork_rng(devices=[]):
             for name in {*BUILT_IN, options.attention_mapping}:  # a wrong option is an error even if it is not used
                 build_mapping(name, **_mapping(name, options)[1])
         return cls(
             attention=_mapping(options.attention_mapping, options),
-            sites=tuple(site for site in sites if site in available),
+            sites=tuple(site for site in available if site in sites),
             scale=options.attention_scale,
             output=_mapping(options.output_mapping, options),
         )
@@ -183,7 +193,7 @@ def describe(args: Any) -> Dict[str, str]:
     """
     if getattr(args, "attention_mapping", None) is None:
         args = Namespace(attention_mapping="softmax")
-    options = Namespace(**{name: getattr(args, name, option.default) for name, option in FIELDS.items()})
+    options = _completed(args)
 
     def words(name: str) -> str:
         if name not in BUILT_IN:
@@ -210,6 +220,11 @@ def available_sites(args: Any) -> Tuple[str, ...]:
     return SITES[:2] if getattr(args, "no_cross_attention", False) else SITES
 
 
+def _completed(args: Any) -> Namespace:
+    """The mapping options of ``args``; those that it has not have their defaults."""
+    return Namespace(**{name: getattr(args, name, default) for name, default in DEFAULTS.items()})
+
+
 def _mapping(name: str, options: Any) -> Mapping:
     """The mapping of a name, with the arguments that ``options`` give it."""
     if name not in BUILT_IN:
@@ -221,25 +236,3 @@ def _split(names: Union[str, Sequence[str]]) -> Sequence[str]:
     """The parts of a comma-separated list; from a config file: of a list."""
     parts = str(names).split(",") if isinstance(names, (str, int, float)) else names
     return [str(part).strip() for part in parts]
-
-
-def _names(flag: str, names: Union[str, Sequence[str]], choices: Sequence[str]) -> Tuple[str, ...]:
-    """The names in a list, in the order of ``choices``."""
-    for name in _split(names):
-        _check_name(flag, name, choices)
-    return tuple(name for name in choices if name in _split(names))
-
-
-def _check_name(flag: str, name: str, choices: Sequence[str]) -> None:
-    if name not in choices:
-        raise ValueError(f"--{flag}: there is no {name!r}; choose from: {', '.join(choices)}")
-
-
-def _check_output(args: Any, mapping: str) -> None:
-    _check_name("output-mapping", mapping, OUTPUT_MAPPINGS)
-    if mapping != "softmax" and getattr(args, "adaptive_softmax_cutoff", None) is not None:
-        raise ValueError(
-            f"--output-mapping {mapping}: an adaptive softmax never has the scores of all words; drop "
-            "--adaptive-softmax-cutoff (and --criterion adaptive_loss; take another --arch if it has one built in), "
-            "or use --output-mapping softmax"
-        )

@@ -34,10 +34,15 @@ SMOOTHING = 0.01
 
 
 def build_sparse_generator(build_generator: Callable, *args, **kwargs) -> Any:
-    """The generator or scorer that a task builds for a sparse model, as an instance of a class of this file, too."""
+    """What a task builds for a sparse model: a generator, as a :class:`SparseSearch` too, or a scorer of references.
+
+    The scorer (``--score-reference``) is to report a probability of 0 as −inf.
+    """
     generator = build_generator(*args, **kwargs)
-    kind = SparseSearch if isinstance(generator, SequenceGenerator) else ReferenceScorer
-    generator.__class__ = type(kind.__name__, (kind, type(generator)), {})
+    if isinstance(generator, SequenceGenerator):
+        generator.__class__ = type("SparseSearch", (SparseSearch, type(generator)), {})
+    else:
+        generator.reports_zeros = True
     return generator
 
 
@@ -63,10 +68,6 @@ class SparseSearch:
 # ---------------------------------------------------------------- scores
 
 
-class ReferenceScorer:
-    """A base class of scorers that a task builds (``--score-reference``): they report a probability of 0 as −inf."""
-
-
 class Zeros:
     """A sparse model, for a scorer: with true logarithms, −inf where a probability is 0.
 
@@ -75,11 +76,8 @@ class Zeros:
     """
 
     def __init__(self, model: nn.Module):
-        self.model = model
+        self.model, self.eval = model, model.eval
         self.squares: List[Tensor] = []
-
-    def eval(self) -> None:
-        self.model.eval()
 
     def __call__(self, **net_input: Any) -> Any:
         return self.model(**net_input)
@@ -102,7 +100,7 @@ def smooths_zeros(generate: Callable) -> Callable:
             return generate(scorer, models, sample, **kwargs)
         model = Zeros(models[0])
         hypos = generate(scorer, [model], sample, **kwargs)
-        if isinstance(scorer, ReferenceScorer):
+        if getattr(scorer, "reports_zeros", False):
             return hypos
         if not hasattr(scorer, "sparse_scores"):
             scorer.sparse_scores = SparseScores(len(models[0].decoder.dictionary))
