@@ -1,13 +1,14 @@
-"""Two processes that share the batches of an update train like one that takes them one after the other."""
+"""Two processes that fairseq spawns, as for two GPUs, train like one that takes their batches one after the other."""
 
 import json
 import re
-from concurrent.futures import ThreadPoolExecutor
+import shutil
+import sys
 
 import fairseq
 import pytest
 import torch
-from conftest import PLUGIN, TINY, parse, run
+from conftest import ROOT, TINY, parse, run
 from fairseq import tasks
 
 pytestmark = pytest.mark.slow
@@ -15,22 +16,25 @@ pytestmark = pytest.mark.slow
 TRAINING = [
     *("--arch", "multimax_transformer", "--output-mapping", "multimax", "--modulator-lr-scale", "10", *TINY),
     "--share-decoder-input-output-embed",
-    *("--criterion", "chunked_cross_entropy", "--label-smoothing", "0.1", "--clip-norm", "1"),
+    *("--criterion", "chunked_cross_entropy", "--label-smoothing", "0.1", "--clip-norm", "1", "--max-tokens", "500"),
     *("--optimizer", "adam", "--lr", "5e-3", "--lr-scheduler", "inverse_sqrt", "--warmup-updates", "10"),
-    *("--num-workers", "0", "--log-format", "json", "--log-interval", "1", "--cpu"),
+    *("--num-workers", "0", "--log-format", "json", "--log-interval", "1", "--cpu", "--max-epoch", "2"),
     # Both processes draw from the same seed, where one process goes on drawing.
     *("--dropout", "0"),
 ]
-TOGETHER = ["--distributed-world-size", 2, "--distributed-no-spawn", "--distributed-backend", "gloo"]
 
-BACKENDS = ["legacy_ddp"]
-if fairseq.__version__ != "0.12.2":  # whose unused parameters PyTorch's waits for
-    BACKENDS.append("pytorch_ddp")
+# fairseq starts as many processes as torch counts GPUs; these two compute on the CPU all the same.
+TWO_GPUS = """
+import torch
+if __name__ == "__main__":
+    torch.cuda.device_count = lambda: 2
+    from fairseq_cli.train import cli_main
+    cli_main()
+"""
 
 # fairseq gives PyTorch's the name of a GPU.
 WITHOUT_DEVICES = """
 from fairseq.models import distributed_fairseq_model
-import multimax_fairseq.models
 
 class OnCPU(distributed_fairseq_model.DistributedDataParallel):
     def __init__(self, module, device_ids, output_device, **options):
@@ -40,16 +44,26 @@ distributed_fairseq_model.DistributedDataParallel = OnCPU
 """
 
 
-def train(*options):
-    """The lines of all updates, and of the validations, in the log."""
-    result = run("fairseq-train", *options)
-    lines = re.findall(r"(train_inner|valid)\W+(\{.*\})", result.stderr + result.stdout)
-    return [[json.loads(line) for kind, line in lines if kind == wanted] for wanted in ("train_inner", "valid")]
+def train(folder, program, *options, **where):
+    """The lines of all updates, and of the validations, in the log; and the log."""
+    result = run(*program, *TRAINING, "--save-dir", folder, *options, **where)
+    log = result.stderr + result.stdout
+    lines = re.findall(r"(train_inner|valid)\W+(\{.*\})", log)
+    return *([json.loads(line) for kind, line in lines if kind == wanted] for wanted in ("train_inner", "valid")), log
 
 
-def assert_same_training(alone, together, folders):
+def train_in_two(folder, *options, backend="legacy_ddp", **where):
+    """The same lines, of two processes that fairseq has started."""
+    (folder / "spawn.py").write_text(TWO_GPUS)
+    both = ["--distributed-world-size", 2, "--distributed-backend", "gloo", "--ddp-backend", backend]
+    *lines, log = train(folder / "together", [sys.executable, folder / "spawn.py"], *options, *both, **where)
+    assert "distributed init (rank 1)" in log and "'distributed_no_spawn': False" in log
+    return lines
+
+
+def assert_same_training(alone, together, folder):
     """Equal losses, gradient norms and numbers of tokens at each update, and equal models at the end."""
-    for (ours, theirs), fields in zip(zip(alone, together), (["loss", "gnorm"], ["valid_loss", "valid_ppl"])):
+    for ours, theirs, fields in zip(alone, together, (["loss", "gnorm"], ["valid_loss", "valid_ppl"])):
         assert len(ours) == len(theirs) > 0
         for line, other in zip(ours, theirs):
             for field in fields:
@@ -57,7 +71,7 @@ def assert_same_training(alone, together, folders):
                 assert float(other[field]) == pytest.approx(float(line[field]), abs=1.5e-3, rel=1e-4), field
     for field in ("num_updates", "wpb", "bsz", "lr"):  # the same sentences in each update
         assert [line[field] for line in alone[0]] == [line[field] for line in together[0]]
-    states = [torch.load(folder / "checkpoint_last.pt")["model"] for folder in folders]
+    states = [torch.load(folder / name / "checkpoint_last.pt")["model"] for name in ("alone", "together")]
     for name, tensor in states[0].items():
         if not name.endswith("_float_tensor"):  # fairseq 0.12.2 never sets it
             # fp32, gradients summed in another order. Adam makes of a gradient near 0 a step of up to lr, whatever
@@ -65,24 +79,24 @@ def assert_same_training(alone, together, folders):
             torch.testing.assert_close(states[1][name], tensor, atol=5e-4, rtol=1e-3, msg=name)
 
 
-def test_two_processes_train_like_one_with_twice_the_update_frequency(corpus, tmp_path):
-    data = [corpus / "data-bin", "--max-tokens", 500]
-    _, cfg = parse([*data, *TRAINING])
+@pytest.mark.parametrize("backend, attention", [
+    ("legacy_ddp", "topk_softmax"),  # a mapping of one's own, in a folder of another name
+    pytest.param("pytorch_ddp", "multimax", marks=pytest.mark.skipif(
+        fairseq.__version__ == "0.12.2", reason="PyTorch's waits for the parameters that 0.12.2 does not use")),
+])  # fmt: skip
+def test_two_spawned_processes_train_like_one(backend, attention, corpus, tmp_path):
+    _, cfg = parse([corpus / "data-bin", *TRAINING])
     task = tasks.setup_task(cfg.task)
     task.load_dataset("train")
     batches = task.get_batch_iterator(task.dataset("train"), max_tokens=500, required_batch_size_multiple=8, seed=1)
     assert len(batches) % 2, "for the last update of an epoch the second process has to be without a batch"
 
-    (tmp_path / "on_cpu").mkdir()
-    (tmp_path / "on_cpu" / "__init__.py").write_text(WITHOUT_DEVICES)
-    options = [*data, *TRAINING, "--max-epoch", 2, "--save-dir"]
-    alone = train(*options, tmp_path / "alone", "--user-dir", PLUGIN, "--update-freq", 2)
-    for backend in BACKENDS:
-        both = [*options, tmp_path / backend, "--user-dir", tmp_path / "on_cpu", *TOGETHER, "--ddp-backend", backend,
-                "--distributed-init-method", f"file://{tmp_path}/{backend}-store", "--distributed-rank"]
-        with ThreadPoolExecutor() as pool:
-            together, _ = pool.map(train, *zip([*both, 0], [*both, 1]))
-        assert_same_training(alone, together, [tmp_path / "alone", tmp_path / backend])
+    shutil.copytree(ROOT / "examples" / "own_mapping", tmp_path / "my_mappings")
+    with open(tmp_path / "my_mappings" / "__init__.py", "a") as file:
+        file.write(WITHOUT_DEVICES)
+    options = [corpus / "data-bin", "--user-dir", tmp_path / "my_mappings", "--attention-mapping", attention]
+    *alone, _ = train(tmp_path / "alone", ["fairseq-train"], *options, "--update-freq", 2)
+    assert_same_training(alone, train_in_two(tmp_path, *options, backend=backend), tmp_path)
     losses = [float(line["loss"]) for line in alone[0]]
     assert len(losses) == len(batches) + 1  # two epochs
     assert losses[0] - losses[-1] > 0.5, "nothing was learned, so equal losses say nothing"
