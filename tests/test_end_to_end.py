@@ -115,18 +115,6 @@ def test_averaged_checkpoints_generate(translation, corpus, tmp_path):
     assert "BLEU" in generated.stdout
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (["--last", "9", "{nothing}"], "has no checkpoint of a whole epoch"),
-    (["--last", "2", "{folder}/checkpoint1.pt"], "--last goes with one folder"),
-    (["{folder}/absent.pt"], "absent.pt cannot be read: No such file"),
-    (["{folder}/checkpoint1.pt", "{stock}/checkpoint1.pt"], "is of another model than"),
-])  # fmt: skip
-def test_averaging_the_wrong_files_says_what_is_wrong(arguments, message, translation, stock, corpus, tmp_path):
-    arguments = [argument.format(folder=translation[0], stock=stock[0], nothing=corpus) for argument in arguments]
-    result = call("average_checkpoints", *arguments, "--output", tmp_path / "average.pt", check=False)
-    assert result.returncode != 0 and message in result.stderr and not list(tmp_path.iterdir())
-
-
 def test_from_pretrained_translates(translation, corpus):
     model, data = multimax_fairseq.models.MultimaxTransformerModel, str(corpus / "data-bin")
     hub = model.from_pretrained(str(translation[0]), "checkpoint_last.pt", data_name_or_path=data)

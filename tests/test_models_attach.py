@@ -69,12 +69,14 @@ def test_modulators_depend_on_the_seed_alone(build):
     assert not torch.isclose(numbers(build("multimax_transformer", seed=2).model), first).any()
 
 
-def test_evaluation_of_a_loaded_encoder_uses_the_mapping_too(build, batch):
-    """fairseq 0.12.2 leaves for a fused softmax kernel in layers that have been loaded and never trained."""
-    options = ["--attention-mapping", "sparsemax", "--dropout", 0]
-    source, target = build("multimax_transformer", *options), build("multimax_transformer", *options, seed=2)
+@pytest.mark.parametrize("arch, options", [("transformer", []), ("multimax_transformer",
+                                                                 ["--attention-mapping", "sparsemax"])])  # fmt: skip
+def test_a_loaded_encoder_computes_in_evaluation_what_it_does_in_training(arch, options, build, batch):
+    """fairseq 0.12.2 leaves for a fused softmax kernel, which refuses padding, in layers that were only loaded."""
+    source, target = (build(arch, *options, "--dropout", 0, seed=seed) for seed in (1, 2))
     target.model.load_state_dict(source.model.state_dict())
     sample = batch(source)["net_input"]
+    assert sample["src_tokens"].eq(source.task.source_dictionary.pad()).any()
     with torch.no_grad():
         expected = source.model.train()(**sample)[0]
         torch.testing.assert_close(target.model.eval()(**sample)[0], expected, atol=1e-5, rtol=1e-5)
