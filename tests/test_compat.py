@@ -18,13 +18,17 @@ from omegaconf import OmegaConf
 from multimax_fairseq import compat
 
 
-def test_what_checkpoints_hold_can_be_loaded_and_what_is_unsafe_cannot(tmp_path):
-    """A namespace, and the counts of n-grams that --eval-bleu leaves there."""
-    compat.apply()
+def test_what_checkpoints_hold_can_be_loaded_and_what_is_unsafe_cannot(build, tmp_path):
+    """What --eval-bleu leaves there, too, in the form in which one process sends it another, through torch.load."""
+    path = save_checkpoint(build("multimax_transformer_lm"), tmp_path / "a.pt")
     counts = [numpy.arange(4, dtype=dtype) for dtype in ("int64", "float32", "float64")]
-    torch.save({"args": argparse.Namespace(arch="multimax_transformer"), "counts": counts}, tmp_path / "safe.pt")
-    loaded = torch.load(tmp_path / "safe.pt")
-    assert loaded["args"].arch == "multimax_transformer"
+    state = {**checkpoint_utils.load_checkpoint_to_cpu(str(path)), "args": argparse.Namespace(arch="x")}
+    tensors, file = [], io.BytesIO()
+    torch.save(_split_tensors_from_obj({**state, "counts": counts}, tensors), file)
+    file.seek(0)
+    loaded = torch.load(file)
+    assert OmegaConf.is_config(loaded["cfg"]) and loaded["cfg"] == state["cfg"] and tensors
+    assert loaded["args"] == state["args"]
     assert all(a.dtype == b.dtype and (a == b).all() for a, b in zip(loaded["counts"], counts))
     if not hasattr(torch.serialization, "add_safe_globals"):
         pytest.skip("this torch loads whatever a file holds")
@@ -100,18 +104,6 @@ def test_a_name_is_replaced_once_whoever_wraps_it(monkeypatch):
     Owner.callers = f"others({Owner.callers})"
     compat.replace(Owner, "callers", lambda old: f"ours({old})")
     assert Owner.callers == "others(ours(fairseq))"
-
-
-def test_a_checkpoint_that_one_process_sends_another(build, tmp_path):
-    """fairseq sends it through torch.load, with its configuration as omegaconf's."""
-    built = build("multimax_transformer_lm")
-    path = save_checkpoint(built, tmp_path / "a.pt")
-    state = checkpoint_utils.load_checkpoint_to_cpu(str(path))
-    assert OmegaConf.is_config(state["cfg"])
-    tensors, file = [], io.BytesIO()
-    torch.save(_split_tensors_from_obj(state, tensors), file)
-    file.seek(0)
-    assert torch.load(file)["cfg"] == state["cfg"] and tensors
 
 
 def test_the_root_logger_stays_as_it_is_and_a_command_starts_without_warnings(corpus):

@@ -17,16 +17,6 @@ MAPPINGS = {
 }
 
 
-def results(name, call, *inputs):
-    """What a call of a mapping gives, and the gradients of the inputs and of the mapping's parameters."""
-    torch.manual_seed(1)
-    mapping = build_mapping(name, **MAPPINGS[name])
-    inputs = [tensor.detach().requires_grad_() for tensor in inputs]
-    output = call(mapping, *inputs)
-    upstream = torch.randn(output.shape, generator=torch.Generator().manual_seed(2))
-    return [output, *torch.autograd.grad(output, [*inputs, *mapping.parameters()], upstream)]
-
-
 def rows_of(mapping, scores):
     return mapping(scores)
 
@@ -36,9 +26,16 @@ def attention_of(mapping, query, key, value):
 
 
 def assert_twice_the_same(name, call, *inputs):
-    first, again = (results(name, call, *inputs) for _ in range(2))
-    assert all(torch.equal(one, other) for one, other in zip(first, again)), (name, call.__name__)
-    assert all(tensor.ne(0).any() for tensor in first)
+    """What a call of a mapping gives, and the gradients of the inputs and of the mapping's parameters."""
+    found = []
+    for _ in range(2):
+        torch.manual_seed(1)
+        mapping, inputs = build_mapping(name, **MAPPINGS[name]), [tensor.requires_grad_() for tensor in inputs]
+        output = call(mapping, *inputs)
+        upstream = torch.randn(output.shape)
+        found.append([output, *torch.autograd.grad(output, [*inputs, *mapping.parameters()], upstream)])
+    assert all(map(torch.equal, *found)), (name, call.__name__)
+    assert all(tensor.ne(0).any() for tensor in found[0])
 
 
 @pytest.mark.parametrize("backend", ["eager", pytest.param("compiled", marks=needs_compiler)])

@@ -11,9 +11,8 @@ from fairseq.tasks import FairseqTask
 from torch import Tensor, nn
 
 from ..mappings import MAPPINGS, SPARSE, MultiMax
-from ..modules.scale import LearnedScale, LogLengthScale
 from .attach import attach, attention_sites
-from .checkpoints import warn_of_what_is_gone
+from .checkpoints import OF_MAPPINGS, warn_of_what_is_gone
 from .options import MappingChoice, option_errors
 from .sparse_search import build_sparse_generator
 
@@ -97,12 +96,10 @@ def add_missing_mappings(model: nn.Module, state_dict: Dict[str, Tensor], prefix
         prefix: the start of the model's parameter names: "", or such as "module.".
     """
     missing = {}
-    for module_name, module in model.named_modules():
-        if isinstance(module, (*MAPPINGS.values(), LearnedScale, LogLengthScale)):
-            for parameter_name, parameter in module.named_parameters(f"{prefix}{module_name}"):
-                if parameter_name not in state_dict:
-                    start = parameter.detach().clone()
-                    missing[parameter_name] = torch.zeros_like(start) if isinstance(module, MultiMax) else start
+    for name, parameter in model.named_parameters():
+        if OF_MAPPINGS.search(name) and prefix + name not in state_dict:
+            is_modulator = isinstance(model.get_submodule(name.rpartition(".")[0]), MultiMax)
+            missing[prefix + name] = torch.zeros_like(parameter) if is_modulator else parameter.detach().clone()
     if missing:
         state_dict.update(missing)
         logger.info(
