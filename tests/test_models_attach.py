@@ -36,23 +36,23 @@ def test_a_mapping_is_at_its_sites_and_nowhere_else_with_one_alpha_a_head(site, 
 
 
 @pytest.mark.parametrize("arch", ["transformer", "transformer_lm"])
-def test_drawing_modulators_changes_nothing_else(arch, build):
-    """Neither the stock model's parameters, nor what is drawn next."""
-    stock, mapped, other = (
-        (build(name, *options).model, torch.rand(3))
-        for name, options in [
-            (arch, []),
-            (f"multimax_{arch}", ["--output-mapping", "multimax"]),
-            (f"multimax_{arch}", ["--attention-mapping", "sparsemax"]),
-        ]
-    )
-    expected = dict(stock[0].named_parameters())
-    for model, drawn in (mapped, other):
-        actual = dict(model.named_parameters())
+def test_mappings_change_nothing_else_and_softmax_nothing_at_all(arch, build, batch):
+    """Neither the stock model's parameters, nor what is drawn next; with softmax no bit of the output."""
+    stock, drawn = build(arch), torch.rand(3)
+    expected = dict(stock.model.named_parameters())
+    for options in (["--output-mapping", "multimax"], ["--attention-mapping", "sparsemax"],
+                    ["--attention-mapping", "softmax"]):  # fmt: skip
+        mapped = build(f"multimax_{arch}", *options)
+        assert torch.equal(torch.rand(3), drawn)
+        actual = dict(mapped.model.named_parameters())
         assert all(".mapping." in name or ".output_mapping." in name for name in actual.keys() - expected.keys())
-        for name, parameter in expected.items():
-            assert torch.equal(actual[name], parameter)
-        assert torch.equal(drawn, stock[1])
+        assert all(torch.equal(actual[name], parameter) for name, parameter in expected.items())
+    assert list(mapped.model.state_dict()) == list(stock.model.state_dict())
+    sample, outputs = batch(stock)["net_input"], []
+    for built in (stock, mapped):
+        torch.manual_seed(0)
+        outputs.append(built.model.train()(**sample)[0])
+    assert torch.equal(*outputs)
 
 
 def numbers(model):

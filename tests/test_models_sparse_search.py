@@ -62,6 +62,8 @@ def test_every_strategy_finds_hypotheses(factor, mapping, options, build, batch)
     if not {"diverse_beam_groups", "diversity_rate", "match_source_len"} & set(options):
         check(hypotheses, options.get("beam", 5))
         assert all(len(hypo["tokens"]) <= 6 for hypos in hypotheses for hypo in hypos)
+    for hypos in hypotheses:  # those with a word of probability 0 only where there are no others
+        assert len({(hypo["positional_scores"].min() > IMPOSSIBLE).item() for hypo in hypos}) == 1
     assert all(hypos and not torch.cat([h["positional_scores"] for h in hypos]).isnan().any() for hypos in hypotheses)
     if "prefix_size" in options:
         for hypos, target in zip(hypotheses, sample["target"]):

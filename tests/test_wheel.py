@@ -43,13 +43,9 @@ def installed(built, tmp_path_factory):
     return folder, {"env": variables | {"MULTIMAX_BACKEND": "auto"}, "cwd": tmp_path_factory.mktemp("empty")}
 
 
-def files_below(folder, *suffixes):
-    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and path.suffix in suffixes}
-
-
 def test_the_wheel_has_every_source_file_and_nothing_else(built, installed):
     folder, _ = installed
-    sources = {f"multimax_fairseq/{name}" for name in files_below(PLUGIN, ".py", ".cpp", ".hpp")}
+    sources = {str(path.relative_to(ROOT)) for path in PLUGIN.rglob("*") if path.suffix in (".py", ".cpp", ".hpp")}
     metadata = f"multimax_fairseq-{multimax_fairseq.__version__}.dist-info"
     found = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     assert {name for name in found if not name.startswith(metadata)} == sources
