@@ -34,12 +34,10 @@ COMMANDS = ("preprocess", "train", "generate", "interactive", "validate", "eval-
 COMMANDS = ("python", "multimax-analyze", *(f"fairseq-{name}" for name in COMMANDS))
 CLIENT = """#!{python} -IS
 import json, os, socket, sys
-umask = os.umask(0)
-os.umask(umask)
 name = os.path.basename(sys.argv[0])
 server = socket.socket(socket.AF_UNIX)
 server.connect({address!r})
-request = json.dumps([name, sys.argv[1:], os.getcwd(), dict(os.environ), umask]).encode() + b"\\n"
+request = json.dumps([name, sys.argv[1:], os.getcwd(), dict(os.environ)]).encode() + b"\\n"
 sent = socket.send_fds(server, [request], [0, 1, 2])
 if request[sent:]:  # else the answer may have come already
     server.sendall(request[sent:])
@@ -103,7 +101,7 @@ def serve(listener):
         request, files, _, _ = socket.recv_fds(client, 1 << 20, 3)
         while not request.endswith(b"\n"):
             request += client.recv(1 << 20)
-        name, arguments, folder, environment, umask = json.loads(request)
+        name, arguments, folder, environment = json.loads(request)
         is_known = name in mains or re.match("-c$|.*/(scripts|examples|benchmarks)/", "".join(arguments[:1]))
         if not is_known or settings(environment) != at_start:
             client.sendall(b"real")
@@ -114,7 +112,6 @@ def serve(listener):
             for number, file in enumerate(files):
                 os.dup2(file, number)
             os.chdir(folder)
-            os.umask(umask)
             os.environ.clear()
             os.environ.update(environment)
             sys.argv = arguments if name == "python" else [name, *arguments]
