@@ -151,7 +151,9 @@ def test_gradients_of_updates_of_several_batches_add_up():
     torch.testing.assert_close(tensors["weight"].grad, expected, atol=1e-10, rtol=1e-10)
 
 
-def test_logits_that_overflowed_to_minus_infinity_have_no_part():
+@pytest.mark.parametrize("backend", ["eager", "compiled"])
+def test_logits_that_overflowed_to_minus_infinity_have_no_part(backend, monkeypatch):
+    monkeypatch.setenv("MULTIMAX_BACKEND", backend)
     tensors, targets = case()
     targets, deleted = targets % 40, without_last_word(tensors)
     loss = chunked(tensors, targets).loss

@@ -105,7 +105,9 @@ def test_compiled_kernels_in_single_precision_stay_close_to_double(monkeypatch):
     assert max(errors.values()) < 2e-5, errors
 
 
-def test_logits_that_overflowed_to_minus_infinity_have_no_part():
+@pytest.mark.parametrize("backend", ["eager", "compiled"])
+def test_logits_that_overflowed_to_minus_infinity_have_no_part(backend, monkeypatch):
+    monkeypatch.setenv("MULTIMAX_BACKEND", backend)
     tensors, targets = case(order=0)
     deleted = without_last_word(tensors)
     loss, expected = chunked(tensors, targets % 40, 1.5).loss, chunked(deleted, targets % 40, 1.5).loss
