@@ -155,6 +155,7 @@ def test_gradients_of_updates_of_several_batches_add_up():
 def test_logits_that_overflowed_to_minus_infinity_have_no_part(backend, monkeypatch):
     monkeypatch.setenv("MULTIMAX_BACKEND", backend)
     tensors, targets = case()
+    tensors["gains"].data.abs_()  # σ of a very low score would be a high one
     targets, deleted = targets % 40, without_last_word(tensors)
     loss = chunked(tensors, targets).loss
     torch.testing.assert_close(loss, whole(deleted, targets)[0].sum(), atol=1e-10, rtol=1e-12)
@@ -163,3 +164,5 @@ def test_logits_that_overflowed_to_minus_infinity_have_no_part(backend, monkeypa
         (expected,) = torch.autograd.grad(whole(deleted, targets)[0].sum(), tensor)
         torch.testing.assert_close(tensors[name].grad[: len(expected)], expected, atol=1e-10, rtol=1e-10)
     assert not tensors["weight"].grad[40].any()
+    (smoothed,) = torch.autograd.grad(chunked(tensors, targets, 0.1).loss, tensors["weight"])  # of an infinite loss
+    assert not smoothed[40].any()
