@@ -4,6 +4,7 @@ import inspect
 import logging
 import math
 import os
+import random
 from functools import partial
 
 import pytest
@@ -48,12 +49,13 @@ def case(tgt_len=5, src_len=7, dtype=torch.float32, mapping="multimax"):
 
 @pytest.mark.parametrize("number", range(CASES))
 def test_random_cases(number):
-    (row,) = check_kernels.check_cases(1, seed=number)
+    case = check_kernels.random_case(random.Random(number), [torch.float32, torch.float16])
+    row = check_kernels.check(case)
     assert row["right"], row
 
 
-def test_half_precision_beside_plain_pytorch():
-    row = check_kernels.check_halves(130, True, 4.0, torch.float16)
+def test_a_long_case_in_half_precision():
+    row = check_kernels.check(check_kernels.long_case(torch.float16, 130, True, 4.0))
     assert row["right"], row
 
 
@@ -131,7 +133,6 @@ def wrong_gradient(monkeypatch):
 def other_dropout(monkeypatch):
     """The backward draws other numbers."""
     right = gpu.backward
-
 
     def backward(query, key, value, call, *others):
         return right(query, key, value, call._replace(seed=call.seed + 1), *others)

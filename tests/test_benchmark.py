@@ -81,9 +81,9 @@ def test_sides_of_the_output_layer_give_gradients(benchmark, name, monkeypatch):
 
 @pytest.mark.parametrize("arguments, message", [
     (["mappings"], "there is no section 'mappings'; choose from: mapping, attention, step"),
-    (["mapping", "--rounds", "0"], "--rounds takes 1 or more"),
-    (["mapping", "--json", "no/such/folder/figures.json"], "--json: there is no folder"),
+    (["mapping", "--rounds", "0"], "--rounds: '0' is not a whole number above 0"),
+    (["mapping", "--json", "no/such/folder/figures.json"], "there is no folder no/such/folder"),
 ])  # fmt: skip
 def test_wrong_arguments_end_it_before_any_work(benchmark, arguments, message):
     result = call(benchmark, *arguments, check=False)
-    assert result.returncode == 2 and message in result.stderr and not result.stdout
+    assert result.returncode and message in result.stderr and not result.stdout
