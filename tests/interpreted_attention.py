@@ -2,7 +2,6 @@
 
 import inspect
 import logging
-import math
 import os
 import random
 from functools import partial
@@ -11,6 +10,12 @@ import pytest
 import torch
 import torch.utils.checkpoint
 from conftest import load_script
+from test_attention import test_dropout  # noqa: F401  these run here, too
+from test_kernels_attention import (  # noqa: F401
+    test_a_query_that_sees_no_key_gets_zeros_and_gives_none,
+    test_what_is_not_a_number_stays_so_and_stays_where_it_is,
+    test_where_sigma_overflows_there_is_no_number,
+)
 from test_reproducible import assert_twice_the_same, attention_of
 
 from multimax_fairseq.attention import attend, mapped_attention
@@ -21,7 +26,6 @@ from multimax_fairseq.mappings import build_mapping
 from multimax_fairseq.mappings.masking import probabilities_by
 
 check_kernels = load_script("check_kernels")
-INF = math.inf
 CASES = int(os.environ.get("MULTIMAX_TRITON_CASES", 3))
 
 
@@ -171,43 +175,6 @@ def test_kernels_that_are_wrong_or_fail_give_one_warning_and_right_numbers(fault
     monkeypatch.setattr(gpu, "_distrusted", set())
     with pytest.raises(RuntimeError):
         mapped_attention(query, key, value, mapping, is_causal=True, dropout_p=dropout / 2)
-
-
-# ---------------------------------------------------------------- what attention owes
-
-
-def test_dropout_follows_from_the_seed(trusted):
-    tensors, mapping = case()
-    found = []
-    for seed in (7, 7, 8):
-        torch.manual_seed(seed)
-        found.append(mapped_attention(*tensors, mapping, dropout_p=0.5))
-    assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
-
-
-def test_a_query_that_sees_no_key_gets_zeros_and_gives_none(trusted):
-    """A row is empty by its mask. σ of all scores in the second is −inf, and softmax has no answer, as everywhere."""
-    (query, key, value), mapping = case()
-    with torch.no_grad():
-        query[:, :, 1] = 1e18
-        key.abs_().mul_(-1)
-        mapping.gains.fill_(-1e3)
-    mask = torch.ones(5, 7, dtype=torch.bool)
-    mask[2] = False
-    output = mapped_attention(query, key, value, mapping, mask)
-    assert output[:, :, 2].eq(0).all() and output[:, :, 1].isnan().all() and output[:, :, 0].isfinite().all()
-    tensors, mapping = case()
-    output = mapped_attention(*tensors, mapping, torch.tensor([True, False])[:, None, None].expand(2, 1, 7))
-    grads = torch.autograd.grad(output.sum(), [*tensors, *mapping.parameters()])
-    assert output[:, 1].eq(0).all() and all(grad[:, 1].eq(0).all() for grad in grads[:3])
-    assert all(grad.isfinite().all() for grad in grads)
-
-
-def test_what_is_not_a_number_stays_so(trusted):
-    (query, *others), mapping = case(5, 5)
-    query = query.detach().index_fill(2, torch.tensor([0, 3]), float("nan"))
-    output = mapped_attention(query, *others, mapping, is_causal=True)
-    assert output[:, :, [0, 3]].isnan().all() and output[:, :, [1, 2, 4]].isfinite().all()
 
 
 def test_nothing_of_length_squared_is_kept_and_results_lie_length_first(trusted):
