@@ -97,7 +97,7 @@ def oracle(name, mapping, query, key, value, mask, causal, scale):
         scores = scores.masked_fill(torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1), -INF)
     numbers = [number.to(scores.dtype) for number in (mapping.kernel_rows().numbers if name in MAPPINGS else ())]
     rows = {
-        "temperatures": lambda x: (x * (-mapping.log_temperature).exp().to(x.dtype)).softmax(-1),
+        "temperatures": lambda x: (x.clamp(min=-1e9) * (-mapping.log_temperature).exp().to(x.dtype)).softmax(-1),
         "sorts": lambda x: package.sparsemax(x / 2, dim=-1),
     }.get(name, lambda x: ORACLES[name](x, *numbers))
     return over_present(rows)(scores) @ value
