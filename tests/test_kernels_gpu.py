@@ -70,7 +70,7 @@ def check_kernels():
 def test_binaries_without_spills_that_fit_into_shared_memory(kernel, target, dtype, head_dim, check_kernels):
     row = check_kernels.binary(target, dtype, head_dim, "dropout", kernel)
     limit = 65_536 if target == "gfx942" else 99 * 1_024
-    assert row["spilled"] == 0 and 0 < row["registers"] <= 512 and 0 < row["shared"] <= limit
+    assert row["spilled"] == 0 and 0 < row["shared"] <= limit
 
 
 @pytest.mark.slow
