@@ -81,35 +81,27 @@ def test_the_same_call_gives_the_same_bits(trusted):
 # ---------------------------------------------------------------- the check before kernels are trusted
 
 
-@pytest.mark.parametrize("options", [
-    {}, {"is_causal": True, "dropout_p": 0.1}, {"attn_mask": torch.ones(7, dtype=torch.bool)},
-    {"attn_mask": torch.ones(5, 7, dtype=torch.bool)},
+def checkpointed(function, *tensors):
+    return torch.utils.checkpoint.checkpoint(function, *tensors, use_reentrant=False).sum().backward()
+
+
+def within(context):
+    return lambda function, *tensors: context()(function)(*tensors)
+
+
+@pytest.mark.parametrize(("call", "options"), [
+    *((lambda function, *tensors: function(*tensors), options) for options in (
+        {}, {"attn_mask": torch.ones(7, dtype=torch.bool)}, {"attn_mask": torch.ones(5, 7, dtype=torch.bool)},
+    )),
+    (within(torch.no_grad), {}), (within(torch.inference_mode), {}),
+    (checkpointed, {"is_causal": True, "dropout_p": 0.5}),
 ])  # fmt: skip
-def test_kernels_that_are_right_are_trusted(options, caplog):
+def test_kernels_that_are_right_are_trusted_from_the_first_call_on(call, options, caplog, monkeypatch):
     tensors, mapping = case()
-    mapped_attention(*tensors, mapping, **options)
+    call(partial(mapped_attention, mapping=mapping, **options), *tensors)
     assert not caplog.records and len(gpu._tried) == 1 and not gpu._distrusted
-    tried = gpu._wrong  # the second time, nothing is tried
-    gpu._wrong = None
-    try:
-        mapped_attention(*tensors, mapping, **options)
-    finally:
-        gpu._wrong = tried
-
-
-@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
-def test_the_first_call_may_be_without_gradients(context, caplog):
-    tensors, mapping = case()
-    with context():
-        mapped_attention(*tensors, mapping)
-    assert len(gpu._tried) == 1 and not gpu._distrusted and not caplog.records
-
-
-def test_the_first_call_may_be_checkpointed(caplog):
-    tensors, mapping = case()
-    function = partial(mapped_attention, mapping=mapping, dropout_p=0.5)
-    torch.utils.checkpoint.checkpoint(function, *tensors, use_reentrant=False).sum().backward()
-    assert len(gpu._tried) == 1 and not gpu._distrusted and not caplog.records
+    monkeypatch.setattr(gpu, "_wrong", None)  # the second time, nothing is tried
+    mapped_attention(*tensors, mapping, **options)
 
 
 def wrong_forward(monkeypatch):

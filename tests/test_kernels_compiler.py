@@ -110,28 +110,17 @@ def test_scores_of_the_shape_of_parameters():
 
 
 def test_a_kernel_for_each_number_of_threads(monkeypatch):
-    def compile_function(function, _):
-        compiled_for.append(torch.get_num_threads())
-        return function
-
-    monkeypatch.setattr(compiler, "compile_function", compile_function)
+    """PyTorch keeps what it has compiled by its options, of which the number has to be one."""
+    monkeypatch.setattr(torch._inductor, "compile", lambda graph, _, options: given.append(options) or graph)
     os.environ["MULTIMAX_BACKEND"] = "compiled"  # until the fixture puts it back
-    compiled_for, kernel, before = [], Kernel(double), torch.get_num_threads()
+    given, kernel, before = [], Kernel(double), torch.get_num_threads()
     try:
         for threads in (1, 2, 1):
             torch.set_num_threads(threads)
             kernel(*ARGUMENTS)
     finally:
         torch.set_num_threads(before)
-    assert compiled_for == [1, 2]
-
-
-def test_threads_of_an_earlier_process_are_not_taken_over(monkeypatch):
-    """PyTorch keeps what it has compiled by its options: the number of threads has to be one of them."""
-    given = []
-    monkeypatch.setattr(torch._inductor, "compile", lambda graph, inputs, options: given.append(options))
-    compiler.compile_function(double, ARGUMENTS)
-    assert given[0]["cpp.threads"] == torch.get_num_threads()
+    assert [options["cpp.threads"] for options in given] == [1, 2]
 
 
 def run_in_two_threads(kernel, results):
