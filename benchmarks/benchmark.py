@@ -8,18 +8,17 @@ same round: below 1 is faster, or less memory. Unlike times, ratios are reliable
 
     mapping    scores → probabilities, against torch's softmax: MultiMax, its formula in eager PyTorch, the others,
                and those of the package entmax
-    attention  fairseq's module, and the part between its projections; peak memory
+    attention  the part of fairseq's module between its projections; the module's peak memory
     step       a training step of the IWSLT'14 and WikiText-103 models, against fairseq's own; IWSLT'14 with every
                mapping in attention
     output     output layer and loss at 267,744 types, against fairseq's cross-entropy: time, and peak memory above
                weights and their gradients; sparsemax, entmax15 and entmax (α learned) with entmax_loss
 
-The end of the output counts compiled kernels and their compile time. A GPU is used if there is one. On a CPU the
-process keeps freed memory, as in the recipes (GLIBC_TUNABLES in examples/train.sh), except in `output`; otherwise the system's
-paging would be measured too, and the figures would flip between two values.
+A GPU is used if there is one. On a CPU the process keeps freed memory, as in the recipes (GLIBC_TUNABLES in
+examples/train.sh), except in `output`; otherwise the system's paging would be measured too, and the figures would
+flip between two values.
 """
 
-import argparse
 import ctypes
 import gc
 import json
@@ -44,13 +43,19 @@ from torch import Tensor, nn
 
 import multimax_fairseq.models  # noqa: F401  registers the models
 from multimax_fairseq.attention import mapped_attention
-from multimax_fairseq.kernels.backend import compiled_graphs
 from multimax_fairseq.kernels.loss import chunked_cross_entropy, chunked_entmax_loss
 from multimax_fairseq.mappings import BUILT_IN, MAPPINGS, SPARSE, MultiMax, build_mapping, modulate
 from multimax_fairseq.mappings.multimax import multimax_formula
 from multimax_fairseq.modules import MappedMultiheadAttention
 from multimax_fairseq.modules.attention import CAUSAL
-from multimax_fairseq.tools import UserError, import_user_dir
+from multimax_fairseq.tools import (
+    ArgumentParser,
+    UserError,
+    check_output,
+    errors_in_a_line,
+    import_user_dir,
+    positive,
+)
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 Rows = List[Dict[str, Any]]
@@ -128,13 +133,8 @@ def resident(field: str) -> int:
 
 def in_new_process(function: Callable[..., int], *arguments: Any) -> int:
     """Call ``function(*arguments)`` in a new process, with fresh memory."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_with_threads, (torch.get_num_threads(), function, arguments))
-
-
-def _with_threads(threads: int, function: Callable[..., int], arguments: Tuple) -> int:
-    torch.set_num_threads(threads)
-    return function(*arguments)
+    with multiprocessing.get_context("spawn").Pool(1, torch.set_num_threads, [torch.get_num_threads()]) as pool:
+        return pool.apply(function, arguments)
 
 
 def compare_memory(case: str, measure: Callable[..., int], sides: List[str], *arguments: Any) -> Rows:
@@ -210,7 +210,6 @@ def benchmark_attention(rounds: int) -> Iterator[Rows]:
         for bsz, length in ATTENTION_SIZES:
             case = f"{bsz} × {length} tokens, causal, dropout {dropout}, forward+backward"
             yield compare(f"core, {case}", attention_core(bsz, length, dropout=dropout), rounds)
-            yield compare(f"module, {case}", attention_module(bsz, length, dropout), rounds)
     for heads in (1, 3):  # with few heads, threads have to share one
         for _, length in ATTENTION_SIZES:
             case = f"core, {heads} head{'s' * (heads > 1)} × {length} tokens, causal, forward+backward"
@@ -220,13 +219,15 @@ def benchmark_attention(rounds: int) -> Iterator[Rows]:
         yield compare_memory(case, module_peak, ["stock", *MAPPINGS], bsz, length)
 
 
-def attention_core(bsz: int, length: int, heads: int = HEADS, dropout: float = 0.0) -> Sides:
+def attention_core(
+    bsz: int, length: int, heads: int = HEADS, dropout: float = 0.0, dtype: torch.dtype = torch.float32
+) -> Sides:
     """Attention between the projections; stock fairseq uses torch's scaled dot-product attention, with its mask."""
     shape = length, bsz, heads, WIDTH // HEADS
     # as from projections: length first in memory; scores have standard deviation 2
-    inputs = [torch.randn(shape, device=DEVICE).mul_(0.5).permute(1, 2, 0, 3).requires_grad_() for _ in range(3)]
-    upstream = torch.randn(shape, device=DEVICE).permute(1, 2, 0, 3)
-    mask = future_mask(length)
+    drawn = [torch.randn(shape, device=DEVICE, dtype=dtype).permute(1, 2, 0, 3) for _ in range(4)]
+    inputs, upstream = [(tensor / 2).requires_grad_() for tensor in drawn[:3]], drawn[3]
+    mask = future_mask(length).to(dtype)
 
     def stock() -> None:
         output = F.scaled_dot_product_attention(*inputs, mask, dropout, scale=1.0)
@@ -244,19 +245,8 @@ def attention_core(bsz: int, length: int, heads: int = HEADS, dropout: float = 0
     return {"stock": stock, **{name: side(name) for name in MAPPINGS}}
 
 
-def attention_module(bsz: int, length: int, dropout: float) -> Sides:
-    inputs = torch.randn(length, bsz, WIDTH, device=DEVICE, requires_grad=True)
-    upstream, mask = torch.randn(length, bsz, WIDTH, device=DEVICE), future_mask(length)
-
-    def side(name: str) -> Callable[[], None]:
-        module = attention(name, dropout)
-        return lambda: module(inputs, inputs, inputs, attn_mask=mask, need_weights=False)[0].backward(upstream)
-
-    return {name: side(name) for name in ("stock", *MAPPINGS)}
-
-
-def attention(name: str, dropout: float = 0.0) -> nn.Module:
-    module = MultiheadAttention(WIDTH, HEADS, dropout=dropout, self_attention=True).to(DEVICE)
+def attention(name: str) -> nn.Module:
+    module = MultiheadAttention(WIDTH, HEADS, self_attention=True).to(DEVICE)
     if name != "stock":
         module = MappedMultiheadAttention.adopt(module, build_mapping(name).to(DEVICE), "decoder")
     return module
@@ -435,27 +425,23 @@ def machine() -> Dict[str, Any]:
     }
 
 
-def compiled() -> Dict[str, Any]:
-    names, seconds = zip(*compiled_graphs) if compiled_graphs else ((), ())
-    return {"graphs": len(names), "kernels": len(set(names)), "seconds": sum(seconds)}
-
-
 def main() -> None:
-    sections = {
-        "mapping": lambda: benchmark_mapping(args.rounds),
-        "attention": lambda: benchmark_attention(args.rounds),
-        "step": lambda: benchmark_step(args.rounds),
-        "output": lambda: benchmark_output(args.rounds),
-    }
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    sections = {"mapping": benchmark_mapping, "attention": benchmark_attention, "step": benchmark_step,
+                "output": benchmark_output}  # fmt: skip
+    parser = ArgumentParser(__doc__)
     parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"of: {', '.join(sections)}")
-    parser.add_argument("--rounds", type=int, default=15, help="rounds of a comparison, at most (15)")
-    parser.add_argument("--threads", type=int, help="threads on a CPU (what PyTorch takes)")
+    parser.add_argument("--rounds", type=positive, default=15, help="rounds of a comparison, at most (15)")
+    parser.add_argument("--threads", type=positive, help="threads on a CPU (what PyTorch takes)")
     parser.add_argument("--json", type=Path, help="write all figures here too")
     parser.add_argument("--user-dir", type=Path, help="a folder with mappings of your own, for mapping")
     args = parser.parse_args()
     chosen = args.sections or list(sections)
-    check(parser, args, chosen, list(sections))
+    with errors_in_a_line():
+        import_user_dir(args.user_dir)
+        if args.json:
+            check_output(args.json)
+        for section in set(chosen) - set(sections):
+            raise UserError(f"there is no section {section!r}; choose from: {', '.join(sections)}")
     logging.getLogger().setLevel(logging.WARNING)
     warnings.simplefilter("ignore")  # fairseq, torch and hydra warn about each other
     if args.threads:
@@ -465,28 +451,11 @@ def main() -> None:
     print(results["machine"])
     for section in chosen:
         keep_memory(section != "output")  # its tensors of gigabytes would leave holes in the kept memory
-        for rows in sections[section]():
+        for rows in sections[section](args.rounds):
             show(rows)
             results["rows"] += [{"section": section, **row} for row in rows]
-    results["compiled"] = compiled()
-    print("\ncompiled: {graphs} graphs of {kernels} kernels in {seconds:.1f} s".format(**results["compiled"]))
     if args.json:
         args.json.write_text(json.dumps(results, indent=2) + "\n")
-
-
-def check(parser: argparse.ArgumentParser, args: argparse.Namespace, chosen: List[str], sections: List[str]) -> None:
-    """End with a message, before any long work, if an argument is wrong or missing."""
-    try:
-        import_user_dir(args.user_dir)
-    except UserError as error:
-        parser.error(str(error))
-    for section in chosen:
-        if section not in sections:
-            parser.error(f"there is no section {section!r}; choose from: {', '.join(sections)}")
-    if args.rounds < 1:
-        parser.error("--rounds takes 1 or more")
-    if args.json and not args.json.parent.is_dir():
-        parser.error(f"--json: there is no folder {args.json.parent}")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 """The checks that check_gpu.sh runs; see there."""
 
 import argparse
-import contextlib
 import json
 import logging
 import os
+import random
 import re
 import subprocess
 import sys
@@ -25,8 +25,9 @@ from torch import Tensor  # noqa: E402
 
 from multimax_fairseq.kernels.attention import gpu  # noqa: E402
 from multimax_fairseq.kernels.loss import chunked_cross_entropy  # noqa: E402
-from multimax_fairseq.mappings import modulate, multimax  # noqa: E402
-from multimax_fairseq.mappings.multimax import modulate_formula, multimax_formula  # noqa: E402
+from multimax_fairseq.mappings import modulate  # noqa: E402
+from multimax_fairseq.mappings.multimax import modulate_formula  # noqa: E402
+from multimax_fairseq.tools import check_output, errors_in_a_line, replacing  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS, PLUGIN = ROOT / "scripts", ROOT / "multimax_fairseq"
@@ -36,90 +37,57 @@ Rows = Iterator[Dict[str, Any]]  # "check" and "figure" to print; "right": a boo
 
 
 def check_attention(short: bool) -> Rows:
-    """Triton's attention: random cases, and long ones compared with plain PyTorch."""
+    """Triton's attention: random cases, and long ones with large values."""
     if gpu.version() is None:
         yield {"check": "attention in Triton", "figure": "Triton is not installed, or too old", "right": None}
         return
-    dtypes = list(DTYPES) if DEVICE.type == "cuda" else ["fp32", "fp16"]
-    count = (1 if short else 6) if DEVICE.type == "cpu" else 40
-    for dtype in dtypes:
-        rows = list(check_kernels.check_cases(count, seed=1, dtypes=[dtype]))
-        largest = max(error for row in rows for error in row["errors"].values())
-        yield {
-            "check": f"attention in Triton, {dtype}, {count} random cases",
-            "figure": f"{largest:.2f} of the error allowed",
-            "right": all(row["right"] for row in rows),
-            "wrong": [row for row in rows if not row["right"]],
-        }
+    on_gpu = DEVICE.type == "cuda"
+    count = 40 if on_gpu else 1 if short else 6
     lengths = [(512, True, 4.0), (512, False, 1.0), (1_100, True, 4.0)]
-    if DEVICE.type == "cpu":
+    if not on_gpu:
         lengths = [] if short else [(128, True, 4.0)]
-    for dtype in dtypes:
-        for length, causal, mean in lengths:
-            row = check_kernels.check_halves(length, causal, mean, DTYPES[dtype])
-            ratios = {name: ours / max(plain, 1e-30) for name, (ours, plain) in row["errors"].items()}
-            worst = max(ratios, key=ratios.get)
-            yield {
-                "check": f"error beside plain PyTorch: {row['case']}",
-                "figure": f"{ratios[worst]:.2f} × ({worst})",
-                "right": row["right"],
-                "errors": row["errors"],
-            }
+    for dtype in DTYPES if on_gpu else ("fp32", "fp16"):  # the interpreter gets bf16 wrong
+        draw = random.Random(1)
+        cases = [check_kernels.random_case(draw, [DTYPES[dtype]]) for _ in range(count)]
+        cases += [check_kernels.long_case(DTYPES[dtype], *kind) for kind in lengths]
+        rows = [check_kernels.check(case) for case in cases]
+        wrong = [row for row in rows if not row["right"]]
+        yield {
+            "check": f"attention in Triton, {dtype}, {len(rows)} cases beside plain PyTorch",
+            "figure": f"{len(wrong)} with more than twice its error",
+            "right": not wrong,
+            "rows": rows,
+        }
 
 
-def check_rows(short: bool) -> Rows:
-    """The kernels of PyTorch's compiler: values and gradients against the formulas', relative to the largest."""
+def check_compiled(short: bool) -> Rows:
+    """The kernels of PyTorch's compiler: σ of a vocabulary and the chunked loss, beside their formulas."""
     for dtype in DTYPES if DEVICE.type == "cuda" else ["fp32"]:
         torch.manual_seed(1)
-        scores = (2 * torch.randn(64, 300)).to(DEVICE, DTYPES[dtype])
-        parameters = [torch.randn(2, 2, device=DEVICE), 0.1 * torch.randn(2, 2, device=DEVICE)]
-        for name, function, formula in (
-            ("multimax", multimax, multimax_formula), ("modulate", modulate, modulate_formula)
-        ):  # fmt: skip
-            yield compared(f"{name}, {dtype}", function, formula, [scores, *parameters])
-        features, weight = torch.randn(100, 64), torch.randn(5_000, 64) / 8
-        inputs = [tensor.to(DEVICE, DTYPES[dtype]) for tensor in (features, weight)] + parameters
+        drawn = 2 * torch.randn(64, 300), torch.randn(100, 64), torch.randn(5_000, 64) / 8
+        scores, features, weight = (tensor.to(DEVICE, DTYPES[dtype]) for tensor in drawn)
+        numbers = {"thresholds": torch.randn(2, 2, device=DEVICE), "gains": 0.1 * torch.randn(2, 2, device=DEVICE)}
         targets = torch.randint(5_000, (100,), device=DEVICE)
 
-        def chunked(features: Tensor, weight: Tensor, *parameters: Tensor, targets: Tensor = targets) -> Tensor:
-            return chunked_cross_entropy(features, weight, targets, None, *parameters, chunk_tokens=32).loss
+        def chunked(features: Tensor, weight: Tensor, *numbers: Tensor, targets: Tensor = targets) -> Tensor:
+            return chunked_cross_entropy(features, weight, targets, None, *numbers, chunk_tokens=32).loss
 
-        def whole(features: Tensor, weight: Tensor, *parameters: Tensor, targets: Tensor = targets) -> Tensor:
-            logits = modulate_formula(features @ weight.t(), *parameters)
+        def whole(features: Tensor, weight: Tensor, *numbers: Tensor, targets: Tensor = targets) -> Tensor:
+            logits = features @ weight.t()
+            logits = modulate_formula(logits.to(torch.promote_types(logits.dtype, torch.float32)), *numbers)
             return torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
 
-        yield compared(f"chunked cross-entropy, {dtype}", chunked, whole, inputs)
-
-
-def compared(name: str, function: Callable, formula: Callable, inputs: List[Tensor]) -> Dict[str, Any]:
-    """Compare a function with its formula in float64: errors of values and gradients, relative to the largest number.
-
-    Allowed: 1e-5 in fp32, 8 units in the last place in half precision.
-    """
-    results = []
-    for compute, tensors in ((function, inputs), (formula, [tensor.double() for tensor in inputs])):
-        wanted = [tensor.detach().requires_grad_() for tensor in tensors]
-        result = compute(*wanted)
-        weights = torch.arange(1.0, 1 + result.numel(), dtype=torch.float64, device=DEVICE).sin().view(result.shape)
-        grads = torch.autograd.grad((result.double() * (weights if result.dim() else 1)).sum(), wanted)
-        results.append([result, *grads])
-    errors = [((a.double() - b).abs().max() / b.abs().max()).item() for a, b in zip(*results)]
-    allowed = 1e-5 if inputs[0].dtype == torch.float32 else 8 * torch.finfo(inputs[0].dtype).eps
-    return {"check": name, "figure": f"error {max(errors):.1e}", "right": all(e <= allowed for e in errors),
-            "errors": errors}  # fmt: skip
+        upstream, one = torch.randn(64, 300, device=DEVICE), torch.ones((), device=DEVICE)
+        for name, ours, plain, inputs, grad in (
+            ("σ", modulate, modulate_formula, {"scores": scores}, upstream),
+            ("chunked cross-entropy", chunked, whole, {"features": features, "weight": weight}, one),
+        ):
+            row = check_kernels.beside_plain(f"{name}, {dtype}", ours, plain, inputs | numbers, grad)
+            largest = max(error for error, _ in row["errors"].values())
+            yield {"check": row["case"], "figure": f"error {largest:.1e}", **row}
 
 
 # ---------------------------------------------------------------- speed
-
-
-@contextlib.contextmanager
-def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 def check_speed(short: bool) -> Rows:
@@ -129,10 +97,10 @@ def check_speed(short: bool) -> Rows:
     rounds = 5 if short else 15
     for dtype in DTYPES:
         for bsz, length in ((4, 512), (2, 2_048)):
-            with default_dtype(DTYPES[dtype]):
-                sides = benchmark.attention_core(bsz, length)
-                rows = benchmark.compare(f"attention beside SDPA, {dtype}, {bsz} × {length}", sides, rounds)
-            yield from speed_rows(rows)
+            sides = benchmark.attention_core(bsz, length, dtype=DTYPES[dtype])
+            yield from speed_rows(
+                benchmark.compare(f"attention beside SDPA, {dtype}, {bsz} × {length}", sides, rounds)
+            )
     for bsz, length in ((4, 512), (2, 2_048)):
         sides = benchmark.language_model_sides(bsz, length)
         yield from speed_rows(benchmark.compare(f"step beside stock fairseq, fp32, {bsz} × {length}", sides, rounds))
@@ -242,8 +210,7 @@ def main() -> int:
                  "torch sees no GPU here: run this on a machine with one, or --without-gpu for what goes without"))
     if DEVICE.type == "cuda" and gpu.version() is None:
         sys.exit("ERROR: Triton is missing, or too old: pip install '.[gpu-tests]'")
-    if not args.out.absolute().parent.is_dir():
-        sys.exit(f"ERROR: --out: there is no folder {args.out.parent}")
+    check_output(args.out)
     logging.getLogger().setLevel(logging.WARNING)
     warnings.simplefilter("ignore")
     start = time.monotonic()
@@ -251,7 +218,7 @@ def main() -> int:
     results = {"device": device, "gpus": torch.cuda.device_count(), "torch": torch.__version__,
                "triton": gpu.version(), "rows": []}  # fmt: skip
     print("{device}, {gpus} GPUs, torch {torch}, Triton {triton}".format(**results))
-    checks = [check_attention, check_rows, check_training]
+    checks = [check_attention, check_compiled, check_training]
     if DEVICE.type == "cuda":
         checks.append(check_speed)
     for check in checks:
@@ -261,13 +228,13 @@ def main() -> int:
             results["rows"].append(row)
     wrong = sum(row["right"] is False for row in results["rows"])
     results["wrong"], results["seconds"] = wrong, round(time.monotonic() - start)
-    unfinished = args.out.with_name(f"{args.out.name}.partial.{os.getpid()}")
-    unfinished.write_text(json.dumps(results, indent=2) + "\n")
-    os.replace(unfinished, args.out)
+    with replacing(args.out) as file:
+        file.write(json.dumps(results, indent=2).encode() + b"\n")
     verdict = "everything is right" if not wrong else f"{wrong} of {len(results['rows'])} are WRONG"
     print(f"{verdict}, in {results['seconds']} s; the figures are in {args.out}")
     return int(wrong > 0)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with errors_in_a_line():
+        sys.exit(main())

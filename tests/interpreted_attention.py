@@ -2,14 +2,20 @@
 
 import inspect
 import logging
-import math
 import os
+import random
 from functools import partial
 
 import pytest
 import torch
 import torch.utils.checkpoint
 from conftest import load_script
+from test_attention import test_dropout  # noqa: F401  these run here, too
+from test_kernels_attention import (  # noqa: F401
+    test_a_query_that_sees_no_key_gets_zeros_and_gives_none,
+    test_what_is_not_a_number_stays_so_and_stays_where_it_is,
+    test_where_sigma_overflows_there_is_no_number,
+)
 from test_reproducible import assert_twice_the_same, attention_of
 
 from multimax_fairseq.attention import attend, mapped_attention
@@ -20,7 +26,6 @@ from multimax_fairseq.mappings import build_mapping
 from multimax_fairseq.mappings.masking import probabilities_by
 
 check_kernels = load_script("check_kernels")
-INF = math.inf
 CASES = int(os.environ.get("MULTIMAX_TRITON_CASES", 3))
 
 
@@ -48,12 +53,13 @@ def case(tgt_len=5, src_len=7, dtype=torch.float32, mapping="multimax"):
 
 @pytest.mark.parametrize("number", range(CASES))
 def test_random_cases(number):
-    (row,) = check_kernels.check_cases(1, seed=number)
+    case = check_kernels.random_case(random.Random(number), [torch.float32, torch.float16])
+    row = check_kernels.check(case)
     assert row["right"], row
 
 
-def test_half_precision_beside_plain_pytorch():
-    row = check_kernels.check_halves(130, True, 4.0, torch.float16)
+def test_a_long_case_in_half_precision():
+    row = check_kernels.check(check_kernels.long_case(torch.float16, 130, True, 4.0))
     assert row["right"], row
 
 
@@ -75,35 +81,27 @@ def test_the_same_call_gives_the_same_bits(trusted):
 # ---------------------------------------------------------------- the check before kernels are trusted
 
 
-@pytest.mark.parametrize("options", [
-    {}, {"is_causal": True, "dropout_p": 0.1}, {"attn_mask": torch.ones(7, dtype=torch.bool)},
-    {"attn_mask": torch.ones(5, 7, dtype=torch.bool)},
+def checkpointed(function, *tensors):
+    return torch.utils.checkpoint.checkpoint(function, *tensors, use_reentrant=False).sum().backward()
+
+
+def within(context):
+    return lambda function, *tensors: context()(function)(*tensors)
+
+
+@pytest.mark.parametrize(("call", "options"), [
+    *((lambda function, *tensors: function(*tensors), options) for options in (
+        {}, {"attn_mask": torch.ones(7, dtype=torch.bool)}, {"attn_mask": torch.ones(5, 7, dtype=torch.bool)},
+    )),
+    (within(torch.no_grad), {}), (within(torch.inference_mode), {}),
+    (checkpointed, {"is_causal": True, "dropout_p": 0.5}),
 ])  # fmt: skip
-def test_kernels_that_are_right_are_trusted(options, caplog):
+def test_kernels_that_are_right_are_trusted_from_the_first_call_on(call, options, caplog, monkeypatch):
     tensors, mapping = case()
-    mapped_attention(*tensors, mapping, **options)
+    call(partial(mapped_attention, mapping=mapping, **options), *tensors)
     assert not caplog.records and len(gpu._tried) == 1 and not gpu._distrusted
-    tried = gpu._wrong  # the second time, nothing is tried
-    gpu._wrong = None
-    try:
-        mapped_attention(*tensors, mapping, **options)
-    finally:
-        gpu._wrong = tried
-
-
-@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
-def test_the_first_call_may_be_without_gradients(context, caplog):
-    tensors, mapping = case()
-    with context():
-        mapped_attention(*tensors, mapping)
-    assert len(gpu._tried) == 1 and not gpu._distrusted and not caplog.records
-
-
-def test_the_first_call_may_be_checkpointed(caplog):
-    tensors, mapping = case()
-    function = partial(mapped_attention, mapping=mapping, dropout_p=0.5)
-    torch.utils.checkpoint.checkpoint(function, *tensors, use_reentrant=False).sum().backward()
-    assert len(gpu._tried) == 1 and not gpu._distrusted and not caplog.records
+    monkeypatch.setattr(gpu, "_wrong", None)  # the second time, nothing is tried
+    mapped_attention(*tensors, mapping, **options)
 
 
 def wrong_forward(monkeypatch):
@@ -131,7 +129,6 @@ def wrong_gradient(monkeypatch):
 def other_dropout(monkeypatch):
     """The backward draws other numbers."""
     right = gpu.backward
-
 
     def backward(query, key, value, call, *others):
         return right(query, key, value, call._replace(seed=call.seed + 1), *others)
@@ -170,43 +167,6 @@ def test_kernels_that_are_wrong_or_fail_give_one_warning_and_right_numbers(fault
     monkeypatch.setattr(gpu, "_distrusted", set())
     with pytest.raises(RuntimeError):
         mapped_attention(query, key, value, mapping, is_causal=True, dropout_p=dropout / 2)
-
-
-# ---------------------------------------------------------------- what attention owes
-
-
-def test_dropout_follows_from_the_seed(trusted):
-    tensors, mapping = case()
-    found = []
-    for seed in (7, 7, 8):
-        torch.manual_seed(seed)
-        found.append(mapped_attention(*tensors, mapping, dropout_p=0.5))
-    assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
-
-
-def test_a_query_that_sees_no_key_gets_zeros_and_gives_none(trusted):
-    """A row is empty by its mask. σ of all scores in the second is −inf, and softmax has no answer, as everywhere."""
-    (query, key, value), mapping = case()
-    with torch.no_grad():
-        query[:, :, 1] = 1e18
-        key.abs_().mul_(-1)
-        mapping.gains.fill_(-1e3)
-    mask = torch.ones(5, 7, dtype=torch.bool)
-    mask[2] = False
-    output = mapped_attention(query, key, value, mapping, mask)
-    assert output[:, :, 2].eq(0).all() and output[:, :, 1].isnan().all() and output[:, :, 0].isfinite().all()
-    tensors, mapping = case()
-    output = mapped_attention(*tensors, mapping, torch.tensor([True, False])[:, None, None].expand(2, 1, 7))
-    grads = torch.autograd.grad(output.sum(), [*tensors, *mapping.parameters()])
-    assert output[:, 1].eq(0).all() and all(grad[:, 1].eq(0).all() for grad in grads[:3])
-    assert all(grad.isfinite().all() for grad in grads)
-
-
-def test_what_is_not_a_number_stays_so(trusted):
-    (query, *others), mapping = case(5, 5)
-    query = query.detach().index_fill(2, torch.tensor([0, 3]), float("nan"))
-    output = mapped_attention(query, *others, mapping, is_causal=True)
-    assert output[:, :, [0, 3]].isnan().all() and output[:, :, [1, 2, 4]].isfinite().all()
 
 
 def test_nothing_of_length_squared_is_kept_and_results_lie_length_first(trusted):

@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, needs_compiler
+from test_kernels_rows_cpu import ORACLES
 from torch import nn
 from torch.autograd import forward_ad
 
@@ -41,7 +42,7 @@ class Temperatures(nn.Module):
 
 
 class Sorts(nn.Module):
-    """Sparsemax of scores times a buffer, as one would write it."""
+    """Sparsemax of scores times a buffer, by sorting."""
 
     def __init__(self):
         super().__init__()
@@ -78,30 +79,14 @@ def compiled(monkeypatch):
 # ---------------------------------------------------------------- the oracle
 
 
-def oracle_rows(name, mapping, x):
-    """Probabilities of rows, absent scores −inf, in the dtype of ``x``."""
-    empty = (x == -INF).all(-1, keepdim=True)
-    x = x.masked_fill(empty, 0.0)
-    if name == "multimax":
-        (b, d), (g, h) = mapping.thresholds.to(x.dtype).unbind(1), mapping.gains.to(x.dtype).unbind(1)
-        y = x.masked_fill(x == -INF, 0.0)
-        below, above = (b - y[..., None]).relu(), (y[..., None] - d).relu()
-        n = torch.arange(1, len(b) + 1)
-        sigma = y + (g * below**n + h * above**n).sum(-1)
-        p = sigma.masked_fill(x == -INF, -INF).softmax(-1)
-    elif name == "evsoftmax":
-        there = x > -INF
-        mean = x.masked_fill(~there, 0.0).sum(-1, keepdim=True) / there.sum(-1, keepdim=True)
-        p = x.masked_fill(x < mean, -INF).softmax(-1)
-    elif name in ("softmax", "temperatures"):
-        factor = 1.0 if name == "softmax" else (-mapping.log_temperature).exp().to(x.dtype)
-        p = (x.masked_fill(x == -INF, -1e9) * factor).softmax(-1).masked_fill(x == -INF, 0.0)
-    elif name == "entmax":
-        p = package.entmax_bisect(x, mapping.alpha.to(x.dtype).view(-1, 1, 1).expand(*x.shape[1:-1], 1), n_iter=60)
-    else:
-        function = package.entmax15 if name == "entmax15" else package.sparsemax
-        p = function(x * 0.5 if name == "sorts" else x, dim=-1)
-    return p.masked_fill(empty, 0.0)
+def over_present(function):
+    """``function``, a mapping of whole rows in which −inf may be, with zeros for rows of nothing else."""
+
+    def probabilities(x):
+        empty = (x == -INF).all(-1, keepdim=True)
+        return function(x.masked_fill(empty, 0.0)).masked_fill(empty, 0.0)
+
+    return probabilities
 
 
 def oracle(name, mapping, query, key, value, mask, causal, scale):
@@ -110,7 +95,12 @@ def oracle(name, mapping, query, key, value, mask, causal, scale):
         scores = scores.masked_fill(~mask, -INF) if mask.dtype == torch.bool else scores + mask.to(scores.dtype)
     if causal:
         scores = scores.masked_fill(torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1), -INF)
-    return oracle_rows(name, mapping, scores) @ value
+    numbers = [number.to(scores.dtype) for number in (mapping.kernel_rows().numbers if name in MAPPINGS else ())]
+    rows = {
+        "temperatures": lambda x: (x.clamp(min=-1e9) * (-mapping.log_temperature).exp().to(x.dtype)).softmax(-1),
+        "sorts": lambda x: package.sparsemax(x / 2, dim=-1),
+    }.get(name, lambda x: ORACLES[name](x, *numbers))
+    return over_present(rows)(scores) @ value
 
 
 def gradients(function, inputs, upstream):
@@ -438,7 +428,11 @@ def test_dropout(name, large, monkeypatch):
     torch.testing.assert_close(grad, output.detach().mT @ upstream)
     torch.manual_seed(1)
     assert torch.equal(mapped_attention(query, query, value, mapping, dropout_p=0.25), output)
-    assert mapped_attention(query, query, value, mapping, dropout_p=1.0).eq(0).all()
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_all_may_be_dropped(name):
+    assert mapped_attention(*torch.randn(3, 2, 5, 4), make(name), dropout_p=1.0).eq(0).all()
 
 
 @pytest.mark.parametrize("shapes", [
@@ -492,8 +486,10 @@ def test_it_needs_no_fairseq_and_imports_go_one_way():
         "import torch, multimax_fairseq.kernels.attention, multimax_fairseq.kernels.rows.mapped\n"
         "names = {name.split('.')[1] for name in sys.modules if name.startswith('multimax_fairseq.')}\n"
         "assert names == {'kernels'}, names\n"
-        "import multimax_fairseq.mappings\n"
+        "from multimax_fairseq.mappings import MAPPINGS, build_mapping\n"
         "assert 'multimax_fairseq.attention' not in sys.modules\n"
+        "assert all(build_mapping(name)(torch.zeros(1, 4)).sum() > 0.99 for name in MAPPINGS)\n"
+        "import multimax_fairseq.tools\n"
         "from multimax_fairseq.attention import mapped_attention\n"
         "assert 'multimax_fairseq.modules' not in sys.modules\n"
         "print(mapped_attention(*[torch.randn(2, 3, 5, 4)] * 3, 'multimax').shape)"

@@ -40,7 +40,7 @@ def test_what_is_wrong_is_said(monkeypatch, tmp_path, capsys):
         raise RuntimeError("no such kernel")
 
     monkeypatch.setattr(check_gpu, "check_attention", lambda _: iter(rows))
-    monkeypatch.setattr(check_gpu, "check_rows", fails)
+    monkeypatch.setattr(check_gpu, "check_compiled", fails)
     monkeypatch.setattr(check_gpu, "check_training", lambda _: iter(()))
     monkeypatch.setattr(check_gpu, "check_speed", lambda _: iter(()))
     gpu = [] if torch.cuda.is_available() else ["--without-gpu"]

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.utils.checkpoint
 from conftest import needs_compiler
-from test_attention import EVERY, make
+from test_attention import EVERY, gradients, make
 
 from multimax_fairseq.attention import attend, mapped_attention
 from multimax_fairseq.kernels.attention import blocks, kernels_for
@@ -42,11 +42,6 @@ def draw(*sizes, dtype=torch.float32, mean=0.0):
     return [tensor.to(dtype).requires_grad_() for tensor in tensors]
 
 
-def results(function, inputs, upstream):
-    output = function(*inputs)
-    return [output.detach(), *torch.autograd.grad(output, inputs, upstream.to(output.dtype), allow_unused=True)]
-
-
 # ---------------------------------------------------------------- numbers that are none
 
 
@@ -72,8 +67,8 @@ def test_what_is_not_a_number_stays_so_and_stays_where_it_is(name):
     assert output.isnan().all(-1)[0, 0].tolist() == [number in (0, 3) for number in range(9)]
 
 
-@pytest.mark.parametrize(("gain", "right"), [(-1e3, NAN), (1e3, NAN)])
-def test_where_sigma_overflows_there_is_no_number(gain, right):
+@pytest.mark.parametrize("gain", [-1e3, 1e3])
+def test_where_sigma_overflows_there_is_no_number(gain):
     """All σ of a row are −inf, or one is +inf: softmax has no answer. A row is empty by its mask alone."""
     mapping = build_mapping("multimax")
     with torch.no_grad():
@@ -115,12 +110,12 @@ def test_no_result_or_gradient_has_twice_the_error_of_plain_pytorch(name, length
         def plain(query, key, value, *numbers, mapping=mapping):
             return attend(query, key, value, probabilities_by(mapping), None, causal)
 
-        found = [results(function, [*inputs, *numbers], upstream) for function in (plain, ours)]
+        found = [gradients(function, [*inputs, *numbers], upstream) for function in (plain, ours)]
         doubles = [tensor.detach().double().requires_grad_() for tensor in inputs]
         mapping.double()
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("MULTIMAX_BACKEND", "eager")
-            exact = results(plain, [*doubles, *mapping.parameters()], upstream.double())
+            exact = gradients(plain, [*doubles, *mapping.parameters()], upstream.double())
         for row, others in enumerate((*found, [torch.zeros_like(tensor) for tensor in exact])):
             squares[row, : len(exact)] += torch.stack([(a - b).square().sum() for a, b in zip(others, exact)])
     errors = (squares[:2, : len(exact)] / squares[2, : len(exact)]).sqrt()

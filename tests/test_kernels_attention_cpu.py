@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import load_script, needs_compiler
+from test_attention import over_present
 from test_kernels_rows_cpu import CAPABILITIES, ORACLES, Rows, compiled_for, rows_of
 
+from multimax_fairseq.attention import masked_scores
 from multimax_fairseq.kernels.attention import cpu
 from multimax_fairseq.kernels.attention.call import Call
 
@@ -43,12 +45,8 @@ def results(inputs, rows, grad, mask=None, is_causal=False, dropout=0.0, seed=0)
 def exact(inputs, rows, grad, mask=None, is_causal=False, factors=1):
     doubles = [tensor.detach().double().requires_grad_() for tensor in (*inputs, *rows.numbers)]
     query, key, value, *numbers = doubles
-    scores = query @ key.mT if mask is None else query @ key.mT + mask
-    if is_causal:
-        scores = scores.masked_fill(torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1), -math.inf)
-    empty = (scores == -math.inf).all(-1, keepdim=True)
-    probabilities = ORACLES[rows.name](scores.masked_fill(empty, 0), *numbers).masked_fill(empty, 0)
-    output = (probabilities * factors) @ value
+    probabilities = over_present(lambda x: ORACLES[rows.name](x, *numbers))
+    output = (probabilities(masked_scores(query, key, mask, is_causal)) * factors) @ value
     return [output, *torch.autograd.grad(output, doubles[:3] if rows.name == "evsoftmax" else doubles, grad.double())]
 
 
@@ -59,24 +57,32 @@ def assert_near(found, expected):
         torch.testing.assert_close(result.double(), other, atol=error * max(1, other.abs().max().item()), rtol=0)
 
 
+def kept(seed, heads, tgt_len, src_len, dropout):
+    """Which probabilities are kept, (heads, tgt_len, src_len): of a key j the counter is (16 ⌊j / 64⌋ + j mod 16,
+    query, head, 0), and of its four numbers that of number ⌊j / 16⌋ mod 4 decides."""
+    head, query, key = (axis.ravel() for axis in np.mgrid[:heads, :tgt_len, :src_len])
+    counters = 16 * (key // 64) + key % 16, query, head, 0 * head
+    numbers = np.stack(check_kernels.philox(counters, (seed % 2**32, seed >> 32)))
+    decides = numbers[key // 16 % 4, np.arange(key.size)]
+    return torch.from_numpy(decides >= int(dropout * 2**32)).view(heads, tgt_len, src_len)
+
+
 @names
-@pytest.mark.parametrize("sizes", [(40, 40, 16, 16), (1, 300, 5, 8), (129, 17, 33, 1), (70, 200, 1, 20)])
+@pytest.mark.parametrize(("sizes", "mask_shape", "dropout"), [
+    ((40, 40, 16, 16), None, 0.0), ((1, 300, 5, 8), (BSZ, 1, 1), 0.0), ((129, 17, 33, 1), (1, HEADS, 129), 0.0),
+    ((70, 200, 1, 20), (1, 1, 70), 0.0), ((40, 33, 16, 16), (BSZ, HEADS, 40), 0.0), ((40, 70, 16, 16), None, 0.3),
+])  # fmt: skip
 @pytest.mark.parametrize("is_causal", [False, True])
-def test_output_and_gradients_are_those_of_double_precision(name, sizes, is_causal, blocks):
-    inputs, grad = case(*sizes)
-    rows = rows_of(name)
+def test_output_and_gradients_are_those_of_double_precision(name, sizes, mask_shape, dropout, is_causal, blocks):
+    (inputs, grad), rows, seed, mask, factors = case(*sizes), rows_of(name), 0x0123_4567_89AB_CDEF, None, 1
+    if mask_shape:
+        mask = torch.randn(*mask_shape, sizes[1])
+        mask = mask.masked_fill(torch.rand_like(mask) < 0.3, -math.inf)
+    if dropout:
+        factors = kept(seed, BSZ * HEADS, *sizes[:2], dropout).view(BSZ, HEADS, *sizes[:2]) / (1 - dropout)
     assert cpu.serves(*inputs, Call(rows))
-    assert_near(results(inputs, rows, grad, None, is_causal), exact(inputs, rows, grad, None, is_causal))
-
-
-@names
-@pytest.mark.parametrize("shape", [(1, 1, 1), (BSZ, 1, 1), (1, HEADS, 40), (1, 1, 40), (BSZ, HEADS, 40)])
-def test_masks_of_any_shape(name, shape):
-    mask = torch.randn(*shape, 33).masked_fill(torch.rand(*shape, 33) < 0.3, -math.inf)
-    mask[-1, -1, -1] = -math.inf
-    inputs, grad = case(40, 33)
-    rows = rows_of(name)
-    assert_near(results(inputs, rows, grad, mask, True), exact(inputs, rows, grad, mask, True))
+    found = results(inputs, rows, grad, mask, is_causal, dropout, seed)
+    assert_near(found, exact(inputs, rows, grad, mask, is_causal, factors))
 
 
 @names
@@ -153,47 +159,3 @@ def test_what_it_serves(monkeypatch):
     assert not cpu.serves(*inputs, Call(Rows("entmax", (torch.full((BSZ, 1, 40, 1), 1.5),))))
     monkeypatch.setattr(cpu, "sgemm", lambda: None)
     assert not cpu.serves(*inputs, softmax)
-
-
-# ---------------------------------------------------------------- dropout
-
-
-def kept(seed, heads, tgt_len, src_len, dropout):
-    """Which probabilities are kept, (heads, tgt_len, src_len): of a key j the counter is (16 ⌊j / 64⌋ + j mod 16,
-    query, head, 0), and of its four numbers that of number ⌊j / 16⌋ mod 4 decides."""
-    head, query, key = (axis.ravel() for axis in np.mgrid[:heads, :tgt_len, :src_len])
-    counters = 16 * (key // 64) + key % 16, query, head, 0 * head
-    numbers = np.stack(check_kernels.philox(counters, (seed % 2**32, seed >> 32)))
-    decides = numbers[key // 16 % 4, np.arange(key.size)]
-    return torch.from_numpy(decides >= int(dropout * 2**32)).view(heads, tgt_len, src_len)
-
-
-@names
-@pytest.mark.parametrize("is_causal", [False, True])
-def test_dropout_forward_and_backward_by_the_same_mask_in_double_precision(name, is_causal, blocks):
-    seed, dropout, (inputs, grad) = 0x0123_4567_89AB_CDEF, 0.3, case(40, 70)
-    factors = kept(seed, BSZ * HEADS, 40, 70, dropout).view(BSZ, HEADS, 40, 70) / (1 - dropout)
-    rows = rows_of(name)
-    found = results(inputs, rows, grad, None, is_causal, dropout, seed)
-    assert_near(found, exact(inputs, rows, grad, None, is_causal, factors))
-
-
-def test_the_mask_has_the_rate_and_is_independent_of_place_and_seed():
-    """Equal scores, and values that show the probabilities one by one."""
-    heads, length, dropout, masks = 4, 256, 0.1, []
-    scores, value = torch.zeros(1, heads, length, length), torch.eye(length).expand(1, heads, -1, -1)
-    for seed in (1, 2, 2**40):
-        masks.append(cpu.forward(scores, scores, value, Call(Rows("softmax"), None, False, dropout, seed))[0][0] > 0)
-        assert torch.equal(masks[-1], kept(seed, heads, length, length, dropout))
-    dropped = torch.stack(masks).logical_not().double()  # (seeds, heads, queries, keys)
-    assert abs(dropped.mean() - dropout) < 4 * (dropout * (1 - dropout) / dropped.numel()) ** 0.5
-    for each in (dropped.mean((1, 2, 3)), dropped.mean((0, 2, 3)), dropped.mean((0, 1, 3)), dropped.mean((0, 1, 2))):
-        deviation = (dropout * (1 - dropout) * len(each) / dropped.numel()) ** 0.5
-        assert (each - dropout).abs().max() < 5 * deviation
-    deviations = (dropped - dropout) / (dropout * (1 - dropout)) ** 0.5
-    for dim in range(4):
-        for distance in (1, 2, 16, 64):
-            if distance < dropped.size(dim):
-                first = deviations.narrow(dim, 0, dropped.size(dim) - distance)
-                second = deviations.narrow(dim, distance, dropped.size(dim) - distance)
-                assert abs((first * second).mean()) < 4.5 / first.numel() ** 0.5

@@ -8,13 +8,11 @@ import threading
 
 import pytest
 import torch
-import torch._inductor.codecache
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from multimax_fairseq.kernels import backend, compiler
 from multimax_fairseq.kernels.compiler import Kernel
-from multimax_fairseq.kernels.rows import compiled as rows
 from multimax_fairseq.kernels.rows.compiled import modulate_rows, modulate_rows_backward
 from multimax_fairseq.mappings import modulate
 
@@ -38,17 +36,7 @@ ARGUMENTS = torch.randn(4, 6), torch.zeros(2, 2), torch.zeros(2, 2)
 
 
 def fail(*_, **__):
-    raise RuntimeError("no C++ compiler found\nand more")
-
-
-def test_without_a_compiler_one_warning_and_plain_pytorch(monkeypatch, caplog):
-    monkeypatch.setattr(compiler, "compile_function", fail)
-    kernels = Kernel(double), Kernel(double)
-    with caplog.at_level(logging.WARNING):
-        for kernel in (*kernels, *kernels):
-            torch.testing.assert_close(kernel(*ARGUMENTS), 2 * ARGUMENTS[0])
-    assert [record.levelname for record in caplog.records] == ["WARNING"]
-    assert "no C++ compiler found" in caplog.text and "and more" not in caplog.text
+    raise RuntimeError("no C++ compiler found")
 
 
 def test_without_a_compiler_but_told_to_compile(monkeypatch):
@@ -75,29 +63,29 @@ def test_a_machine_that_cannot_compile(environment):
     assert result.stderr.count("MultiMax runs in plain PyTorch") == 1
 
 
-def test_eager_never_compiles(monkeypatch):
+@pytest.mark.parametrize("choice, shape", [("eager", (4, 6)), ("compiled", (1, 5)), ("compiled", (5, 1))])
+def test_what_stays_eager(choice, shape, monkeypatch):
+    """All of it where eager is asked for, and single rows and scores."""
     monkeypatch.setattr(compiler, "compile_function", fail)
-    os.environ["MULTIMAX_BACKEND"] = "eager"  # until the fixture puts it back
-    assert torch.equal(Kernel(double)(*ARGUMENTS), 2 * ARGUMENTS[0])
-
-
-@pytest.mark.parametrize("shape", [(1, 5), (5, 1)])
-def test_single_scores_and_rows_stay_eager(shape, monkeypatch):
-    monkeypatch.setattr(compiler, "compile_function", fail)
-    os.environ["MULTIMAX_BACKEND"] = "compiled"  # until the fixture puts it back
+    os.environ["MULTIMAX_BACKEND"] = choice  # until the fixture puts it back
     scores = torch.randn(shape)
     assert torch.equal(Kernel(double)(scores, *ARGUMENTS[1:]), 2 * scores)
 
 
-def test_one_kernel_for_all_shapes():
+def compiled_in(caplog):
+    return sum(" in " in record.getMessage() for record in caplog.records if record.msg.startswith("compiled"))
+
+
+def test_one_kernel_for_all_shapes(caplog, monkeypatch):
     """What an epoch and a generation run see: batches of any size, rows that grow from 1."""
     os.environ["MULTIMAX_BACKEND"] = "compiled"  # until the fixture puts it back
-    before = None
+    caplog.set_level(logging.INFO)
+    for kernel in (modulate_rows, modulate_rows_backward):
+        monkeypatch.setattr(kernel, "_compiled", {})
     for shape in [(7, 5), (8, 4, 6, 6), (2, 300, 17), (64, 1, 33), (1, 1, 9), (3, 2), (2, 2), (40, 1), (160, 160)]:
         scores = torch.randn(shape, requires_grad=True)
         modulate(scores, *ARGUMENTS[1:]).pow(2).sum().backward()
-        before = before or len(backend.compiled_graphs)
-    assert len(backend.compiled_graphs) == before
+        assert compiled_in(caplog) == 2 and "compiling modulate_rows;" in caplog.text
 
 
 @pytest.mark.parametrize("width", [2, 3, 15, 16, 17, 33, 160, 1_000, 4_095, 4_096, 4_097, 10_007])
@@ -105,18 +93,12 @@ def test_one_kernel_for_all_shapes():
 def test_a_kernel_fits_every_shape(rows, width):
     """Nobody looks at a call again: what holds for the shape that was compiled for has to hold for all."""
     os.environ["MULTIMAX_BACKEND"] = "compiled"  # until the fixture puts it back
-    scores, grad = torch.randn(2, rows, width)
+    scores, grad = torch.randn(2, width, rows).mT  # with gaps, too
     parameters = torch.randn(2, 2, 2).mul_(0.1).unbind()
     torch.testing.assert_close(modulate_rows(scores, *parameters), modulate_rows.eager(scores, *parameters))
     actual = modulate_rows_backward(scores, grad, *parameters)
     expected = modulate_rows_backward.eager(scores, grad, *parameters)
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-4)
-
-
-def test_rows_that_are_not_contiguous():
-    os.environ["MULTIMAX_BACKEND"] = "compiled"  # until the fixture puts it back
-    scores, parameters = torch.randn(12, 7).T, ARGUMENTS[1:]
-    torch.testing.assert_close(modulate_rows(scores, *parameters), modulate_rows.eager(scores, *parameters))
 
 
 def test_scores_of_the_shape_of_parameters():
@@ -127,67 +109,18 @@ def test_scores_of_the_shape_of_parameters():
         assert torch.equal(kernel(scores, torch.zeros(2, 2), torch.full((2, 2), 3.0)), 12 * scores)
 
 
-def test_the_first_call_is_announced(caplog):
-    os.environ["MULTIMAX_BACKEND"] = "compiled"  # until the fixture puts it back
-    with caplog.at_level(logging.INFO):
-        Kernel(double)(*ARGUMENTS)
-        assert "compiling double" in caplog.text and "compiled double in" in caplog.text
-
-
-@pytest.mark.parametrize("name, dtype, width", [
-    ("modulate_rows", torch.float32, 160), ("modulate_rows", torch.bfloat16, 5_000),
-    ("modulate_rows_backward", torch.bfloat16, 160), ("modulate_rows_backward", torch.float32, 5_000),
-])  # fmt: skip
-def test_what_the_compiler_takes_for_granted_holds_for_every_shape(name, dtype, width, monkeypatch):
-    """Its guards, that is. Nobody checks them at a call: they may only say what the choice of a kernel settles."""
-    kernel, traced = getattr(rows, name), []
-    inductor = torch._inductor.compile
-
-    def stop(*_, **__):
-        raise RuntimeError("all the code is there")
-
-    def compile_traced(*inputs, **options):
-        traced.append(inputs)
-        return inductor(*inputs, **options)
-
-    monkeypatch.setattr(torch._inductor, "compile", compile_traced)
-    monkeypatch.setattr(torch._inductor.codecache.PyCodeCache, "write", stop)
-    count = {"modulate_rows": 1, "modulate_rows_backward": 2}[name]
-    arguments = [torch.zeros(50, width, dtype=dtype)] * count + [torch.zeros(2, 2)] * 2
-    with pytest.raises(Exception, match="all the code is there"), torch._inductor.config.patch(fx_graph_cache=False):
-        compiler.compile_function(kernel.eager, compiler._examples(arguments))
-    ((_, inputs),) = traced
-    environment, symbols = inputs[0].fake_mode.shape_env, [size.node.expr for size in inputs[0].shape]
-    for height in (2, 10**6):
-        for width_now in (2, compiler.WIDE) if width <= compiler.WIDE else (compiler.WIDE + 1, 10**6):
-            sizes = {**environment.var_to_val, **dict(zip(symbols, (height, width_now)))}
-            broken = [guard.expr for guard in environment.guards if not guard.expr.subs(sizes)]
-            assert not broken, (height, width_now)
-
-
 def test_a_kernel_for_each_number_of_threads(monkeypatch):
-    def compile_function(function, _):
-        compiled_for.append(torch.get_num_threads())
-        return function
-
-    monkeypatch.setattr(compiler, "compile_function", compile_function)
+    """PyTorch keeps what it has compiled by its options, of which the number has to be one."""
+    monkeypatch.setattr(torch._inductor, "compile", lambda graph, _, options: given.append(options) or graph)
     os.environ["MULTIMAX_BACKEND"] = "compiled"  # until the fixture puts it back
-    compiled_for, kernel, before = [], Kernel(double), torch.get_num_threads()
+    given, kernel, before = [], Kernel(double), torch.get_num_threads()
     try:
         for threads in (1, 2, 1):
             torch.set_num_threads(threads)
             kernel(*ARGUMENTS)
     finally:
         torch.set_num_threads(before)
-    assert compiled_for == [1, 2]
-
-
-def test_threads_of_an_earlier_process_are_not_taken_over(monkeypatch):
-    """PyTorch keeps what it has compiled by its options: the number of threads has to be one of them."""
-    given = []
-    monkeypatch.setattr(torch._inductor, "compile", lambda graph, inputs, options: given.append(options))
-    compiler.compile_function(double, ARGUMENTS)
-    assert given[0]["cpp.threads"] == torch.get_num_threads()
+    assert [options["cpp.threads"] for options in given] == [1, 2]
 
 
 def run_in_two_threads(kernel, results):
@@ -200,11 +133,12 @@ def run_in_two_threads(kernel, results):
     lambda kernel, results: results.append(make_fx(kernel, tracing_mode="symbolic")(*ARGUMENTS)(*ARGUMENTS)),
     lambda kernel, results: results.append(torch.func.vmap(lambda _: kernel(*ARGUMENTS))(torch.ones(1))[0]),
 ], ids=["threads", "make_fx", "vmap"])  # fmt: skip
-def test_a_first_call_in_any_context_leaves_kernels_that_compile(first_call):
-    kernel, results, before = Kernel(double), [], len(backend.compiled_graphs)
+def test_a_first_call_in_any_context_leaves_kernels_that_compile(first_call, caplog):
+    caplog.set_level(logging.INFO)
+    kernel, results = Kernel(double), []
     first_call(kernel, results)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         assert kernel(*map(mode.from_tensor, ARGUMENTS)).shape == ARGUMENTS[0].shape
     results.append(kernel(*ARGUMENTS))
     assert all(torch.equal(result, 2 * ARGUMENTS[0]) for result in results) and not compiler._failure
-    assert len(backend.compiled_graphs) == before + 1
+    assert compiled_in(caplog) == 1

@@ -1,6 +1,5 @@
 """Triton's attention without a GPU: interpreted, in a process of its own; as binaries; and where it cannot run."""
 
-import importlib.util
 import sys
 
 import pytest
@@ -57,7 +56,7 @@ def check_kernels():
     return load_script("check_kernels")
 
 
-# One of each kernel, dtype and target; benchmarks/check_kernels.py binaries compiles them all.
+# One of each kernel, dtype and target; benchmarks/check_kernels.py compiles them all.
 @pytest.mark.slow
 @needs_triton
 @pytest.mark.parametrize(
@@ -69,25 +68,14 @@ def check_kernels():
     ],
 )
 def test_binaries_without_spills_that_fit_into_shared_memory(kernel, target, dtype, head_dim, check_kernels):
-    row = check_kernels.binary(kernel, target, dtype, head_dim)
+    row = check_kernels.binary(target, dtype, head_dim, "dropout", kernel)
     limit = 65_536 if target == "gfx942" else 99 * 1_024
-    assert row["spilled"] == 0 and 0 < row["registers"] <= 512 and 0 < row["shared"] <= limit
+    assert row["spilled"] == 0 and 0 < row["shared"] <= limit
 
 
 @pytest.mark.slow
 @needs_triton
 def test_what_spills_is_seen(check_kernels, monkeypatch):
     monkeypatch.setitem(gpu.BLOCKS, ("forward", 2, 64), gpu.Blocks(64, 64, 1, 1))
-    row = check_kernels.binary("forward", "sm_80", "fp16", 64)
+    row = check_kernels.binary("sm_80", "fp16", 64, "dropout", "forward")
     assert row["spilled"] > 0 and not row["right"]
-
-
-@pytest.mark.slow
-@needs_triton
-@pytest.mark.skipif(importlib.util.find_spec("torch._inductor.graph") is None, reason="needs PyTorch's compiler")
-def test_rows_by_the_compiler_become_binaries():
-    names = ["modulate_rows", "modulate_rows_backward", "cross_entropy_rows_"]
-    output = run(sys.executable, ROOT / "tests" / "inductor_binaries.py", *names).stdout
-    lines = [line.split() for line in output.splitlines()]
-    assert {line[0] for line in lines} == set(names)
-    assert all(int(size) > 1_000 and is_elf == "True" for _, _, size, is_elf in lines)

@@ -4,16 +4,18 @@ part in what PyTorch computes. Oracle: the whole logits in float64."""
 import inspect
 
 import pytest
+import test_kernels_loss_cross_entropy
+import test_kernels_loss_entmax
 import torch
+from test_kernels_loss_entmax import PADDING
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
 from multimax_fairseq.kernels.loss import check_options, chunked_cross_entropy, chunked_entmax_loss, chunks
 from multimax_fairseq.mappings import entmax
-from multimax_fairseq.mappings.multimax import modulate_formula
 
-ALPHA, PADDING = 1.2, 1
+ALPHA = 1.2
 
 
 @pytest.mark.parametrize("vocabulary, tokens", [(267_744, 256), (10_000, 6_720), (1, 2**26), (2**30, 32)])
@@ -39,34 +41,24 @@ def test_options_out_of_range(options, message):
         check_options(*options)
 
 
-def whole_cross_entropy(features, weight, targets, thresholds=None, gains=None, smoothing=0.0):
-    """From the definition: ε / (V − 1) on each other word; logits in the dtype of the features, as a model's."""
-    logits = F.linear(features, weight)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+def whole_cross_entropy(features, weight, targets, thresholds=None, gains=None, bias=None, smoothing=0.0):
+    tensors = dict(features=features, weight=weight, bias=bias)
     if gains is not None:
-        logits = modulate_formula(logits, thresholds, gains)
-    logs = logits.log_softmax(-1)
-    share = smoothing / (logs.size(1) - 1)
-    return -(1 - smoothing - share) * logs.gather(1, targets[:, None]).sum() - share * logs.sum()
+        tensors.update(thresholds=thresholds, gains=gains)
+    return test_kernels_loss_cross_entropy.whole(tensors, targets, smoothing)[0].sum()
 
 
-def whole_entmax_loss(features, weight, targets, alpha=ALPHA, smoothing=0.0):
-    """From the definition, with a maximiser that is not differentiated."""
-    logits = F.linear(features, weight)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    p = entmax(logits.detach(), alpha)
-    target_logits = logits.gather(1, targets[:, None]).squeeze(1)
-    words = torch.arange(logits.size(1)) != PADDING
-    loss = (p * logits).sum() + ((p - p**alpha) / (alpha * (alpha - 1))).sum() - target_logits.sum()
-    return loss + smoothing * (target_logits - logits[:, words].mean(1)).sum()
+def whole_entmax_loss(features, weight, targets, alpha=ALPHA, bias=None, smoothing=0.0):
+    tensors = dict(features=features, weight=weight, bias=bias)
+    return test_kernels_loss_entmax.whole(tensors, targets, alpha, smoothing).sum()
 
 
-def cross_entropy(features, weight, targets, thresholds=None, gains=None, smoothing=0.0, **options):
-    return chunked_cross_entropy(features, weight, targets, None, thresholds, gains, smoothing, **options).loss
+def cross_entropy(features, weight, targets, thresholds=None, gains=None, bias=None, smoothing=0.0, **options):
+    return chunked_cross_entropy(features, weight, targets, bias, thresholds, gains, smoothing, **options).loss
 
 
-def entmax_loss(features, weight, targets, alpha=ALPHA, smoothing=0.0, **options):
-    return chunked_entmax_loss(features, weight, targets, lambda x: entmax(x, alpha), alpha, None, smoothing,
+def entmax_loss(features, weight, targets, alpha=ALPHA, bias=None, smoothing=0.0, **options):
+    return chunked_entmax_loss(features, weight, targets, lambda x: entmax(x, alpha), alpha, bias, smoothing,
                                padding=PADDING, **options).loss  # fmt: skip
 
 
@@ -248,3 +240,31 @@ def test_memory():
     assert largest(lambda: F.linear(*tensors).log_softmax(-1).gather(1, targets[:, None]).sum()) >= logits
     for loss in (cross_entropy, entmax_loss):
         assert largest(lambda loss=loss: loss(*tensors, targets, chunk_tokens=64)) < logits / 2
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_no_tokens_at_all(name):
+    features, weight = torch.zeros(0, 7, requires_grad=True), torch.randn(41, 7, requires_grad=True)
+    loss = LOSSES[name][0](features, weight, torch.zeros(0, dtype=torch.int64))
+    assert loss == 0 and not any(gradient.any() for gradient in torch.autograd.grad(loss, [features, weight]))
+    assert LOSSES[name][0](features, weight, torch.zeros(0, dtype=torch.int64), reduce=False).shape == (0,)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_logits_that_overflowed_to_minus_infinity_have_no_part(name, backend):
+    loss, (tensors, targets) = LOSSES[name][0], sure(41, 1, torch.float64, tokens=23)
+    bias = torch.randn(41, dtype=torch.float64)
+    bias[-1] = -torch.inf
+    numbers = [torch.full((2, 2), 0.1).double()] * 2 if name == "cross-entropy" else []
+    results = []
+    for words in (41, 40):
+        leaves = [tensor.clone().requires_grad_() for tensor in (tensors[0], tensors[1][:words], bias[:words])]
+        value = loss(*leaves[:2], targets % 40, *numbers, bias=leaves[2])
+        results.append([value, *torch.autograd.grad(value, leaves)])
+    for found, expected in zip(*results):
+        torch.testing.assert_close(found[:40] if found.dim() else found, expected[:40] if found.dim() else expected)
+    assert not results[0][2][40].any()
+    if name == "cross-entropy":  # smoothed, the loss is infinite
+        weight = tensors[1].clone().requires_grad_()
+        loss(tensors[0], weight, targets % 40, *numbers, bias=bias, label_smoothing=0.1).backward()
+        assert not weight.grad[40].any()

@@ -30,21 +30,18 @@ def case(tokens=23, width=7, vocabulary=41, order=2, bias=True, dtype=torch.floa
     return tensors, torch.randint(vocabulary, (tokens,), generator=generator)
 
 
-def in_double(tensors):
-    return {name: tensor.detach().double().requires_grad_() for name, tensor in tensors.items()}
-
-
-def without_last_word(tensors):
-    """Copies of tensors without a word, whose logit in ``tensors`` is −inf from now on."""
-    with torch.no_grad():
-        tensors["bias"][-1] = float("-inf")
-    deleted = {**tensors, **{name: tensors[name][:-1] for name in ("weight", "bias")}}
-    return {name: tensor.detach().clone().requires_grad_() for name, tensor in deleted.items()}
+def logits_of(tensors):
+    """Products in their dtype, then fp32 at least."""
+    logits = F.linear(tensors["features"], tensors["weight"], tensors.get("bias"))
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def whole(tensors, targets, smoothing=0.0):
-    """(loss, nll_loss), (tokens,) each, from the definition: with smoothing, ε / (V − 1) on all other words."""
-    logits = F.linear(tensors["features"], tensors["weight"], tensors.get("bias"))
+    """(loss, nll_loss), (tokens,) each, from the definition: with smoothing, ε / (V − 1) on all other words.
+
+    Logits are computed in the dtype of the features, as a model's.
+    """
+    logits = logits_of(tensors)
     if "gains" in tensors:
         logits = modulate_formula(logits, tensors["thresholds"], tensors["gains"])
     log_probabilities = F.log_softmax(logits, dim=-1)
@@ -78,12 +75,10 @@ def test_losses_and_gradients_are_those_of_all_logits(backend, chunk_tokens, ord
 
 def largest_error(tensors, targets, smoothing=0.0, chunk_tokens=0):
     """Of each gradient, against float64: the largest difference over the largest entry."""
-    exact = in_double(tensors)
+    exact = {name: tensor.detach().double().requires_grad_() for name, tensor in tensors.items()}
     expected = torch.autograd.grad(whole(exact, targets, smoothing)[0].sum(), list(exact.values()))
     actual = torch.autograd.grad(chunked(tensors, targets, smoothing, chunk_tokens).loss, list(tensors.values()))
-    return {
-        name: ((a.double() - e).abs().max() / e.abs().max()).item() for name, a, e in zip(tensors, actual, expected)
-    }
+    return max(((a.double() - e).abs().max() / e.abs().max()).item() for a, e in zip(actual, expected))
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
@@ -93,8 +88,7 @@ def test_single_precision_gradients_stay_close_to_double(backend, order, vocabul
     monkeypatch.setenv("MULTIMAX_BACKEND", backend)
     monkeypatch.setattr(chunks, "CPU_BLOCK", 3 * vocabulary)
     tensors, targets = case(tokens=70, width=16, vocabulary=vocabulary, order=order, dtype=torch.float32)
-    errors = largest_error(tensors, targets, smoothing, chunk_tokens=32)
-    assert max(errors.values()) < 1e-5, errors
+    assert largest_error(tensors, targets, smoothing, chunk_tokens=32) < 1e-5
 
 
 def run_as_on_a_gpu(monkeypatch, vocabulary):
@@ -114,8 +108,7 @@ def run_as_on_a_gpu(monkeypatch, vocabulary):
 def test_what_a_gpus_kernels_write_is_never_written_to_a_copy(dtype, tolerance, monkeypatch):
     run_as_on_a_gpu(monkeypatch, vocabulary=41)
     tensors, targets = case(tokens=70, order=0, dtype=dtype)
-    errors = largest_error(tensors, targets, 0.1, chunk_tokens=31)
-    assert max(errors.values()) < tolerance, errors
+    assert largest_error(tensors, targets, 0.1, chunk_tokens=31) < tolerance
 
 
 def test_losses_of_each_token():
@@ -123,14 +116,6 @@ def test_losses_of_each_token():
     actual = chunked(tensors, targets, 0.1, chunk_tokens=5, reduce=False)
     torch.testing.assert_close(list(actual), list(whole(tensors, targets, 0.1)), atol=1e-12, rtol=1e-12)
     assert not actual.loss.requires_grad
-
-
-def test_no_tokens_at_all():
-    tensors, targets = case(tokens=0)
-    losses = chunked(tensors, targets)
-    gradients = torch.autograd.grad(losses.loss, list(tensors.values()))
-    assert losses.loss == losses.nll_loss == 0 and all(not gradient.any() for gradient in gradients)
-    assert chunked(tensors, targets, reduce=False).loss.shape == (0,)
 
 
 @pytest.mark.parametrize("wanted", NAMES)
@@ -149,20 +134,3 @@ def test_gradients_of_updates_of_several_batches_add_up():
     for part in (slice(0, 9), slice(9, None)):
         chunked({**tensors, "features": tensors["features"][part]}, targets[part], chunk_tokens=5).loss.backward()
     torch.testing.assert_close(tensors["weight"].grad, expected, atol=1e-10, rtol=1e-10)
-
-
-@pytest.mark.parametrize("backend", ["eager", "compiled"])
-def test_logits_that_overflowed_to_minus_infinity_have_no_part(backend, monkeypatch):
-    monkeypatch.setenv("MULTIMAX_BACKEND", backend)
-    tensors, targets = case()
-    tensors["gains"].data.abs_()  # σ of a very low score would be a high one
-    targets, deleted = targets % 40, without_last_word(tensors)
-    loss = chunked(tensors, targets).loss
-    torch.testing.assert_close(loss, whole(deleted, targets)[0].sum(), atol=1e-10, rtol=1e-12)
-    loss.backward()
-    for name, tensor in deleted.items():
-        (expected,) = torch.autograd.grad(whole(deleted, targets)[0].sum(), tensor)
-        torch.testing.assert_close(tensors[name].grad[: len(expected)], expected, atol=1e-10, rtol=1e-10)
-    assert not tensors["weight"].grad[40].any()
-    (smoothed,) = torch.autograd.grad(chunked(tensors, targets, 0.1).loss, tensors["weight"])  # of an infinite loss
-    assert not smoothed[40].any()

@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_kernels_loss_cross_entropy import case, in_double, without_last_word
+from test_kernels_loss_cross_entropy import case, logits_of
 from torch.nn import functional as F
 
 from multimax_fairseq.kernels.loss import chunked_entmax_loss, chunks
@@ -22,7 +22,7 @@ PADDING = 1
 
 def whole(tensors, targets, alpha, smoothing=0.0):
     """The loss of each token, (tokens,), from the definition, with a maximiser that is not differentiated."""
-    x = F.linear(tensors["features"], tensors["weight"], tensors.get("bias"))
+    x = logits_of(tensors)
     p = entmax(x.detach(), alpha.detach() if isinstance(alpha, torch.Tensor) else alpha)
     entropy = (p - p**alpha).sum(1) / (alpha * (alpha - 1))
     target_logits = x.gather(1, targets.unsqueeze(1)).squeeze(1)
@@ -76,51 +76,18 @@ def test_any_case_is_the_definition(seed, tokens, vocabulary, alpha, smoothing, 
     assert (losses.plain_loss >= -1e-9).all()  # 0 where the target has all of the probability
 
 
-def errors_of(actual, expected):
-    return {name: ((a.double() - e).norm() / e.norm()).item() for name, a, e in zip(["loss", "f", "w", "b", "α"],
-                                                                                  actual, expected)}  # fmt: skip
-
-
-def results(losses, tensors, alpha):
-    inputs = [*tensors.values(), alpha]
-    return [losses.detach(), *torch.autograd.grad(losses, inputs)]
-
-
-def exact_results(tensors, targets, alpha):
-    exact, alpha = in_double(tensors), alpha.detach().double().requires_grad_()
-    return results(whole(exact, targets, alpha, 0.1).sum(), exact, alpha)
-
-
-def errors_against_double(tensors, targets, alpha):
-    alpha = torch.tensor(alpha, requires_grad=True)
-    actual = results(chunked(tensors, targets, alpha, 0.1, 32).loss, tensors, alpha)
-    return errors_of(actual, exact_results(tensors, targets, alpha))
-
-
 def test_compiled_kernels_in_single_precision_stay_close_to_double(monkeypatch):
     monkeypatch.setenv("MULTIMAX_BACKEND", "compiled")
     monkeypatch.setattr(chunks, "CPU_BLOCK", 3 * 301)  # no multiple of 16 bytes
     tensors, targets = case(tokens=70, width=16, vocabulary=301, order=0, dtype=torch.float32)
-    errors = errors_against_double(tensors, targets, 1.4)
-    assert max(errors.values()) < 2e-5, errors
+    tensors["alpha"] = torch.tensor(1.4, requires_grad=True)
+    doubles = {name: tensor.detach().double().requires_grad_() for name, tensor in tensors.items()}
 
+    def results(loss, alpha, **tensors):
+        value = loss(tensors, targets, alpha, 0.1)
+        return [value.detach(), *torch.autograd.grad(value, [alpha, *tensors.values()])]
 
-@pytest.mark.parametrize("backend", ["eager", "compiled"])
-def test_logits_that_overflowed_to_minus_infinity_have_no_part(backend, monkeypatch):
-    monkeypatch.setenv("MULTIMAX_BACKEND", backend)
-    tensors, targets = case(order=0)
-    deleted = without_last_word(tensors)
-    loss, expected = chunked(tensors, targets % 40, 1.5).loss, chunked(deleted, targets % 40, 1.5).loss
-    torch.testing.assert_close(loss, expected, atol=1e-10, rtol=1e-12)
-    loss.backward()
-    expected.backward()
-    for name, tensor in deleted.items():
-        torch.testing.assert_close(tensors[name].grad[: len(tensor)], tensor.grad, atol=1e-10, rtol=1e-10)
-    assert not tensors["weight"].grad[40].any()
-
-
-def test_no_tokens_at_all():
-    tensors, targets = case(tokens=0, order=0)
-    losses = chunked(tensors, targets, 1.5)
-    gradients = torch.autograd.grad(losses.loss, list(tensors.values()))
-    assert all(kind == 0 for kind in losses) and all(not gradient.any() for gradient in gradients)
+    actual = results(lambda *arguments: chunked(*arguments, 32).loss, **tensors)
+    expected = results(lambda *arguments: whole(*arguments).sum(), **doubles)
+    errors = [((a.double() - e).norm() / e.norm()).item() for a, e in zip(actual, expected)]
+    assert max(errors) < 2e-5, errors

@@ -1,11 +1,9 @@
 """What every mapping promises, and ``build_mapping``, which makes one from its name."""
 
-import sys
 from functools import partial
 
 import pytest
 import torch
-from conftest import ROOT, run
 from hypothesis import given, settings
 from mapping_cases import (
     CASES,
@@ -128,23 +126,6 @@ def test_a_wrong_name_or_option_is_told_the_choices(name, options, words):
     with pytest.raises((TypeError, ValueError)) as error:
         build_mapping(name, **options)
     assert all(word in str(error.value) for word in words)
-
-
-WITHOUT_FAIRSEQ = """
-import sys
-import torch
-from multimax_fairseq.mappings import MAPPINGS, build_mapping
-
-scores = torch.tensor([[0.0, 1.0, float("-inf")]])
-for name in MAPPINGS:
-    assert build_mapping(name)(scores).sum().isclose(torch.tensor(1.0)), name
-import multimax_fairseq.tools  # of tools that need no model, and start in half the time
-assert not {"fairseq", "hydra", "omegaconf"} & set(sys.modules)
-"""
-
-
-def test_mappings_and_tools_work_without_fairseq():
-    run(sys.executable, "-c", WITHOUT_FAIRSEQ, env={"PYTHONPATH": str(ROOT)})
 
 
 # ---------------------------------------------------------------- mappings of one's own

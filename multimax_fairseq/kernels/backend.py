@@ -33,9 +33,7 @@ for _key in "BackendSelect ADInplaceOrView AutogradCPU AutogradCUDA AutocastCPU 
 
 is_compiling = getattr(torch.compiler, "is_compiling", None) or torch._utils.is_compiling  # before torch 2.3
 
-# in this process: name of the kernel or file, seconds; and why something could not be compiled
-compiled_graphs: List[Tuple[str, float]] = []
-failures: List[str] = []
+failures: List[str] = []  # why something could not be compiled in this process
 
 
 def backend() -> str:
@@ -114,12 +112,6 @@ def autocast_dtype(tensor: Tensor) -> Optional[torch.dtype]:
 def no_autocast(tensor: Tensor) -> ContextManager:
     """A context without autocast on the device of ``tensor``."""
     return nullcontext() if autocast_dtype(tensor) is None else torch.autocast(tensor.device.type, enabled=False)
-
-
-def note_compiled(name: str, seconds: float) -> None:
-    """Record that something has been compiled."""
-    compiled_graphs.append((name, seconds))
-    logger.info("compiled %s in %.1f s", name, seconds)
 
 
 def note_failure(reason: str) -> None:

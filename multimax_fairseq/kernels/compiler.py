@@ -9,7 +9,7 @@ from typing import Any, Callable, Dict, List, Sequence, Tuple
 import torch
 from torch import Tensor
 
-from .backend import backend, note_compiled, note_failure, wants_compiled
+from .backend import backend, note_failure, wants_compiled
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +92,7 @@ class Kernel:
             _failure = str(error).strip().partition("\n")[0] or type(error).__name__
             note_failure(_failure)
             return self.eager
-        note_compiled(self.__name__, time.perf_counter() - start)
+        logger.info("compiled %s in %.1f s", self.__name__, time.perf_counter() - start)
         return compiled
 
 

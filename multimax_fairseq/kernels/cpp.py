@@ -119,7 +119,7 @@ class Library:
                 os.fsync(file.fileno())
             os.chmod(linked, 0o700)
             os.replace(linked, library)
-        backend.note_compiled(self.source.name, time.perf_counter() - start)
+        logger.info("compiled %s in %.1f s", self.source.name, time.perf_counter() - start)
 
 
 def _is_private(path: Path) -> bool:

@@ -4,36 +4,10 @@ Each is a function (``multimax``) and a module over the last dimension (``MultiM
 makes from its name. :func:`register_mapping` adds your own.
 """
 
+from ..kernels.scores import compute_dtype, is_absent
 from .evsoftmax import EvSoftmax, evsoftmax
-from .masking import ABSENT, additive_mask, compute_dtype, is_absent
+from .masking import ABSENT, additive_mask
 from .multimax import MultiMax, modulate, multimax
 from .registry import BUILT_IN, MAPPINGS, SPARSE, arguments_of, build_mapping, parse_options, register_mapping
 from .softmax import Softmax, softmax
 from .sparse import Entmax, Entmax15, Sparsemax, entmax, entmax15, sparsemax
-
-__all__ = [
-    "ABSENT",
-    "BUILT_IN",
-    "MAPPINGS",
-    "SPARSE",
-    "Entmax",
-    "Entmax15",
-    "EvSoftmax",
-    "MultiMax",
-    "Softmax",
-    "Sparsemax",
-    "additive_mask",
-    "arguments_of",
-    "build_mapping",
-    "compute_dtype",
-    "entmax",
-    "entmax15",
-    "evsoftmax",
-    "is_absent",
-    "modulate",
-    "multimax",
-    "parse_options",
-    "register_mapping",
-    "softmax",
-    "sparsemax",
-]

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from ..kernels.rows import Rows
 from ..kernels.rows.mapped import map_rows
-from .masking import compute_dtype, is_absent, masked_softmax
+from ..kernels.scores import compute_dtype, is_absent
+from .masking import masked_softmax
 
 TRAINING_EPSILON = 1e-6
 

@@ -18,8 +18,6 @@ from ..kernels.rows import rows_of
 from ..kernels.rows.mapped import map_rows
 from ..kernels.scores import HALF, compute_dtype, is_absent
 
-__all__ = ["ABSENT", "additive_mask", "compute_dtype", "is_absent", "masked_softmax", "probabilities_by"]
-
 # fairseq's encoder layers and some models built on it mask with finite numbers: −1e4 in half precision (which
 # bfloat16 rounds to −9984), −1e8 in single. No real bias comes near: the steepest ALiBi slope, 1/2, reaches
 # −4096 over 8,192 tokens.

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from ..kernels.rows import Rows
 from ..kernels.rows.mapped import map_rows
 from ..kernels.rows.modulated import modulated
-from .masking import compute_dtype, is_absent, masked_softmax
+from ..kernels.scores import compute_dtype, is_absent
+from .masking import masked_softmax
 
 TERMS = ("below", "above")  # the columns of thresholds and gains: (b_n, d_n) and (g_b,n, g_d,n)
 ORDERS = (1, 2)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..kernels.rows import Rows
 from ..kernels.rows.mapped import map_rows
-from .masking import compute_dtype, is_absent
+from ..kernels.scores import compute_dtype, is_absent
 
 LEARNED_ALPHA_MIN = 1.01
 

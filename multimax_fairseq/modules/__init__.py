@@ -2,5 +2,3 @@
 
 from .attention import MappedMultiheadAttention
 from .decoder import MappedDecoder
-
-__all__ = ["MappedDecoder", "MappedMultiheadAttention"]

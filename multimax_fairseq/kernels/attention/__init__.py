@@ -34,7 +34,7 @@ def attend_by(
         formula: the same of (query, key, value, mapping as a function of scores, mask, is_causal), for gradients of
             gradients.
         query: (batch, heads, tgt_len, head_dim), scaled.
-        key, value: (batch, heads, src_len, head_dim).
+        key, value: (batch, heads, src_len, head_dim); in C++ the last size of value may be another.
         call: its mask gets no gradient; its seed comes from torch's default generator, which advances.
 
     Returns:

@@ -57,13 +57,9 @@ def pay(query: Tensor, key: Tensor) -> bool:
 def attend(
     problem: Problem, query: Tensor, key: Tensor, value: Tensor, mask: Optional[Tensor], *tensors: Tensor
 ) -> Tensor:
-    """``problem(query, key, value, mask, *tensors)`` by blocks.
+    """``problem(query, key, value, mask, *tensors)`` by blocks; arguments as in :func:`.attend_by`.
 
-    Args:
-        query: (batch, heads, tgt_len, head_dim), scaled.
-        key, value: (batch, heads, src_len, …).
-        mask: (batch | 1, heads | 1, tgt_len | 1, src_len | 1), to be added to scores, or None.
-        tensors: of the mapping; they get gradients, as all of these do.
+    The mask and the ``tensors`` of the mapping get gradients, too; src_len of the mask may be 1.
     """
     return _Blocks.apply(problem, query, key, value, mask, *tensors)
 

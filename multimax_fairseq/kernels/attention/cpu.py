@@ -76,12 +76,7 @@ def sgemm() -> Optional[int]:
 
 
 def forward(query: Tensor, key: Tensor, value: Tensor, call: Call) -> Tuple[Tensor, Tuple[Tensor, ...]]:
-    """dropout(mapping(query · keyᵀ + mask)) · value.
-
-    Args:
-        query: (bsz, num_heads, tgt_len, head_dim), scaled; this and all else fp32.
-        key: (bsz, num_heads, src_len, head_dim).
-        value: (bsz, num_heads, src_len, value_dim).
+    """dropout(mapping(query · keyᵀ + mask)) · value; arguments as in :func:`.attend_by`, all fp32.
 
     Returns:
         (bsz, num_heads, tgt_len, value_dim), laid out with length first, and what :func:`backward` needs besides:
