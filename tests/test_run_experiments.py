@@ -188,7 +188,7 @@ def test_the_record_says_what_the_run_was(done, made_up):
     assert record["whole_epochs"] == 2 and record["updates"] == int(re.findall(r"num_updates (\d+)", log)[-1])
     assert record["versions"]["torch"] == torch.__version__ and record["training_seconds"] > 0
     text = run(sys.executable, ROOT / "scripts" / "results_table.py", folder.parent / "own").stdout
-    assert list(rows_of(text)) == ["mapping", "topk_softmax (k=3)"]
+    assert list(rows_of(text)) == ["mapping", "topk_softmax, mapping_options k=3"]
 
 
 @pytest.mark.slow
