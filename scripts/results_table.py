@@ -5,11 +5,11 @@
     python scripts/results_table.py runs/multi30k_de_en --samples 5000
 
 One table for each experiment, one row for each choice of mappings and settings: mean ± sample standard deviation over
-seeds (with n − 1; none for one seed). A row names options of mappings that are not the default, by their flags, and the
-settings in which it differs from most runs. For translation,
-sacrebleu's paired bootstrap (Koehn 2004) compares each run with softmax with the same seed: p is the share of
-resampled test sets with at least this difference if both were equally good. ε-perplexity, of a sparse vocabulary, is
-another quantity than perplexity: it has columns of its own, and no difference.
+seeds (with n − 1; none for one seed). A row names options of mappings that are not the default, by their flags, and
+the settings in which it differs from most runs. For translation, sacrebleu's paired bootstrap (Koehn 2004) compares
+each run with softmax with the same seed: p is the share of resampled test sets with at least this difference if both
+were equally good. ε-perplexity, of a sparse vocabulary, is another quantity than perplexity: it has columns of its
+own, and no difference.
 """
 
 from __future__ import annotations
@@ -18,11 +18,10 @@ import csv
 import io
 import json
 import logging
-import math
 import re
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,9 +32,11 @@ FORMAT = 2  # of run.json, as record_run.py writes it
 
 NAMES = {"softmax": "softmax", "multimax": "MultiMax", "sparsemax": "sparsemax", "entmax15": "1.5-entmax",
          "entmax": "α-entmax", "evsoftmax": "EvSoftMax", "stock": "softmax (stock fairseq)"}
-DEFAULTS = {"mapping_options": "", "attention_mapping_sites": "cross,decoder,encoder", "attention_scale": "none",
-            "multimax_order": 2, "multimax_terms": "above,below", "multimax_init": "normal", "modulator_lr_scale": 1.0,
-            "entmax_alpha": None}  # this one is always named
+DEFAULTS = {
+    "mapping_options": "", "attention_mapping_sites": "cross,decoder,encoder", "attention_scale": "none",
+    "multimax_order": 2, "multimax_terms": "above,below", "multimax_init": "normal", "modulator_lr_scale": 1.0,
+    "entmax_alpha": None,  # this one is always named
+}  # fmt: skip
 BASELINE = "softmax"
 KINDS = {"bleu": "BLEU, {}", "perplexity": "{}", "epsilon_perplexity": "{}, ε-perplexity"}  # names of columns
 # What a run.json has to have, and the scores in it.
@@ -117,7 +118,7 @@ def check_entries(found: Any, kinds: dict[str, type]) -> None:
     """Raise ValueError if an entry is missing, empty or of another type."""
     for name, kind in kinds.items():
         value = found.get(name)
-        if not isinstance(value, (int, float) if kind is float else kind) or value in ("", {}) and name != "validation":
+        if not isinstance(value, (int, float) if kind is float else kind) or value == "":
             raise ValueError(f"{name} is {repr(value)[:60]}")
 
 
@@ -136,6 +137,8 @@ def load_run(path: Path) -> Run:
         if content.get("format") != FORMAT:
             raise ValueError(f"format is {content.get('format')}")
         check_entries(content, ENTRIES)
+        if not content["scores"]:
+            raise ValueError("it has no scores")
         for score in content["scores"].values():
             kind = kind_of(score)
             check_entries(score, ENTRIES_OF_BLEU if kind == "bleu" else {kind: float, "tokens": int, "output": str})

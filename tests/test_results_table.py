@@ -244,11 +244,11 @@ def of_hypotheses(content):
     (of_hypotheses(b"\xff\n" * 120), "multimax/best.hypotheses is damaged: it is not UTF-8"),
     (lambda run: (run / "run.json").write_text("{"), "is not, or no longer, a file of record_run.py"),
     (of_record(lambda record, _: record.update(format=1)), "a file of record_run.py (format is 1)"),
-    (of_record(lambda record, _: record.update(scores={})), "(scores is {})"),
+    (of_record(lambda record, _: record.update(scores={})), "(it has no scores)"),
     (of_record(lambda _, best: best.update(bleu=float("nan"))), "(there is NaN in it)"),
     (of_record(lambda _, best: best.pop("bleu")), "(perplexity is None)"),
     (of_record(lambda record, _: record.pop("seed")), "(seed is None)"),
-    (of_record(lambda record, _: record["mapping"].clear()), "(mapping is {})"),
+    (of_record(lambda record, _: record["mapping"].clear()), "('attention_mapping')"),
     (of_record(lambda record, _: record["validation"].update(ppl=float("inf"))), "(there is Infinity in it)"),
 ])
 def test_a_faulty_folder_is_an_error_that_names_it(fault, message, tmp_path):
