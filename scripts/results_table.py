@@ -174,19 +174,10 @@ def check_bleu(run: Run, which: str) -> None:
 
 
 def metric(signature: str, **options: Any):
-    """sacrebleu's BLEU for a signature such as ``BLEU|nrefs:1|case:lc|eff:no|tok:13a|smooth:exp|version:2.6.0``.
-
-    Raises:
-        UserError: sacrebleu has no such BLEU.
-    """
+    """sacrebleu's BLEU, as score_translation.py computes it: ``BLEU|nrefs:1|case:lc|eff:no|tok:13a|smooth:exp|…``."""
     from sacrebleu.metrics import BLEU
 
-    parts = dict(part.partition(":")[::2] for part in signature.split("|")[1:])
-    try:
-        return BLEU(lowercase=parts["case"] == "lc", tokenize=parts["tok"], smooth_method=parts["smooth"],
-                    effective_order=parts["eff"] == "yes", **options)
-    except (KeyError, AssertionError, ValueError) as error:
-        raise UserError(f"{signature} is no signature that sacrebleu knows: evaluate again") from error
+    return BLEU(lowercase="|case:lc|" in signature, **options)
 
 
 def load_runs(folders: list[Path]) -> dict[str, list[Run]]:
@@ -240,30 +231,25 @@ def p_values(runs: list[Run], which: str, samples: int) -> dict[tuple[str, int],
     """
     from sacrebleu.significance import PairedTest
 
-    by_seed: dict[int, list[Run]] = defaultdict(list)
-    for run in runs:
-        if which in run.content["scores"]:
-            by_seed[run.seed].append(run)
     found = {}
-    for seed, group in by_seed.items():
-        ordered = sorted(group, key=lambda run: run.row != BASELINE)
-        others = ordered[1:]
-        if ordered[0].row != BASELINE or not others:
+    scored = [run for run in runs if which in run.content["scores"]]
+    for softmax in (run for run in scored if run.row == BASELINE):
+        others = [run for run in scored if run.seed == softmax.seed and run is not softmax]
+        if not others:
             continue
-        references = ordered[0].lines(which, "references")
-        signature = ordered[0].content["scores"][which]["signature"]
+        references, signature = softmax.lines(which, "references"), softmax.content["scores"][which]["signature"]
         for run in others:
             if run.lines(which, "references") != references:
-                raise UserError(f"{run.folder} and {ordered[0].folder} have different references")
+                raise UserError(f"{run.folder} and {softmax.folder} have different references")
             if run.content["scores"][which]["signature"] != signature:
-                raise UserError(f"{run.folder} and {ordered[0].folder} are scored in different ways")
-        systems = [(f"{number}", run.lines(which, "hypotheses")) for number, run in enumerate(ordered)]
+                raise UserError(f"{run.folder} and {softmax.folder} are scored in different ways")
+        systems = [(f"{number}", run.lines(which, "hypotheses")) for number, run in enumerate([softmax, *others])]
         # references=None: the test uses the metric's references, tokenised once
         metrics = {"BLEU": metric(signature, references=[references])}
         test = PairedTest(systems, metrics, references=None, test_type="bs", n_samples=samples)
         for run, (_, lines), result in zip(others, systems[1:], test()[1]["BLEU"][1:]):
             # the test counts resampled differences above the real one; equal translations have none, so p would be 0
-            found[run.row, seed] = 1.0 if lines == systems[0][1] else result.p_value
+            found[run.row, run.seed] = 1.0 if lines == systems[0][1] else result.p_value
     return found
 
 
