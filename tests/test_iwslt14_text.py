@@ -84,18 +84,6 @@ def test_cleaning(module):
     assert not module.is_clean("x" * 1001, "y") and not module.is_clean("x", f"y {'z' * 1001}")
 
 
-# ---------------------------------------------------------------------- the published files
-
-
-def test_training_sentences(module, tmp_path):
-    path = tmp_path / "train.tags.de-en.de"
-    path.write_text("<url>http://www.ted.com/talks/1</url>\n<keywords>talks</keywords>\n<talkid>1</talkid>\n"
-                    "<title>Der Titel: ein Test</title>\n<description>Eine <b>Beschreibung</b></description>\n"
-                    "Ein Satz\u2028mit zwei Zeilen.\r\n\n Ein <url> mitten im Satz\nDer letzte Satz")
-    assert list(module.training_sentences(path)) == [
-        "Der Titel: ein Test", "Eine <b>Beschreibung</b>", "Ein Satz\u2028mit zwei Zeilen.\r", "", "Der letzte Satz"]
-
-
 def test_no_text_is_an_error(module, tmp_path):
     with pytest.raises(ValueError, match="no training text is left"):
         module.learn_codes([], tmp_path / "codes", 10)
