@@ -222,7 +222,11 @@ def partial_folder(out: Path) -> Iterator[tuple[Path, int]]:
     while lock is None or not is_at(lock, build):  # what we have waited for has become OUT
         build.mkdir(exist_ok=True)
         lock = os.open(build, os.O_RDONLY)
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"another run is at work on {out}: waiting for it", flush=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)
     try:
         for path in build.iterdir():
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
@@ -267,10 +271,8 @@ def is_prepared(out: Path, settings: dict[str, Any], force: bool) -> bool:
         os.rename(old, out)
     if not out.exists() or out.is_dir() and not any(out.iterdir()):
         return False
-    if not out.is_dir():
-        raise UserError(f"{out} is not a folder: choose another --out")
     if not (out / MARKER).is_file():
-        raise UserError(f"{out} is not empty and was not made by this script: choose another --out")
+        raise UserError(f"{out} is there and was not made by this script: choose another --out")
     try:
         made = json.loads((out / MARKER).read_text(encoding="utf-8"))
         there, files = dict(made["settings"]), dict(made["files"])
