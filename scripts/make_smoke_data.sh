@@ -14,11 +14,14 @@ set -euo pipefail
 out=$1 python=${PYTHON:-python}
 part=$out/part
 rm -rf "$part"
-mkdir -p "$part"/{multi30k,de-en,wiki}
+mkdir -p "$part"/{multi30k,de-en,wiki,raw}
 "$python" "$(dirname "$0")/make_demo_corpus.py" --out "$part/text" --train "${2:-2000}" --valid 100 --test 100
 
 for language in de en; do
-    text=$part/text talks=$part/de-en
+    text=$part/raw talks=$part/de-en
+    for split in train valid test; do # in normal spelling: a capital first, no blank before punctuation
+        sed 's/^./\u&/; s/ \([.,?]\)/\1/g' "$part/text/$split.$language" >"$text/$split.$language"
+    done
     cp "$text/train.$language" "$part/multi30k/train.$language"
     cp "$text/valid.$language" "$part/multi30k/val.$language"
     cp "$text/test.$language" "$part/multi30k/test_2016_flickr.$language"

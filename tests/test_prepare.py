@@ -193,6 +193,9 @@ def test_iwslt14_is_what_moses_and_subword_nmt_make(made, tmp_path):
                 text = [re.sub("</?(title|description)>", "", pair[side]) for pair in raw[split]]
                 assert lines_of(out / "raw" / f"{split}.{language}") == text
     assert lines_of(out / "raw" / "test.en")[0] == "He said: “No”, it's over."
+    (tmp_path / "tokens").write_text("".join(f"{pair[side]}\n" for side in (0, 1) for pair in expected["train"]))
+    learned = run("subword-nmt", "learn-bpe", "-s", 80, "-i", tmp_path / "tokens").stdout
+    assert (out / "bpe.codes").read_text() == learned
 
 
 @pytest.mark.parametrize("recipe", ["wikitext103", "text_lm"])

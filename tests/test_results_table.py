@@ -34,10 +34,10 @@ def translations(errors, seed):
 def write_run(folder, seed=1, hypotheses=None, references=REFERENCES, perplexities=None, updates=100,
               experiment="iwslt14_de_en", signature=SIGNATURE, settings=(), kind="perplexity", **mapping):
     """A folder as a run leaves it; returns its BLEU."""
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     scores = {}
     if hypotheses:
-        bleu = round(BLEU().corpus_score(hypotheses, [references]).score, 2)
+        bleu = round(BLEU(lowercase="|case:lc|" in signature).corpus_score(hypotheses, [references]).score, 2)
         scores["best"] = {"bleu": bleu, "signature": signature, "details": "", "hypotheses": "best.hypotheses",
                           "references": "best.references"}
         (folder / "best.hypotheses").write_text("\n".join(hypotheses) + "\n")
@@ -172,6 +172,11 @@ def test_runs_that_differ_in_a_setting_are_two_rows_that_say_in_what(tmp_path):
     unfinished = json.loads((tmp_path / "a1" / "run.json").read_text()) | {"is_complete": False, "updates": 50}
     (tmp_path / "a1" / "run.json").write_text(json.dumps(unfinished))
     assert rows_of(results_table(tmp_path).stdout)["MultiMax, stopped after 50 updates"][0] == "1"
+
+
+def test_case_counts_if_the_signature_says_so(tmp_path):
+    write_run(tmp_path, hypotheses=[line.upper() for line in REFERENCES], signature=SIGNATURE.replace("mixed", "lc"))
+    assert rows_of(results_table(tmp_path).stdout)["MultiMax"][2] == "100.00"
 
 
 def test_formats(translation):
