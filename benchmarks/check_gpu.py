@@ -153,10 +153,9 @@ def check_training(short: bool) -> Rows:
 
 
 def smoke_data(folder: Path, short: bool) -> Path:
-    archive = folder / "wikitext.zip"
-    size = ["--sentences", 300] if short else []
-    run(sys.executable, SCRIPTS / "make_smoke_data.py", "wikitext103", archive, *size)
-    run("bash", SCRIPTS / "prepare_wikitext103.sh", "--out", folder / "data", "--archive", archive)
+    run("bash", SCRIPTS / "make_smoke_data.sh", folder, 300 if short else 2000)
+    run("bash", SCRIPTS / "prepare_wikitext103.sh", "--out", folder / "data", "--archive",
+        folder / "wikitext-103-v1.zip")
     return folder / "data" / "data-bin"
 
 

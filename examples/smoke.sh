@@ -11,14 +11,8 @@ set -euo pipefail
 examples=$(cd "$(dirname "$0")" >/dev/null && pwd)
 scripts=$(dirname "$examples")/scripts out=$1
 shift
-mkdir -p "$out/made-up"
 
-make_up() { # DATASET NAME [OPTION …]
-    [[ -e $out/made-up/$2 ]] || python "$scripts/make_smoke_data.py" "$1" "$out/made-up/$2" "${@:3}"
-}
-make_up multi30k multi30k --sentences 500
-make_up iwslt14 de-en.tgz --sentences 500
-make_up wikitext103 wikitext-103-v1.zip
+[[ -f $out/made-up/wikitext-103-v1.zip ]] || bash "$scripts/make_smoke_data.sh" "$out/made-up" 500
 bash "$scripts/prepare_multi30k.sh" --out "$out/data/multi30k_de_en" --from "$out/made-up/multi30k" --vocab-size 500
 bash "$scripts/prepare_iwslt14.sh" --out "$out/data/iwslt14_de_en" --archive "$out/made-up/de-en.tgz" --merges 300
 bash "$scripts/prepare_wikitext103.sh" --out "$out/data/wikitext103" --archive "$out/made-up/wikitext-103-v1.zip"

@@ -1,9 +1,9 @@
 #!/usr/bin/env python
 """IWSLT'14 German-English: makes subword units of the published files, line for line as fairseq's recipe does.
 
-    python scripts/iwslt14_text.py prepare --from de-en --out DIR           # all of it
+    python scripts/iwslt14_text.py --from de-en --out DIR
 
-`prepare` writes DIR/raw (the sentences as published), DIR/text (the same in subwords) and DIR/bpe.codes. Its steps:
+writes DIR/raw (the sentences as published), DIR/text (the same in subwords) and DIR/bpe.codes. Its steps:
 remove markup; tokenise as Moses does, with its escapes (&apos; and the like); keep training pairs of 1 to 175 tokens
 whose sides differ in length by a factor of 1.5 at most; lower case; take every 23rd of these pairs for validation;
 learn joint BPE on the others, both languages together.
@@ -15,10 +15,8 @@ from __future__ import annotations
 
 import argparse
 import re
-import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain, zip_longest
 from pathlib import Path
 
@@ -102,25 +100,16 @@ def is_clean(german: str, english: str) -> bool:
 # ---------------------------------------------------------------------- the published files
 
 
-def read_lines(path: Path, progress: tqdm | None = None) -> Iterator[str]:
-    """The lines of a file, which end only at "\\n". `progress` counts bytes.
-
-    Raises:
-        ValueError: a line is not UTF-8.
-    """
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if progress is not None:
-                progress.update(len(line))
-            try:
-                yield line.decode("utf-8").removesuffix("\n")
-            except UnicodeDecodeError:
-                raise ValueError(f"{path.name} is not UTF-8 (the first bad line is number {number})") from None
+def read_lines(path: Path) -> Iterator[str]:
+    """The lines of a file, which end only at "\\n"."""
+    with path.open(encoding="utf-8", newline="\n") as file:
+        for line in file:
+            yield line.removesuffix("\n")
 
 
-def training_sentences(path: Path, progress: tqdm | None = None) -> Iterator[str]:
+def training_sentences(path: Path) -> Iterator[str]:
     """The text of train.tags.de-en.*: sentences, titles and descriptions."""
-    for line in read_lines(path, progress):
+    for line in read_lines(path):
         if not any(tag in line for tag in LINES_WITHOUT_TEXT):
             yield TAGS_AROUND_TEXT.sub("", line)
 
@@ -148,54 +137,38 @@ def in_pairs(german: Iterable[str], english: Iterable[str], names: str) -> Itera
 # ---------------------------------------------------------------------- prepare
 
 
-def write_pairs(source: Path, out: Path) -> None:
-    """Write out/raw and out/tokens: each split's sentences as published, and as lower-case tokens.
+def all_pairs(source: Path) -> Iterator[tuple[str, tuple[str, str], tuple[str, str]]]:
+    """The split, the two sentences as published, and their tokens, of each pair that is kept.
 
     Raises:
-        ValueError: a file is not UTF-8, or the two languages do not match.
+        ValueError: the two languages do not match.
     """
-    tokenisers = [MosesTokenizer(language) for language in LANGUAGES]
-    with ExitStack() as stack:
-        files = {}
-        for folder in ("raw", "tokens"):
-            (out / folder).mkdir()
-            for split in SPLITS:
-                for language in LANGUAGES:
-                    file = (out / folder / f"{split}.{language}").open("w", encoding="utf-8", newline="\n")
-                    files[folder, split, language] = stack.enter_context(file)
-
-        def write(split: str, raw: Sequence[str], tokens: Sequence[str]) -> None:
-            for language, text, units in zip(LANGUAGES, raw, tokens):
-                files["raw", split, language].write(f"{text}\n")
-                files["tokens", split, language].write(f"{lower_case(units)}\n")
-
-        paths = [source / f"train.tags.de-en.{language}" for language in LANGUAGES]
-        kept = 0
-        with tqdm(total=paths[0].stat().st_size, unit="B", unit_scale=True, desc="tokenising", disable=None) as bar:
-            pairs = in_pairs(training_sentences(paths[0], bar), training_sentences(paths[1]), "train.tags.de-en")
-            for raw in pairs:
-                tokens = [tokenise(line).strip() for tokenise, line in zip(tokenisers, raw)]
-                if is_clean(*tokens):
-                    kept += 1
-                    write("train" if kept % EVERY_NTH_IS_VALID else "valid", raw, tokens)
-
-        for name in TEST_SETS:
-            paths = [source / f"IWSLT14.{name}.de-en.{language}.xml" for language in LANGUAGES]
-            for raw in in_pairs(segments(paths[0]), segments(paths[1]), f"IWSLT14.{name}.de-en"):
-                write("test", raw, [tokenise(line) for tokenise, line in zip(tokenisers, raw)])
+    german, english = (MosesTokenizer(language) for language in LANGUAGES)
+    paths = (source / f"train.tags.de-en.{language}" for language in LANGUAGES)
+    kept = 0
+    for raw in in_pairs(*map(training_sentences, paths), "train.tags.de-en"):
+        tokens = german(raw[0]).strip(), english(raw[1]).strip()
+        if is_clean(*tokens):
+            kept += 1
+            yield "train" if kept % EVERY_NTH_IS_VALID else "valid", raw, tokens
+    for name in TEST_SETS:
+        paths = (source / f"IWSLT14.{name}.de-en.{language}.xml" for language in LANGUAGES)
+        for raw in in_pairs(*map(segments, paths), f"IWSLT14.{name}.de-en"):
+            yield "test", raw, (german(raw[0]), english(raw[1]))
 
 
-def learn_codes(texts: Sequence[Path], codes: Path, merges: int) -> None:
-    """Learn joint BPE on `texts`, at most `merges` merges, and write it to `codes`.
+def learn_codes(lines: Iterable[str], codes: Path, merges: int) -> BPE:
+    """Learn joint BPE, at most `merges` merges, and write it to `codes`.
 
     Raises:
         ValueError: there is nothing to merge.
     """
     with codes.open("w", encoding="utf-8", newline="\n") as file:
         try:
-            learn_bpe(chain.from_iterable(map(read_lines, texts)), file, merges)
+            learn_bpe(lines, file, merges)
         except ValueError as error:  # the maximum of an empty sequence
             raise ValueError(f"no training text is left to learn subword units from ({error})") from error
+    return load_codes(codes)
 
 
 def load_codes(codes: Path) -> BPE:
@@ -205,15 +178,19 @@ def load_codes(codes: Path) -> BPE:
 
 def prepare(source: Path, out: Path, merges: int) -> None:
     """The whole recipe; see the top of this file. `out` is there already."""
-    write_pairs(source, out)
-    learn_codes([out / "tokens" / f"train.{language}" for language in LANGUAGES], out / "bpe.codes", merges)
-    bpe = load_codes(out / "bpe.codes")
-    (out / "text").mkdir()
-    for path in sorted((out / "tokens").iterdir()):
-        with (out / "text" / path.name).open("w", encoding="utf-8", newline="\n") as file:
-            for line in tqdm(read_lines(path), unit=" lines", desc=f"subwords of {path.name}", disable=None):
-                file.write(f"{bpe.process_line(line)}\n")
-    shutil.rmtree(out / "tokens")
+    raw, tokens = ({f"{split}.{language}": [] for split in SPLITS for language in LANGUAGES} for _ in range(2))
+    for split, *pair in tqdm(all_pairs(source), unit=" pairs", desc="tokenising", disable=None):
+        for language, text, units in zip(LANGUAGES, *pair):
+            raw[f"{split}.{language}"].append(text)
+            tokens[f"{split}.{language}"].append(lower_case(units))
+    training = chain.from_iterable(tokens[f"train.{language}"] for language in LANGUAGES)
+    bpe = learn_codes(training, out / "bpe.codes", merges)
+    for folder, files, convert in (("raw", raw, str), ("text", tokens, bpe.process_line)):
+        (out / folder).mkdir()
+        for name, lines in files.items():
+            with (out / folder / name).open("w", encoding="utf-8", newline="\n") as file:
+                for line in tqdm(lines, unit=" lines", desc=f"{folder}/{name}", disable=None):
+                    file.write(f"{convert(line)}\n")
 
 
 # ---------------------------------------------------------------------- one sentence
@@ -233,7 +210,6 @@ def decoder(language: str) -> Callable[[str], str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["prepare"])
     parser.add_argument("--from", dest="source", type=Path, required=True, help="folder with the published files")
     parser.add_argument("--out", type=Path, required=True, help="a folder that is there already")
     parser.add_argument("--merges", type=int, default=10000, help="of BPE (default: %(default)s)")

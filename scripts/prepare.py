@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # fairseq may not be installed yet: this says so
-from multimax_fairseq.tools import ArgumentParser, UserError, errors_in_a_line  # noqa: E402
+from multimax_fairseq.tools import ArgumentParser, UserError, errors_in_a_line, positive  # noqa: E402
 
 SPLITS = ("train", "valid", "test")
 MARKER = ".complete"
@@ -47,10 +47,9 @@ class Recipe(NamedTuple):
     """What `run` has to know of a recipe.
 
     Attributes:
-        options: of its own: name → default and help; the type is the default's.
+        options: of its own: name → default and help.
         source: the option that names a local source: "archive", "from", or None.
-        files: what is downloaded otherwise: name → SHA-256 of the file, or None.
-        texts: SHA-256 of what the downloaded .gz hold: recompressing changes a .gz.
+        files: what is downloaded otherwise: name → SHA-256, or None; that of the text in a .gz.
         urls: where the files are; a file called NAME is at URL/NAME.
         folder: of $MULTIMAX_DATA, the source if there is none.
     """
@@ -58,30 +57,28 @@ class Recipe(NamedTuple):
     options: dict[str, tuple[Any, str]] = {}
     source: str | None = None
     files: dict[str, str | None] = {}
-    texts: dict[str, str] = {}
     urls: tuple[str, ...] = ()
     folder: str | None = None
 
 
-TEXTS_OF_MULTI30K = {
-    "train.de": "2c2b73fd2b548fbcde3a875e0a78d6ee94d498bfdee6bd3eae3945779e9ddf72",
-    "train.en": "460a15fbd157e34a7a9957ee388c1ca247fe47af3ef25fb50442af6c274e0fc6",
-    "val.de": "660e09eb7e1da2f856ea13ee5ad3cf6d36b3d5b0b733c857e94c5747a3dfc660",
-    "val.en": "1f2a23d992769b5b3d209b0a10dd0b77c08cceb1f20dfb97ed0aafa49d107227",
-    "test_2016_flickr.de": "4be6b5b3236b79c25475c6bb829800a7ce559e9ba7a1f6c2394fe4d40be46d16",
-    "test_2016_flickr.en": "399a4382932c1aadd3ceb9bef1008d388a64c76d4ae4e9d4728c6f4301cac182",
+MULTI30K = {
+    "train.de.gz": "2c2b73fd2b548fbcde3a875e0a78d6ee94d498bfdee6bd3eae3945779e9ddf72",
+    "train.en.gz": "460a15fbd157e34a7a9957ee388c1ca247fe47af3ef25fb50442af6c274e0fc6",
+    "val.de.gz": "660e09eb7e1da2f856ea13ee5ad3cf6d36b3d5b0b733c857e94c5747a3dfc660",
+    "val.en.gz": "1f2a23d992769b5b3d209b0a10dd0b77c08cceb1f20dfb97ed0aafa49d107227",
+    "test_2016_flickr.de.gz": "4be6b5b3236b79c25475c6bb829800a7ce559e9ba7a1f6c2394fe4d40be46d16",
+    "test_2016_flickr.en.gz": "399a4382932c1aadd3ceb9bef1008d388a64c76d4ae4e9d4728c6f4301cac182",
 }
 WIKITEXT = {
-    "wikitext-103": "242ba0f20b329cfdf1ccc61e9e9e5b59becf189db7f7a81cd2a0e2fc31539590",
-    "wikitext-2": "92675f1d63015c1c8b51f1656a52d5bdbc33aafa60cc47a218a66e7ee817488c",
+    "wikitext-103-v1.zip": "242ba0f20b329cfdf1ccc61e9e9e5b59becf189db7f7a81cd2a0e2fc31539590",
+    "wikitext-2-v1.zip": "92675f1d63015c1c8b51f1656a52d5bdbc33aafa60cc47a218a66e7ee817488c",
 }
 RECIPES = {
     "demo": Recipe({"seed": (1, "of the generator")}),
     "multi30k": Recipe(
         {"vocab-size": (6000, "SentencePiece pieces, joint for both languages")},
         "from",
-        {f"{name}.gz": None for name in TEXTS_OF_MULTI30K},
-        TEXTS_OF_MULTI30K,
+        MULTI30K,
         ("https://raw.githubusercontent.com/multi30k/dataset/master/data/task1/raw",),
         "multi30k",
     ),
@@ -89,13 +86,13 @@ RECIPES = {
         {"merges": (10000, "of joint BPE")},
         "archive",
         {"de-en.tgz": None},  # fairseq publishes no checksum
-        urls=("http://dl.fbaipublicfiles.com/fairseq/data/iwslt14",),
+        ("http://dl.fbaipublicfiles.com/fairseq/data/iwslt14",),
     ),
     "wikitext103": Recipe(
-        {"corpus": (tuple(WIKITEXT), "the large one, or its small sister")},
+        {"corpus": (("wikitext-103", "wikitext-2"), "the large one, or its small sister")},
         "archive",
-        {f"{name}-v1.zip": digest for name, digest in WIKITEXT.items()},
-        urls=("https://wikitext.smerity.com", "https://s3.amazonaws.com/research.metamind.io/wikitext"),
+        WIKITEXT,
+        ("https://wikitext.smerity.com", "https://s3.amazonaws.com/research.metamind.io/wikitext"),
     ),
     "text_lm": Recipe(
         {
@@ -124,31 +121,17 @@ def parse_options(script: Path, arguments: list[str]) -> tuple[str, argparse.Nam
                             help=f"a folder with the files (default: $MULTIMAX_DATA/{recipe.folder}, if it is there)")
     if recipe.urls:
         where = "the archive's address, or several" if recipe.source == "archive" else "the folder's address"
-        parser.add_argument("--url", help=f"download from there: {where} (default: ${url_variable(name)}, or "
-                                          f"{' '.join(recipe.urls)})")
-        parser.add_argument("--no-checksum", action="store_true", help="accept a download of unknown content")
+        parser.add_argument("--url", help=f"download from there: {where} (default: {' '.join(recipe.urls)})")
     for option, (default, text) in recipe.options.items():
-        if isinstance(default, tuple):
-            parser.add_argument(f"--{option}", choices=default, default=default[0], help=f"{text} (%(default)s)")
-        else:
-            parser.add_argument(f"--{option}", type=whole_number, default=default, metavar="N",
-                                help=f"{text} (default: %(default)s)")
-    parser.add_argument("--workers", type=whole_number, default=2, metavar="N", help="processes (default: 2)")
+        kind = {"choices": default} if isinstance(default, tuple) else {"type": positive, "metavar": "N"}
+        first = default[0] if isinstance(default, tuple) else default
+        parser.add_argument(f"--{option}", default=first, help=f"{text} (default: %(default)s)", **kind)
+    parser.add_argument("--workers", type=positive, default=2, metavar="N", help="processes (default: 2)")
     parser.add_argument("--force", action="store_true", help="rebuild a folder that this script made")
     args = parser.parse_args(arguments)
     if recipe.source and args.archive and getattr(args, "url", None):
         parser.error(f"--{recipe.source} and --url exclude each other")
     return name, args
-
-
-def url_variable(name: str) -> str:
-    return f"{name.upper().removesuffix('103')}_URL"
-
-
-def whole_number(text: str) -> int:
-    if re.fullmatch(r"0|[1-9]\d{0,8}", text):
-        return int(text)
-    raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
 
 
 def run(script: Path, arguments: list[str]) -> None:
@@ -160,43 +143,35 @@ def run(script: Path, arguments: list[str]) -> None:
     name, args = parse_options(script, arguments)
     recipe, out = RECIPES[name], Path(os.path.realpath(args.out))
     need_commands(name)
-    files = [f"{args.corpus}-v1.zip"] if name == "wikitext103" else list(recipe.files)
-    download = out.with_name(f"{out.name}.download")
+    source, addresses = args.archive if recipe.source else None, {}
     settings = {"recipe": name, **{option: getattr(args, option.replace("-", "_")) for option in recipe.options}}
-    source = None
-    if recipe.source and not args.archive and not getattr(args, "url", None) and recipe.folder:
-        usual = Path(os.environ.get("MULTIMAX_DATA") or "/nowhere") / recipe.folder
-        args.archive = usual if usual.is_dir() else None
-    if recipe.source and args.archive:
-        source = args.archive.resolve()
+    usual = Path(os.environ.get("MULTIMAX_DATA") or "/nowhere", recipe.folder or "")
+    if recipe.folder and source is None and not getattr(args, "url", None) and usual.is_dir():
+        source = usual
+    if source:
+        source = source.resolve()
         settings["source"] = digests(source, f"--{recipe.source}")
     elif recipe.urls:
-        url = args.url or os.environ.get(url_variable(name))
-        if url:  # what another address gave is not taken for what this one gives
-            shutil.rmtree(download, ignore_errors=True)
-        whole = url and recipe.source == "archive"  # the address of the archive itself
-        settings["source"] = url or " ".join(recipe.urls)
-        addresses = {file: url.split() if whole else [f"{base.rstrip('/')}/{file}" for base in
-                     (url.split() if url else recipe.urls)] for file in files}
+        settings["source"] = args.url or " ".join(recipe.urls)
+        files = [f"{args.corpus}-v1.zip"] if name == "wikitext103" else recipe.files
+        whole = args.url and recipe.source == "archive"  # the address of the archive itself
+        addresses = {file: [url if whole else f"{url.rstrip('/')}/{file}" for url in settings["source"].split()]
+                     for file in files}
     elif recipe.source:
         raise UserError(f"--{recipe.source} DIR is required; see --help")
 
-    if is_prepared(out, settings, args.force):
-        print(f"already prepared: {args.out}")
-        return
-    with partial_folder(out) as (build, lock):
-        if is_prepared(out, settings, args.force):  # by the run that we have waited for
-            print(f"already prepared: {args.out}")
-            return
-        if recipe.urls and source is None:
-            source = fetch(addresses, download, recipe, not args.no_checksum, f"--{recipe.source}")
-        elif any(recipe.files.values()) and settings["source"] not in map(recipe.files.get, files):
-            print(f"WARNING: {source} is not the published {files[0]}, by its SHA-256", file=sys.stderr)
-        options = {option.upper().replace("-", "_"): str(value) for option, value in vars(args).items()}
-        run_recipe(script, build, lock, {**options, "SOURCE": str(source)})
-        publish(build, out, settings, args.force)
-        shutil.rmtree(download, ignore_errors=True)
-    print(f"done: {args.out} (train with: fairseq-train {args.out}/data-bin …)")
+    if not is_prepared(out, settings, args.force):
+        with partial_folder(out) as (build, lock):
+            if not is_prepared(out, settings, args.force):  # by the run that we have waited for
+                if addresses:
+                    source = fetch(addresses, build / "download", recipe)
+                options = {option.upper().replace("-", "_"): str(value) for option, value in vars(args).items()}
+                run_recipe(script, build, lock, {**options, "SOURCE": str(source)})
+                shutil.rmtree(build / "download", ignore_errors=True)
+                publish(build, out, settings, args.force)
+                print(f"done: {args.out} (train with: fairseq-train {args.out}/data-bin …)")
+                return
+    print(f"already prepared: {args.out}")
 
 
 def need_commands(name: str) -> None:
@@ -237,12 +212,14 @@ def run_recipe(script: Path, build: Path, lock: int, variables: dict[str, str]) 
 
 # ---------------------------------------------------------------------- complete or absent
 
+
 @contextmanager
 def partial_folder(out: Path) -> Iterator[tuple[Path, int]]:
     """OUT.partial, empty, and an open file that locks it; waits for another run's, and takes over a killed one's."""
     build = out.with_name(f"{out.name}.partial")
     out.parent.mkdir(parents=True, exist_ok=True)
-    while True:
+    lock = None
+    while lock is None or not is_at(lock, build):  # what we have waited for has become OUT
         build.mkdir(exist_ok=True)
         lock = os.open(build, os.O_RDONLY)
         try:
@@ -250,9 +227,6 @@ def partial_folder(out: Path) -> Iterator[tuple[Path, int]]:
         except BlockingIOError:
             print(f"another run is at work on {out}: waiting for it", flush=True)
             fcntl.flock(lock, fcntl.LOCK_EX)
-        if is_at(lock, build):
-            break
-        os.close(lock)
     try:
         for path in build.iterdir():
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
@@ -265,7 +239,6 @@ def partial_folder(out: Path) -> Iterator[tuple[Path, int]]:
 
 
 def is_at(lock: int, path: Path) -> bool:
-    """Whether an open folder is still at its path: it may have become OUT, or been removed."""
     return path.exists() and path.stat().st_ino == os.fstat(lock).st_ino
 
 
@@ -298,10 +271,8 @@ def is_prepared(out: Path, settings: dict[str, Any], force: bool) -> bool:
         os.rename(old, out)
     if not out.exists() or out.is_dir() and not any(out.iterdir()):
         return False
-    if not out.is_dir():
-        raise UserError(f"{out} is not a folder: choose another --out")
     if not (out / MARKER).is_file():
-        raise UserError(f"{out} is not empty and was not made by this script: choose another --out")
+        raise UserError(f"{out} is there and was not made by this script: choose another --out")
     try:
         made = json.loads((out / MARKER).read_text(encoding="utf-8"))
         there, files = dict(made["settings"]), dict(made["files"])
@@ -347,45 +318,35 @@ def digests(source: Path, option: str) -> dict[str, str] | str:
     raise UserError(f"{option} {source}: there is no such {'folder' if option == '--from' else 'file'}")
 
 
-def fetch(addresses: dict[str, list[str]], folder: Path, recipe: Recipe, check: bool, instead: str) -> Path:
+def fetch(addresses: dict[str, list[str]], folder: Path, recipe: Recipe) -> Path:
     """Download each file, from its first address that has it, to a folder; returns it, or the archive in it.
 
     Raises:
         UserError: it cannot be had, or is not what it should be.
     """
-    try:
-        import pooch
-        import requests
-    except ImportError:
-        raise UserError(f"a download needs pooch: pip install pooch; or use {instead} with what you have") from None
+    import pooch
+    import requests
+
     pooch.get_logger().setLevel("WARNING")
     get = pooch.HTTPDownloader(progressbar=sys.stderr.isatty(), timeout=60)
+    instead = f"or use --{recipe.source} with a copy of yours"
     for name, urls in addresses.items():
-        for number, url in enumerate(urls):
+        known, is_gz = recipe.files[name], name.endswith(".gz")
+        for url in urls:
             try:
                 print(f"downloading {url}", flush=True)
-                known = recipe.files.get(name) if check else None
-                path = Path(pooch.retrieve(url, known, fname=name, path=folder, downloader=get))
+                path = Path(pooch.retrieve(url, None if is_gz else known, fname=name, path=folder, downloader=get))
                 break
-            except ValueError as error:  # another SHA-256; pooch has removed it
-                if "hash" not in str(error):  # no address
-                    raise UserError(f"--url {url}: {error}") from error
-                raise UserError(f"{url} is not the file that this script knows, by its SHA-256: --no-checksum "
-                                f"accepts it, or use {instead} with a copy of yours") from error
+            except ValueError as error:  # another SHA-256, or no address
+                raise UserError(f"{url}: {error}; choose another --url, {instead}") from error
             except (requests.RequestException, OSError) as error:
-                if number == len(urls) - 1:
-                    raise UserError(f"could not download {url} ({type(error).__name__}): run it again, or use "
-                                    f"{instead} with what you already have") from error
-                print(f"WARNING: could not download {url}: trying the next address", file=sys.stderr)
-        try:
-            refuse_web_page(path, f"{url} (as downloaded)")
-            wanted = recipe.texts.get(name.removesuffix(".gz"))
-            if wanted and check and sha256(path, uncompressed=True) != wanted:
-                raise UserError(f"{url} is not the text that this script knows: --no-checksum accepts it")
-        except (UserError, *UNREADABLE, OSError) as error:
-            path.unlink(missing_ok=True)  # or the next run would find it
-            raise error if isinstance(error, UserError) else UserError(
-                f"{url}, as downloaded, is corrupt or cut short: run it again, or use {instead}") from error
+                print(f"WARNING: could not download {url} ({type(error).__name__})", file=sys.stderr)
+        else:
+            raise UserError(f"could not download {name}: run it again, {instead}")
+        refuse_web_page(path, url)
+        with readable(url):
+            if is_gz and sha256(path, uncompressed=True) != known:
+                raise UserError(f"{url} is not the text that this script knows: choose another --url, {instead}")
     return folder if recipe.source == "from" else path
 
 
@@ -403,18 +364,24 @@ def take(source: Path, wanted: list[str]) -> None:
     """
     targets = {Path(target): [name or Path(target).name for name in names.split(",")]
                for target, _, names in (word.partition("=") for word in wanted)}
+    with readable(source), opened(source) as members:
+        found = {target: next(filter(members.__contains__, names), None) for target, names in targets.items()}
+        missing = [targets[target][0] for target, name in found.items() if name is None]
+        if missing:
+            has = ", ".join(sorted(members)[:3]) or "nothing"
+            raise UserError(f"{source} lacks {', '.join(missing)} (it has {has} …): put a good copy in its place")
+        for target, name in found.items():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with members[name]() as file, target.open("wb") as copy:
+                shutil.copyfileobj(file, copy, 1 << 20)
+            check_text(target, f"{source}: {name}")
+
+
+@contextmanager
+def readable(source: object) -> Iterator[None]:
+    """Raise UserError where a file turns out to be damaged."""
     try:
-        with opened(source) as members:
-            found = {target: next(filter(members.__contains__, names), None) for target, names in targets.items()}
-            missing = [targets[target][0] for target, name in found.items() if name is None]
-            if missing:
-                has = ", ".join(sorted(members)[:3]) or "nothing"
-                raise UserError(f"{source} lacks {', '.join(missing)} (it has {has} …): put a good copy in its place")
-            for target, name in found.items():
-                target.parent.mkdir(parents=True, exist_ok=True)
-                with members[name]() as file, target.open("wb") as copy:
-                    shutil.copyfileobj(file, copy, 1 << 20)
-                check_text(target, f"{source}: {name}")
+        yield
     except (*UNREADABLE, OSError) as error:
         if getattr(error, "errno", None) is not None:  # unlike gzip's, of damaged data
             raise

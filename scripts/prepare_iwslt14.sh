@@ -22,7 +22,7 @@ done
 "$PYTHON" "$scripts/prepare.py" take "$SOURCE" "${files[@]}"
 
 # remove markup, tokenise, keep pairs of 1 to 175 tokens and a ratio up to 1.5, lower case, subwords: some minutes
-"$PYTHON" "$scripts/iwslt14_text.py" prepare --from archive --out . --merges "$MERGES"
+"$PYTHON" "$scripts/iwslt14_text.py" --from archive --out . --merges "$MERGES"
 rm -r archive
 "$PYTHON" "$scripts/prepare.py" pairs text/{train,valid,test} --published 160239 7283 6750
 

@@ -34,18 +34,6 @@ DISTRIBUTIONS = ("torch", "fairseq", "ve-fairseq", "numpy", "entmax", "sacrebleu
 SPARSE = ("sparsemax", "entmax15", "entmax")
 
 
-def learned_parameters(state: dict[str, Tensor]) -> dict[str, dict[str, list]]:
-    """What the mappings have learned, by module, with six decimals: ``thresholds`` and ``gains``, both (order, 2), or
-    ``alpha_logits``, (heads,), or of a scale ``t``, (1,), or ``s``, (heads,).
-    """
-    learned: dict[str, dict[str, list]] = {}
-    for name, tensor in state.items():
-        module, _, parameter = name.rpartition(".")
-        if parameter in ("thresholds", "gains", "alpha_logits") or module.endswith("_attn.scale"):
-            learned.setdefault(module, {})[parameter] = tensor.double().mul(1e6).round().div(1e6).tolist()
-    return learned
-
-
 def read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
@@ -160,7 +148,6 @@ def record(folder: Path) -> dict[str, Any]:
         "settings": settings_of(cfg),
         "seed": tools.entry(cfg, best_path, "common", "seed"),
         "parameters": sum(tensor.numel() for tensor in unique_storage(best["model"])),
-        "learned": learned_parameters(best["model"]),
     }
     del best  # one checkpoint at a time: they can be large
     last = tools.read_checkpoint(last_path)

@@ -5,10 +5,11 @@
     python scripts/results_table.py runs/multi30k_de_en --samples 5000
 
 One table for each experiment, one row for each choice of mappings and settings: mean ± sample standard deviation over
-seeds (with n − 1; none for one seed). A row names the settings in which it differs from most runs. For translation,
-sacrebleu's paired bootstrap (Koehn 2004) compares each run with softmax with the same seed: p is the share of
-resampled test sets with at least this difference if both were equally good. ε-perplexity, of a sparse vocabulary, is
-another quantity than perplexity: it has columns of its own, and no difference.
+seeds (with n − 1; none for one seed). A row names options of mappings that are not the default, by their flags, and
+the settings in which it differs from most runs. For translation, sacrebleu's paired bootstrap (Koehn 2004) compares
+each run with softmax with the same seed: p is the share of resampled test sets with at least this difference if both
+were equally good. ε-perplexity, of a sparse vocabulary, is another quantity than perplexity: it has columns of its
+own, and no difference.
 """
 
 from __future__ import annotations
@@ -17,11 +18,10 @@ import csv
 import io
 import json
 import logging
-import math
 import re
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,10 +32,17 @@ FORMAT = 2  # of run.json, as record_run.py writes it
 
 NAMES = {"softmax": "softmax", "multimax": "MultiMax", "sparsemax": "sparsemax", "entmax15": "1.5-entmax",
          "entmax": "α-entmax", "evsoftmax": "EvSoftMax", "stock": "softmax (stock fairseq)"}
-ALL_SITES = {"encoder", "decoder", "cross"}
-BOTH_TERMS = {"below", "above"}
+DEFAULTS = {
+    "mapping_options": "", "attention_mapping_sites": "cross,decoder,encoder", "attention_scale": "none",
+    "multimax_order": 2, "multimax_terms": "above,below", "multimax_init": "normal", "modulator_lr_scale": 1.0,
+    "entmax_alpha": None,  # this one is always named
+}  # fmt: skip
 BASELINE = "softmax"
 KINDS = {"bleu": "BLEU, {}", "perplexity": "{}", "epsilon_perplexity": "{}, ε-perplexity"}  # names of columns
+# What a run.json has to have, and the scores in it.
+ENTRIES = {"experiment": str, "seed": int, "updates": int, "is_complete": bool, "mapping": dict, "settings": dict,
+           "validation": dict, "scores": dict}
+ENTRIES_OF_BLEU = {"bleu": float, "signature": str, "hypotheses": str, "references": str}
 
 
 @dataclass
@@ -79,26 +86,13 @@ class Run:
 
 
 def name_of_mapping(mapping: dict[str, Any]) -> str:
-    """The name of a choice of mappings of settings.py, without its defaults: ``MultiMax, order 1``."""
+    """The name of a choice of mappings of settings.py: ``MultiMax, multimax_order 1``."""
     attention, output = mapping["attention_mapping"], mapping.get("output_mapping", "softmax")
     name = NAMES.get(attention, attention)
-    alpha = mapping.get("entmax_alpha")
-    alpha = ", α learned" if alpha == "learned" else f", α = {alpha}"
-    name += alpha if attention == "entmax" else ""
-    name += f" ({mapping['mapping_options']})" if mapping.get("mapping_options") else ""
-    sites = set(mapping.get("attention_mapping_sites", ",".join(ALL_SITES)).split(","))
-    name += "" if ALL_SITES <= sites else f", {' and '.join(sorted(sites))} only"
-    scale = mapping.get("attention_scale", "none")
-    name += {"none": "", "learned": ", learned temperature", "log-length": ", times log n"}.get(scale, f", {scale}")
-    terms = mapping.get("multimax_terms", ",".join(BOTH_TERMS)).split(",")
-    name += "" if mapping.get("multimax_order", 2) == 2 else f", order {mapping['multimax_order']}"
-    name += "" if set(terms) == BOTH_TERMS else f", only {terms[0]}"
-    name += "" if mapping.get("multimax_init", "normal") == "normal" else f", {mapping['multimax_init']} at the start"
-    lr_scale = mapping.get("modulator_lr_scale", 1)
-    name += "" if lr_scale == 1 else f", {lr_scale:g} × the learning rate"
-    if output != "softmax":
-        name += f"; {NAMES.get(output, output)}{alpha if output == 'entmax' else ''} of the vocabulary"
-    return name
+    for key, default in DEFAULTS.items():
+        value = mapping.get(key, default)
+        name += "" if value == default else f", {key} {value}"
+    return name if output == "softmax" else f"{name}; {NAMES.get(output, output)} of the vocabulary"
 
 
 def name_rows(runs: list[Run]) -> None:
@@ -120,32 +114,16 @@ def as_text(value: Any) -> str:
     return ",".join(map(str, value)) if isinstance(value, list) else "none" if value is None else str(value)
 
 
-def check_record(record: dict[str, Any]) -> None:
-    """Raise ValueError if the contents of a run.json lack an entry, or one is not what it should be."""
+def check_entries(found: Any, kinds: dict[str, type]) -> None:
+    """Raise ValueError if an entry is missing, empty or of another type."""
+    for name, kind in kinds.items():
+        value = found.get(name)
+        if not isinstance(value, (int, float) if kind is float else kind) or value == "":
+            raise ValueError(f"{name} is {repr(value)[:60]}")
 
-    def check(entries: dict[str, Any], where: str, **are_right: Callable[[Any], bool]) -> None:
-        for name, is_right in are_right.items():
-            if not is_right(entries.get(name)):
-                raise ValueError(f"{where}{name} is {repr(entries[name])[:60] if name in entries else 'nothing'}")
 
-    def number(least: float, most: float = math.inf) -> Callable[[Any], bool]:
-        return lambda value: type(value) in (int, float) and least <= value <= most and math.isfinite(value)
-
-    def a(kind: type) -> Callable[[Any], bool]:
-        return lambda value: type(value) is kind and (value or kind is not str)
-
-    def is_file_name(value: Any) -> bool:
-        return a(str)(value) and Path(value).name == value
-
-    check(record, "", format=lambda value: value == FORMAT, experiment=a(str), seed=a(int), updates=number(1),
-          mapping=a(dict), settings=a(dict), is_complete=a(bool), scores=lambda value: a(dict)(value) and value,
-          validation=lambda value: a(dict)(value) and number(1)(value.get("ppl", 1)))
-    for name, score in record["scores"].items():
-        if kind_of(score) == "bleu":
-            check(score, f"{name}: ", bleu=number(0, 100), signature=lambda value: str(value).startswith("BLEU|"),
-                  hypotheses=is_file_name, references=is_file_name)
-        else:
-            check(score, f"{name}: ", **{kind_of(score): number(1)}, tokens=number(1), output=is_file_name)
+def refuse(constant: str) -> None:
+    raise ValueError(f"there is {constant} in it")
 
 
 def load_run(path: Path) -> Run:
@@ -155,8 +133,16 @@ def load_run(path: Path) -> Run:
         UserError: something is missing, damaged, or no number; or the translations are not those that were scored.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        check_record(content)
+        content = json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)  # NaN, Infinity
+        if content.get("format") != FORMAT:
+            raise ValueError(f"format is {content.get('format')}")
+        check_entries(content, ENTRIES)
+        if not content["scores"]:
+            raise ValueError("it has no scores")
+        for score in content["scores"].values():
+            kind = kind_of(score)
+            check_entries(score, ENTRIES_OF_BLEU if kind == "bleu" else {kind: float, "tokens": int, "output": str})
+        check_entries({"ppl": 1, **content["validation"]}, {"ppl": float})
         name_of_mapping(content["mapping"])
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
@@ -188,19 +174,10 @@ def check_bleu(run: Run, which: str) -> None:
 
 
 def metric(signature: str, **options: Any):
-    """sacrebleu's BLEU for a signature such as ``BLEU|nrefs:1|case:lc|eff:no|tok:13a|smooth:exp|version:2.6.0``.
-
-    Raises:
-        UserError: sacrebleu has no such BLEU.
-    """
+    """sacrebleu's BLEU, as score_translation.py computes it: ``BLEU|nrefs:1|case:lc|eff:no|tok:13a|smooth:exp|…``."""
     from sacrebleu.metrics import BLEU
 
-    parts = dict(part.partition(":")[::2] for part in signature.split("|")[1:])
-    try:
-        return BLEU(lowercase=parts["case"] == "lc", tokenize=parts["tok"], smooth_method=parts["smooth"],
-                    effective_order=parts["eff"] == "yes", **options)
-    except (KeyError, AssertionError, ValueError) as error:
-        raise UserError(f"{signature} is no signature that sacrebleu knows: evaluate again") from error
+    return BLEU(lowercase="|case:lc|" in signature, **options)
 
 
 def load_runs(folders: list[Path]) -> dict[str, list[Run]]:
@@ -254,42 +231,26 @@ def p_values(runs: list[Run], which: str, samples: int) -> dict[tuple[str, int],
     """
     from sacrebleu.significance import PairedTest
 
-    by_seed: dict[int, list[Run]] = defaultdict(list)
-    for run in runs:
-        if which in run.content["scores"]:
-            by_seed[run.seed].append(run)
     found = {}
-    for seed, group in by_seed.items():
-        ordered = sorted(group, key=lambda run: run.row != BASELINE)
-        others = ordered[1:]
-        if ordered[0].row != BASELINE or not others:
+    scored = [run for run in runs if which in run.content["scores"]]
+    for softmax in (run for run in scored if run.row == BASELINE):
+        others = [run for run in scored if run.seed == softmax.seed and run is not softmax]
+        if not others:
             continue
-        references = ordered[0].lines(which, "references")
-        signature = ordered[0].content["scores"][which]["signature"]
+        references, signature = softmax.lines(which, "references"), softmax.content["scores"][which]["signature"]
         for run in others:
             if run.lines(which, "references") != references:
-                raise UserError(f"{run.folder} and {ordered[0].folder} have different references")
+                raise UserError(f"{run.folder} and {softmax.folder} have different references")
             if run.content["scores"][which]["signature"] != signature:
-                raise UserError(f"{run.folder} and {ordered[0].folder} are scored in different ways")
-        systems = [(f"{number}", run.lines(which, "hypotheses")) for number, run in enumerate(ordered)]
+                raise UserError(f"{run.folder} and {softmax.folder} are scored in different ways")
+        systems = [(f"{number}", run.lines(which, "hypotheses")) for number, run in enumerate([softmax, *others])]
         # references=None: the test uses the metric's references, tokenised once
         metrics = {"BLEU": metric(signature, references=[references])}
         test = PairedTest(systems, metrics, references=None, test_type="bs", n_samples=samples)
         for run, (_, lines), result in zip(others, systems[1:], test()[1]["BLEU"][1:]):
             # the test counts resampled differences above the real one; equal translations have none, so p would be 0
-            found[run.row, seed] = 1.0 if lines == systems[0][1] else result.p_value
+            found[run.row, run.seed] = 1.0 if lines == systems[0][1] else result.p_value
     return found
-
-
-def in_order(rows: Iterable[str]) -> list[str]:
-    """softmax first, then in the order of NAMES, then registered mappings."""
-    names = list(NAMES.values())
-
-    def place(row: str) -> int:
-        name = row.split(",")[0].split(";")[0]
-        return names.index(name) if name in names else len(names)
-
-    return sorted(rows, key=lambda row: (row != BASELINE, place(row), row))
 
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:
@@ -340,7 +301,7 @@ def table(runs: list[Run], samples: int, form: str) -> str:
     p = p_values(runs, "best", samples) if ("best", "bleu") in scores else {}
     header += ["p against softmax"] if p else []
     body = []
-    for row in in_order(by_row):
+    for row in sorted(by_row, key=lambda row: (not row.startswith(BASELINE), row)):
         group = by_row[row]
         cells = [row, " ".join(str(run.seed) for run in group)]
         validation = [run.content["validation"].get("ppl") for run in group]

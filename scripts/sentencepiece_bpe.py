@@ -1,11 +1,10 @@
 #!/usr/bin/env python
-"""Learn a SentencePiece BPE vocabulary, and turn text into its pieces and back.
+"""Learn a SentencePiece BPE vocabulary, and turn text into its pieces.
 
     python scripts/sentencepiece_bpe.py train --model FILE --vocab-size 8000 TEXT [TEXT ...]
     python scripts/sentencepiece_bpe.py encode --model FILE < text > pieces
-    python scripts/sentencepiece_bpe.py decode --model FILE < pieces > text
 
-`encode` and `decode` work line by line. A decoded line equals the encoded line up to white space and Unicode
+`encode` works line by line. A decoded line equals the encoded line up to white space and Unicode
 compatibility forms (SentencePiece's default normalisation, nmt_nfkc).
 """
 
@@ -73,7 +72,7 @@ def decoder(model: Path) -> Callable[[str], str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["train", "encode", "decode"])
+    parser.add_argument("command", choices=["train", "encode"])
     parser.add_argument("texts", type=Path, nargs="*", metavar="TEXT", help="to learn from, one sentence a line")
     parser.add_argument("--model", type=Path, required=True, help="the file to write or to read")
     parser.add_argument("--vocab-size", type=int, default=8000, help="default: %(default)s pieces")
@@ -82,10 +81,10 @@ def main() -> None:
         if args.command == "train":
             train(args.texts, args.model, args.vocab_size)
             return
-        convert = (encoder if args.command == "encode" else decoder)(args.model)
+        encode = encoder(args.model)
         sys.stdout.reconfigure(encoding="utf-8", newline="\n", line_buffering=True)
         for line in sys.stdin.buffer:
-            print(convert(line.decode("utf-8")))
+            print(encode(line.decode("utf-8")))
     except (OSError, RuntimeError, ValueError) as error:  # no file; no model; not UTF-8, bad size
         sys.exit(f"ERROR: sentencepiece_bpe.py {args.command}: {error}")
 

@@ -423,12 +423,12 @@ def test_a_report_is_replaced_when_asked_and_a_failure_leaves_nothing(checkpoint
 def test_models_that_differ_in_their_sites(checkpoints, corpus, tmp_path):
     """One has no cross-attention; its decoder attends to source and target together, so it has no rollout there."""
     names = "cross-layer1,decoder-layer1,cross-rollout,encoder-rollout".split(",")
-    analyze([checkpoints["multimax"], checkpoints["no-cross"]], corpus / "data-bin", tmp_path / "out", "--show", 1,
+    analyze([checkpoints["multimax"], checkpoints["no-cross"]], corpus / "data-bin", tmp_path / "out", "--show", 0,
             "--labels", "l" * 300, "no $cross",
-            "--figures", ",".join(["sparsity*,over*,*modulators", *(f"sentence1-{name}" for name in names)]))
+            "--figures", ",".join(["sparsity*,over*,*modulators", *(f"sentence0-{name}" for name in names)]))
     sites = [{row["site"] for row in model["heads"]} for (model,) in read(tmp_path / "out")["models"].values()]
     assert sites == [{"encoder", "decoder", "cross"}, {"encoder", "decoder"}]
-    rows = {name: table(tmp_path / "out" / "figures" / f"sentence1-{name}.csv") for name in names}
+    rows = {name: table(tmp_path / "out" / "figures" / f"sentence0-{name}.csv") for name in names}
     models = {name: len({row["model"] for row in of_name}) for name, of_name in rows.items()}
     assert models == {"cross-layer1": 1, "decoder-layer1": 2, "cross-rollout": 1, "encoder-rollout": 2}
     keys = {(name, model): [row["key"] for row in where(rows[name], model=model, head="1", row="0")]

@@ -84,31 +84,9 @@ def test_cleaning(module):
     assert not module.is_clean("x" * 1001, "y") and not module.is_clean("x", f"y {'z' * 1001}")
 
 
-# ---------------------------------------------------------------------- the published files
-
-
-def test_training_sentences(module, tmp_path):
-    path = tmp_path / "train.tags.de-en.de"
-    path.write_text("<url>http://www.ted.com/talks/1</url>\n<keywords>talks</keywords>\n<talkid>1</talkid>\n"
-                    "<title>Der Titel: ein Test</title>\n<description>Eine <b>Beschreibung</b></description>\n"
-                    "Ein Satz\u2028mit zwei Zeilen.\r\n\n Ein <url> mitten im Satz\nDer letzte Satz")
-    assert list(module.training_sentences(path)) == [
-        "Der Titel: ein Test", "Eine <b>Beschreibung</b>", "Ein Satz\u2028mit zwei Zeilen.\r", "", "Der letzte Satz"]
-
-
-def test_lines_end_at_newlines_and_are_utf8(module, tmp_path):
-    path = tmp_path / "text"
-    path.write_bytes("a\u2028b\rc\x85d\n\nlast".encode())
-    assert list(module.read_lines(path)) == ["a\u2028b\rc\x85d", "", "last"]
-    path.write_bytes("gut\nStraße\n".encode("latin-1"))
-    with pytest.raises(ValueError, match=r"text is not UTF-8 \(the first bad line is number 2\)"):
-        list(module.read_lines(path))
-
-
 def test_no_text_is_an_error(module, tmp_path):
-    (tmp_path / "empty").write_text("")
     with pytest.raises(ValueError, match="no training text is left"):
-        module.learn_codes([tmp_path / "empty"], tmp_path / "codes", 10)
+        module.learn_codes([], tmp_path / "codes", 10)
 
 
 # ---------------------------------------------------------------------- encode and decode
@@ -116,10 +94,9 @@ def test_no_text_is_an_error(module, tmp_path):
 
 @pytest.fixture(scope="module")
 def codes(module, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("codes")
-    (folder / "text").write_text("der hund läuft über die straße , die alte straße .\n" * 3)
-    module.learn_codes([folder / "text"], folder / "codes", 20)
-    return folder / "codes"
+    path = tmp_path_factory.mktemp("codes") / "codes"
+    module.learn_codes(["der hund läuft über die straße , die alte straße ."] * 3, path, 20)
+    return path
 
 
 def test_a_sentence_becomes_subwords_of_lower_case_tokens_and_comes_back(module, codes):

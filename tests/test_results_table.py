@@ -14,35 +14,30 @@ from conftest import call, load_script, rows_of, run
 from sacrebleu.metrics import BLEU
 
 SIGNATURE = "BLEU|nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:2.6.0"
-DEFAULT = {"attention_mapping": "multimax", "attention_mapping_sites": "encoder,decoder,cross",
-           "output_mapping": "softmax", "multimax_order": 2, "multimax_terms": "below,above",
+DEFAULT = {"attention_mapping": "multimax", "attention_mapping_sites": "cross,decoder,encoder",
+           "output_mapping": "softmax", "multimax_order": 2, "multimax_terms": "above,below",
            "multimax_init": "normal", "entmax_alpha": "1.5"}
 WORDS = "a the dog cat man woman runs sleeps sees red small street house in on near and with quickly today".split()
 
 
-def sentences(number, seed):
-    rng = random.Random(seed)
-    return [" ".join(rng.choices(WORDS, k=rng.randint(6, 14))) for _ in range(number)]
-
-
-REFERENCES = sentences(120, 0)
+DRAW = random.Random(0)
+REFERENCES = [" ".join(DRAW.choices(WORDS, k=DRAW.randint(6, 14))) for _ in range(120)]
 
 
 def translations(errors, seed):
     """The references with a share of their words replaced: a system of about that quality."""
     rng = random.Random(seed)
-    return [
-        " ".join(rng.choice(WORDS) if rng.random() < errors else word for word in line.split()) for line in REFERENCES
-    ]
+    return [" ".join(rng.choice(WORDS) if rng.random() < errors else word for word in line.split())
+            for line in REFERENCES]
 
 
 def write_run(folder, seed=1, hypotheses=None, references=REFERENCES, perplexities=None, updates=100,
               experiment="iwslt14_de_en", signature=SIGNATURE, settings=(), kind="perplexity", **mapping):
     """A folder as a run leaves it; returns its BLEU."""
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     scores = {}
     if hypotheses:
-        bleu = round(BLEU().corpus_score(hypotheses, [references]).score, 2)
+        bleu = round(BLEU(lowercase="|case:lc|" in signature).corpus_score(hypotheses, [references]).score, 2)
         scores["best"] = {"bleu": bleu, "signature": signature, "details": "", "hypotheses": "best.hypotheses",
                           "references": "best.references"}
         (folder / "best.hypotheses").write_text("\n".join(hypotheses) + "\n")
@@ -51,7 +46,8 @@ def write_run(folder, seed=1, hypotheses=None, references=REFERENCES, perplexiti
         scores[name] = {kind: perplexity, "tokens": 1000, "output": f"{name}.eval"}
         (folder / f"{name}.eval").write_text(f"Loss (base 2): 1.0, Perplexity: {perplexity:.2f}\n")
     record = {"format": 2, "experiment": experiment, "scores": scores, "seed": seed, "is_complete": True,
-              "updates": updates, "validation": {"ppl": 5.0 + seed}, "mapping": {**DEFAULT, **mapping},
+              "updates": updates, "validation": {"ppl": 5.0 + seed},
+              "mapping": load_script("settings").mapping_of({**DEFAULT, **mapping}),
               "settings": {"lr": [0.003], **dict(settings)}}
     (folder / "run.json").write_text(json.dumps(record))
     return scores["best"]["bleu"] if hypotheses else None
@@ -65,29 +61,21 @@ def results_table(*arguments, check=True):
 def translation(tmp_path_factory):
     """Two systems with three seeds each, and one with a single seed: (folder, BLEU by system)."""
     folder = tmp_path_factory.mktemp("runs")
-    bleu = {
-        name: [
-            write_run(folder / f"{name}-{seed}", seed, translations(errors, f"{name}{seed}"), attention_mapping=name)
-            for seed in seeds
-        ]
-        for name, errors, seeds in (
-            ("multimax", 0.10, (1, 2, 3)),
-            ("softmax", 0.12, (1, 2, 3)),
-            ("evsoftmax", 0.4, (2,)),
-        )
+    systems = {"multimax": (0.10, (1, 2, 3)), "softmax": (0.12, (1, 2, 3)), "evsoftmax": (0.4, (2,))}
+    return folder, {
+        name: [write_run(folder / f"{name}-{seed}", seed, translations(errors, f"{name}{seed}"),
+                         attention_mapping=name) for seed in seeds]
+        for name, (errors, seeds) in systems.items()
     }
-    return folder, bleu
 
 
 def test_mean_and_standard_deviation_over_seeds(translation):
     folder, bleu = translation
     rows = rows_of(results_table(folder).stdout)
-    assert list(rows) == ["mapping", "softmax", "MultiMax", "EvSoftMax"]
+    assert list(rows) == ["mapping", "softmax", "EvSoftMax", "MultiMax"]
     column = rows["mapping"].index("BLEU, best")
     for name, values in (("softmax", bleu["softmax"]), ("MultiMax", bleu["multimax"])):
-        mean = sum(values) / 3
-        deviation = (sum((value - mean) ** 2 for value in values) / 2) ** 0.5
-        assert rows[name][column] == f"{mean:.2f} ± {deviation:.2f}"
+        assert rows[name][column] == f"{statistics.fmean(values):.2f} ± {statistics.stdev(values):.2f}"
         assert rows[name][0] == "1 2 3" and rows[name][1] == "7.00 ± 1.00"  # perplexities 6, 7, 8
     assert rows["EvSoftMax"][column] == f"{bleu['evsoftmax'][0]:.2f}"  # one seed has no deviation
     differences = [multimax - softmax for multimax, softmax in zip(bleu["multimax"], bleu["softmax"])]
@@ -124,48 +112,45 @@ def test_the_bootstrap_is_sacrebleus(translation, tmp_path):
             expected.append(json.loads(result.stdout)[1]["BLEU"]["p_value"])
         assert rows[row][column].split() == [f"{p:.3f}" for p in expected]
     assert float(rows["EvSoftMax"][column]) < 0.05  # four times as many errors, over 120 sentences
-
-
-def test_the_same_translations_do_not_differ(tmp_path):
-    """sacrebleu by itself gives them the smallest p that there is."""
-    for name in ("softmax", "stock"):
+    for name in ("softmax", "stock"):  # sacrebleu by itself gives the same translations the smallest p that there is
         write_run(tmp_path / name, hypotheses=translations(0.1, 1), attention_mapping=name)
-    rows = rows_of(results_table(tmp_path).stdout)
-    assert rows["softmax (stock fairseq)"][rows["mapping"].index("p against softmax")] == "1.000"
+    assert rows_of(results_table(tmp_path).stdout)["softmax (stock fairseq)"][column] == "1.000"
 
 
 def test_perplexities_of_language_models(tmp_path):
+    """ε-perplexity is another quantity: it has a column of its own, and is not subtracted."""
     for seed, value in ((1, 29.0), (2, 30.0)):
         write_run(tmp_path / f"a{seed}", seed, experiment="wikitext103", attention_mapping="softmax",
                   perplexities={"test, context 400": value, "test, context 0": value + 5})
     write_run(tmp_path / "b", 1, experiment="wikitext103", output_mapping="multimax",
               perplexities={"test, context 400": 28.5, "test, context 0": 33.25})
-    rows = rows_of(results_table(tmp_path).stdout)
-    assert rows["mapping"][2:] == ["test, context 400", "test, context 0", "test, context 400 − softmax's"]
-    assert rows["softmax"][2:] == [f"29.50 ± {statistics.stdev((29, 30)):.2f}", "34.50 ± 0.71", "–"]
-    assert rows["MultiMax; MultiMax of the vocabulary"][2:] == ["28.50", "33.25", "−0.50"]  # of seed 1
+    write_run(tmp_path / "c", 1, experiment="wikitext103", output_mapping="entmax15", kind="epsilon_perplexity",
+              perplexities={"test, context 400": 55.5, "test, context 0": 58.25})
+    rows = {name: cells[2:] for name, cells in rows_of(results_table(tmp_path).stdout).items()}
+    assert rows == {
+        "mapping": ["test, context 400", "test, context 0", "test, context 400, ε-perplexity",
+                    "test, context 0, ε-perplexity", "test, context 400 − softmax's"],
+        "softmax": ["29.50 ± 0.71", "34.50 ± 0.71", "–", "–", "–"],
+        "MultiMax; MultiMax of the vocabulary": ["28.50", "33.25", "–", "–", "−0.50"],  # of seed 1
+        "MultiMax; 1.5-entmax of the vocabulary": ["–", "–", "55.50", "58.25", "–"],
+    }
 
 
 @pytest.mark.parametrize("mapping, name", [
     ({}, "MultiMax"),
-    ({"multimax_order": 1, "multimax_terms": "above"}, "MultiMax, order 1, only above"),
-    ({"attention_mapping_sites": "encoder,cross"}, "MultiMax, cross and encoder only"),
-    ({"attention_mapping_sites": "cross,decoder,encoder", "multimax_terms": "above,below"}, "MultiMax"),
-    ({"multimax_init": "identity"}, "MultiMax, identity at the start"),
-    ({"attention_mapping": "softmax", "multimax_order": 1, "entmax_alpha": "learned"}, "softmax"),
-    ({"attention_mapping": "softmax", "attention_scale": "learned"}, "softmax, learned temperature"),
-    ({"attention_mapping": "softmax", "attention_scale": "learned", "attention_mapping_sites": "decoder"},
-     "softmax, decoder only, learned temperature"),
-    ({"attention_mapping": "softmax", "attention_mapping_sites": "decoder"}, "softmax"),
+    ({"multimax_order": 1, "multimax_terms": "above"}, "MultiMax, multimax_order 1, multimax_terms above"),
+    ({"attention_mapping_sites": "encoder,cross"}, "MultiMax, attention_mapping_sites cross,encoder"),
+    ({"attention_mapping_sites": "cross,encoder,decoder", "multimax_terms": "above,below"}, "MultiMax"),
     ({"multimax_init": "shaped", "modulator_lr_scale": 10.0},
-     "MultiMax, shaped at the start, 10 × the learning rate"),
+     "MultiMax, multimax_init shaped, modulator_lr_scale 10.0"),
+    ({"attention_mapping": "softmax", "multimax_order": 1, "entmax_alpha": "learned"}, "softmax"),
+    ({"attention_mapping": "softmax", "attention_mapping_sites": "decoder"}, "softmax"),
+    ({"attention_mapping": "softmax", "attention_scale": "learned", "attention_mapping_sites": "decoder"},
+     "softmax, attention_mapping_sites decoder, attention_scale learned"),
     ({"attention_mapping": "softmax", "output_mapping": "multimax"}, "softmax; MultiMax of the vocabulary"),
-    ({"attention_mapping": "entmax", "entmax_alpha": "learned"}, "α-entmax, α learned"),
-    ({"attention_mapping": "entmax"}, "α-entmax, α = 1.5"),
-    ({"attention_mapping": "sparsemax", "multimax_order": 1}, "sparsemax"),
+    ({"attention_mapping": "entmax"}, "α-entmax, entmax_alpha 1.5"),
     ({"attention_mapping": "stock"}, "softmax (stock fairseq)"),
-    ({"attention_mapping": "topk_softmax", "mapping_options": "k=4", "attention_mapping_sites": "encoder"},
-     "topk_softmax (k=4), encoder only"),
+    ({"attention_mapping": "topk_softmax", "mapping_options": "k=4"}, "topk_softmax, mapping_options k=4"),
 ])
 def test_a_row_is_named_after_what_is_not_the_default(mapping, name):
     """Options without effect, such as an order beside softmax, are no part of what a run was."""
@@ -181,23 +166,17 @@ def test_runs_that_differ_in_a_setting_are_two_rows_that_say_in_what(tmp_path):
         write_run(tmp_path / f"c{seed}", seed, translations(0.1, seed), attention_mapping="softmax")
     write_run(tmp_path / "own", 1, translations(0.3, 1), attention_mapping="topk_softmax", mapping_options="k=4")
     rows = rows_of(results_table(tmp_path).stdout)
-    assert list(rows) == ["mapping", "softmax", "MultiMax", "MultiMax, fp16 True, lr 0.001", "topk_softmax (k=4)"]
+    assert list(rows) == ["mapping", "softmax", "MultiMax", "MultiMax, fp16 True, lr 0.001",
+                          "topk_softmax, mapping_options k=4"]
     assert [cells[0] for cells in rows.values()] == ["seeds", "1 2", "1 2", "1 2", "1"]
     unfinished = json.loads((tmp_path / "a1" / "run.json").read_text()) | {"is_complete": False, "updates": 50}
     (tmp_path / "a1" / "run.json").write_text(json.dumps(unfinished))
     assert rows_of(results_table(tmp_path).stdout)["MultiMax, stopped after 50 updates"][0] == "1"
 
 
-def test_epsilon_perplexity_has_a_column_of_its_own_and_no_difference(tmp_path):
-    """155.80 and 308.86 are two quantities: neither is subtracted from the other."""
-    write_run(tmp_path / "a", experiment="lm", perplexities={"test, context 128": 155.8}, attention_mapping="softmax")
-    write_run(tmp_path / "b", experiment="lm", perplexities={"test, context 128": 308.86}, kind="epsilon_perplexity",
-              output_mapping="entmax15")
-    text = results_table(tmp_path).stdout
-    rows = rows_of(text)
-    assert rows["mapping"][2:4] == ["test, context 128", "test, context 128, ε-perplexity"]
-    assert rows["softmax"][2:4] == ["155.80", "–"]
-    assert rows["MultiMax; 1.5-entmax of the vocabulary"][2:] == ["–", "308.86", "–"] and "153" not in text
+def test_case_counts_if_the_signature_says_so(tmp_path):
+    write_run(tmp_path, hypotheses=[line.upper() for line in REFERENCES], signature=SIGNATURE.replace("mixed", "lc"))
+    assert rows_of(results_table(tmp_path).stdout)["MultiMax"][2] == "100.00"
 
 
 def test_formats(translation):
@@ -260,14 +239,12 @@ def of_hypotheses(content):
     (of_hypotheses(b"\xff\n" * 120), "multimax/best.hypotheses is damaged: it is not UTF-8"),
     (lambda run: (run / "run.json").write_text("{"), "is not, or no longer, a file of record_run.py"),
     (of_record(lambda record, _: record.update(format=1)), "a file of record_run.py (format is 1)"),
-    (of_record(lambda record, _: record.update(scores={})), "(scores is {})"),
-    (of_record(lambda _, best: best.update(bleu=float("nan"))), "(best: bleu is nan)"),
-    (of_record(lambda _, best: best.pop("bleu")), "(best: perplexity is nothing)"),
-    (of_record(lambda _, best: best.update(hypotheses="../softmax/best.hypotheses")),
-     "(best: hypotheses is '../softmax"),
-    (of_record(lambda record, _: record.pop("seed")), "(seed is nothing)"),
-    (of_record(lambda record, _: record["mapping"].update(multimax_terms=3)), "record_run.py ('int' object has"),
-    (of_record(lambda record, _: record["validation"].update(ppl=float("inf"))), "(validation is {'ppl': inf})"),
+    (of_record(lambda record, _: record.update(scores={})), "(it has no scores)"),
+    (of_record(lambda _, best: best.update(bleu=float("nan"))), "(there is NaN in it)"),
+    (of_record(lambda _, best: best.pop("bleu")), "(perplexity is None)"),
+    (of_record(lambda record, _: record.pop("seed")), "(seed is None)"),
+    (of_record(lambda record, _: record["mapping"].clear()), "('attention_mapping')"),
+    (of_record(lambda record, _: record["validation"].update(ppl=float("inf"))), "(there is Infinity in it)"),
 ])
 def test_a_faulty_folder_is_an_error_that_names_it(fault, message, tmp_path):
     write_run(tmp_path / "softmax", hypotheses=translations(0.1, 1), attention_mapping="softmax")

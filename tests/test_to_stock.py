@@ -4,27 +4,21 @@ import re
 
 import pytest
 import torch
-from conftest import PLUGIN, TINY, TINY_LM, call, run
+from conftest import PLUGIN, TINY, call, run, save_checkpoint
 
-TRAINING = [
-    *("--user-dir", PLUGIN, "--optimizer", "adam", "--lr", "1e-2", "--max-tokens", 2000, "--cpu", "--num-workers", 0),
-    *("--criterion", "chunked_cross_entropy", "--no-epoch-checkpoints"),
-]
 # Checkpoints of fairseq hold an argparse.Namespace, which torch ≥ 2.6 loads with the plugin's help or this only.
 TRUSTED = {"TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "1"}
-
-
-def train(data, folder, *options):
-    run("fairseq-train", data, *TRAINING, *options, "--save-dir", folder)
-    return folder / "checkpoint_last.pt"
 
 
 @pytest.fixture(scope="module")
 def translation(corpus, tmp_path_factory):
     """A checkpoint of a softmax model, and what to_stock.py makes of it."""
     folder = tmp_path_factory.mktemp("stock")
-    path = train(corpus / "data-bin", folder, "--arch", "multimax_transformer", *TINY,
-                 "--attention-mapping", "softmax", "--max-update", 60, "--dropout", 0)  # fmt: skip
+    path = folder / "checkpoint_last.pt"
+    run("fairseq-train", corpus / "data-bin", "--user-dir", PLUGIN, "--arch", "multimax_transformer", *TINY,
+        "--attention-mapping", "softmax", "--dropout", 0, "--criterion", "chunked_cross_entropy",
+        "--optimizer", "adam", "--lr", "1e-2", "--max-tokens", 2000, "--max-update", 60, "--cpu", "--num-workers", 0,
+        "--no-epoch-checkpoints", "--save-dir", folder)
     call("to_stock", path, "--output", folder / "stock.pt")
     return path, folder / "stock.pt"
 
@@ -46,11 +40,9 @@ def test_fairseq_translates_the_same_without_the_plugin(corpus, translation):
 
 
 @pytest.mark.slow
-def test_fairseq_validates_a_language_model_without_the_plugin(corpus, tmp_path):
-    data = corpus / "data-bin-lm"
-    path = train(data, tmp_path, "--arch", "multimax_transformer_lm", *TINY_LM, "--task", "language_modeling",
-                 "--tokens-per-sample", 32, "--attention-mapping", "softmax", "--max-update", 5)  # fmt: skip
-    stock = tmp_path / "stock.pt"
+def test_fairseq_validates_a_language_model_without_the_plugin(build, corpus, tmp_path):
+    data, stock = corpus / "data-bin-lm", tmp_path / "stock.pt"
+    path = save_checkpoint(build("multimax_transformer_lm", "--attention-mapping", "softmax"), tmp_path / "own.pt")
     call("to_stock", path, "--output", stock)
     common = [data, "--tokens-per-sample", 32, "--cpu", "--num-workers", 0, "--batch-size", 8, "--path"]
     ours = run("fairseq-eval-lm", *common, path, "--user-dir", PLUGIN)
@@ -73,13 +65,12 @@ def test_ctranslate2_translates_the_same(corpus, translation, tmp_path):
         assert [" ".join(result.hypotheses[0]) for result in results] == expected and len(expected) == size
 
 
-def test_what_fairseq_cannot_compute_is_refused(corpus, tmp_path):
+def test_what_fairseq_cannot_compute_is_refused(build, tmp_path):
     for options, named in (
         (["--attention-mapping", "sparsemax"], "--attention-mapping sparsemax"),
         (["--attention-mapping", "softmax", "--attention-scale", "learned"], "--attention-scale learned"),
     ):
-        path = train(corpus / "data-bin", tmp_path / named, "--arch", "multimax_transformer", *TINY, *options,
-                     "--max-update", 1)  # fmt: skip
+        path = save_checkpoint(build("multimax_transformer", *options), tmp_path / named / "checkpoint.pt")
         refused = call("to_stock", path, "--output", tmp_path / "stock.pt", check=False)
         assert refused.returncode == 1 and named in refused.stderr and not (tmp_path / "stock.pt").exists()
     state = torch.load(path, weights_only=False)
