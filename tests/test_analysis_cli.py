@@ -23,7 +23,7 @@ from PIL import Image
 
 from multimax_fairseq.analysis import collect, figures, metrics, page
 from multimax_fairseq.analysis.cli import main
-from multimax_fairseq.analysis.measure import Measurement
+from multimax_fairseq.analysis.measure import Measurement, common_reference
 from multimax_fairseq.mappings import MAPPINGS
 
 SENTENCES = 12
@@ -106,6 +106,11 @@ def check_numbers(numbers, rows):
 # ---------------------------------------------------------------------- numbers
 
 
+def test_one_s_for_all_models_is_the_geometric_mean_of_their_tails():
+    assert common_reference([0.01, 0.09, 0.0, None]) == pytest.approx(0.03)  # a tail of 0, and none, do not count
+    assert common_reference([0.0]) is None
+
+
 def test_numbers_of_each_head_are_means_over_single_sentences(results, collected):
     heads = results["multimax"]["heads"]
     places = {(row["site"], row["layer"], row["head"]) for row in heads}
@@ -150,7 +155,7 @@ def coefficients_of(module):
 def test_modules_and_the_scores_that_they_saw(results, document, collected, checkpoints, report):
     """Their parameters, the histogram of the scores, and σ over it: in the results and in the figure's table."""
     parameters = torch.load(checkpoints["multimax"])["model"]
-    of_figure = table(report / "figures" / "multimax-modulators.csv")
+    of_figure = table(report / "figures" / "modulators2-multimax.csv")
     for module in results["multimax"]["modules"]:
         attention = {"encoder": "encoder.layers.{}.self_attn", "decoder": "decoder.layers.{}.self_attn",
                      "cross": "decoder.layers.{}.encoder_attn"}[module["site"]].format(module["layer"])  # fmt: skip
@@ -172,7 +177,7 @@ def test_modules_and_the_scores_that_they_saw(results, document, collected, chec
         assert x == edges and y == pytest.approx(sigma, abs=1e-9)
         areas = [float(row["density"]) * (high - low) for row, low, high in zip(rows, x, x[1:])]
         assert areas == pytest.approx([count / sum(counts) for count in counts])
-    assert not any(row["sigma"] for row in drawn(document, "stock-modulators")[0])  # softmax has only the histogram
+    assert not any(row["sigma"] for row in drawn(document, "modulators1-stock")[0])  # softmax has only the histogram
     assert results["stock"]["modules"][0]["mapping"] == "softmax" and not results["stock"]["modules"][0]["learned"]
 
 
@@ -192,7 +197,8 @@ def test_alignment_error_of_a_head(shift, rows, results, collected, corpus):
     assert {row["head"] for row in results["multimax"]["alignment"]} == {"0", "1", "mean", "rollout"}
 
 
-def test_the_output_layer_of_a_language_model(checkpoints, corpus, tmp_path):
+def test_the_output_layer_of_a_language_model(checkpoints, corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(metrics, "CHUNK_SIZE", 1000)  # so rows are measured in several parts
     lm_report = analyze([checkpoints["lm"]], corpus / "data-bin-lm", tmp_path / "out", "--split", "test",
                         "--max-sentences", 6, "--max-tokens", 70, "--labels", "ours", "--show", 0)  # fmt: skip
     (model,) = json.loads((lm_report / "results.json").read_text())["models"]["ours"]
@@ -260,16 +266,16 @@ def test_a_sentence_to_be_drawn(document, collected, corpus):
 
 def test_what_is_drawn_are_the_numbers_of_the_table(report, results, document):
     rows, figure = drawn(document, "sparsity-multimodality")
+    of_file = table(report / "figures" / "sparsity-multimodality.csv")
+    heads = [(label, row) for label, model in results.items() for row in model["heads"]]
     assert [(row["model"], row["head"], row["sparsity"]) for row in rows] == [
-        (label, row["head"], row["sparsity"]) for label, model in results.items() for row in model["heads"]
+        (label, row["head"], row["sparsity"]) for label, row in heads
     ]
-    assert [float(row["sparsity"]) for row in table(report / "figures" / "sparsity-multimodality.csv")] == [
-        row["sparsity"] for row in rows
-    ]
+    assert [float(row["sparsity"]) for row in of_file] == [row["sparsity"] for _, row in heads]
     for number, axes in enumerate(figure.axes):
-        site, names = ("encoder", "decoder", "cross")[number % 3], figures.METRICS[number // 3]
+        site, names = ("encoder", "decoder", "cross")[number // 2], figures.METRICS[number % 2]
         for points, means, label in zip(axes.collections, axes.containers, results):
-            here = [row for row in rows if (row["site"], row["model"]) == (site, label)]
+            here = where(rows, site=site, model=label)
             of_model = [[row[name] for name in names] for row in here]
             assert points.get_offsets().tolist() == of_model
             assert [*zip(*means[0].get_data())] == [pytest.approx([fmean(axis) for axis in zip(*of_model)])]
@@ -293,39 +299,28 @@ def test_the_simplex_shows_what_mappings_make_of_three_scores(report, results):
     assert ends[name] == pytest.approx(reference.multimax([high, high, low], thresholds, gains), abs=0.05)
 
 
-def test_a_mapping_has_one_colour_and_names_fit(document):
-    """In whatever place, and however long names are; models with the same mapping differ in shade."""
-    first, models = figures._looks(document), document["models"]
-    long = {name: f"{name} of a long name" * 6 for name in ("multimax", "stock")}
-    turned = {**document, "models": {**{long[name]: models[name] for name in long}, "again": models["stock"]}}
-    looks = figures._looks(turned)
-    assert all(looks[long[name]]["color"] == first[name]["color"] for name in long)
-    assert looks["again"]["color"] not in [look["color"] for look in first.values()]
-    for name in ("sparsity-multimodality", "over-smoothing"):
-        for width in (8.4 / 2.54, None):
-            _, figure = drawn(turned, name, width)
-            figure.draw_without_rendering()
-            box = figure.legends[0].get_window_extent()
-            assert 0 <= box.x0 < box.x1 <= figure.bbox.width and box.y1 <= figure.bbox.height
+def test_a_mapping_has_one_colour(document):
+    """In whatever place; models with the same mapping differ in shade."""
+    models = document["models"]
+    first, turned = (figures._looks({"models": models}) for models in (
+        models, {"multimax": models["multimax"], "stock": models["stock"], "again": models["stock"]}))
+    assert all(turned[name]["color"] == first[name]["color"] for name in models)
+    assert len({look["color"] for look in turned.values()}) == 3
 
 
 def test_seeds_of_one_model_are_a_mean_with_its_deviation(document):
     seeds = copy.deepcopy(document)
-    seeds["models"]["multimax"] *= 2
-    seeds["models"]["multimax"][1] = copy.deepcopy(seeds["models"]["multimax"][0])
-    for layer in seeds["models"]["multimax"][1]["layers"]:
-        layer["mad"] += 0.1
-    for head in seeds["models"]["multimax"][1]["heads"]:
-        head["sparsity"] += 0.1
+    seeds["models"]["multimax"].append(copy.deepcopy(seeds["models"]["multimax"][0]))
+    for row in itertools.chain(*(seeds["models"]["multimax"][1][kind] for kind in ("layers", "heads"))):
+        row["mad" if "mad" in row else "sparsity"] += 0.1
     rows, figure = drawn(seeds, "over-smoothing")
-    (one, two), (lines, _, (bars,)) = (where(rows, model="multimax", side="encoder", layer=1),
-                                       figure.axes[0].containers[1])  # fmt: skip
+    one, two = where(rows, model="multimax", side="encoder", layer=1)
+    (lines, _, (bars,)) = figure.axes[0].containers[1]
     assert two["mad"] == pytest.approx(one["mad"] + 0.1)
     assert lines.get_ydata()[1] == pytest.approx(one["mad"] + 0.05)
     ends = bars.get_segments()[1][:, 1]
     assert ends[1] - ends[0] == pytest.approx(2 * 0.1 / math.sqrt(2))  # twice the standard deviation
     assert [container.has_yerr for container in figure.axes[0].containers] == [False, True]
-    assert figure.axes[0].get_title() == "encoder"
     _, figure = drawn(seeds, "sparsity-multimodality")
     across, upright = (bars.get_segments()[0] for bars in figure.axes[0].containers[1][2])
     assert [*across[1] - across[0]] == pytest.approx([2 * 0.1 / math.sqrt(2), 0])
@@ -339,14 +334,10 @@ def test_seeds_of_one_model_are_a_mean_with_its_deviation(document):
 
 def test_the_files_of_a_report(report, results):
     """Each figure as a picture of three kinds and a table; a page that needs nothing else; tables of all numbers."""
-    names = {"simplex", "over-smoothing", "sparsity-multimodality", "multimax-modulators",
+    names = {"simplex", "over-smoothing", "sparsity-multimodality", "modulators2-multimax",
              "sentence3-cross-rollout", "sentence3-cross-layer2"}  # fmt: skip
     files = {path.name for path in (report / "figures").iterdir()}
     assert files == {f"{name}.{kind}" for name in names for kind in ("png", "svg", "pdf", "csv")}
-    for name in names:
-        with Image.open(report / "figures" / f"{name}.png") as image:
-            assert image.width <= 1400  # 7 inch, the width of a page, at 200 dpi
-        ElementTree.parse(report / "figures" / f"{name}.svg")
     texts = ElementTree.parse(report / "figures" / "over-smoothing.svg").iter("{http://www.w3.org/2000/svg}text")
     assert {"stock", "multimax", "encoder"} <= {text.text for text in texts}  # text as text
     assert b"/FontFile2" in (report / "figures" / "over-smoothing.pdf").read_bytes()  # TrueType, not outlines
@@ -425,7 +416,7 @@ def test_models_that_differ_in_their_sites(checkpoints, corpus, tmp_path):
     names = "cross-layer1,decoder-layer1,cross-rollout,encoder-rollout".split(",")
     analyze([checkpoints["multimax"], checkpoints["no-cross"]], corpus / "data-bin", tmp_path / "out", "--show", 1,
             "--labels", "l" * 300, "no $cross",
-            "--figures", ",".join(["sparsity*,over*,*modulators", *(f"sentence1-{name}" for name in names)]))
+            "--figures", ",".join(["sparsity*,over*,modulators*", *(f"sentence1-{name}" for name in names)]))
     sites = [{row["site"] for row in model["heads"]} for (model,) in read(tmp_path / "out")["models"].values()]
     assert sites == [{"encoder", "decoder", "cross"}, {"encoder", "decoder"}]
     rows = {name: table(tmp_path / "out" / "figures" / f"sentence1-{name}.csv") for name in names}
@@ -465,7 +456,7 @@ def test_the_numbers_of_a_mapping_of_ones_own_are_in_the_report(monkeypatch):
     monkeypatch.setitem(MAPPINGS, "tempered", Tempered)
     measurement = Measurement(Namespace(model=torch.nn.Identity()))
     scores = torch.randn(2, 5, 4)
-    measurement._add(("cross", 0), "cross layer 1", Tempered(), scores, scores.softmax(-1))
+    measurement.add_rows(("cross", 0), "cross layer 1", Tempered(), scores, scores.softmax(-1))
     module = measurement._module(("cross", 0))
     assert module["mapping"] == "tempered" and module["learned"] == {"temperature": [0.5, 2.0]}
     (row,) = page._modules({"one's own": [{"modules": [module]}]})
@@ -505,7 +496,7 @@ def changed_data(corpus, folder, pattern, change):
     (["multimax"], None, "--labels one one", "models called 'one' differ in more than the seed"),
     ([], None, "--show 60", "--show 60: sentences 0 to 59 are analysed"),
     ([], None, "--alignments {text}/test.align", "there are 40 gold alignments for the 60 sentence pairs"),
-    ([], None, "--alignments {folder}/valid.align", "gold alignment 99-0 in line 2 is outside of its sentences"),
+    ([], None, "--alignments {folder}/valid.align", "a gold alignment in line 2 is outside of its sentences"),
     ([], None, "--alignments {folder}/absent.align", "absent.align: No such file or directory"),
     ([], None, "--out {folder}/valid.align/out", "is not a folder: choose another"),
 ])  # fmt: skip
@@ -556,9 +547,5 @@ def test_the_example(name, data, checkpoints, corpus, tmp_path, monkeypatch, cap
         assert image.width > 3 * image.height / 2
 
 
-def test_as_a_command(checkpoints, corpus, tmp_path):
-    module = [sys.executable, "-m", "multimax_fairseq.analysis"]
-    assert "--max-sentences" in run(*module, "--help", cwd=ROOT).stdout
-    result = run(*module, checkpoints["lstm"], "--data", corpus / "data-bin", "--out", tmp_path / "out",
-                 check=False, cwd=ROOT)  # fmt: skip
-    assert result.returncode == 1 and "ERROR: " in result.stderr and "Traceback" not in result.stderr
+def test_as_a_command():
+    assert "--max-sentences" in run(sys.executable, "-m", "multimax_fairseq.analysis", "--help", cwd=ROOT).stdout

@@ -5,7 +5,7 @@ from 0 in it.
 """
 
 import os
-from pathlib import Path
+from argparse import Namespace
 from statistics import geometric_mean, mean
 from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple
 from unittest.mock import patch
@@ -53,20 +53,12 @@ MOST_NUMBERS = 32  # of a parameter of a registered mapping, for a table
 Site = Tuple[str, int]  # site, layer
 
 
-def measure(
-    paths: Sequence[Path],
-    labels: Sequence[str],
-    data: Path,
-    split: str = "valid",
-    max_sentences: int = 1000,
-    max_tokens: int = 1024,
-    show: Optional[Sequence[int]] = None,
-    alignments: Optional[Path] = None,
-    subwords: Optional[str] = None,
-    cpu: bool = False,
-    progress: bool = False,
-) -> Dict[str, Any]:
-    """Run models over the same sentences of a split; what the arguments mean, ``multimax-analyze --help`` says.
+def measure(args: Namespace, labels: Sequence[str]) -> Dict[str, Any]:
+    """Run models over the same sentences of a split.
+
+    Args:
+        args: of ``multimax-analyze``, whose ``--help`` says what they mean.
+        labels: of the checkpoints.
 
     Returns:
         ``models`` has for each label a list of checkpoints, the seeds of one model.
@@ -74,12 +66,13 @@ def measure(
     Raises:
         UserError: something that the user can fix; before long work, but for scores that no trained model has.
     """
-    gold = None if alignments is None else read_alignments(alignments)
-    device = torch.device("cuda" if torch.cuda.is_available() and not cpu else "cpu")
-    loaded = [load(path, label, data, split, max_sentences, device) for path, label in zip(paths, labels)]
-    first = loaded[0]
-    there = range(min(len(model.dataset) for model in loaded))[:max_sentences]
-    indices = fitting(first.task, first.dataset, there, [model.model for model in loaded], f"the split {split!r}")
+    gold = read_alignments(args.alignments) if args.alignments else None
+    device = torch.device("cuda" if torch.cuda.is_available() and not args.cpu else "cpu")
+    split = args.data, args.split, args.max_sentences
+    loaded = [load(path, label, *split, device) for path, label in zip(args.checkpoints, labels)]
+    first, show, where = loaded[0], args.show, f"the split {args.split!r}"
+    there = range(min(len(model.dataset) for model in loaded))[: args.max_sentences]
+    indices = fitting(first.task, first.dataset, there, [model.model for model in loaded], where)
     if show is None:  # long enough to be interesting, short enough to read
         show = [min(indices, key=lambda index: abs(first.dataset.num_tokens(index) - 12))]
     absent = [index for index in show if index not in indices]
@@ -87,14 +80,16 @@ def measure(
         why = "is too long for a model" if absent[0] in there else f"sentences 0 to {there[-1]} are analysed"
         raise UserError(f"--show {absent[0]}: {why}")
     _check_seeds(loaded)
-    measurements = [Measurement(model, gold, subwords) for model in loaded]
+    measurements = [Measurement(model, gold) for model in loaded]
     for measurement in measurements if gold is not None else ():
         measurement.check_gold(indices)
     with_output = any(not model.is_translation or output_mapping(model.model) is not None for model in loaded)
     for measurement in measurements:
-        measurement.run(indices, max_tokens, device, with_output, progress)
-    sites = dict.fromkeys(site for measurement in measurements for site, _ in measurement.heads)
-    references = {site: common_reference(m.tail(site) for m in measurements) for site in sites}
+        measurement.run(indices, args.max_tokens, device, with_output, not args.no_progress_bar)
+    tails: Dict[str, List[Optional[float]]] = {}
+    for row in (row for measurement in measurements for row in measurement.sites({})):
+        tails.setdefault(row["site"], []).append(row["tail"])
+    references = {site: common_reference(of_models) for site, of_models in tails.items()}
     models: Dict[str, List[Dict[str, Any]]] = {}
     for model, measurement in zip(loaded, measurements):
         examples = [_example(model, index, device) for index in show]
@@ -127,11 +122,9 @@ def _check_seeds(loaded: Sequence[LoadedModel]) -> None:
 class Measurement:
     """What one model does, summed batch by batch; with gold alignments, the errors of its cross-attention."""
 
-    def __init__(
-        self, loaded: LoadedModel, gold: Optional[Sequence[GoldAlignment]] = None, subwords: Optional[str] = None
-    ):
+    def __init__(self, loaded: LoadedModel, gold: Optional[Sequence[GoldAlignment]] = None):
         self.loaded, self.gold, self.sentences, self.tokens = loaded, gold, 0, 0
-        self.subwords = subwords or (gold and guess_subwords(loaded.task.target_dictionary.symbols))
+        self._subwords = guess_subwords(loaded.task.target_dictionary.symbols) if gold else "none"
         self.heads: Dict[Site, MeanMetrics] = {}
         self.histograms: Dict[Site, ScoreHistogram] = {}
         self.mappings: Dict[Site, Optional[nn.Module]] = {}
@@ -210,7 +203,7 @@ class Measurement:
         pair, task = self.loaded.dataset[index], self.loaded.task
         sides = (pair["source"], task.source_dictionary), (pair["target"], task.target_dictionary)
         symbols = ([words[token] for token in tokens.tolist() if token != words.eos()] for tokens, words in sides)
-        return [words_of_tokens(tokens, self.subwords) for tokens in symbols]
+        return [words_of_tokens(tokens, self._subwords) for tokens in symbols]
 
     def check_gold(self, indices: Sequence[int]) -> None:
         """Check that the gold alignments fit these sentences.
@@ -228,19 +221,11 @@ class Measurement:
             if any(link[side] >= numbers[side] for link in self.gold[index].possible for side in (0, 1)):
                 raise UserError(
                     f"a gold alignment in line {index + 1} is outside of its sentences, which have {numbers[0]} and "
-                    f"{numbers[1]} words (from 0): other text, or another marking of subwords than --subwords "
-                    f"{self.subwords}"
+                    f"{numbers[1]} words (from 0): it is of other text, or of pieces of words"
                 )
-
-    def tail(self, site: str) -> Optional[float]:
-        """The mean probability of an irrelevant entry at a site; None if there is none."""
-        heads = [head["tail"] for at, means in self.heads.items() if at[0] == site for head in means.result()]
-        tails = [tail for tail in heads if tail is not None]
-        return mean(tails) if tails else None
 
     def results(self, references: Dict[str, Optional[float]]) -> Dict[str, Any]:
         """All numbers; ``references``: the common s of each site."""
-        heads = self._heads(references)
         return {
             "checkpoint": str(self.loaded.path),
             "architecture": self.loaded.architecture,
@@ -248,8 +233,8 @@ class Measurement:
             "parameters": sum(parameter.numel() for parameter in self.loaded.model.parameters()),
             "sentences": self.sentences,
             "target_tokens": self.tokens,
-            "heads": [row for row in heads if row["site"] != "output"],
-            "sites": [_mean_of_rows(heads, site) for site in dict.fromkeys(row["site"] for row in heads)],
+            "heads": [row for row in self._heads(references) if row["site"] != "output"],
+            "sites": self.sites(references),
             "modules": [self._module(site) for site in self.heads],
             "layers": self._layers(),
             "alignment": [
@@ -258,10 +243,17 @@ class Measurement:
             ],
         }
 
+    def sites(self, references: Dict[str, Optional[float]]) -> List[Dict[str, Any]]:
+        """Means over each site's heads, and how many rows they leave out."""
+        sites: Dict[str, List[Dict[str, Any]]] = {}
+        for row in self._heads(references):
+            sites.setdefault(row["site"], []).append(row)
+        return [{"site": site, "heads": len(rows), **_mean_of_rows(rows)} for site, rows in sites.items()]
+
     def _heads(self, references: Dict[str, Optional[float]]) -> List[Dict[str, Any]]:
         rows = []
         for (site, layer), means in self.heads.items():
-            s = references[site]
+            s = references.get(site)
             for head, (numbers, sparsity) in enumerate(zip(means.result(), means.sparsity_at(s or 1.0))):
                 place = {"site": site, "layer": layer, "head": head}
                 rows.append({**place, **numbers, "common_sparsity": sparsity, "common_reference": s})
@@ -310,12 +302,10 @@ def coefficients(mapping: MultiMax) -> Tuple[Tensor, Tensor]:
     return tuple(tensor.detach().double().cpu() for tensor in mapping.coefficients())
 
 
-def _mean_of_rows(rows: Sequence[Dict[str, Any]], site: str) -> Dict[str, Any]:
-    """Means over a site's heads, and how many rows they leave out."""
-    at_site = [row for row in rows if row["site"] == site]
-    means: Dict[str, Any] = {"site": site, "heads": len(at_site)}
-    for name in list(at_site[0])[3:]:  # after site, layer and head
-        values = [row[name] for row in at_site if row[name] is not None]
+def _mean_of_rows(rows: Sequence[Dict[str, Any]]) -> Dict[str, Any]:
+    means: Dict[str, Any] = {}
+    for name in list(rows[0])[3:]:  # after site, layer and head
+        values = [row[name] for row in rows if row[name] is not None]
         is_count = name == "rows" or name.endswith("_undefined")
         means[name] = sum(values) if is_count else mean(values) if values else None
     return means
@@ -344,19 +334,15 @@ def _example(loaded: LoadedModel, index: int, device: torch.device) -> Dict[str,
         tokens["cross"] = symbols(sample["target"], task.target_dictionary), read
     maps = [(attention.site, attention.layer, attention.probabilities[0]) for attention in collected.attention]
     maps += [(site, "rollout", rollout) for site, rollout in _rollouts(collected).items()]
+    cut = [(site, layer, heads[:, :MOST_TOKENS, :MOST_TOKENS].double()) for site, layer, heads in maps]
     return {
         "sentence": index,
         "is_cut": any(len(axis) > MOST_TOKENS for axes in tokens.values() for axis in axes),
         "tokens": {site: [axis[:MOST_TOKENS] for axis in axes] for site, axes in tokens.items()},
         "maps": [
-            {"site": site, "layer": layer, "heads": _to_five_digits(heads[:, :MOST_TOKENS, :MOST_TOKENS])}
-            for site, layer, heads in maps
+            {"site": site, "layer": layer, "heads": heads.round(decimals=5).tolist()} for site, layer, heads in cut
         ],
     }
-
-
-def _to_five_digits(probabilities: Tensor) -> List[Any]:
-    return (probabilities.double().cpu() * 1e5).round().div(1e5).tolist()
 
 
 def _rollouts(collected: Collected) -> Dict[str, Tensor]:

@@ -77,36 +77,34 @@ def row_metrics(
     Returns:
         metrics of shape (…), fp32 (fp64 for fp64 scores).
     """
-    return _metrics(*_prepared(scores, probabilities, threshold), reference)
+    return _metrics(scores, probabilities, threshold, reference)[0]
 
 
-def _prepared(scores: Tensor, probabilities: Tensor, threshold: Optional[float] = None):
-    """Scores and probabilities in the dtype of the computation, a mask of scores present, their distance from ε."""
+def _metrics(
+    scores: Tensor, probabilities: Tensor, threshold: Optional[float] = None, reference: Optional[float] = None
+) -> Tuple[RowMetrics, Tensor, Tensor]:
+    """The metrics, the probabilities in the dtype that they are computed in, and where a score is irrelevant."""
     if scores.shape != probabilities.shape:
-        raise ValueError(
-            f"scores and probabilities differ in shape: {tuple(scores.shape)}, {tuple(probabilities.shape)}"
-        )
+        shapes = f"{tuple(scores.shape)}, {tuple(probabilities.shape)}"
+        raise ValueError(f"scores and probabilities differ in shape: {shapes}")
     x = scores.to(compute_dtype(scores.dtype))
     p, present = probabilities.to(x.dtype), ~is_absent(x)
-    if threshold is not None:
-        return x, p, present, x - threshold
-    largest = x.amax(-1, keepdim=True).masked_fill(~present.any(-1, keepdim=True), 0.0)
-    below_largest = x - largest  # equal scores stay equal, and the sum keeps its digits
     count = present.sum(-1, keepdim=True).to(x.dtype)
-    return x, p, present, below_largest - (below_largest.logsumexp(-1, keepdim=True) - count.log())
-
-
-def _metrics(x: Tensor, p: Tensor, present: Tensor, distance: Tensor, reference: Optional[float] = None):
+    if threshold is None:
+        largest = x.amax(-1, keepdim=True).masked_fill(count == 0, 0.0)
+        below_largest = x - largest  # equal scores stay equal, and the sum keeps its digits
+        distance = below_largest - (below_largest.logsumexp(-1, keepdim=True) - count.log())
+    else:
+        distance = x - threshold
     k, nan = min(TOP_K, p.size(-1)), float("nan")
     largest, irrelevant = p.topk(k, dim=-1).values, present & (distance < -RESOLUTION)
-    gap, is_below = p.amax(-1, keepdim=True) - p, x < x.amax(-1, keepdim=True)
-    inverse = 1 / reference if reference is not None else present.sum(-1, keepdim=True).to(p.dtype)
+    gap, is_below = p.amax(-1, keepdim=True) - p, present & (x < x.amax(-1, keepdim=True))
     is_empty = largest[..., 0] == 0  # a row of zeros is no distribution
     nats = torch.special.entr(p).sum(-1).masked_fill(is_empty, nan)
-    return RowMetrics(
-        multimodality=1 - _mean(gap, present & is_below & (distance > RESOLUTION)),
-        top_multimodality=1 - _mean(gap, present & is_below & (x >= x.topk(k, dim=-1).values[..., -1:])),
-        sparsity=_mean((-p * inverse).exp(), irrelevant),
+    metrics = RowMetrics(
+        multimodality=1 - _mean(gap, is_below & (distance > RESOLUTION)),
+        top_multimodality=1 - _mean(gap, is_below & (x >= x.topk(k, dim=-1).values[..., -1:])),
+        sparsity=_mean((-p * (1 / reference if reference is not None else count)).exp(), irrelevant),
         tail=_mean(p, irrelevant),
         entropy=nats,
         support=(p > 0).sum(-1).to(p.dtype).masked_fill(is_empty, nan),
@@ -114,6 +112,7 @@ def _metrics(x: Tensor, p: Tensor, present: Tensor, distance: Tensor, reference:
         top_share=largest[..., 0].masked_fill(is_empty, nan),
         top_k_share=largest.sum(-1).masked_fill(is_empty, nan),
     )
+    return metrics, p, irrelevant
 
 
 def _mean(values: Tensor, where: Tensor) -> Tensor:
@@ -146,12 +145,11 @@ class MeanMetrics:
         """
         height = max(CHUNK_SIZE // max(scores.size(0) * scores.size(-1), 1), 1)
         for parts in zip(scores.split(height, 1), probabilities.split(height, 1)):
-            x, p, present, distance = _prepared(*parts)
-            values = torch.stack(_metrics(x, p, present, distance)).double()
+            metrics, p, irrelevant = _metrics(*parts)
+            values = torch.stack(metrics).double()
             self.rows += p.size(1)
             self._sums += values.nansum(-1).cpu()
             self._defined += (~values.isnan()).sum(-1).cpu()
-            irrelevant = present & (distance < -RESOLUTION)
             weights = (1 / irrelevant.sum(-1, keepdim=True).double()).expand(p.shape)
             for tails, of_group, weight, where in zip(self._tails, p, weights, irrelevant):
                 tail, weight = of_group[where], weight[where]
