@@ -17,8 +17,7 @@ from multimax_fairseq.analysis import (
     row_metrics,
     translation_rollout,
 )
-from multimax_fairseq.analysis.measure import coefficients
-from multimax_fairseq.mappings import MultiMax, build_mapping
+from multimax_fairseq.mappings import build_mapping
 
 ABSENT = -math.inf
 
@@ -137,8 +136,8 @@ def test_a_histogram_has_every_finite_score_and_leaves_its_tails_out():
     for part in (scores[:40], scores[40:]):
         histogram.update(torch.tensor(part, dtype=torch.float64))
     assert (histogram.low, histogram.high) == (-1e7, 30) and histogram.bins()[1].sum() == len(scores) - 3
-    for shares, lowest, highest in (((0, 0), -1e7, 30), ((0.03, 0.02), 0.5, 1.5), ((0.5, 0.01), 0.5, 1.5)):
-        edges, counts = histogram.bins(*shares)
+    for share, lowest, highest in ((0, -1e7, 30), (0.03, 0.5, 1.5)):
+        edges, counts = histogram.bins(share)
         assert edges[0] <= lowest < edges[1] and edges[-2] <= highest < edges[-1]
         assert counts[0] > 0 and counts[-1] > 0
 
@@ -190,13 +189,3 @@ def test_rollout_of_translation_is_a_product_over_source_and_target_together():
     torch.testing.assert_close(torch.cat(translation_rollout(decoder, cross, encoder), dim=-1), expected[:, 4:])
     with pytest.raises(ValueError):
         translation_rollout(decoder, cross[:2], encoder)
-
-
-# ---------------------------------------------------------------------- modulators
-
-
-def test_a_term_that_is_not_learned_has_no_gain():
-    module = MultiMax(terms=["above"])
-    with torch.no_grad():
-        module.gains.fill_(3.0)
-    assert coefficients(module)[1].tolist() == [[0.0, 3.0], [0.0, 3.0]]

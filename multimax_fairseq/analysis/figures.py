@@ -96,29 +96,28 @@ def chosen(plans: Sequence[Plan], names: Optional[str]) -> Tuple[List[Plan], Lis
 CAPTIONS = {
     "sparsity-multimodality": "Sparsity against multi-modality, a point a head; the large points are means over a "
     "model's heads. Left as the paper defines them, right with the same s for all models and M over the largest "
-    "scores. The upper right is where MultiMax is meant to lead.",
+    "scores. The upper right is where MultiMax is meant to lead. Rows without M or S, whose share is in the table, are "
+    "left out.",
     "over-smoothing": "Mean cosine distance between the tokens of a sentence after each layer: the lower, the more "
     "alike they have become. (The axis does not begin at 0.)",
     "modulators": "the scores that each module saw, and what its modulator, if any, makes of them. The outermost "
     "0.05 % of the scores on either side are not shown.",
     "simplex": "Where mappings take three scores while one, t, rises from the smallest to the largest (rings: the "
-    "end, two equal scores). The lower edge gives nothing to the smallest score; its middle is sparse and bimodal. "
-    "Learned modulators are drawn on the median and the 99th percentile of the scores that they saw.",
+    "end, two equal scores). The lower edge gives nothing to the smallest score; its middle is sparse and bimodal.",
 }
 
 
 def plans_of(results: Results) -> List[Plan]:
     """All figures that these results have the numbers for; their names are those of the files."""
-    looks, captions = _looks(results), dict(CAPTIONS)
-    captions["sparsity-multimodality"] += " " + _left_out(results)
+    looks = _looks(results)
     of_heads = ("site", "layer", "head", *METRICS[0], *METRICS[1], "common_reference")
     metrics = partial(_rows, results, "heads", of_heads), partial(_draw_metrics, results["top_k"], looks)
     smoothing = partial(_rows, results, "layers", ("side", "layer", "mad")), partial(_draw_smoothing, looks)
     simplex = partial(_simplex_rows, results), _draw_simplex
     figures = {"sparsity-multimodality": metrics, "over-smoothing": smoothing, "simplex": simplex}
-    plans = [Plan(name, name, captions[name], *figure) for name, figure in figures.items()]
+    plans = [Plan(name, name, CAPTIONS[name], *figure) for name, figure in figures.items()]
     for number, (label, models) in enumerate(results["models"].items(), start=1):
-        name, caption = re.sub(r"[^\w.-]", "-", label)[:40], f"{label}: {captions['modulators']}"
+        name, caption = re.sub(r"[^\w.-]", "-", label)[:40], f"{label}: {CAPTIONS['modulators']}"
         rows, draw = partial(_module_rows, models), partial(_draw_modulators, looks[label]["color"])
         has_sigma = any("sigma" in module for module in models[0]["modules"])
         plans.append(Plan(f"modulators{number}-{name}", "modulators", caption, rows, draw, is_usual=has_sigma))
@@ -233,19 +232,6 @@ def _draw_heads(axes: Axes, rows: List[Row], names: Sequence[str], label: str, l
     x, y = ([mean(row[name] for row in of_seed) for of_seed in seeds] for name in names)
     axes.errorbar(mean(x), mean(y), _spread(y), _spread(x), ms=8, mec=BLACK, mew=0.6, ecolor=BLACK, elinewidth=0.8,
                   capsize=2, ls="none", label=label, **style)  # fmt: skip
-
-
-def _left_out(results: Results) -> str:
-    """A sentence giving the share of rows without M, for each site and model."""
-    rows = _rows(results, "sites", ("site", "rows", "multimodality_undefined"))
-    sites = []
-    for site, at_site in _grouped([row for row in rows if row["site"] != "output"], "site").items():
-        shares = [
-            f"{label} {mean(row['multimodality_undefined'] / row['rows'] for row in of_model):.0%}"
-            for label, of_model in _grouped(at_site, "model").items()
-        ]
-        sites.append(f"{SITE_NAMES[site]}: {', '.join(shares)}")
-    return f"Rows without a second relevant score have no M; above they are left out ({'; '.join(sites)})."
 
 
 def _draw_smoothing(looks: Dict[str, Row], rows: List[Row], width: Optional[float]) -> Figure:

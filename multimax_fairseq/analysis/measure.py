@@ -95,7 +95,7 @@ def measure(args: Namespace, labels: Sequence[str]) -> Dict[str, Any]:
         examples = [_example(model, index, device) for index in show]
         models.setdefault(model.label, []).append({**measurement.results(references), "examples": examples})
     skipped = len(there) - len(indices)
-    return {"top_k": TOP_K, "skipped": skipped, "models": models, "simplex": _simplex(measurements)}
+    return {"top_k": TOP_K, "skipped": skipped, "models": models, "simplex": _simplex()}
 
 
 def common_reference(tails: Iterable[Optional[float]]) -> Optional[float]:
@@ -262,7 +262,7 @@ class Measurement:
     def _module(self, site: Site) -> Dict[str, Any]:
         """An attention module (or the output layer): its mapping, the scores it saw, and what it has learned."""
         mapping, histogram = self.mappings[site], self.histograms[site]
-        edges, counts = histogram.bins(OUTERMOST, OUTERMOST)
+        edges, counts = histogram.bins(OUTERMOST)
         module = {
             "site": site[0],
             "layer": site[1],
@@ -273,7 +273,8 @@ class Measurement:
             "histogram": {"edges": edges.tolist(), "counts": counts.tolist()},
         }
         if isinstance(mapping, MultiMax):
-            thresholds, gains = coefficients(mapping)
+            # as σ uses them: the gains of fixed terms are 0
+            thresholds, gains = (tensor.detach().double().cpu() for tensor in mapping.coefficients())
             with patch.dict(os.environ, MULTIMAX_BACKEND="eager"):  # a few numbers are not worth compiling for
                 sigma = modulate(edges, thresholds, gains)
             for n, ((b, d), (gain_b, gain_d)) in enumerate(zip(thresholds.tolist(), gains.tolist()), start=1):
@@ -295,11 +296,6 @@ class Measurement:
             row = {"side": side, "layer": layer, "mad": mad, "cosine_similarity": 1 - mad if count else None}
             rows.append({**row, "sentences": sentences, "undefined": sentences - count})
         return rows
-
-
-def coefficients(mapping: MultiMax) -> Tuple[Tensor, Tensor]:
-    """Thresholds and gains as σ uses them, fp64 on the CPU; gains of fixed terms are 0."""
-    return tuple(tensor.detach().double().cpu() for tensor in mapping.coefficients())
 
 
 def _mean_of_rows(rows: Sequence[Dict[str, Any]]) -> Dict[str, Any]:
@@ -363,34 +359,20 @@ def _rollouts(collected: Collected) -> Dict[str, Tensor]:
 ILLUSTRATION = [[0.7, 0.8], [0.7, 0.8]], [[-2.0, -0.6], [-1.0, -0.2]]  # thresholds and gains
 
 
-def _simplex(measurements: Sequence[Measurement]) -> List[Dict[str, Any]]:
-    """Paths of mappings on the simplex for three scores (h, t, l), as t rises from l to h.
+def _simplex() -> List[Dict[str, Any]]:
+    """Paths of mappings on the simplex for the scores (1.5, t, 0), as t rises from 0 to 1.5.
 
     At the start one score stands out; at the end two are equal. A sparse and multi-modal mapping follows the lower
-    edge, where the smallest score gets nothing, to its middle. Learned modulators are those of the last layer of each
-    site of the first model that has any, each on scores of its own range: the median and the 99th percentile.
+    edge, where the smallest score gets nothing, to its middle.
     """
-    given = _rising(1.5, 0.0)
-    paths = [("softmax of (1.5, t, 0) / T", f"T = {t:g}", "softmax", softmax(given / t)) for t in (0.25, 0.5, 1, 2)]
+    t = torch.linspace(0, 1.5, 101, dtype=torch.float64)
+    scores = torch.stack([torch.full_like(t, 1.5), t, torch.zeros_like(t)], dim=1)
+    paths = [("softmax of (1.5, t, 0) / T", f"T = {T:g}", "softmax", softmax(scores / T)) for T in (0.25, 0.5, 1, 2)]
     for name in ("softmax", "entmax15", "sparsemax", "evsoftmax"):
-        paths.append(("mappings of (1.5, t, 0)", name, name, build_mapping(name).eval()(given)))
-    example = multimax(given, *(torch.tensor(numbers, dtype=torch.float64) for numbers in ILLUSTRATION))
+        paths.append(("mappings of (1.5, t, 0)", name, name, build_mapping(name).eval()(scores)))
+    example = multimax(scores, *(torch.tensor(numbers, dtype=torch.float64) for numbers in ILLUSTRATION))
     paths.append(("mappings of (1.5, t, 0)", "MultiMax, for example", "multimax", example))
-    learned = [{at: number for (at, number), mapping in measurement.mappings.items()
-                if isinstance(mapping, MultiMax) and at != "output"} for measurement in measurements]  # fmt: skip
-    number = next((number for number, last in enumerate(learned) if last), 0)
-    for site in learned[number].items():
-        low, *_, high = measurements[number].histograms[site].bins(0.5, 0.01)[0].tolist()
-        path = multimax(_rising(high, low), *coefficients(measurements[number].mappings[site]))
-        name = f"{site[0]} {site[1] + 1} ({high:.1f}, t, {low:.1f})"
-        paths.append(("learned MultiMax", name, "multimax", path))
     return [
         {"panel": panel, "name": name, "mapping": mapping, "probabilities": probabilities.tolist()}
         for panel, name, mapping, probabilities in paths
     ]
-
-
-def _rising(high: float, low: float) -> Tensor:
-    """Scores (h, t, l) with t from l to h, (steps, 3)."""
-    t = torch.linspace(low, high, 101, dtype=torch.float64)
-    return torch.stack([torch.full_like(t, high), t, torch.full_like(t, low)], dim=1)

@@ -196,10 +196,10 @@ class ScoreHistogram:
                 bins = (values.asinh() * BINS_PER_NAT).floor().long() + ASINH_BINS
                 self._counts += bins.clamp(0, 2 * ASINH_BINS - 1).bincount(minlength=2 * ASINH_BINS)
 
-    def bins(self, low: float = 0.0, high: float = 0.0) -> Tuple[Tensor, Tensor]:
-        """Borders, (bins + 1,) fp64, and counts, (bins,), without these shares of the lowest and highest scores."""
+    def bins(self, outermost: float = 0.0) -> Tuple[Tensor, Tensor]:
+        """Borders, (bins + 1,) fp64, and counts, (bins,); without this share of the scores at either end."""
         shares = self._counts.cumsum(0) / self._counts.sum()
-        first, last = int((shares <= low).sum()), int((shares < 1 - high).sum())
+        first, last = int((shares <= outermost).sum()), int((shares < 1 - outermost).sum())
         borders = torch.arange(first, last + 2, dtype=torch.float64) - ASINH_BINS
         return (borders / BINS_PER_NAT).sinh(), self._counts[first : last + 1]
 
