@@ -235,8 +235,8 @@ def test_a_sentence_to_be_drawn(document, collected, corpus):
     axes = {"encoder": [german, german], "decoder": [written, written], "cross": [english, german]}
     assert example["tokens"] == axes
     attention = {site: [layer.probabilities for layer in collected[3].at(site)] for site in axes}
-    rollouts = {"encoder": metrics.attention_rollout(attention["encoder"]),
-                "cross": metrics.translation_rollout(*(attention[site] for site in ("decoder", "cross", "encoder")))[0]}
+    over_source, _ = metrics.translation_rollout(attention["decoder"], attention["cross"], attention["encoder"])
+    rollouts = {"encoder": metrics.attention_rollout(attention["encoder"]), "cross": over_source}
     for shown in example["maps"]:
         site, layer = shown["site"], shown["layer"]
         expected = rollouts[site] if layer == "rollout" else attention[site][layer][0]

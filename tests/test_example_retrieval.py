@@ -67,6 +67,15 @@ def test_a_mapping_of_the_users_own_may_have_a_number_per_head(retrieval, monkey
     assert layer.mapping.log_temperature.grad.abs() > 0
 
 
+def test_the_table_has_ratios_to_softmax_of_the_same_seeds(retrieval):
+    errors = {"softmax": (1.0, 2.0), "entmax15": (1.0, 3.0)}
+    results = [{"row": row, "test_length": 8, "mse": mse, "mass_on_matches": 0.5}
+               for row, of_seeds in errors.items() for mse in of_seeds]  # fmt: skip
+    cells = rows_of(retrieval.table(results, list(errors), [8]))
+    assert cells["softmax"] == ["1.5000 ± 0.7071", "0.50"]
+    assert cells["entmax15"] == ["2.0000 ± 1.4142 (1.33, 1.50)", "0.50"]
+
+
 @pytest.mark.slow
 def test_a_run_is_resumed_and_has_a_table_and_figures(retrieval, tmp_path, monkeypatch):
     """In threads here, which have no numbers of threads of their own."""
@@ -78,12 +87,7 @@ def test_a_run_is_resumed_and_has_a_table_and_figures(retrieval, tmp_path, monke
     results = json.loads((tmp_path / "results.json").read_text())
     assert len(results) == 4 * 2 * 2 and all(record in results for record in kept)
     assert {"mapping", "options", "seed", "test_length", "mse", "mass_on_matches"} <= set(results[0])
-    first, of_entmax = ([r["mse"] for r in results if (r["row"], r["test_length"]) == (row, 12)]
-                          for row in ("softmax", "entmax:alpha=learned"))  # fmt: skip
-    ratio, worst = sum(of_entmax) / sum(first), max(b / a for a, b in zip(first, of_entmax))
-    table = rows_of((tmp_path / "table.md").read_text())
-    assert table["softmax"][0].startswith(f"{sum(first) / 2:.4f} ±") and "| softmax |" in second.stdout
-    assert table["entmax:alpha=learned"][0].endswith(f"({ratio:.2f}, {worst:.2f})")
+    assert (tmp_path / "table.md").read_text() in second.stdout
     for name in ("errors", "modulators", "rows"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(retrieval.tools.UserError, match="has results of another task or length"):
