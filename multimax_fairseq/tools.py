@@ -86,7 +86,7 @@ def read_checkpoint(path: Path, load: Optional[Callable[[], Any]] = None) -> Dic
     """Read a fairseq checkpoint on the CPU, from torch 2.4 on without running any code in it.
 
     Args:
-        load: reads the file in torch's place, as fairseq does for instance.
+        load: reads the file in torch's place, as fairseq does for instance: without running code from torch 2.6 on.
 
     Returns:
         what fairseq has saved; ``"model"`` has the parameters by name, all finite.

@@ -16,7 +16,7 @@ from fairseq import utils
 from fairseq.models import BaseFairseqModel
 from torch import Tensor
 
-from multimax_fairseq.analysis.checkpoint import batches, check_sentences, fitting, load_model, load_split
+from multimax_fairseq.analysis.checkpoint import batches, fitting, load_model, load_split
 from multimax_fairseq.tools import ArgumentParser, UserError, errors_in_a_line, positive
 
 MAX_TOKENS = 600  # in a batch
@@ -61,10 +61,8 @@ def check(checkpoint: Path, data: Path, split: str, sentences: int, fp64: bool) 
     if not hasattr(model, "encoder") or not hasattr(model, "decoder"):
         raise UserError(f"{checkpoint} is no translation model: there is no beam search to compare with")
     model = model.double() if fp64 else model
-    dataset, where = load_split(task, data, split), f"the split {split!r} of {data}"
-    indices = range(min(sentences, len(dataset)))
-    check_sentences(task, dataset, indices, where)
-    indices = fitting(task, dataset, indices, [model], where)
+    dataset = load_split(task, data, split, sentences)
+    indices = fitting(task, dataset, range(len(dataset))[:sentences], [model], f"the split {split!r} of {data}")
     largest = 0.0
     for batch in batches(dataset, indices, MAX_TOKENS, torch.device("cpu")):
         largest = max(largest, largest_difference(model, batch["net_input"]))

@@ -46,14 +46,11 @@ def test_words_of_tokens(tokens, subwords, words):
     assert subwords in ("none", guess_subwords(["<s>", *tokens.split()]))
 
 
-def test_attention_of_words_is_summed_over_the_source_and_averaged_over_the_target():
-    attention = torch.tensor([[0.1, 0.2, 0.7], [0.5, 0.1, 0.4], [0.3, 0.3, 0.4]])
-    words = word_attention(attention, tgt_words=[0, 0, 1], src_words=[0, 1, 1])
-    torch.testing.assert_close(words, torch.tensor([[0.3, 0.7], [0.3, 0.7]]))
-    heads = word_attention(attention.expand(2, 5, 3, 3), [0, 0, 1], [0, 1, 1])
-    torch.testing.assert_close(heads, words.expand(2, 5, 2, 2))
-
-
-def test_each_target_word_is_linked_to_what_it_attends_to_most():
-    attention = torch.tensor([[0.3, 0.7], [0.9, 0.1], [0.0, 0.0]])
-    assert hard_alignment(attention) == {(1, 0), (0, 1)}
+def test_attention_of_words_and_their_links():
+    """Sums over a source word's pieces, means over a target word's; a row of zeros has no link."""
+    attention = torch.tensor([[0.1, 0.2, 0.7], [0.5, 0.1, 0.4], [0.7, 0.1, 0.2], [0, 0, 0]])
+    words = word_attention(attention, tgt_words=[0, 0, 1, 2], src_words=[0, 1, 1])
+    torch.testing.assert_close(words, torch.tensor([[0.3, 0.7], [0.7, 0.3], [0, 0]]))
+    heads = word_attention(attention.expand(2, 5, 4, 3), [0, 0, 1, 2], [0, 1, 1])
+    torch.testing.assert_close(heads, words.expand(2, 5, 3, 2))
+    assert hard_alignment(words) == {(1, 0), (0, 1)}

@@ -23,8 +23,8 @@ from PIL import Image
 
 from multimax_fairseq.analysis import collect, figures, metrics, page
 from multimax_fairseq.analysis.cli import main
-from multimax_fairseq.analysis.measure import Measurement
-from multimax_fairseq.mappings import MAPPINGS
+from multimax_fairseq.analysis.measure import ILLUSTRATION, Measurement, common_reference
+from multimax_fairseq.mappings import MAPPINGS, MultiMax
 
 SENTENCES = 12
 LSTM = ["--arch", "lstm", "--encoder-embed-dim", 8, "--decoder-embed-dim", 8, "--decoder-out-embed-dim", 8,
@@ -120,15 +120,14 @@ def test_numbers_of_each_head_are_means_over_single_sentences(results, collected
         assert site["entropy"] == pytest.approx(fmean(entropies)) and site["heads"] == len(entropies) == 4
 
 
-def test_models_of_a_report_share_one_s_a_site(results, report):
-    """The geometric mean of their tails; and the page says which, and where M is undefined."""
-    caption = re.search(r"<figcaption>(Sparsity against.*?)</figcaption>", (report / "report.html").read_text())[1]
-    for site, name in [*figures.SITE_NAMES.items()][:3]:
+def test_models_of_a_report_share_one_s_a_site(results):
+    """The geometric mean of their tails; a tail of 0, or of no irrelevant score, does not count."""
+    for site in ("encoder", "decoder", "cross"):
         (stock,), (ours,) = (where(model["sites"], site=site) for model in results.values())
         assert stock["common_reference"] == pytest.approx(math.sqrt(stock["tail"] * ours["tail"]))
         assert stock["common_reference"] == ours["common_reference"]
-        shares = [f"{row['multimodality_undefined'] / row['rows']:.0%}" for row in (stock, ours)]
-        assert f"{name}: stock {shares[0]}, multimax {shares[1]}" in caption
+    assert common_reference([0.01, 0.09, 0.0, None]) == pytest.approx(0.03)
+    assert common_reference([0.0]) is None
 
 
 def test_numbers_of_a_layer_are_means_over_single_sentences(results, collected):
@@ -150,7 +149,7 @@ def coefficients_of(module):
 def test_modules_and_the_scores_that_they_saw(results, document, collected, checkpoints, report):
     """Their parameters, the histogram of the scores, and σ over it: in the results and in the figure's table."""
     parameters = torch.load(checkpoints["multimax"])["model"]
-    of_figure = table(report / "figures" / "multimax-modulators.csv")
+    of_figure = table(report / "figures" / "modulators2-multimax.csv")
     for module in results["multimax"]["modules"]:
         attention = {"encoder": "encoder.layers.{}.self_attn", "decoder": "decoder.layers.{}.self_attn",
                      "cross": "decoder.layers.{}.encoder_attn"}[module["site"]].format(module["layer"])  # fmt: skip
@@ -172,7 +171,7 @@ def test_modules_and_the_scores_that_they_saw(results, document, collected, chec
         assert x == edges and y == pytest.approx(sigma, abs=1e-9)
         areas = [float(row["density"]) * (high - low) for row, low, high in zip(rows, x, x[1:])]
         assert areas == pytest.approx([count / sum(counts) for count in counts])
-    assert not any(row["sigma"] for row in drawn(document, "stock-modulators")[0])  # softmax has only the histogram
+    assert not any(row["sigma"] for row in drawn(document, "modulators1-stock")[0])  # softmax has only the histogram
     assert results["stock"]["modules"][0]["mapping"] == "softmax" and not results["stock"]["modules"][0]["learned"]
 
 
@@ -192,7 +191,8 @@ def test_alignment_error_of_a_head(shift, rows, results, collected, corpus):
     assert {row["head"] for row in results["multimax"]["alignment"]} == {"0", "1", "mean", "rollout"}
 
 
-def test_the_output_layer_of_a_language_model(checkpoints, corpus, tmp_path):
+def test_the_output_layer_of_a_language_model(checkpoints, corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(metrics, "CHUNK_SIZE", 1000)  # so rows are measured in several parts
     lm_report = analyze([checkpoints["lm"]], corpus / "data-bin-lm", tmp_path / "out", "--split", "test",
                         "--max-sentences", 6, "--max-tokens", 70, "--labels", "ours", "--show", 0)  # fmt: skip
     (model,) = json.loads((lm_report / "results.json").read_text())["models"]["ours"]
@@ -228,31 +228,26 @@ def drawn(results, name, width=None):
 def test_a_sentence_to_be_drawn(document, collected, corpus):
     """Taken out of a padded batch, it is what the sentence gives by itself, with its words beside it."""
     (example,) = document["models"]["multimax"][0]["examples"]
-    german, english = (
-        [*(corpus / "text" / f"valid.{language}").read_text().splitlines()[3].split(), "</s>"]
-        for language in ("de", "en")
-    )
-    known = {line.split()[0] for line in (corpus / "data-bin" / "dict.de.txt").read_text().splitlines()} | {"</s>"}
-    german, english = ([word if word in known else "<unk>" for word in words] for words in (german, english))
+    known = {line.split()[0] for line in (corpus / "data-bin" / "dict.de.txt").read_text().splitlines()}
+    texts = ((corpus / "text" / f"valid.{language}").read_text().splitlines()[3] for language in ("de", "en"))
+    german, english = ([word if word in known else "<unk>" for word in text.split()] + ["</s>"] for text in texts)
     written = ["</s>", *english[:-1]]
     axes = {"encoder": [german, german], "decoder": [written, written], "cross": [english, german]}
     assert example["tokens"] == axes
+    attention = {site: [layer.probabilities for layer in collected[3].at(site)] for site in axes}
+    over_source, _ = metrics.translation_rollout(attention["decoder"], attention["cross"], attention["encoder"])
+    rollouts = {"encoder": metrics.attention_rollout(attention["encoder"]), "cross": over_source}
     for shown in example["maps"]:
-        if shown["layer"] != "rollout":
-            expected = collected[3].at(shown["site"])[shown["layer"]].probabilities[0]
-        else:
-            attention = [[layer.probabilities for layer in collected[3].at(site)] for site in axes]
-            rollout = metrics.translation_rollout(attention[1], attention[2], attention[0])[0]
-            expected = rollout if shown["site"] == "cross" else metrics.attention_rollout(attention[0])
+        site, layer = shown["site"], shown["layer"]
+        expected = rollouts[site] if layer == "rollout" else attention[site][layer][0]
         torch.testing.assert_close(torch.tensor(shown["heads"]), expected, atol=2e-5, rtol=0)
 
     # a head of both models side by side
     rows, figure = drawn(document, "sentence3-cross-layer2-head1")
     assert [axes.get_title() for axes in figure.axes[:2]] == ["stock", "multimax"]
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == english
-    for axes in figure.axes[:2]:
-        assert [label.get_text() for label in axes.get_xticklabels()] == german
-    expected = collected[3].at("cross")[1].probabilities[0, 0]
+    assert [label.get_text() for label in figure.axes[1].get_xticklabels()] == german
+    expected = attention["cross"][1][0, 0]
     picture = torch.tensor(figure.axes[1].images[0].get_array().data).float()
     torch.testing.assert_close(picture, expected, atol=2e-5, rtol=0)
     assert [row["share"] for row in rows if row["model"] == "multimax"] == pytest.approx(expected.flatten(), abs=2e-5)
@@ -260,16 +255,16 @@ def test_a_sentence_to_be_drawn(document, collected, corpus):
 
 def test_what_is_drawn_are_the_numbers_of_the_table(report, results, document):
     rows, figure = drawn(document, "sparsity-multimodality")
+    of_file = table(report / "figures" / "sparsity-multimodality.csv")
+    heads = [(label, row) for label, model in results.items() for row in model["heads"]]
     assert [(row["model"], row["head"], row["sparsity"]) for row in rows] == [
-        (label, row["head"], row["sparsity"]) for label, model in results.items() for row in model["heads"]
+        (label, row["head"], row["sparsity"]) for label, row in heads
     ]
-    assert [float(row["sparsity"]) for row in table(report / "figures" / "sparsity-multimodality.csv")] == [
-        row["sparsity"] for row in rows
-    ]
+    assert [float(row["sparsity"]) for row in of_file] == [row["sparsity"] for _, row in heads]
     for number, axes in enumerate(figure.axes):
-        site, names = ("encoder", "decoder", "cross")[number % 3], figures.METRICS[number // 3]
+        site, names = ("encoder", "decoder", "cross")[number // 2], figures.METRICS[number % 2]
         for points, means, label in zip(axes.collections, axes.containers, results):
-            here = [row for row in rows if (row["site"], row["model"]) == (site, label)]
+            here = where(rows, site=site, model=label)
             of_model = [[row[name] for name in names] for row in here]
             assert points.get_offsets().tolist() == of_model
             assert [*zip(*means[0].get_data())] == [pytest.approx([fmean(axis) for axis in zip(*of_model)])]
@@ -278,54 +273,39 @@ def test_what_is_drawn_are_the_numbers_of_the_table(report, results, document):
         assert float(row["mad"]) == layer["mad"]
 
 
-def test_the_simplex_shows_what_mappings_make_of_three_scores(report, results):
+def test_the_simplex_shows_what_mappings_make_of_three_scores(report):
     rows = table(report / "figures" / "simplex.csv")
-    ends = {row["name"]: [float(row[p]) for p in ("p1", "p2", "p3")] for row in rows}
+    ends = {row["name"]: [float(row[p]) for p in ("p1", "p2", "p3")] for row in rows}  # at the end t = 1.5
     for temperature in (0.25, 0.5, 1, 2):
-        expected = reference.softmax([1.5 / temperature, 1.5 / temperature, 0.0])  # at the end t = 1.5
+        expected = reference.softmax([1.5 / temperature, 1.5 / temperature, 0.0])
         assert ends[f"T = {temperature:g}"] == pytest.approx(expected)
     for name in ("entmax15", "sparsemax", "evsoftmax"):
         assert ends[name] == pytest.approx([0.5, 0.5, 0])  # sparse and bimodal
-    (module,) = where(results["multimax"]["modules"], site="cross", layer=1)
-    (name,) = [name for name in ends if name.startswith("cross 2")]
-    high, low = map(float, re.findall(r"-?\d+\.\d", name))
-    thresholds, gains = coefficients_of(module)
-    assert ends[name] == pytest.approx(reference.multimax([high, high, low], thresholds, gains), abs=0.05)
+    assert ends["MultiMax, for example"] == pytest.approx(reference.multimax([1.5, 1.5, 0], *ILLUSTRATION))
 
 
-def test_a_mapping_has_one_colour_and_names_fit(document):
-    """In whatever place, and however long names are; models with the same mapping differ in shade."""
-    first, models = figures._looks(document), document["models"]
-    long = {name: f"{name} of a long name" * 6 for name in ("multimax", "stock")}
-    turned = {**document, "models": {**{long[name]: models[name] for name in long}, "again": models["stock"]}}
-    looks = figures._looks(turned)
-    assert all(looks[long[name]]["color"] == first[name]["color"] for name in long)
-    assert looks["again"]["color"] not in [look["color"] for look in first.values()]
-    for name in ("sparsity-multimodality", "over-smoothing"):
-        for width in (8.4 / 2.54, None):
-            _, figure = drawn(turned, name, width)
-            figure.draw_without_rendering()
-            box = figure.legends[0].get_window_extent()
-            assert 0 <= box.x0 < box.x1 <= figure.bbox.width and box.y1 <= figure.bbox.height
+def test_a_mapping_has_one_colour(document):
+    """In whatever place; models with the same mapping differ in shade."""
+    models = document["models"]
+    first, turned = (figures._looks({"models": models}) for models in (
+        models, {"multimax": models["multimax"], "stock": models["stock"], "again": models["stock"]}))
+    assert all(turned[name]["color"] == first[name]["color"] for name in models)
+    assert len({look["color"] for look in turned.values()}) == 3
 
 
 def test_seeds_of_one_model_are_a_mean_with_its_deviation(document):
     seeds = copy.deepcopy(document)
-    seeds["models"]["multimax"] *= 2
-    seeds["models"]["multimax"][1] = copy.deepcopy(seeds["models"]["multimax"][0])
-    for layer in seeds["models"]["multimax"][1]["layers"]:
-        layer["mad"] += 0.1
-    for head in seeds["models"]["multimax"][1]["heads"]:
-        head["sparsity"] += 0.1
+    seeds["models"]["multimax"].append(copy.deepcopy(seeds["models"]["multimax"][0]))
+    for row in itertools.chain(*(seeds["models"]["multimax"][1][kind] for kind in ("layers", "heads"))):
+        row["mad" if "mad" in row else "sparsity"] += 0.1
     rows, figure = drawn(seeds, "over-smoothing")
-    (one, two), (lines, _, (bars,)) = (where(rows, model="multimax", side="encoder", layer=1),
-                                       figure.axes[0].containers[1])  # fmt: skip
+    one, two = where(rows, model="multimax", side="encoder", layer=1)
+    (lines, _, (bars,)) = figure.axes[0].containers[1]
     assert two["mad"] == pytest.approx(one["mad"] + 0.1)
     assert lines.get_ydata()[1] == pytest.approx(one["mad"] + 0.05)
     ends = bars.get_segments()[1][:, 1]
     assert ends[1] - ends[0] == pytest.approx(2 * 0.1 / math.sqrt(2))  # twice the standard deviation
     assert [container.has_yerr for container in figure.axes[0].containers] == [False, True]
-    assert figure.axes[0].get_title() == "encoder"
     _, figure = drawn(seeds, "sparsity-multimodality")
     across, upright = (bars.get_segments()[0] for bars in figure.axes[0].containers[1][2])
     assert [*across[1] - across[0]] == pytest.approx([2 * 0.1 / math.sqrt(2), 0])
@@ -339,14 +319,10 @@ def test_seeds_of_one_model_are_a_mean_with_its_deviation(document):
 
 def test_the_files_of_a_report(report, results):
     """Each figure as a picture of three kinds and a table; a page that needs nothing else; tables of all numbers."""
-    names = {"simplex", "over-smoothing", "sparsity-multimodality", "multimax-modulators",
+    names = {"simplex", "over-smoothing", "sparsity-multimodality", "modulators2-multimax",
              "sentence3-cross-rollout", "sentence3-cross-layer2"}  # fmt: skip
     files = {path.name for path in (report / "figures").iterdir()}
     assert files == {f"{name}.{kind}" for name in names for kind in ("png", "svg", "pdf", "csv")}
-    for name in names:
-        with Image.open(report / "figures" / f"{name}.png") as image:
-            assert image.width <= 1400  # 7 inch, the width of a page, at 200 dpi
-        ElementTree.parse(report / "figures" / f"{name}.svg")
     texts = ElementTree.parse(report / "figures" / "over-smoothing.svg").iter("{http://www.w3.org/2000/svg}text")
     assert {"stock", "multimax", "encoder"} <= {text.text for text in texts}  # text as text
     assert b"/FontFile2" in (report / "figures" / "over-smoothing.pdf").read_bytes()  # TrueType, not outlines
@@ -425,7 +401,7 @@ def test_models_that_differ_in_their_sites(checkpoints, corpus, tmp_path):
     names = "cross-layer1,decoder-layer1,cross-rollout,encoder-rollout".split(",")
     analyze([checkpoints["multimax"], checkpoints["no-cross"]], corpus / "data-bin", tmp_path / "out", "--show", 0,
             "--labels", "l" * 300, "no $cross",
-            "--figures", ",".join(["sparsity*,over*,*modulators", *(f"sentence0-{name}" for name in names)]))
+            "--figures", ",".join(["sparsity*,over*,modulators*", *(f"sentence0-{name}" for name in names)]))
     sites = [{row["site"] for row in model["heads"]} for (model,) in read(tmp_path / "out")["models"].values()]
     assert sites == [{"encoder", "decoder", "cross"}, {"encoder", "decoder"}]
     rows = {name: table(tmp_path / "out" / "figures" / f"sentence0-{name}.csv") for name in names}
@@ -456,20 +432,26 @@ def test_sentences_longer_than_learned_positions_are_left_out(build, corpus, tmp
     assert float(checked.stdout.split()[-2]) < 1e-4
 
 
-def test_the_numbers_of_a_mapping_of_ones_own_are_in_the_report(monkeypatch):
-    class Tempered(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.temperature = torch.nn.Parameter(torch.tensor([0.5, 2.0]).view(2, 1, 1))
+class Tempered(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.temperature = torch.nn.Parameter(torch.tensor([0.5, 2.0]).view(2, 1, 1))
 
+
+@pytest.mark.parametrize("make, learned", [(Tempered, {"temperature": [0.5, 2.0]}), (
+    lambda: MultiMax(order=1, terms=["above"], init="identity"), {"b1": 0, "d1": 0, "g_b1": 0, "g_d1": 0.5})])
+def test_what_a_mapping_has_learned_is_in_the_report(make, learned, monkeypatch):
+    """One's own too; a term that is not learned has no gain."""
     monkeypatch.setitem(MAPPINGS, "tempered", Tempered)
-    measurement = Measurement(Namespace(model=torch.nn.Identity()))
-    scores = torch.randn(2, 5, 4)
-    measurement._add(("cross", 0), "cross layer 1", Tempered(), scores, scores.softmax(-1))
+    mapping, measurement, scores = make(), Measurement(Namespace(model=torch.nn.Identity())), torch.randn(2, 5, 4)
+    if isinstance(mapping, MultiMax):
+        torch.nn.init.constant_(mapping.gains, 0.5)
+    measurement.add_rows(("cross", 0), "cross layer 1", mapping, scores, scores.softmax(-1))
     module = measurement._module(("cross", 0))
-    assert module["mapping"] == "tempered" and module["learned"] == {"temperature": [0.5, 2.0]}
-    (row,) = page._modules({"one's own": [{"modules": [module]}]})
-    assert row["temperature"] == "0.500, 2.000" and row["layer"] == 1
+    assert module["mapping"] == ("tempered" if type(mapping) is Tempered else "multimax")
+    assert module["learned"] == learned
+    (row,) = page._modules({"one": [{"modules": [module]}]})
+    assert row["layer"] == 1 and row.get("temperature", "0.500, 2.000") == "0.500, 2.000"
 
 
 # ---------------------------------------------------------------------- errors
@@ -505,7 +487,7 @@ def changed_data(corpus, folder, pattern, change):
     (["multimax"], None, "--labels one one", "models called 'one' differ in more than the seed"),
     ([], None, "--show 60", "--show 60: sentences 0 to 59 are analysed"),
     ([], None, "--alignments {text}/test.align", "there are 40 gold alignments for the 60 sentence pairs"),
-    ([], None, "--alignments {folder}/valid.align", "gold alignment 99-0 in line 2 is outside of its sentences"),
+    ([], None, "--alignments {folder}/valid.align", "a gold alignment in line 2 is outside of its sentences"),
     ([], None, "--alignments {folder}/absent.align", "absent.align: No such file or directory"),
     ([], None, "--out {folder}/valid.align/out", "is not a folder: choose another"),
 ])  # fmt: skip
@@ -556,9 +538,5 @@ def test_the_example(name, data, checkpoints, corpus, tmp_path, monkeypatch, cap
         assert image.width > 3 * image.height / 2
 
 
-def test_as_a_command(checkpoints, corpus, tmp_path):
-    module = [sys.executable, "-m", "multimax_fairseq.analysis"]
-    assert "--max-sentences" in run(*module, "--help", cwd=ROOT).stdout
-    result = run(*module, checkpoints["lstm"], "--data", corpus / "data-bin", "--out", tmp_path / "out",
-                 check=False, cwd=ROOT)  # fmt: skip
-    assert result.returncode == 1 and "ERROR: " in result.stderr and "Traceback" not in result.stderr
+def test_as_a_command():
+    assert "--max-sentences" in run(sys.executable, "-m", "multimax_fairseq.analysis", "--help", cwd=ROOT).stdout

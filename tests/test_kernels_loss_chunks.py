@@ -266,5 +266,5 @@ def test_logits_that_overflowed_to_minus_infinity_have_no_part(name, backend):
     assert not results[0][2][40].any()
     if name == "cross-entropy":  # smoothed, the loss is infinite
         weight = tensors[1].clone().requires_grad_()
-        loss(tensors[0], weight, targets % 40, *numbers, bias=bias, label_smoothing=0.1).backward()
+        loss(tensors[0], weight, targets % 40, *numbers, bias=bias, smoothing=0.1).backward()
         assert not weight.grad[40].any()

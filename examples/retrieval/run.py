@@ -14,8 +14,9 @@ The values are normal, N(0, I_d). A good row of attention is multi-modal (all k 
 
 --mappings takes names of mappings, each with options after colons: those of the mapping itself (order, init, terms of
 multimax; alpha of entmax), scale=learned or scale=log-length (--attention-scale), and lr_scale=10
-(--modulator-lr-scale). DIR/results.json has a record for each training and test length; a training that is there is
-not run again, so the command can be stopped and given again. DIR/table.md and the figures are made of all of it.
+(--modulator-lr-scale). DIR/models has a file for each training; one that is there is not run again, so the command
+can be stopped and given again. DIR/results.json has a record for each of them and each test length; DIR/table.md and
+the figures are of the rows and seeds that are asked for.
 """
 
 import argparse
@@ -24,12 +25,11 @@ import logging
 import math
 import multiprocessing
 import os
-import statistics
 import sys
 import textwrap
-from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
-from typing import IO, Any, Callable, Dict, List, NamedTuple, Optional, Tuple
+from typing import Any, Dict, List, NamedTuple, Tuple
 
 import matplotlib
 import torch
@@ -53,62 +53,43 @@ DEFAULT_ROWS = (
 )
 
 
-class Row(NamedTuple):
-    """A row of the table: a mapping, and what is chosen about it."""
-
-    mapping: str
-    options: Tuple[Tuple[str, str], ...]
-
-    @classmethod
-    def parse(cls, text: str) -> "Row":
-        """``multimax:order=1:lr_scale=10``.
-
-        Raises:
-            ValueError: a mapping or option that does not exist.
-        """
-        mapping, *options = text.strip().split(":")
-        pairs = tuple(tuple(option.split("=", 1)) for option in options)
-        if any(len(pair) != 2 for pair in pairs):
-            raise ValueError(f"--mappings {text}: options are written name=value")
-        row = cls(mapping, pairs)
-        try:
-            Layer(row, dimensions=2)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"--mappings {text}: {error}") from None
-        return row
-
-    def __str__(self) -> str:
-        return ":".join([self.mapping, *(f"{name}={value}" for name, value in self.options)])
-
-    def mapping_options(self) -> Dict[str, Any]:
-        """What is the mapping's own, with numbers as numbers."""
-        own = {name: value for name, value in self.options if name not in ("scale", "lr_scale")}
-        if self.mapping not in BUILT_IN:
-            return parse_options(self.mapping, ",".join(f"{name}={value}" for name, value in own.items()))
-        return {name: int(value) if value.isdigit() else value for name, value in own.items()}
+def parse_row(text: str) -> Tuple[str, Dict[str, str]]:
+    """``multimax:order=1:lr_scale=10`` → the mapping, and what is chosen about it."""
+    mapping, *options = text.split(":")
+    pairs = [option.split("=", 1) for option in options]
+    if any(len(pair) != 2 for pair in pairs):
+        raise ValueError("options are written name=value")
+    return mapping, dict(pairs)
 
 
 class Layer(nn.Module):
-    """One attention layer with one head: projections of query and key, a mapping, values as they are."""
+    """One attention layer with one head: projections of query and key, a mapping, values as they are.
 
-    def __init__(self, row: Row, dimensions: int):
+    Args:
+        row: of --mappings.
+
+    Raises:
+        ValueError, TypeError: a mapping or option that does not exist.
+    """
+
+    def __init__(self, row: str, dimensions: int):
         super().__init__()
         self.query, self.key = nn.Linear(dimensions, PROJECTED), nn.Linear(dimensions, PROJECTED)
-        heads = {"num_heads": 1} if "num_heads" in arguments_of(MAPPINGS.get(row.mapping, nn.Identity)) else {}
-        self.mapping = build_mapping(row.mapping, **row.mapping_options(), **heads)
-        options = dict(row.options)
-        self.kind_of_scale, self.lr_scale = options.get("scale", "none"), float(options.get("lr_scale", 1))
+        name, options = parse_row(row)
+        self.kind_of_scale, self.lr_scale = options.pop("scale", "none"), float(options.pop("lr_scale", 1))
         if self.kind_of_scale not in SCALES:
             raise ValueError(f"there is no scale {self.kind_of_scale!r}; choose from: {', '.join(SCALES)}")
-        self.scale = None
-        if self.kind_of_scale != "none":
-            self.scale = nn.Parameter(torch.tensor(SCALES[self.kind_of_scale]))
+        self.scale = nn.Parameter(torch.tensor(SCALES[self.kind_of_scale]), self.kind_of_scale != "none")
+        if name in BUILT_IN:
+            own = {option: int(value) if value.isdigit() else value for option, value in options.items()}
+        else:
+            own = parse_options(name, ",".join(map("=".join, options.items())))
+        heads = {"num_heads": 1} if "num_heads" in arguments_of(MAPPINGS.get(name, nn.Identity)) else {}
+        self.mapping = build_mapping(name, **own, **heads)
 
     def scores(self, query: Tensor, keys: Tensor) -> Tensor:
         """(batch, d) and (batch, length, d) → (batch, length)."""
         scores = torch.einsum("bd,bld->bl", self.query(query), self.key(keys)) / math.sqrt(PROJECTED)
-        if self.scale is None:
-            return scores
         return scores * self.scale * (math.log(keys.size(1)) if self.kind_of_scale == "log-length" else 1)
 
     def forward(self, query: Tensor, keys: Tensor, values: Tensor) -> Tuple[Tensor, Tensor]:
@@ -155,7 +136,7 @@ class Task(NamedTuple):
         return Batch(query, keys, values, matches, target)
 
 
-def train(task: Task, row: Row, seed: int, updates: int) -> Layer:
+def train(task: Task, row: str, seed: int, updates: int) -> Layer:
     """A layer, trained on its own stream of questions, which is the same for all rows of a seed."""
     torch.manual_seed(seed)
     layer = Layer(row, task.dimensions)
@@ -193,89 +174,73 @@ def test(layer: Layer, task: Task, length: int) -> Dict[str, Any]:
     }
 
 
-def run(job: Tuple[Task, Row, int, int, List[int], Path, Optional[Path]]) -> List[Dict[str, Any]]:
-    """Trains and tests a row with a seed, and keeps the layer for the figures."""
-    task, row, seed, updates, lengths, out, user_dir = job
-    tools.import_user_dir(user_dir)
-    torch.set_num_threads(1)
-    layer = train(task, row, seed, updates)
-    write(model_file(out, row, seed), lambda file: torch.save(layer.state_dict(), file))
-    about = {"mapping": row.mapping, "options": dict(row.options), "seed": seed, "updates": updates}
-    return [{**about, **task._asdict(), **test(layer, task, length)} for length in lengths]
-
-
-def model_file(out: Path, row: Row, seed: int) -> Path:
+def model_file(out: Path, row: str, seed: int) -> Path:
     return out / "models" / f"{row}-seed{seed}.pt".replace(":", "-").replace("=", "_")
 
 
-def key_of(record: Dict[str, Any]) -> Tuple:
-    """What tells a record from all others."""
-    return record["mapping"], tuple(record["options"].items()), record["seed"], record["test_length"]
+def run(task: Task, updates: int, lengths: List[int], out: Path, job: Tuple[str, int]) -> None:
+    """Trains and tests a row with a seed; its file has the parameters and the records."""
+    (row, seed), (mapping, options) = job, parse_row(job[0])
+    layer = train(task, row, seed, updates)
+    about = {"row": row, "mapping": mapping, "options": options, "seed": seed, "updates": updates, **task._asdict()}
+    records = [{**about, **test(layer, task, length)} for length in lengths]
+    with tools.replacing(model_file(out, row, seed)) as file:
+        torch.save({"layer": layer.state_dict(), "records": records}, file)
 
 
-def write(path: Path, save: Callable[[IO[bytes]], Any]) -> None:
-    """Whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tools.replacing(path) as file:
-        save(file)
+def begin(user_dir: Path) -> None:
+    """In a new process."""
+    torch.set_num_threads(1)
+    tools.import_user_dir(user_dir)
+
+
+def load_records(path: Path) -> List[Dict[str, Any]]:
+    return torch.load(path, weights_only=True).get("records", []) if path.exists() else []
 
 
 # ---------------------------------------------------------------- the table and the figures
 
 
-def table(results: List[Dict[str, Any]], rows: List[Row], lengths: List[int]) -> str:
+def of_seeds(results: List[Dict[str, Any]], row: str, length: int, name: str = "mse") -> Tensor:
+    """A number of each seed of a row, at a test length."""
+    found = [record for record in results if (record["row"], record["test_length"]) == (row, length)]
+    return torch.tensor([record[name] for record in found], dtype=torch.float64)
+
+
+def table(results: List[Dict[str, Any]], rows: List[str], lengths: List[int]) -> str:
     """Markdown: mean ± standard deviation of the error at each length over the seeds, and its ratio to softmax's."""
-    by_row = {row: {length: errors_of(results, row, length) for length in lengths} for row in rows}
-    first = by_row.get(Row("softmax", ()))
     lines = ["| mapping | " + " | ".join(f"{length} keys" for length in lengths) + " | mass on matches |"]
     lines.append("|---" * (len(lengths) + 2) + "|")
-    for row, errors in by_row.items():
+    for row in rows:
         cells = []
         for length in lengths:
-            values = errors[length]
-            cell = f"{statistics.mean(values):.4f}"
-            if len(values) > 1:
-                cell += f" ± {torch.tensor(values).std():.4f}"  # NaN where a training has diverged
-            if first and row != Row("softmax", ()):
-                worst = max(own / other for own, other in zip(values, first[length]))
-                cell += f" ({statistics.mean(values) / statistics.mean(first[length]):.2f}, {worst:.2f})"
+            errors, of_softmax = (of_seeds(results, name, length) for name in (row, "softmax"))
+            spread = f" ± {errors.std():.4f}" if len(errors) > 1 else ""
+            cell = f"{errors.mean():.4f}{spread}"
+            if len(of_softmax) and row != "softmax":
+                cell += f" ({errors.mean() / of_softmax.mean():.2f}, {(errors / of_softmax).max():.2f})"
             cells.append(cell)
-        mass = statistics.mean(r["mass_on_matches"] for r in records(results, row, lengths[0]))
+        mass = of_seeds(results, row, lengths[0], "mass_on_matches").mean()
         lines.append(f"| {row} | " + " | ".join(cells) + f" | {mass:.2f} |")
     return "\n".join(lines) + "\n"
 
 
-def records(results: List[Dict[str, Any]], row: Row, length: int) -> List[Dict[str, Any]]:
-    """Those of a row at a test length, by seed."""
-    wanted = (row.mapping, dict(row.options), length)
-    found = [record for record in results if (record["mapping"], record["options"], record["test_length"]) == wanted]
-    return sorted(found, key=lambda record: record["seed"])
+def label_of(row: str, width: int = 80) -> str:
+    return textwrap.fill(row.translate(str.maketrans(":=_", "   ")), width)
 
 
-def errors_of(results: List[Dict[str, Any]], row: Row, length: int) -> List[float]:
-    return [record["mse"] for record in records(results, row, length)]
-
-
-def label_of(row: Row) -> str:
-    return " ".join([row.mapping, *(f"{name} {value}" for name, value in row.options)]).replace("_", " ")
-
-
-def draw_errors(results: List[Dict[str, Any]], rows: List[Row], lengths: List[int], task: Task) -> Figure:
+def draw_errors(results: List[Dict[str, Any]], rows: List[str], lengths: List[int], task: Task) -> Figure:
     """The error over the number of keys, and over the number of matches among as many keys as in training."""
     figure = Figure(figsize=(style.TWO_COLUMNS, 3.2), layout="constrained")
     by_length, by_matches = figure.subplots(1, 2, sharey=True)
     matches = range(1, task.matches + 1)
     for number, row in enumerate(rows):
-        look = {"color": style.colour_of(row.mapping), "marker": style.MARKERS[number % 8],
-                "linestyle": style.LINES[number % 8], "markersize": 3.5}  # fmt: skip
-        if number >= 8:
-            look["markerfacecolor"] = "white"
-        means = [statistics.mean(errors_of(results, row, length)) for length in lengths]
+        look = {"color": style.colour_of(row.split(":")[0]), "marker": style.MARKERS[number % 8], "markersize": 3.5,
+                "linestyle": style.LINES[number % 8], "fillstyle": "full" if number < 8 else "none"}  # fmt: skip
+        means = [of_seeds(results, row, length).mean() for length in lengths]
         by_length.plot(lengths, means, label=label_of(row), **look)
-        found = records(results, row, task.length)
-        if found:
-            means = [statistics.mean(record["mse_by_matches"][k - 1] for record in found) for k in matches]
-            by_matches.plot(matches, means, **look)
+        if task.length in lengths:
+            by_matches.plot(matches, of_seeds(results, row, task.length, "mse_by_matches").mean(0), **look)
     by_length.set(xscale="log", yscale="log", xlabel="keys", ylabel="mean squared error")
     by_length.set_xticks(lengths, [str(length) for length in lengths], minor=False)
     by_length.minorticks_off()
@@ -284,16 +249,15 @@ def draw_errors(results: List[Dict[str, Any]], rows: List[Row], lengths: List[in
     return figure
 
 
-def load(task: Task, row: Row, seed: int, out: Path) -> Layer:
+def load(task: Task, row: str, seed: int, out: Path) -> Layer:
     layer = Layer(row, task.dimensions)
-    layer.load_state_dict(torch.load(model_file(out, row, seed), weights_only=True))
+    layer.load_state_dict(torch.load(model_file(out, row, seed), weights_only=True)["layer"])
     return layer.eval()
 
 
 @torch.no_grad()
-def draw_modulators(task: Task, rows: List[Row], seed: int, out: Path) -> Figure:
+def draw_modulators(task: Task, rows: List[str], seed: int, out: Path) -> Figure:
     """σ of each MultiMax over the histograms of the scores of matches and of distractors."""
-    rows = [row for row in rows if row.mapping == "multimax"]
     figure = Figure(figsize=(min(style.TWO_COLUMNS, 2.2 * len(rows) + 0.4), 2.5), layout="constrained")
     batch = task.draw(torch.Generator().manual_seed(10_000))
     for axes, row in zip(figure.subplots(1, len(rows), squeeze=False)[0], rows):
@@ -303,7 +267,7 @@ def draw_modulators(task: Task, rows: List[Row], seed: int, out: Path) -> Figure
         x = torch.linspace(low, high, 400)
         sigma = layer.mapping.modulate(x)
         axes.plot(x, sigma - sigma.max(), color=style.BLACK, label="σ(x) − max σ")
-        axes.set(title="\n".join(textwrap.wrap(label_of(row), 24)), xlabel="score x")
+        axes.set(title=label_of(row, 24), xlabel="score x")
         density = axes.twinx()
         density.set_yticks([])
         for matching, colour, name in ((False, style.GREY, "distractors"), (True, style.VERMILLION, "matches")):
@@ -315,7 +279,7 @@ def draw_modulators(task: Task, rows: List[Row], seed: int, out: Path) -> Figure
 
 
 @torch.no_grad()
-def draw_rows(task: Task, rows: List[Row], seed: int, out: Path) -> Figure:
+def draw_rows(task: Task, rows: List[str], seed: int, out: Path) -> Figure:
     """The probabilities of one question by each mapping, matches first, the largest of each kind first."""
     batch = task.draw(torch.Generator().manual_seed(10_001))
     question = int((batch.matches.sum(-1) - min(5, task.matches)).abs().argmin())
@@ -330,7 +294,7 @@ def draw_rows(task: Task, rows: List[Row], seed: int, out: Path) -> Figure:
         axes.bar(range(count), matches, color=style.VERMILLION, width=1.0)
         axes.bar(range(count, task.length), others, color=style.GREY, width=1.0)
         axes.axhline(1 / count, color=style.BLACK, lw=0.6, ls=":")
-        axes.set_title("\n".join(textwrap.wrap(label_of(row), 22)), fontsize=6.5)
+        axes.set_title(label_of(row, 22), fontsize=6.5)
         axes.set_xticks([])
     for axes in figure.axes[len(rows) :]:
         axes.set_axis_off()
@@ -365,11 +329,13 @@ def parse_arguments() -> argparse.Namespace:
         parser.error(f"--noise takes a number in [0, 1); got {arguments.noise}")
     if arguments.matches > min(arguments.length, *arguments.test_lengths):
         parser.error(f"--matches {arguments.matches}: more than there are keys")
+    arguments.rows = [row.strip() for row in arguments.mappings.split(",")]
     try:
         tools.import_user_dir(arguments.user_dir)
-        arguments.rows = [Row.parse(text) for text in arguments.mappings.split(",")]
-    except (tools.UserError, ValueError) as error:
-        parser.error(str(error))
+        for row in arguments.rows:
+            Layer(row, dimensions=2)
+    except (tools.UserError, TypeError, ValueError) as error:
+        parser.error(f"--mappings {arguments.mappings}: {error}")
     return arguments
 
 
@@ -378,34 +344,32 @@ def main() -> None:
     logging.getLogger().setLevel(logging.WARNING)  # importing fairseq sets it to DEBUG
     rows, lengths, out = arguments.rows, arguments.test_lengths, arguments.out
     task = Task(arguments.length, arguments.matches, arguments.dimensions, arguments.noise)
-    file = out / "results.json"
-    results = json.loads(file.read_text()) if file.exists() else []
     same = {**task._asdict(), "updates": arguments.updates}
-    if any(record[name] != value for record in results for name, value in same.items()):
-        raise tools.UserError(f"{file} has results of another task or length: choose another --out")
+    (out / "models").mkdir(parents=True, exist_ok=True)
     jobs = []
-    for seed in arguments.seeds:
-        for row in rows:
-            there = {length for length in lengths for r in records(results, row, length) if r["seed"] == seed}
-            if there != set(lengths) or not model_file(out, row, seed).exists():
-                jobs.append((task, row, seed, arguments.updates, lengths, out, arguments.user_dir))
-    processes = min(arguments.processes, len(jobs))
-    with multiprocessing.get_context("spawn").Pool(processes) if processes > 1 else nullcontext() as pool:
-        runs = pool.imap_unordered(run, jobs) if pool else map(run, jobs)
-        for new in tqdm(runs, total=len(jobs), desc="trainings", disable=None):
-            replaced = set(map(key_of, new))
-            results = sorted([record for record in results if key_of(record) not in replaced] + new, key=key_of)
-            content = json.dumps(results, indent=1).encode()
-            write(file, lambda opened, content=content: opened.write(content))
+    for job in ((row, seed) for seed in arguments.seeds for row in rows):
+        records = load_records(model_file(out, *job))
+        if any(record[name] != value for record in records for name, value in same.items()):
+            raise tools.UserError(f"{out} has results of another task or length: choose another --out")
+        if not {record["test_length"] for record in records} >= set(lengths):
+            jobs.append(job)
+    work = partial(run, task, arguments.updates, lengths, out)
+    processes = max(min(arguments.processes, len(jobs)), 1)
+    with multiprocessing.get_context("spawn").Pool(processes, begin, [arguments.user_dir]) as pool:
+        for _ in tqdm(pool.imap_unordered(work, jobs), total=len(jobs), desc="trainings", disable=None):
+            pass
+    results = [record for path in sorted((out / "models").glob("*.pt")) for record in load_records(path)]
+    with tools.replacing(out / "results.json") as file:
+        file.write(json.dumps(results, indent=1).encode())
+    results = [record for record in results if record["seed"] in arguments.seeds]
     text = table(results, rows, lengths)
-    write(out / "table.md", lambda opened: opened.write(text.encode()))
+    (out / "table.md").write_text(text, encoding="utf-8")
     with matplotlib.rc_context(style.STYLE):
-        figures = {"errors": draw_errors(results, rows, lengths, task),
-                   "rows": draw_rows(task, rows, arguments.seeds[0], out)}  # fmt: skip
-        if any(row.mapping == "multimax" for row in rows):
-            figures["modulators"] = draw_modulators(task, rows, arguments.seeds[0], out)
-        for name, figure in figures.items():
-            write(out / f"{name}.png", lambda file, figure=figure: figure.savefig(file, format="png"))
+        draw_errors(results, rows, lengths, task).savefig(out / "errors.png")
+        draw_rows(task, rows, arguments.seeds[0], out).savefig(out / "rows.png")
+        with_modulators = [row for row in rows if row.split(":")[0] == "multimax"]
+        if with_modulators:
+            draw_modulators(task, with_modulators, arguments.seeds[0], out).savefig(out / "modulators.png")
     print(f"{text}\nMean squared error ± standard deviation, {len(arguments.seeds)} seeds; in brackets the ratio to "
           f"softmax's, and the largest ratio in a seed. {out} has results.json and the figures.")  # fmt: skip
 

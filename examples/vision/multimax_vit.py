@@ -7,13 +7,11 @@ As in the paper's experiment on ImageNet, tokens are averaged (``global_pool="av
 normalisation. MultiMax acts in the attention of every block, and with ``output_mapping="multimax"`` on the classes.
 """
 
-import contextlib
-import functools
 import math
 import pickle
 import re
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, Optional, Set, Union
+from typing import Any, Callable, Dict, Optional, Set, Union
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +39,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models.vision_transformer import VisionTransformer  # noqa: E402
 
 from multimax_fairseq.compat import trust_plain_records  # noqa: E402
-from multimax_fairseq.mappings import MultiMax, build_mapping  # noqa: E402
+from multimax_fairseq.mappings import MultiMax, Softmax, build_mapping  # noqa: E402
 
 OUTPUT_MAPPINGS = ("softmax", "multimax")
 HEAD_WIDTH = 64  # of DeiT
@@ -64,37 +62,31 @@ class InsteadOfSoftmax(TorchFunctionMode):
 
 
 class MappedAttention(Attention):
-    """timm's attention with a mapping where ``forward`` calls softmax; made of one of timm's by :meth:`adopt`."""
+    """timm's attention with a mapping where ``forward`` calls softmax; made of one of timm's by :meth:`adopt`.
 
-    mapping: Optional[nn.Module]  # over the last dimension; None is softmax
-    on_attention: Optional[Callable[[Tensor, Tensor], None]]  # called with scores and probabilities
+    Attributes:
+        mapping: over the last dimension of scores, (batch, heads, queries, keys). A forward hook on it sees them.
+    """
 
     @classmethod
-    def adopt(cls, attention: Attention, mapping: Optional[nn.Module]) -> None:
+    def adopt(cls, attention: Attention, mapping: nn.Module) -> None:
         if type(attention) is not Attention:
             raise ValueError(f"a mapping can be put into timm's Attention, not into {type(attention).__name__}")
         attention.__class__ = cls
-        attention.mapping, attention.on_attention = mapping, None
+        attention.mapping = mapping
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if self.mapping is None and self.on_attention is None:
+        if type(self.mapping) is Softmax and not self.mapping._forward_hooks:
             return super().forward(x, *args, **kwargs)
         timms_choice, self.fused_attn = self.fused_attn, False
         try:
-            with InsteadOfSoftmax(self.probabilities) as instead:
+            with InsteadOfSoftmax(self.mapping) as instead:
                 output = super().forward(x, *args, **kwargs)
         finally:
             self.fused_attn = timms_choice
         if not instead.calls:
             raise RuntimeError("this version of timm computes attention in another way: its mapping was not called")
         return output
-
-    def probabilities(self, scores: Tensor) -> Tensor:
-        """(batch, heads, queries, keys), from scores of this shape."""
-        probabilities = scores.softmax(-1) if self.mapping is None else self.mapping(scores)
-        if self.on_attention is not None:
-            self.on_attention(scores, probabilities)
-        return probabilities
 
 
 class MultiMaxVisionTransformer(VisionTransformer):
@@ -123,7 +115,7 @@ class MultiMaxVisionTransformer(VisionTransformer):
             for block in self.blocks:
                 by_head = {"num_heads": block.attn.num_heads} if attention_mapping == "entmax" else {}
                 mapping = build_mapping(attention_mapping, **by_head, **(attention_options or {}))
-                MappedAttention.adopt(block.attn, None if attention_mapping == "softmax" else mapping)
+                MappedAttention.adopt(block.attn, mapping)
             self.output_mapping = MultiMax() if output_mapping == "multimax" else None
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
@@ -193,16 +185,6 @@ def read_weights(path: Union[str, Path]) -> Dict[str, Tensor]:
     if not isinstance(weights, dict) or not all(isinstance(tensor, Tensor) for tensor in weights.values()):
         raise ValueError(f"{path} has no dictionary of weights, neither itself nor under `model`")
     return {name.removeprefix("module."): tensor for name, tensor in weights.items()}
-
-
-@contextlib.contextmanager
-def recording(model: nn.Module, on_attention: Callable[[int, Tensor, Tensor], None]) -> Iterator[None]:
-    """While it is entered, each block calls ``on_attention`` with its number, scores and probabilities."""
-    for number, block in enumerate(model.blocks):
-        block.attn.on_attention = functools.partial(on_attention, number)
-    yield
-    for block in model.blocks:
-        block.attn.on_attention = None
 
 
 def register_deit(size: str, width: int) -> None:

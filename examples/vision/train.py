@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Dict, List, Tuple
 
 import torch
-from multimax_vit import OUTPUT_MAPPINGS, MultiMaxVisionTransformer, recording
+from multimax_vit import OUTPUT_MAPPINGS, MultiMaxVisionTransformer
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from timm.optim import create_optimizer_v2
@@ -65,12 +65,11 @@ def train(model: nn.Module, pictures: Tensor, classes: Tensor, args: argparse.Na
 def evaluate(model: MultiMaxVisionTransformer, pictures: Tensor, classes: Tensor) -> Dict[str, Any]:
     """Accuracy on the test, and M and S of each block's attention over all its rows."""
     means = [MeanMetrics(1) for _ in model.blocks]
-
-    def measure(block: int, scores: Tensor, probabilities: Tensor) -> None:
-        means[block].update(scores.flatten(0, 2).unsqueeze(0), probabilities.flatten(0, 2).unsqueeze(0))
-
+    for block, mean in zip(model.blocks, means):
+        block.attn.mapping.register_forward_hook(lambda _, scores, probabilities, mean=mean: mean.update(
+            *(rows.flatten(0, 2).unsqueeze(0) for rows in (*scores, probabilities))))
     model.eval()
-    with torch.no_grad(), recording(model, measure):
+    with torch.no_grad():
         logits = torch.cat([model(batch) for batch in pictures.split(100)])
     metrics = {name: [mean.result()[0][name] for mean in means] for name in ("multimodality", "sparsity")}
     return {"accuracy": (logits.argmax(-1) == classes).float().mean().item(), **metrics}

@@ -8,9 +8,9 @@ from importlib import import_module
 
 _OFFERED = {
     "alignment": "AlignmentError hard_alignment read_alignments word_attention words_of_tokens",
-    "hooks": "Attention Collected LayerOutput Output attention_modules collect recording",
-    "metrics": "MeanMetrics RowMetrics ScoreHistogram attention_rollout falling_share mean_average_distance "
-    "row_metrics translation_rollout",
+    "hooks": "Attention Collected LayerOutput Output attention_modules collect",
+    "metrics": "MeanMetrics RowMetrics ScoreHistogram attention_rollout mean_average_distance row_metrics "
+    "translation_rollout",
 }
 _HOMES = {name: module for module, names in _OFFERED.items() for name in names.split()}
 __all__ = sorted(_HOMES)

@@ -2,7 +2,7 @@
 
 from functools import partial
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, NamedTuple, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy
 import torch
@@ -45,8 +45,7 @@ def load(path: Path, label: str, data: Path, split: str, max_sentences: int, dev
         attention_modules(model)
     except ValueError as error:
         raise UserError(f"{path}: {error}") from None
-    dataset = load_split(task, data, split)
-    check_sentences(task, dataset, range(min(len(dataset), max_sentences)), f"the split {split!r} of {data}")
+    dataset = load_split(task, data, split, max_sentences)
     architecture = str(getattr(cfg.model, "arch", None) or getattr(cfg.model, "_name", None) or type(model).__name__)
     return LoadedModel(label, path, architecture, model.to(device), task, dataset)
 
@@ -80,12 +79,13 @@ def load_model(path: Path, data: Path) -> Tuple[nn.Module, Any, FairseqTask]:
     return model.eval(), cfg, task
 
 
-def load_split(task: FairseqTask, data: Path, split: str) -> FairseqDataset:
-    """Load a split of a task's data.
+def load_split(task: FairseqTask, data: Path, split: str, most: Optional[int] = None) -> FairseqDataset:
+    """Load a split of a task's data, and check that its first sentences (None: all) can be read.
 
     Raises:
-        UserError: it is missing, empty, or cannot be read.
+        UserError: files are missing, empty or cut short, or were made with other dictionaries.
     """
+    where = f"the split {split!r} of {data}"
     try:
         task.load_dataset(split)
     except FileNotFoundError as error:
@@ -94,24 +94,14 @@ def load_split(task: FairseqTask, data: Path, split: str) -> FairseqDataset:
             f"{data} has no split {split!r} for this model; --split takes one of: {', '.join(splits) or 'none'}"
         ) from error
     except Exception as error:
-        reason = f"{type(error).__name__}: {_first_line(error)}"
-        raise UserError(f"the split {split!r} of {data} cannot be read: {reason}") from error
+        raise UserError(f"{where} cannot be read: {type(error).__name__}: {_first_line(error)}") from error
     dataset = task.dataset(split)
     if not len(dataset):
-        raise UserError(f"the split {split!r} of {data} is empty: there is nothing in it")
-    return dataset
-
-
-def check_sentences(task: FairseqTask, dataset: FairseqDataset, indices: Sequence[int], where: str) -> None:
-    """Check that these sentences can be read and that the dictionaries have their words.
-
-    Raises:
-        UserError: a file is missing or cut short, or was made with other dictionaries.
-    """
+        raise UserError(f"{where} is empty: there is nothing in it")
     if getattr(dataset, "tgt", dataset) is None:
         raise UserError(f"{where} has no text in the target language: files of it are missing")
     words = {"source": len(task.source_dictionary), "target": len(task.target_dictionary)}
-    for index in indices:
+    for index in range(len(dataset))[:most]:
         try:
             item = dataset[index]
             sides = {side: item[side] for side in words if item[side] is not None}
@@ -123,6 +113,7 @@ def check_sentences(task: FairseqTask, dataset: FairseqDataset, indices: Sequenc
                 f"{where} has words that its dictionary lacks (in sentence {index}): the two are not of one "
                 "fairseq-preprocess, or damaged"
             )
+    return dataset
 
 
 def fitting(

@@ -49,8 +49,6 @@ def parser() -> ArgumentParser:
     add("--show", nargs="*", type=int, metavar="I", help=text)
     text = "gold word alignments of the split, Pharaoh format (i-j), for the alignment error rate"
     add("--alignments", type=Path, metavar="FILE", help=text)
-    text = "how pieces of words are marked in the data (default: as its dictionary looks)"
-    add("--subwords", choices=("none", "subword-nmt", "sentencepiece"), help=text)
     add("--user-dir", type=Path, metavar="DIR", help="a folder with your own mappings, if the models have some")
     add("--cpu", action="store_true", help="do not use a GPU")
     add("--no-progress-bar", action="store_true")
@@ -109,12 +107,11 @@ def _measure(args: argparse.Namespace) -> Dict[str, Any]:
         raise UserError("give checkpoints and --data, or --redraw with the folder of a report")
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file; --out takes a folder")
-    if out.is_dir() and any(out.iterdir()):
-        known = {PAGE, "figures", "results.json", *(f"{name}.csv" for name in TABLES)}
-        is_report = (out / PAGE).is_file() and {path.name for path in out.iterdir()} <= known
-        if not (args.force and is_report):
-            hint = "--force replaces it" if is_report else "choose another, or empty it"
-            raise UserError(f"the folder {out} is not empty: {hint}")
+    there = {path.name for path in out.iterdir()} if out.is_dir() else set()
+    is_report = PAGE in there and there <= {PAGE, "figures", "results.json", *(f"{name}.csv" for name in TABLES)}
+    if there and not (args.force and is_report):
+        hint = "--force replaces it" if is_report else "choose another, or empty it"
+        raise UserError(f"the folder {out} is not empty: {hint}")
     check_output_folder(out)
     labels = args.labels or [path.absolute().parent.name for path in args.checkpoints]
     if not args.labels and len(set(labels)) < len(labels):
@@ -126,10 +123,7 @@ def _measure(args: argparse.Namespace) -> Dict[str, Any]:
     from .measure import measure  # here, since it imports fairseq, which takes seconds
 
     logging.getLogger().setLevel(logging.WARNING)  # fairseq has set it to DEBUG
-    return measure(
-        args.checkpoints, labels, args.data, args.split, args.max_sentences, args.max_tokens, args.show,
-        args.alignments, args.subwords, args.cpu, not args.no_progress_bar,
-    )  # fmt: skip
+    return measure(args, labels)
 
 
 def _read(args: argparse.Namespace) -> Dict[str, Any]:

@@ -4,6 +4,7 @@ A figure is a table, the CSV, and a function that draws it. Checkpoints with one
 table has a row for each of them, and what is drawn is their mean with its standard deviation.
 """
 
+import re
 import textwrap
 from fnmatch import fnmatchcase
 from functools import partial
@@ -94,42 +95,33 @@ def chosen(plans: Sequence[Plan], names: Optional[str]) -> Tuple[List[Plan], Lis
 
 CAPTIONS = {
     "sparsity-multimodality": "Sparsity against multi-modality, a point a head; the large points are means over a "
-    "model's heads. Above as the paper defines them, below with the same s for all models and M over the largest "
-    "scores. The upper right is where MultiMax is meant to lead.",
+    "model's heads. Left as the paper defines them, right with the same s for all models and M over the largest "
+    "scores. The upper right is where MultiMax is meant to lead. Rows without M or S, whose share is in the table, are "
+    "left out.",
     "over-smoothing": "Mean cosine distance between the tokens of a sentence after each layer: the lower, the more "
     "alike they have become. (The axis does not begin at 0.)",
     "modulators": "the scores that each module saw, and what its modulator, if any, makes of them. The outermost "
     "0.05 % of the scores on either side are not shown.",
     "simplex": "Where mappings take three scores while one, t, rises from the smallest to the largest (rings: the "
-    "end, two equal scores). The lower edge gives nothing to the smallest score; its middle is sparse and bimodal. "
-    "Learned modulators are drawn on the median and the 99th percentile of the scores that they saw.",
+    "end, two equal scores). The lower edge gives nothing to the smallest score; its middle is sparse and bimodal.",
 }
 
 
 def plans_of(results: Results) -> List[Plan]:
     """All figures that these results have the numbers for; their names are those of the files."""
-    looks, captions = _looks(results), dict(CAPTIONS)
-    captions["sparsity-multimodality"] += " " + _left_out(results)
+    looks = _looks(results)
     of_heads = ("site", "layer", "head", *METRICS[0], *METRICS[1], "common_reference")
     metrics = partial(_rows, results, "heads", of_heads), partial(_draw_metrics, results["top_k"], looks)
     smoothing = partial(_rows, results, "layers", ("side", "layer", "mad")), partial(_draw_smoothing, looks)
     simplex = partial(_simplex_rows, results), _draw_simplex
     figures = {"sparsity-multimodality": metrics, "over-smoothing": smoothing, "simplex": simplex}
-    plans = [Plan(name, name, captions[name], *figure) for name, figure in figures.items()]
-    for label, models in results["models"].items():
-        name, caption = f"{_file_name(label, plans)}-modulators", f"{label}: {captions['modulators']}"
+    plans = [Plan(name, name, CAPTIONS[name], *figure) for name, figure in figures.items()]
+    for number, (label, models) in enumerate(results["models"].items(), start=1):
+        name, caption = re.sub(r"[^\w.-]", "-", label)[:40], f"{label}: {CAPTIONS['modulators']}"
         rows, draw = partial(_module_rows, models), partial(_draw_modulators, looks[label]["color"])
         has_sigma = any("sigma" in module for module in models[0]["modules"])
-        plans.append(Plan(name, "modulators", caption, rows, draw, is_usual=has_sigma))
+        plans.append(Plan(f"modulators{number}-{name}", "modulators", caption, rows, draw, is_usual=has_sigma))
     return plans + _plans_of_sentences(results)
-
-
-def _file_name(label: str, plans: Sequence[Plan]) -> str:
-    """The start of a model's file names: its label without spaces and the like, distinct from other models'."""
-    name = "".join(character if character.isalnum() or character in "-._" else "-" for character in label)[:40]
-    while any(plan.name == f"{name}-modulators" for plan in plans):
-        name += "+"
-    return name
 
 
 def _rows(results: Results, table: str, columns: Sequence[str]) -> List[Row]:
@@ -210,25 +202,19 @@ def _legend(figure: Figure) -> Figure:
 
 # ---------------------------------------------------------------------- models side by side
 
-METRICS = ("sparsity", "multimodality"), ("common_sparsity", "top_multimodality")  # a row of panels each
+METRICS = ("sparsity", "multimodality"), ("common_sparsity", "top_multimodality")  # a column of panels each
 
 
 def _draw_metrics(top_k: int, looks: Dict[str, Row], rows: List[Row], width: Optional[float]) -> Figure:
-    """A row for each pair of metrics and a column for each site; the other way where it is narrow."""
+    """A row of panels for each site, and a column for each pair of metrics."""
     sites = _grouped(rows, "site")
-    width = width or max(TWO_COLUMNS / 3 * len(sites), ONE_COLUMN)
-    is_narrow = width / len(sites) < 1.9
-    down, across, shared = (len(sites), 2, "col") if is_narrow else (2, len(sites), "row")
-    figure, grid = _grid(width, 2 * down + 0.7, down, across, sharex=shared, sharey=shared)
-    grid = grid.T if is_narrow else grid
-    for pair, (number, site) in product((0, 1), enumerate(sites)):
-        axes = grid[pair, number]
-        for label, of_model in _grouped(sites[site], "model").items():
+    figure, grid = _grid(width or 0.7 * TWO_COLUMNS, 2 * len(sites) + 0.7, len(sites), 2, sharex="col", sharey="col")
+    for (line, (site, at_site)), pair in product(enumerate(sites.items()), (0, 1)):
+        axes, s = grid[line, pair], at_site[0]["common_reference"] or 0
+        for label, of_model in _grouped(at_site, "model").items():
             _draw_heads(axes, of_model, METRICS[pair], label, looks[label])
-        s = sites[site][0]["common_reference"] or 0
         axes.set_xlabel(f"sparsity S, s = {s:.2g}" if pair else "sparsity S, s = 1/K")
-        if number == 0 or is_narrow:
-            axes.set_ylabel(f"M over the {top_k} largest" if pair else "multi-modality M")
+        axes.set_ylabel(f"M over the {top_k} largest" if pair else "multi-modality M")
         axes.set_title("" if pair else SITE_NAMES[site])
         axes.grid(color="#DDDDDD", lw=0.5)
         axes.set_axisbelow(True)
@@ -246,19 +232,6 @@ def _draw_heads(axes: Axes, rows: List[Row], names: Sequence[str], label: str, l
     x, y = ([mean(row[name] for row in of_seed) for of_seed in seeds] for name in names)
     axes.errorbar(mean(x), mean(y), _spread(y), _spread(x), ms=8, mec=BLACK, mew=0.6, ecolor=BLACK, elinewidth=0.8,
                   capsize=2, ls="none", label=label, **style)  # fmt: skip
-
-
-def _left_out(results: Results) -> str:
-    """A sentence giving the share of rows without M, for each site and model."""
-    rows = _rows(results, "sites", ("site", "rows", "multimodality_undefined"))
-    sites = []
-    for site, at_site in _grouped([row for row in rows if row["site"] != "output"], "site").items():
-        shares = [
-            f"{label} {mean(row['multimodality_undefined'] / row['rows'] for row in of_model):.0%}"
-            for label, of_model in _grouped(at_site, "model").items()
-        ]
-        sites.append(f"{SITE_NAMES[site]}: {', '.join(shares)}")
-    return f"Rows without a second relevant score have no M; above they are left out ({'; '.join(sites)})."
 
 
 def _draw_smoothing(looks: Dict[str, Row], rows: List[Row], width: Optional[float]) -> Figure:

@@ -5,9 +5,10 @@ hooks ask each attention module for its scores once more, and its mapping for th
 """
 
 import inspect
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
+from functools import partial
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 from unittest.mock import patch
 
 import torch
@@ -98,84 +99,67 @@ def attention_modules(model: nn.Module) -> List[Tuple[str, int, MultiheadAttenti
     return found
 
 
-@contextmanager
-def recording(
-    model: nn.Module,
-    on_attention: Optional[Callable[[Attention], Any]] = None,
-    on_layer: Optional[Callable[[LayerOutput], Any]] = None,
-    on_output: Optional[Callable[[Output], Any]] = None,
-) -> Iterator[None]:
-    """Report what attention modules, layers and the output layer do in each forward pass of the model.
+def collect(model: nn.Module, sample: Dict[str, Any], with_output: bool = True) -> Collected:
+    """Collect a model's attention, layer outputs and output distribution on one batch.
 
-    Modules report one after another, so a listener can keep as little as it likes::
+    ``collect(model, sample).at("cross")[0].probabilities`` are the probabilities of the first decoder layer's
+    cross-attention, (bsz, num_heads, tgt_len, src_len). All of the batch is kept: over many batches, take what you
+    need of each, as :class:`MeanMetrics` does.
 
-        with recording(model, on_attention=lambda attention: print(attention.site, attention.layer)):
-            model(**sample["net_input"])
+    Args:
+        model: of this plugin or of fairseq, in any mode (it runs in evaluation mode).
+        sample: a fairseq batch: ``task.dataset("valid").collater([...])``.
+        with_output: whether to collect the output distribution, which is large.
 
-    The model's results do not change. It has to see whole sentences (no decoding cache). An adaptive softmax, which
-    never has all scores, reports no output.
+    Raises:
+        ValueError: the model has no attention that can be looked at.
     """
-    found = attention_modules(model)
+    found, collected, logits = attention_modules(model), Collected(masks=_token_masks(model, sample)), []
     layers = {module: (site, layer + 1) for site, layer, module in found if site != "cross"}
     projection = getattr(getattr(model, "decoder", None), "output_projection", None)
-    with ExitStack() as stack:
-        for site, layer, attention in found if on_attention is not None else ():
-            _report_attention(site, layer, attention, on_attention, stack)
-        for module in model.modules():
-            if on_layer is not None and getattr(module, "self_attn", None) in layers:
-                _report_layer(*layers[module.self_attn], module, on_layer, stack)
-        if on_output is not None and projection is not None:
-            _report_output(model, projection, on_output, stack)
-        yield
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), ExitStack() as stack:
+            for site, layer, attention in found:
+                keep = partial(_keep_attention, collected.attention, site, layer)
+                stack.callback(attention.register_forward_hook(keep, with_kwargs=True).remove)
+            for module in model.modules():
+                if getattr(module, "self_attn", None) in layers:
+                    keep = partial(_keep_layer, collected.layers, *layers[module.self_attn])
+                    stack.callback(module.register_forward_hook(keep, with_kwargs=True).remove)
+            if with_output and projection is not None:
+                stack.callback(projection.register_forward_hook(lambda *args: logits.append(args[-1])).remove)
+            result = model(**sample["net_input"])
+            if logits:
+                collected.output = Output(logits[0], model.get_normalized_probs(result, log_probs=False))
+    finally:
+        model.train(was_training)
+    return collected
 
 
-def _report_attention(
-    site: str, layer: int, module: MultiheadAttention, report: Callable[[Attention], Any], stack: ExitStack
+def _keep_attention(
+    kept: List[Attention], site: str, layer: int, module: nn.Module, args: Tuple, kwargs: Dict[str, Any], _: Any
 ) -> None:
-    signature, mapping = inspect.signature(module.forward), getattr(module, "mapping", None)
-
-    def after(module: MultiheadAttention, args: Tuple, kwargs: Dict[str, Any], _: Any) -> None:
-        arguments = {**signature.bind(*args, **kwargs).arguments, "before_softmax": True}
-        if arguments.get("incremental_state") is not None:
-            raise ValueError("attention can be recorded of whole sentences, not while decoding with a cache")
-        if isinstance(arguments.get("attn_mask"), Tensor):
-            arguments["attn_mask"] = additive_mask(arguments["attn_mask"], arguments["query"].dtype)
-        # only on this path does fairseq's own attention stop before its softmax
-        with patch.object(module, "skip_embed_dim_check", True):
-            scores, _ = module.forward(**arguments)
-        scores = scores.unflatten(0, (-1, module.num_heads))
-        report(Attention(site, layer, scores, probabilities_by(mapping or Softmax())(scores).float(), mapping))
-
-    stack.callback(module.register_forward_hook(after, with_kwargs=True).remove)
+    arguments = {**inspect.signature(module.forward).bind(*args, **kwargs).arguments, "before_softmax": True}
+    if isinstance(arguments.get("attn_mask"), Tensor):
+        arguments["attn_mask"] = additive_mask(arguments["attn_mask"], arguments["query"].dtype)
+    # only on this path does fairseq's own attention stop before its softmax
+    with patch.object(module, "skip_embed_dim_check", True):
+        scores, _ = module.forward(**arguments)
+    scores, mapping = scores.unflatten(0, (-1, module.num_heads)), getattr(module, "mapping", None)
+    kept.append(Attention(site, layer, scores, probabilities_by(mapping or Softmax())(scores).float(), mapping))
 
 
-def _report_layer(
-    side: str, number: int, layer: nn.Module, report: Callable[[LayerOutput], Any], stack: ExitStack
+def _keep_layer(
+    kept: List[LayerOutput], side: str, number: int, _: nn.Module, args: Tuple, kwargs: Dict[str, Any], result: Any
 ) -> None:
-    def before(_, args: Tuple, kwargs: Dict[str, Any]) -> None:
-        report(LayerOutput(side, 0, (args[0] if args else kwargs["x"]).transpose(0, 1)))
-
-    def after(_, args: Tuple, result: Any) -> None:
-        report(LayerOutput(side, number, (result[0] if isinstance(result, tuple) else result).transpose(0, 1)))
-
     if number == 1:
-        stack.callback(layer.register_forward_pre_hook(before, with_kwargs=True).remove)
-    stack.callback(layer.register_forward_hook(after).remove)
+        kept.append(LayerOutput(side, 0, (args[0] if args else kwargs["x"]).transpose(0, 1)))
+    kept.append(LayerOutput(side, number, (result[0] if isinstance(result, tuple) else result).transpose(0, 1)))
 
 
-def _report_output(
-    model: nn.Module, projection: nn.Module, report: Callable[[Output], Any], stack: ExitStack
-) -> None:
-    logits: List[Tensor] = []
-
-    def after(_, args: Tuple, result: Any) -> None:
-        report(Output(logits.pop(), model.get_normalized_probs(result, log_probs=False)))
-
-    stack.callback(projection.register_forward_hook(lambda _, __, result: logits.append(result)).remove)
-    stack.callback(model.register_forward_hook(after).remove)
-
-
-def token_masks(model: nn.Module, sample: Dict[str, Any]) -> Dict[str, Tensor]:
+def _token_masks(model: nn.Module, sample: Dict[str, Any]) -> Dict[str, Tensor]:
     """Masks of each site's queries: bool (bsz, length), true for tokens, false for padding."""
     net_input = sample["net_input"]
     source = net_input["src_tokens"]
@@ -185,30 +169,6 @@ def token_masks(model: nn.Module, sample: Dict[str, Any]) -> Dict[str, Tensor]:
         return {"encoder": source.ne(model.encoder.dictionary.pad()), "decoder": decoder, "cross": decoder}
     side = "decoder" if hasattr(model, "decoder") else "encoder"
     return {side: source.ne(getattr(model, side).dictionary.pad())}
-
-
-def collect(model: nn.Module, sample: Dict[str, Any]) -> Collected:
-    """Collect a model's attention, layer outputs and output distribution on one batch.
-
-    For a few sentences: everything is kept. ``collect(model, sample).at("cross")[0].probabilities`` are the
-    probabilities of the first decoder layer's cross-attention, (bsz, num_heads, tgt_len, src_len).
-
-    Args:
-        model: of this plugin or of fairseq, in any mode (it runs in evaluation mode).
-        sample: a fairseq batch: ``task.dataset("valid").collater([...])``.
-
-    Raises:
-        ValueError: the model has no attention that can be recorded.
-    """
-    collected, outputs, was_training = Collected(masks=token_masks(model, sample)), [], model.training
-    model.eval()
-    try:
-        with torch.no_grad(), recording(model, collected.attention.append, collected.layers.append, outputs.append):
-            model(**sample["net_input"])
-    finally:
-        model.train(was_training)
-    collected.output = outputs[0] if outputs else None
-    return collected
 
 
 def output_mapping(model: nn.Module) -> Optional[nn.Module]:

@@ -5,9 +5,9 @@ from 0 in it.
 """
 
 import os
-from pathlib import Path
-from statistics import mean
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from argparse import Namespace
+from statistics import geometric_mean, mean
+from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple
 from unittest.mock import patch
 
 import torch
@@ -26,23 +26,12 @@ from .alignment import (
     words_of_tokens,
 )
 from .checkpoint import LoadedModel, batches, fitting, load
-from .hooks import (
-    Attention,
-    LayerOutput,
-    Output,
-    attention_modules,
-    collect,
-    output_mapping,
-    recording,
-    token_masks,
-)
+from .hooks import Collected, attention_modules, collect, output_mapping
 from .metrics import (
     TOP_K,
     MeanMetrics,
     ScoreHistogram,
     attention_rollout,
-    common_reference,
-    falling_share,
     mean_average_distance,
     translation_rollout,
 )
@@ -64,20 +53,12 @@ MOST_NUMBERS = 32  # of a parameter of a registered mapping, for a table
 Site = Tuple[str, int]  # site, layer
 
 
-def measure(
-    paths: Sequence[Path],
-    labels: Sequence[str],
-    data: Path,
-    split: str = "valid",
-    max_sentences: int = 1000,
-    max_tokens: int = 1024,
-    show: Optional[Sequence[int]] = None,
-    alignments: Optional[Path] = None,
-    subwords: Optional[str] = None,
-    cpu: bool = False,
-    progress: bool = False,
-) -> Dict[str, Any]:
-    """Run models over the same sentences of a split; what the arguments mean, ``multimax-analyze --help`` says.
+def measure(args: Namespace, labels: Sequence[str]) -> Dict[str, Any]:
+    """Run models over the same sentences of a split.
+
+    Args:
+        args: of ``multimax-analyze``, whose ``--help`` says what they mean.
+        labels: of the checkpoints.
 
     Returns:
         ``models`` has for each label a list of checkpoints, the seeds of one model.
@@ -85,12 +66,13 @@ def measure(
     Raises:
         UserError: something that the user can fix; before long work, but for scores that no trained model has.
     """
-    gold = None if alignments is None else read_alignments(alignments)
-    device = torch.device("cuda" if torch.cuda.is_available() and not cpu else "cpu")
-    loaded = [load(path, label, data, split, max_sentences, device) for path, label in zip(paths, labels)]
-    first = loaded[0]
-    there = range(min(len(model.dataset) for model in loaded))[:max_sentences]
-    indices = fitting(first.task, first.dataset, there, [model.model for model in loaded], f"the split {split!r}")
+    gold = read_alignments(args.alignments) if args.alignments else None
+    device = torch.device("cuda" if torch.cuda.is_available() and not args.cpu else "cpu")
+    split = args.data, args.split, args.max_sentences
+    loaded = [load(path, label, *split, device) for path, label in zip(args.checkpoints, labels)]
+    first, show, where = loaded[0], args.show, f"the split {args.split!r}"
+    there = range(min(len(model.dataset) for model in loaded))[: args.max_sentences]
+    indices = fitting(first.task, first.dataset, there, [model.model for model in loaded], where)
     if show is None:  # long enough to be interesting, short enough to read
         show = [min(indices, key=lambda index: abs(first.dataset.num_tokens(index) - 12))]
     absent = [index for index in show if index not in indices]
@@ -98,26 +80,31 @@ def measure(
         why = "is too long for a model" if absent[0] in there else f"sentences 0 to {there[-1]} are analysed"
         raise UserError(f"--show {absent[0]}: {why}")
     _check_seeds(loaded)
-    subwords = subwords or guess_subwords(first.task.target_dictionary.symbols)
-    for model in loaded if gold is not None else ():
-        _check_gold(model, gold, indices, subwords)
+    measurements = [Measurement(model, gold) for model in loaded]
+    for measurement in measurements if gold is not None else ():
+        measurement.check_gold(indices)
     with_output = any(not model.is_translation or output_mapping(model.model) is not None for model in loaded)
-    measurements = [Measurement(model) for model in loaded]
     for measurement in measurements:
-        measurement.run(indices, max_tokens, device, with_output, progress)
-    # one s for all models at each site: see sparsity_at
-    sites = dict.fromkeys(site for measurement in measurements for site, _ in measurement.heads)
-    references = {site: common_reference(m.tail(site) for m in measurements) for site in sites}
+        measurement.run(indices, args.max_tokens, device, with_output, not args.no_progress_bar)
+    tails: Dict[str, List[Optional[float]]] = {}
+    for row in (row for measurement in measurements for row in measurement.sites({})):
+        tails.setdefault(row["site"], []).append(row["tail"])
+    references = {site: common_reference(of_models) for site, of_models in tails.items()}
     models: Dict[str, List[Dict[str, Any]]] = {}
     for model, measurement in zip(loaded, measurements):
-        results = measurement.results(references)
-        results["alignment"] = []
-        if gold is not None:
-            results["alignment"] = _alignment_errors(model, gold, indices, subwords, max_tokens, device)
-        results["examples"] = [_example(model, index, device) for index in show]
-        models.setdefault(model.label, []).append(results)
+        examples = [_example(model, index, device) for index in show]
+        models.setdefault(model.label, []).append({**measurement.results(references), "examples": examples})
     skipped = len(there) - len(indices)
-    return {"top_k": TOP_K, "skipped": skipped, "models": models, "simplex": _simplex(measurements)}
+    return {"top_k": TOP_K, "skipped": skipped, "models": models, "simplex": _simplex()}
+
+
+def common_reference(tails: Iterable[Optional[float]]) -> Optional[float]:
+    """One s for the sparsity of all compared models: the geometric mean of their tails, without those of 0 or None.
+
+    None if no tail counts: S is then 1 for any s.
+    """
+    counted = [tail for tail in tails if tail]
+    return geometric_mean(counted) if counted else None
 
 
 def _check_seeds(loaded: Sequence[LoadedModel]) -> None:
@@ -133,42 +120,47 @@ def _check_seeds(loaded: Sequence[LoadedModel]) -> None:
 
 
 class Measurement:
-    """What one model does, summed batch by batch."""
+    """What one model does, summed batch by batch; with gold alignments, the errors of its cross-attention."""
 
-    def __init__(self, loaded: LoadedModel):
-        self.loaded, self.sentences, self.tokens = loaded, 0, 0
+    def __init__(self, loaded: LoadedModel, gold: Optional[Sequence[GoldAlignment]] = None):
+        self.loaded, self.gold, self.sentences, self.tokens = loaded, gold, 0, 0
+        self._subwords = guess_subwords(loaded.task.target_dictionary.symbols) if gold else "none"
         self.heads: Dict[Site, MeanMetrics] = {}
         self.histograms: Dict[Site, ScoreHistogram] = {}
         self.mappings: Dict[Site, Optional[nn.Module]] = {}
         # (side, layer) → sum of MADs, sentences with a MAD, all sentences
         self._distances: Dict[Site, List[float]] = {}
+        self._errors: Dict[Tuple[int, str, str], AlignmentError] = {}
 
     def run(
         self, indices: Sequence[int], max_tokens: int, device: torch.device, with_output: bool, progress: bool
     ) -> None:
         """Measure these sentences."""
-        model, listener = self.loaded.model, self._on_output if with_output else None
         with tqdm.tqdm(total=len(indices), desc=self.loaded.label, unit="sentence", disable=not progress) as bar:
-            with torch.no_grad(), recording(model, self._on_attention, self._on_layer, listener):
-                for sample in batches(self.loaded.dataset, indices, max_tokens, device):
-                    self._masks = token_masks(model, sample)
-                    model(**sample["net_input"])
-                    self.sentences += len(sample["id"])
-                    self.tokens += sample["ntokens"]
-                    bar.update(len(sample["id"]))
+            for sample in batches(self.loaded.dataset, indices, max_tokens, device):
+                self._add_batch(sample, collect(self.loaded.model, sample, with_output))
+                bar.update(len(sample["id"]))
 
-    def _on_attention(self, attention: Attention) -> None:
-        site, layer, mask = attention.site, attention.layer, self._masks[attention.site]
-        rows = (  # (num_heads, rows, src_len), without padding rows
-            tensor.transpose(1, 2)[mask].transpose(0, 1) for tensor in (attention.scores, attention.probabilities)
-        )
-        self._add((site, layer), f"{site} layer {layer + 1}", attention.mapping, *rows)
+    def _add_batch(self, sample: Dict[str, Any], collected: Collected) -> None:
+        self.sentences += len(sample["id"])
+        self.tokens += sample["ntokens"]
+        masks = collected.masks
+        for site, layer, scores, probabilities, mapping in collected.attention:
+            # (num_heads, rows, src_len), without padding rows
+            rows = (each.transpose(1, 2)[masks[site]].transpose(0, 1) for each in (scores, probabilities))
+            self.add_rows((site, layer), f"{site} layer {layer + 1}", mapping, *rows)
+        if collected.output:
+            rows = (each[masks["decoder"]].unsqueeze(0) for each in collected.output)
+            self.add_rows(("output", 0), "the output layer", output_mapping(self.loaded.model), *rows)
+        for side, layer, hidden in collected.layers:
+            distance = mean_average_distance(hidden, masks[side]).double()
+            new = distance.nansum().item(), int((~distance.isnan()).sum()), len(distance)
+            before = self._distances.get((side, layer), (0, 0, 0))
+            self._distances[side, layer] = [old + added for old, added in zip(before, new)]
+        if self.gold is not None:
+            self._add_alignments(sample, collected)
 
-    def _on_output(self, output: Output) -> None:
-        rows = (tensor[self._masks["decoder"]].unsqueeze(0) for tensor in output)
-        self._add(("output", 0), "the output layer", output_mapping(self.loaded.model), *rows)
-
-    def _add(
+    def add_rows(
         self, site: Site, name: str, mapping: Optional[nn.Module], scores: Tensor, probabilities: Tensor
     ) -> None:
         """Add rows of a site, (num_heads, rows, K) each."""
@@ -184,21 +176,56 @@ class Measurement:
         self.heads[site].update(scores, probabilities)
         self.histograms[site].update(scores)
 
-    def _on_layer(self, output: LayerOutput) -> None:
-        distance = mean_average_distance(output.hidden, self._masks[output.side]).double()
-        total = self._distances.setdefault((output.side, output.layer), [0.0, 0, 0])
-        total[0] += distance.nansum().item()
-        total[1] += int((~distance.isnan()).sum())
-        total[2] += len(distance)
+    def _add_alignments(self, sample: Dict[str, Any], collected: Collected) -> None:
+        """Link words by each cross-attention head, by each layer's mean, and by the rollout."""
+        cross, source = collected.at("cross"), sample["net_input"]["src_tokens"]
+        maps = {(of.layer, str(head)): of.probabilities[:, head] for of in cross for head in range(of.scores.size(1))}
+        maps |= {(of.layer, "mean"): of.probabilities.mean(1) for of in cross}
+        rollouts = _rollouts(collected)
+        if "cross" in rollouts:
+            maps[len(cross) - 1, "rollout"] = rollouts["cross"]
+        stacked = torch.stack(list(maps.values()), dim=1).float().cpu()  # (bsz, maps, tgt_len, src_len)
+        are_words = (collected.masks["encoder"] & (source != self.loaded.task.source_dictionary.eos())).cpu()
+        are_queries = collected.masks["cross"].cpu()
+        for row, index in enumerate(sample["id"].tolist()):
+            src_words, tgt_words = self._words_of(index)
+            if not src_words or not tgt_words:
+                continue
+            of_words = stacked[row][:, are_queries[row]][:, :, are_words[row]]
+            for shift, name in enumerate(ROWS):
+                rows = word_attention(of_words[:, shift : shift + len(tgt_words)], tgt_words, src_words)
+                for place, attention in zip(maps, rows):
+                    error = self._errors.setdefault((*place, name), AlignmentError())
+                    error.update(hard_alignment(attention), self.gold[index])
 
-    def tail(self, site: str) -> float:
-        """The mean probability of an irrelevant entry at a site; NaN if there is none."""
-        heads = [head["tail"] for at, means in self.heads.items() if at[0] == site for head in means.result()]
-        return mean(tails) if (tails := [tail for tail in heads if tail is not None]) else float("nan")
+    def _words_of(self, index: int) -> List[List[int]]:
+        """The word of each token of a sentence, source and target, without ``</s>``."""
+        pair, task = self.loaded.dataset[index], self.loaded.task
+        sides = (pair["source"], task.source_dictionary), (pair["target"], task.target_dictionary)
+        symbols = ([words[token] for token in tokens.tolist() if token != words.eos()] for tokens, words in sides)
+        return [words_of_tokens(tokens, self._subwords) for tokens in symbols]
+
+    def check_gold(self, indices: Sequence[int]) -> None:
+        """Check that the gold alignments fit these sentences.
+
+        Raises:
+            UserError: the number of sentences differs, or a link is to a word that its sentence does not have.
+        """
+        if not any(site == "cross" for site, _, _ in attention_modules(self.loaded.model)):
+            raise UserError(f"{self.loaded.path} has no cross-attention: it has nothing to align")
+        if len(self.gold) != len(self.loaded.dataset):
+            there = f"there are {len(self.gold)} gold alignments for the {len(self.loaded.dataset)} sentence pairs"
+            raise UserError(f"{there} of the split: give those of the same split, a line a pair")
+        for index in indices:
+            numbers = [words[-1] + 1 if words else 0 for words in self._words_of(index)]
+            if any(link[side] >= numbers[side] for link in self.gold[index].possible for side in (0, 1)):
+                raise UserError(
+                    f"a gold alignment in line {index + 1} is outside of its sentences, which have {numbers[0]} and "
+                    f"{numbers[1]} words (from 0): it is of other text, or of pieces of words"
+                )
 
     def results(self, references: Dict[str, Optional[float]]) -> Dict[str, Any]:
         """All numbers; ``references``: the common s of each site."""
-        heads = self._heads(references)
         return {
             "checkpoint": str(self.loaded.path),
             "architecture": self.loaded.architecture,
@@ -206,16 +233,27 @@ class Measurement:
             "parameters": sum(parameter.numel() for parameter in self.loaded.model.parameters()),
             "sentences": self.sentences,
             "target_tokens": self.tokens,
-            "heads": [row for row in heads if row["site"] != "output"],
-            "sites": [_mean_of_rows(heads, site) for site in dict.fromkeys(row["site"] for row in heads)],
+            "heads": [row for row in self._heads(references) if row["site"] != "output"],
+            "sites": self.sites(references),
             "modules": [self._module(site) for site in self.heads],
             "layers": self._layers(),
+            "alignment": [
+                {"layer": layer, "head": head, "rows": rows, "aer": error.rate()}
+                for (layer, head, rows), error in self._errors.items()
+            ],
         }
+
+    def sites(self, references: Dict[str, Optional[float]]) -> List[Dict[str, Any]]:
+        """Means over each site's heads, and how many rows they leave out."""
+        sites: Dict[str, List[Dict[str, Any]]] = {}
+        for row in self._heads(references):
+            sites.setdefault(row["site"], []).append(row)
+        return [{"site": site, "heads": len(rows), **_mean_of_rows(rows)} for site, rows in sites.items()]
 
     def _heads(self, references: Dict[str, Optional[float]]) -> List[Dict[str, Any]]:
         rows = []
         for (site, layer), means in self.heads.items():
-            s = references[site]
+            s = references.get(site)
             for head, (numbers, sparsity) in enumerate(zip(means.result(), means.sparsity_at(s or 1.0))):
                 place = {"site": site, "layer": layer, "head": head}
                 rows.append({**place, **numbers, "common_sparsity": sparsity, "common_reference": s})
@@ -224,7 +262,7 @@ class Measurement:
     def _module(self, site: Site) -> Dict[str, Any]:
         """An attention module (or the output layer): its mapping, the scores it saw, and what it has learned."""
         mapping, histogram = self.mappings[site], self.histograms[site]
-        edges, counts = histogram.bins(OUTERMOST, OUTERMOST)
+        edges, counts = histogram.bins(OUTERMOST)
         module = {
             "site": site[0],
             "layer": site[1],
@@ -235,12 +273,14 @@ class Measurement:
             "histogram": {"edges": edges.tolist(), "counts": counts.tolist()},
         }
         if isinstance(mapping, MultiMax):
-            thresholds, gains = coefficients(mapping)
+            # as σ uses them: the gains of fixed terms are 0
+            thresholds, gains = (tensor.detach().double().cpu() for tensor in mapping.coefficients())
             with patch.dict(os.environ, MULTIMAX_BACKEND="eager"):  # a few numbers are not worth compiling for
                 sigma = modulate(edges, thresholds, gains)
             for n, ((b, d), (gain_b, gain_d)) in enumerate(zip(thresholds.tolist(), gains.tolist()), start=1):
                 module["learned"] |= {f"b{n}": b, f"d{n}": d, f"g_b{n}": gain_b, f"g_d{n}": gain_d}
-            module |= {"sigma": sigma.tolist(), "falling_share": falling_share(sigma, counts)}
+            falling = counts[sigma.diff() < 0].sum() / counts.sum()  # the share of scores over which σ falls
+            module |= {"sigma": sigma.tolist(), "falling_share": falling.item()}
         elif module["mapping"] == "entmax":
             module["learned"]["alpha"] = torch.as_tensor(mapping.alpha, dtype=torch.float64).flatten().tolist()
         elif mapping is not None:  # one's own
@@ -258,17 +298,10 @@ class Measurement:
         return rows
 
 
-def coefficients(mapping: MultiMax) -> Tuple[Tensor, Tensor]:
-    """Thresholds and gains as σ uses them, fp64 on the CPU; gains of fixed terms are 0."""
-    return tuple(tensor.detach().double().cpu() for tensor in mapping.coefficients())
-
-
-def _mean_of_rows(rows: Sequence[Dict[str, Any]], site: str) -> Dict[str, Any]:
-    """Means over a site's heads, and how many rows they leave out."""
-    at_site = [row for row in rows if row["site"] == site]
-    means: Dict[str, Any] = {"site": site, "heads": len(at_site)}
-    for name in list(at_site[0])[3:]:  # after site, layer and head
-        values = [row[name] for row in at_site if row[name] is not None]
+def _mean_of_rows(rows: Sequence[Dict[str, Any]]) -> Dict[str, Any]:
+    means: Dict[str, Any] = {}
+    for name in list(rows[0])[3:]:  # after site, layer and head
+        values = [row[name] for row in rows if row[name] is not None]
         is_count = name == "rows" or name.endswith("_undefined")
         means[name] = sum(values) if is_count else mean(values) if values else None
     return means
@@ -296,105 +329,29 @@ def _example(loaded: LoadedModel, index: int, device: torch.device) -> Dict[str,
         tokens["decoder"] = written, [*read, *written] if attends_to_both else written
         tokens["cross"] = symbols(sample["target"], task.target_dictionary), read
     maps = [(attention.site, attention.layer, attention.probabilities[0]) for attention in collected.attention]
-    maps += [(site, "rollout", rollout) for site, rollout in _rollouts(collected.attention).items()]
+    maps += [(site, "rollout", rollout) for site, rollout in _rollouts(collected).items()]
+    cut = [(site, layer, heads[:, :MOST_TOKENS, :MOST_TOKENS].double()) for site, layer, heads in maps]
     return {
         "sentence": index,
         "is_cut": any(len(axis) > MOST_TOKENS for axes in tokens.values() for axis in axes),
         "tokens": {site: [axis[:MOST_TOKENS] for axis in axes] for site, axes in tokens.items()},
         "maps": [
-            {"site": site, "layer": layer, "heads": _to_five_digits(heads[:, :MOST_TOKENS, :MOST_TOKENS])}
-            for site, layer, heads in maps
+            {"site": site, "layer": layer, "heads": heads.round(decimals=5).tolist()} for site, layer, heads in cut
         ],
     }
 
 
-def _to_five_digits(probabilities: Tensor) -> List[Any]:
-    return (probabilities.double().cpu() * 1e5).round().div(1e5).tolist()
-
-
-def _rollouts(attentions: Sequence[Attention]) -> Dict[str, Tensor]:
+def _rollouts(collected: Collected) -> Dict[str, Tensor]:
     """The rollout of each site, (bsz, queries, keys): of the encoder or a language model, and over the source.
 
     Decoders whose self-attention sees the source, too, have none.
     """
-    means: Dict[str, List[Tensor]] = {}
-    for attention in attentions:
-        means.setdefault(attention.site, []).append(attention.probabilities.mean(1))
-    first = next(iter(means))
-    rollouts = {first: attention_rollout(means[first])}
-    if "cross" in means and means["decoder"][0].size(1) == means["decoder"][0].size(2):
-        rollouts["cross"], _ = translation_rollout(means["decoder"], means["cross"], means["encoder"])
+    attention = {site: [of.probabilities for of in collected.at(site)] for site in collected.masks}
+    first = collected.attention[0].site
+    rollouts = {first: attention_rollout(attention[first])}
+    if attention.get("cross") and attention["decoder"][0].size(2) == attention["decoder"][0].size(3):
+        rollouts["cross"], _ = translation_rollout(attention["decoder"], attention["cross"], attention["encoder"])
     return rollouts
-
-
-def _words_of(loaded: LoadedModel, index: int, subwords: str) -> Tuple[List[int], List[int]]:
-    """The word of each token of a sentence, source and target, without ``</s>``."""
-    pair, task = loaded.dataset[index], loaded.task
-    sides = (pair["source"], task.source_dictionary), (pair["target"], task.target_dictionary)
-    return tuple(
-        words_of_tokens([d[token] for token in tokens.tolist() if token != d.eos()], subwords) for tokens, d in sides
-    )
-
-
-def _check_gold(loaded: LoadedModel, gold: Sequence[GoldAlignment], indices: Sequence[int], subwords: str) -> None:
-    """Check that gold alignments fit these sentences.
-
-    Raises:
-        UserError: the number of sentences differs, or a link is to a word that its sentence does not have.
-    """
-    if not any(site == "cross" for site, _, _ in attention_modules(loaded.model)):
-        raise UserError(f"{loaded.path} has no cross-attention: it has nothing to align")
-    if len(gold) != len(loaded.dataset):
-        raise UserError(
-            f"there are {len(gold)} gold alignments for the {len(loaded.dataset)} sentence pairs of the split: give "
-            "those of the same split, a line a pair"
-        )
-    for index in indices:
-        counts = [words[-1] + 1 if words else 0 for words in _words_of(loaded, index, subwords)]
-        for source, target in gold[index].possible:
-            if source >= counts[0] or target >= counts[1]:
-                raise UserError(
-                    f"gold alignment {source}-{target} in line {index + 1} is outside of its sentences, which have "
-                    f"{counts[0]} and {counts[1]} words (from 0): other text, or another marking of subwords than "
-                    f"--subwords {subwords}"
-                )
-
-
-def _alignment_errors(
-    loaded: LoadedModel, gold: Sequence[GoldAlignment], indices: Sequence[int], subwords: str, max_tokens: int,
-    device: torch.device,
-) -> List[Dict[str, Any]]:  # fmt: skip
-    """The alignment error rates of each cross-attention head, of each layer's mean, and of the rollout."""
-    errors: Dict[Tuple[int, str, str], AlignmentError] = {}
-    eos = loaded.task.source_dictionary.eos()
-    for sample in batches(loaded.dataset, indices, max_tokens, device):
-        attentions: List[Attention] = []
-        with torch.no_grad(), recording(loaded.model, attentions.append):
-            loaded.model(**sample["net_input"])
-        masks, rollout = token_masks(loaded.model, sample), _rollouts(attentions).get("cross")
-        cross = [attention for attention in attentions if attention.site == "cross"]
-        for row, index in enumerate(sample["id"].tolist()):
-            src_words, tgt_words = _words_of(loaded, index, subwords)
-            if not src_words or not tgt_words:
-                continue
-            found: Dict[Tuple[int, str], Tensor] = {}  # (tgt_len, src_len) each
-            for _, layer, _, probabilities, _ in cross:
-                found |= {(layer, str(head)): of_head for head, of_head in enumerate(probabilities[row])}
-                found[layer, "mean"] = probabilities[row].mean(0)
-            if rollout is not None:
-                found[len(cross) - 1, "rollout"] = rollout[row]
-            is_word = masks["encoder"][row] & (sample["net_input"]["src_tokens"][row] != eos)
-            queries = masks["cross"][row].nonzero().flatten()
-            stacked = torch.stack(list(found.values()))[:, :, is_word]
-            for shift, name in enumerate(ROWS):
-                rows = stacked[:, queries[shift : shift + len(tgt_words)]].float().cpu()
-                for place, attention in zip(found, word_attention(rows, tgt_words, src_words)):
-                    error = errors.setdefault((*place, name), AlignmentError())
-                    error.update(hard_alignment(attention), gold[index])
-    return [
-        {"layer": layer, "head": head, "rows": rows, "aer": error.rate()}
-        for (layer, head, rows), error in errors.items()
-    ]
 
 
 # ---------------------------------------------------------------------- mappings by themselves
@@ -402,34 +359,20 @@ def _alignment_errors(
 ILLUSTRATION = [[0.7, 0.8], [0.7, 0.8]], [[-2.0, -0.6], [-1.0, -0.2]]  # thresholds and gains
 
 
-def _simplex(measurements: Sequence[Measurement]) -> List[Dict[str, Any]]:
-    """Paths of mappings on the simplex for three scores (h, t, l), as t rises from l to h.
+def _simplex() -> List[Dict[str, Any]]:
+    """Paths of mappings on the simplex for the scores (1.5, t, 0), as t rises from 0 to 1.5.
 
     At the start one score stands out; at the end two are equal. A sparse and multi-modal mapping follows the lower
-    edge, where the smallest score gets nothing, to its middle. Learned modulators are those of the last layer of each
-    site of the first model that has any, each on scores of its own range: the median and the 99th percentile.
+    edge, where the smallest score gets nothing, to its middle.
     """
-    given = _rising(1.5, 0.0)
-    paths = [("softmax of (1.5, t, 0) / T", f"T = {t:g}", "softmax", softmax(given / t)) for t in (0.25, 0.5, 1, 2)]
+    t = torch.linspace(0, 1.5, 101, dtype=torch.float64)
+    scores = torch.stack([torch.full_like(t, 1.5), t, torch.zeros_like(t)], dim=1)
+    paths = [("softmax of (1.5, t, 0) / T", f"T = {T:g}", "softmax", softmax(scores / T)) for T in (0.25, 0.5, 1, 2)]
     for name in ("softmax", "entmax15", "sparsemax", "evsoftmax"):
-        paths.append(("mappings of (1.5, t, 0)", name, name, build_mapping(name).eval()(given)))
-    example = multimax(given, *(torch.tensor(numbers, dtype=torch.float64) for numbers in ILLUSTRATION))
+        paths.append(("mappings of (1.5, t, 0)", name, name, build_mapping(name).eval()(scores)))
+    example = multimax(scores, *(torch.tensor(numbers, dtype=torch.float64) for numbers in ILLUSTRATION))
     paths.append(("mappings of (1.5, t, 0)", "MultiMax, for example", "multimax", example))
-    learned = [{at: number for (at, number), mapping in measurement.mappings.items()
-                if isinstance(mapping, MultiMax) and at != "output"} for measurement in measurements]  # fmt: skip
-    number = next((number for number, last in enumerate(learned) if last), 0)
-    for site in learned[number].items():
-        low, *_, high = measurements[number].histograms[site].bins(0.5, 0.01)[0].tolist()
-        path = multimax(_rising(high, low), *coefficients(measurements[number].mappings[site]))
-        name = f"{site[0]} {site[1] + 1} ({high:.1f}, t, {low:.1f})"
-        paths.append(("learned MultiMax", name, "multimax", path))
     return [
         {"panel": panel, "name": name, "mapping": mapping, "probabilities": probabilities.tolist()}
         for panel, name, mapping, probabilities in paths
     ]
-
-
-def _rising(high: float, low: float) -> Tensor:
-    """Scores (h, t, l) with t from l to h, (steps, 3)."""
-    t = torch.linspace(low, high, 101, dtype=torch.float64)
-    return torch.stack([torch.full_like(t, high), t, torch.full_like(t, low)], dim=1)

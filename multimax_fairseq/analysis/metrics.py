@@ -1,4 +1,4 @@
-"""What is measured, from tensors: distributions row by row and their means, layers, rollouts, modulators.
+"""What is measured, from tensors: distributions row by row and their means, layers, rollouts.
 
 Sources: multi-modality and sparsity, Zhou, Fritz & Keuper 2024 (Definitions 3.2 and 3.3); MAD, Chen et al. 2020;
 rollout, Abnar & Zuidema 2020; the rest is textbook. A row is a vector of scores x (−inf: absent) and the
@@ -6,8 +6,7 @@ probabilities φ that a mapping computes from it.
 """
 
 import math
-from statistics import geometric_mean
-from typing import Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -78,36 +77,34 @@ def row_metrics(
     Returns:
         metrics of shape (…), fp32 (fp64 for fp64 scores).
     """
-    return _metrics(*_prepared(scores, probabilities, threshold), reference)
+    return _metrics(scores, probabilities, threshold, reference)[0]
 
 
-def _prepared(scores: Tensor, probabilities: Tensor, threshold: Optional[float] = None):
-    """Scores and probabilities in the dtype of the computation, a mask of scores present, their distance from ε."""
+def _metrics(
+    scores: Tensor, probabilities: Tensor, threshold: Optional[float] = None, reference: Optional[float] = None
+) -> Tuple[RowMetrics, Tensor, Tensor]:
+    """The metrics, the probabilities in the dtype that they are computed in, and where a score is irrelevant."""
     if scores.shape != probabilities.shape:
-        raise ValueError(
-            f"scores and probabilities differ in shape: {tuple(scores.shape)}, {tuple(probabilities.shape)}"
-        )
+        shapes = f"{tuple(scores.shape)}, {tuple(probabilities.shape)}"
+        raise ValueError(f"scores and probabilities differ in shape: {shapes}")
     x = scores.to(compute_dtype(scores.dtype))
     p, present = probabilities.to(x.dtype), ~is_absent(x)
-    if threshold is not None:
-        return x, p, present, x - threshold
-    largest = x.amax(-1, keepdim=True).masked_fill(~present.any(-1, keepdim=True), 0.0)
-    below_largest = x - largest  # equal scores stay equal, and the sum keeps its digits
     count = present.sum(-1, keepdim=True).to(x.dtype)
-    return x, p, present, below_largest - (below_largest.logsumexp(-1, keepdim=True) - count.log())
-
-
-def _metrics(x: Tensor, p: Tensor, present: Tensor, distance: Tensor, reference: Optional[float] = None):
+    if threshold is None:
+        largest = x.amax(-1, keepdim=True).masked_fill(count == 0, 0.0)
+        below_largest = x - largest  # equal scores stay equal, and the sum keeps its digits
+        distance = below_largest - (below_largest.logsumexp(-1, keepdim=True) - count.log())
+    else:
+        distance = x - threshold
     k, nan = min(TOP_K, p.size(-1)), float("nan")
     largest, irrelevant = p.topk(k, dim=-1).values, present & (distance < -RESOLUTION)
-    gap, is_below = p.amax(-1, keepdim=True) - p, x < x.amax(-1, keepdim=True)
-    inverse = 1 / reference if reference is not None else present.sum(-1, keepdim=True).to(p.dtype)
+    gap, is_below = p.amax(-1, keepdim=True) - p, present & (x < x.amax(-1, keepdim=True))
     is_empty = largest[..., 0] == 0  # a row of zeros is no distribution
     nats = torch.special.entr(p).sum(-1).masked_fill(is_empty, nan)
-    return RowMetrics(
-        multimodality=1 - _mean(gap, present & is_below & (distance > RESOLUTION)),
-        top_multimodality=1 - _mean(gap, present & is_below & (x >= x.topk(k, dim=-1).values[..., -1:])),
-        sparsity=_mean((-p * inverse).exp(), irrelevant),
+    metrics = RowMetrics(
+        multimodality=1 - _mean(gap, is_below & (distance > RESOLUTION)),
+        top_multimodality=1 - _mean(gap, is_below & (x >= x.topk(k, dim=-1).values[..., -1:])),
+        sparsity=_mean((-p * (1 / reference if reference is not None else count)).exp(), irrelevant),
         tail=_mean(p, irrelevant),
         entropy=nats,
         support=(p > 0).sum(-1).to(p.dtype).masked_fill(is_empty, nan),
@@ -115,24 +112,12 @@ def _metrics(x: Tensor, p: Tensor, present: Tensor, distance: Tensor, reference:
         top_share=largest[..., 0].masked_fill(is_empty, nan),
         top_k_share=largest.sum(-1).masked_fill(is_empty, nan),
     )
+    return metrics, p, irrelevant
 
 
 def _mean(values: Tensor, where: Tensor) -> Tensor:
     """The mean of each row's entries in ``where``; 0 / 0 gives the NaN of an undefined row."""
     return values.masked_fill(~where, 0.0).sum(-1) / where.sum(-1)
-
-
-def common_reference(tails: Iterable[float]) -> Optional[float]:
-    """One s for the sparsity of all compared models: the geometric mean of their tails.
-
-    Args:
-        tails: each model's mean probability of irrelevant entries; 0 and NaN do not count.
-
-    Returns:
-        s, or None if no tail counts: S is then 1 for any s.
-    """
-    counted = [tail for tail in tails if tail > 0]
-    return geometric_mean(counted) if counted else None
 
 
 class MeanMetrics:
@@ -160,12 +145,11 @@ class MeanMetrics:
         """
         height = max(CHUNK_SIZE // max(scores.size(0) * scores.size(-1), 1), 1)
         for parts in zip(scores.split(height, 1), probabilities.split(height, 1)):
-            x, p, present, distance = _prepared(*parts)
-            values = torch.stack(_metrics(x, p, present, distance)).double()
+            metrics, p, irrelevant = _metrics(*parts)
+            values = torch.stack(metrics).double()
             self.rows += p.size(1)
             self._sums += values.nansum(-1).cpu()
             self._defined += (~values.isnan()).sum(-1).cpu()
-            irrelevant = present & (distance < -RESOLUTION)
             weights = (1 / irrelevant.sum(-1, keepdim=True).double()).expand(p.shape)
             for tails, of_group, weight, where in zip(self._tails, p, weights, irrelevant):
                 tail, weight = of_group[where], weight[where]
@@ -212,10 +196,10 @@ class ScoreHistogram:
                 bins = (values.asinh() * BINS_PER_NAT).floor().long() + ASINH_BINS
                 self._counts += bins.clamp(0, 2 * ASINH_BINS - 1).bincount(minlength=2 * ASINH_BINS)
 
-    def bins(self, low: float = 0.0, high: float = 0.0) -> Tuple[Tensor, Tensor]:
-        """Borders, (bins + 1,) fp64, and counts, (bins,), without these shares of the lowest and highest scores."""
+    def bins(self, outermost: float = 0.0) -> Tuple[Tensor, Tensor]:
+        """Borders, (bins + 1,) fp64, and counts, (bins,); without this share of the scores at either end."""
         shares = self._counts.cumsum(0) / self._counts.sum()
-        first, last = int((shares <= low).sum()), int((shares < 1 - high).sum())
+        first, last = int((shares <= outermost).sum()), int((shares < 1 - outermost).sum())
         borders = torch.arange(first, last + 2, dtype=torch.float64) - ASINH_BINS
         return (borders / BINS_PER_NAT).sinh(), self._counts[first : last + 1]
 
@@ -251,18 +235,19 @@ def attention_rollout(attentions: Sequence[Tensor]) -> Tensor:
     """Π over layers of ½ A + ½ I, rows normalised, for the self-attention of an encoder or a language model.
 
     Args:
-        attentions: one for each layer, first to last: (bsz, num_heads, length, length), or averaged over heads,
-            (bsz, length, length). A row of zeros (a padded query) passes its token on unchanged.
+        attentions: one for each layer, first to last: (bsz, num_heads, length, length); heads are averaged. A row of
+            zeros (a padded query) passes its token on unchanged.
 
     Returns:
         (bsz, length, length): row i says how much of output i comes from each input. Rows sum to 1.
     """
     if not attentions:
         raise ValueError("a rollout needs the attention of at least one layer")
-    means = [_mean_of_heads(attention) for attention in attentions]
+    means = [attention.mean(1, dtype=compute_dtype(attention.dtype)) for attention in attentions]
     rollout = torch.eye(means[0].size(-1), dtype=means[0].dtype, device=means[0].device).expand_as(means[0])
     for attention in means:
-        rollout = _normalised(attention @ rollout + rollout)
+        rollout = attention @ rollout + rollout
+        rollout = rollout / rollout.sum(-1, keepdim=True)
     return rollout
 
 
@@ -275,40 +260,17 @@ def translation_rollout(
     cross-attention then turns the new R into ½ C E + ½ R.
 
     Args:
-        decoder: self-attention of each decoder layer, (bsz, num_heads, tgt_len, tgt_len) or averaged.
-        cross: cross-attention of each decoder layer, (bsz, num_heads, tgt_len, src_len) or averaged.
-        encoder: self-attention of each encoder layer, (bsz, num_heads, src_len, src_len) or averaged.
+        decoder: self-attention of each decoder layer, (bsz, num_heads, tgt_len, tgt_len).
+        cross: cross-attention of each decoder layer, (bsz, num_heads, tgt_len, src_len).
+        encoder: self-attention of each encoder layer, (bsz, num_heads, src_len, src_len).
 
     Returns:
         how much of each decoder output comes from each source token, (bsz, tgt_len, src_len), and from each target
         token read, (bsz, tgt_len, tgt_len). The two rows of an output together sum to 1.
     """
-    encoded, tgt_len = attention_rollout(encoder), decoder[0].size(-2)
-    # columns are source tokens, then target tokens
-    rollout = F.pad(torch.eye(tgt_len).to(encoded), (encoded.size(-1), 0))
-    for own, other in zip(map(_mean_of_heads, decoder), map(_mean_of_heads, cross), strict=True):
-        rollout = _normalised(own @ rollout + rollout)
-        rollout = _normalised(F.pad(other @ encoded, (0, tgt_len)) + rollout)
-    return rollout.split([encoded.size(-1), tgt_len], dim=-1)
-
-
-def _normalised(rollout: Tensor) -> Tensor:
-    return rollout / rollout.sum(-1, keepdim=True)
-
-
-def _mean_of_heads(attention: Tensor) -> Tensor:
-    attention = attention.to(compute_dtype(attention.dtype))
-    return attention.mean(1) if attention.dim() == 4 else attention
-
-
-# ---------------------------------------------------------------------- modulators
-
-
-def falling_share(modulated: Tensor, counts: Tensor) -> float:
-    """The share of a histogram's scores in bins over which σ falls; 0 if it rises over all scores.
-
-    Args:
-        modulated: σ at the borders of the bins, (bins + 1,).
-        counts: scores in each bin, (bins,).
-    """
-    return (counts[modulated.diff() < 0].sum() / counts.sum()).item()
+    tgt_len, src_len = cross[0].shape[-2:]
+    # of source and target tokens together: queries that an attention does not have pass their tokens on
+    steps = [F.pad(attention, (0, tgt_len, 0, tgt_len)) for attention in encoder]
+    for to_target, to_source in zip(decoder, cross, strict=True):
+        steps += [F.pad(to_target, (src_len, 0, src_len, 0)), F.pad(to_source, (0, tgt_len, src_len, 0))]
+    return attention_rollout(steps)[:, src_len:].split([src_len, tgt_len], dim=-1)

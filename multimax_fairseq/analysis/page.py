@@ -61,13 +61,14 @@ def render_page(results: Dict[str, Any], pictures: Sequence[Tuple[str, str, Path
         pictures: for each the part of the page that it stands in, its caption, and the PNG.
     """
     models, k = results["models"], results["top_k"]
-    output = _metrics(models, k, is_output=True)
+    output, count = _metrics(models, k, is_output=True), results["skipped"]
+    skipped = f"<p>{count:,} sentences are longer than a model's positions, and left out.</p>" if count else ""
 
     def show(part: str) -> str:
         return "".join(_figure(caption, path) for of, caption, path in pictures if of == part)
 
     parts = [
-        ("", _table([_model(label, seeds) for label, seeds in models.items()]) + _skipped(results["skipped"])),
+        ("", _table([_model(label, seeds) for label, seeds in models.items()]) + skipped),
         ("Sparse, multi-modal?", show("sparsity-multimodality") + _table(_metrics(models, k, is_output=False))),
         ("Over-smoothing", show("over-smoothing")),
         ("Word alignment", _table(_alignments(models))),
@@ -153,10 +154,6 @@ def _model(label: str, seeds: List[Row]) -> Row:
         "sentences" if seeds[0]["is_translation"] else "samples": seeds[0]["sentences"],
         "target tokens": seeds[0]["target_tokens"],
     }
-
-
-def _skipped(count: int) -> str:
-    return f"<p>{count:,} sentences are longer than a model's positions, and left out.</p>" if count else ""
 
 
 def _metrics(models: Dict[str, List[Row]], k: int, is_output: bool) -> List[Row]:
