@@ -16,7 +16,7 @@ constexpr float SMALLEST = std::numeric_limits<float>::min();
 constexpr float NOT_A_NUMBER = std::numeric_limits<float>::quiet_NaN();
 constexpr int MOST_STEPS = 50;  // twice what a row of 2^20 scores can need
 constexpr int64_t SHORT_SUM = 1 << 10;  // scores in a partial sum
-constexpr int STARTS = 3;  // steps at alpha = 1.5
+constexpr float SLACK = 2e-3f;  // of t, at the edge of what is kept
 constexpr int64_t FEW_SCORES = 64;  // rows up to this length take less time LANES at once
 
 // The largest score of a row, or the lowest number, if there is none. `wrong`: a score is NaN or +inf.
@@ -97,11 +97,17 @@ inline Vec reciprocal(Vec x) {
 // nearer to 0 than edge is solved again in double precision.
 
 struct WholePower {
-  const Vec c = all(1.f), bend = {}, near = all(1e-6f), edge = all(1e-5f);
   static constexpr bool IS_COSTLY = false;
-  static Vec power(Vec base, Vec) { return base; }
-  static Vec slope(Vec, Vec, Vec) { return all(1.f); }
-  static Vec shrink(Vec sum) { return 1.f / sum; }
+  const int exponent;
+  const Vec c = all(1.f / exponent), bend = all(0.5f * (exponent - 1)), near = all(1e-6f), edge = all(1e-5f);
+  explicit WholePower(int exponent) : exponent(exponent) {}
+  Vec power(Vec base, Vec) const {
+    Vec q = base;
+    for (int i = 1; i < exponent; ++i) q *= base;
+    return q;
+  }
+  static Vec slope(Vec q, Vec, Vec inverse) { return q * inverse; }
+  Vec shrink(Vec sum) const { return exp2(-c * log2(sum)); }
 };
 
 struct HalfPower {
@@ -119,7 +125,7 @@ struct AnyPower {
   const Vec c, reciprocal, bend, near, edge;
   explicit AnyPower(const float* number)
       : c(all(*number)), reciprocal(1.f / c), bend(c > 0.55f ? Vec{} : 0.5f * (1.f - c) / c),
-        near(c > 0.55f ? all(1e-6f) : all(2e-3f)),
+        near(c > 0.501f ? all(1e-6f) : all(1e-2f)),
         edge(c > 0.55f ? all(2e-3f) : c > 0.33f ? all(1e-4f) : all(-1.f)) {}
   Vec power(Vec base, Vec base_less_1) const { return exp2(log2_1p(base_less_1, base) * reciprocal); }
   static Vec slope(Vec q, Vec, Vec inverse) { return q * inverse; }
@@ -144,6 +150,9 @@ struct Root {
 
   void clear() { sum = slopes = curves = earlier = Vec{}; }
 
+  // From log2 of the largest probability.
+  void start(Vec log) { t = exp2(power.c * log), ratio = power.c / t; }
+
   // Call it now and then: short sums round less. Slopes and curves need not be so exact.
   void carry() { earlier += sum, sum = Vec{}; }
 
@@ -158,7 +167,7 @@ struct Root {
   // When all scores are added: moves t to the root; false if it was near enough in all lanes. Newton's step bounds t,
   // since N is convex; Halley's, which also uses the second derivative, comes nearer.
   bool step() {
-    sum = max(sum, all(1.f));  // less only in a row without scores
+    sum = max(sum, all(1.f)), slopes = max(slopes, all(SMALLEST));  // less only in a row without scores
     const Vec goal = power.shrink(sum), error = t - goal, newton = error * sum / slopes;
     const Vec tolerance = max(power.near * power.c, all(1.2e-7f)) * goal;
     const Vec curve = power.bend * newton * (curves / slopes - slopes / sum) / t;
@@ -168,6 +177,24 @@ struct Root {
     return lanes_above(max(error, -error), tolerance);
   }
 };
+
+// Moves t to the root. step(root) adds all scores and steps.
+//
+// Where powers are costly, it starts from the roots for the two whole 1/c around, whose powers are products: between
+// them, the logarithm of the largest probability, t^(1/c), falls about linearly with c.
+template <class Power, class Step>
+void search(Root<Power>& root, Step step) {
+  if constexpr (Power::IS_COSTLY) {
+    const int exponent = std::min(int(1 / root.power.c[0] + 1e-4f), 7);
+    Root<WholePower> below(WholePower{exponent}), above(WholePower{exponent + 1});
+    step(below), step(below);
+    const Vec log = float(exponent) * log2(below.t);
+    above.start(log), step(above);
+    const Vec rise = float(exponent + 1) * log2(above.t) - log;
+    root.start(log + rise * ((1.f - root.power.c * float(exponent)) * float(exponent + 1)));
+  }
+  for (int steps = 0; steps < MOST_STEPS && step(root); ++steps) {}
+}
 
 // Probabilities from d, for c < 1 and a t near the root. What is 0 but for rounding is 0.
 inline void solve_in_double(const float* d, int64_t count, double c, double t, float* p) {
@@ -222,22 +249,11 @@ uint32_t project_abreast(const Power power, const float* scores, float* p, int64
   for (int64_t j = 0; j < width; ++j) alone |= lanes_above(d[j], all(-LOWEST)), peaks = max(d[j], peaks);
   for (int64_t j = 0; j < width; ++j) d[j] -= peaks;
   Root<Power> root(power);
-  if constexpr (Power::IS_COSTLY) {
-    // Start near the root, by way of alpha = 1.5, whose powers are cheap: the logarithm of the largest probability
-    // falls about linearly with c.
-    Root<HalfPower> start(HalfPower{nullptr});
-    for (int steps = 0; steps < STARTS; ++steps) {
-      start.clear();
-      for (int64_t j = 0; j < width; ++j) start.add(d[j]);
-      start.step();
-    }
-    root.t = exp2(2.f * power.c * (1.4f - 0.8f * power.c) * log2(start.t)), root.ratio = power.c / root.t;
-  }
-  for (int steps = 0; steps < MOST_STEPS; ++steps) {
+  search(root, [&](auto& root) {
     root.clear();
     for (int64_t j = 0; j < width; ++j) root.add(d[j]);
-    if (!root.step()) break;
-  }
+    return root.step();
+  });
   for (int64_t j = 0; j < width; ++j) {
     const Vec base_less_1 = root.ratio * d[j], base = 1.f + base_less_1;
     totals += q[j] = base > 0.f ? power.power(base, base_less_1) : Vec{};
@@ -265,7 +281,7 @@ class Sparsemax {
   Sparsemax(const float*, const float*) {}
 
   uint32_t forward_abreast(const float* scores, float* p, int64_t width, int height) const {
-    return project_abreast(WholePower(), scores, p, width, height);
+    return project_abreast(WholePower(1), scores, p, width, height);
   }
 
   State forward(const float* scores, float* p, int64_t count, float* room) const {
@@ -352,8 +368,10 @@ class Entmax {
     bool wrong;
     State state = {largest(scores, count, wrong), 0, 1};
     Root<Power> root(power);
-    int64_t kept = keep(scores, state.peak, -1 / power.c[0], count, room);
-    for (int steps = 0; steps < MOST_STEPS; ++steps) {
+    const float c = power.c[0];
+    float limit = -1 / c, *q = room + count + LANES;
+    int64_t kept = keep(scores, state.peak, limit, count, room);
+    search(root, [&](auto& root) {
       root.clear();
       for (int64_t j = 0; j < kept; j += LANES) {
         root.add(load(room + j, AllLanes{}, 0));
@@ -361,50 +379,35 @@ class Entmax {
       }
       root.sum = all(sum(root.sum + root.earlier));
       root.slopes = all(sum(root.slopes)), root.curves = all(sum(root.curves));
-      if (!root.step()) break;
-      kept = keep(room, 0, -root.bound[0] / power.c[0], kept, room);
-    }
+      const bool is_far = root.step();
+      if (root.power.c[0] >= c) {  // (1 - t) / c falls as c rises, and so does what is kept
+        limit = (1 - root.bound[0]) / root.power.c[0] - (1 + SLACK) / c;
+        kept = keep(room, 0, limit, kept, room);
+      }
+      return is_far;
+    });
     state.cut = root.ratio[0];
-    const float total = again(scores, state, p, count, room);
+    const float total = probabilities(room, kept, state, q);
     state.factor = wrong ? NOT_A_NUMBER : total == 0 ? 0 : 1 / total;
-    each(count, [&](int64_t j, auto lanes) { store(p + j, lanes, state.factor * load(p + j, lanes, 0)); });
+    if constexpr (Power::IS_COSTLY) {
+      spread(scores, state, limit, q, count, p);
+    } else {
+      again(scores, state, p, count, room);
+    }
     return state;
   }
 
-  // Returns the sum of p.
-  float again(const float* scores, State state, float* p, int64_t count, float* room) const {
-    const Power power = this->power;
-    Vec totals = {}, earlier = {};
-    const auto probability = [&](int64_t j, Vec d, Vec& base) {
-      const Vec base_less_1 = state.cut * d;
-      base = 1.f + base_less_1;
-      const Vec y = state.factor * (base > 0.f ? power.power(base, base_less_1) : Vec{});
-      totals += y;
-      if (j % SHORT_SUM == 0) earlier += totals, totals = Vec{};
-      return y;
-    };
-    if constexpr (!Power::IS_COSTLY) {
+  void again(const float* scores, State state, float* p, int64_t count, float* room) const {
+    if constexpr (Power::IS_COSTLY) {
+      const float limit = -(1 + SLACK) / state.cut;
+      float* q = room + count + LANES;
+      probabilities(room, keep(scores, state.peak, limit, count, room), state, q);
+      spread(scores, state, limit, q, count, p);
+    } else {
       each(count, [&](int64_t j, auto lanes) {
-        Vec base;
-        store(p + j, lanes, probability(j, load(scores + j, lanes, -INFINITE) - state.peak, base));
+        store(p + j, lanes, state.factor * q_of(state.cut * (load(scores + j, lanes, -INFINITE) - state.peak), power));
       });
-      return sum(totals + earlier);
     }
-    const float limit = -(1 + std::max(power.edge[0], 0.f)) / state.cut;
-    const int64_t kept = keep(scores, state.peak, limit, count, room);
-    float *left = room, *q = left + count + LANES;
-    uint32_t steep = 0;
-    for (int64_t j = 0; j < kept; j += LANES) {
-      Vec base;
-      store(q + j, AllLanes{}, probability(j, load(left + j, AllLanes{}, 0), base));
-      steep |= ~lanes_above(max(base, -base), power.edge) & ((1u << LANES) - 1);
-    }
-    if (steep) solve_in_double(left, kept, power.c[0], power.c[0] / state.cut, q);
-    each(count, [&](int64_t j, auto lanes) {
-      const uint32_t above = lanes_above(load(scores + j, lanes, -INFINITE) - state.peak, all(limit));
-      store(p + j, lanes, expand(q, above)), q += __builtin_popcount(above);
-    });
-    return steep ? 1 : sum(totals + earlier);
   }
 
   // dL/dx = s (g - sum s g / sum s), s = p^(1-c).
@@ -476,6 +479,35 @@ class Entmax {
 
  private:
   const Power power;
+
+  static Vec q_of(Vec base_less_1, const Power& power) {
+    const Vec base = 1.f + base_less_1;
+    return base > 0.f ? power.power(base, base_less_1) : Vec{};
+  }
+
+  // Writes what factor makes probabilities of, from d; returns the sum.
+  float probabilities(const float* d, int64_t count, State state, float* q) const {
+    const Power power = this->power;
+    Vec totals = {}, earlier = {};
+    uint32_t steep = 0;
+    for (int64_t j = 0; j < count; j += LANES) {
+      const Vec base_less_1 = state.cut * load(d + j, AllLanes{}, 0), y = q_of(base_less_1, power);
+      const Vec base = 1.f + base_less_1;
+      store(q + j, AllLanes{}, y), totals += y;
+      steep |= ~lanes_above(max(base, -base), power.edge) & ((1u << LANES) - 1);
+      if (j % SHORT_SUM == 0) earlier += totals, totals = Vec{};
+    }
+    if (steep) solve_in_double(d, count, power.c[0], power.c[0] / state.cut, q);
+    return steep ? 1 : sum(totals + earlier);
+  }
+
+  // Brings numbers to the places of the d above `limit`, times factor; 0 to the others.
+  static void spread(const float* scores, State state, float limit, const float* q, int64_t count, float* p) {
+    each(count, [&](int64_t j, auto lanes) {
+      const uint32_t above = lanes_above(load(scores + j, lanes, -INFINITE) - state.peak, all(limit));
+      store(p + j, lanes, state.factor * expand(q, above)), q += __builtin_popcount(above);
+    });
+  }
 };
 
 }  // namespace multimax
