@@ -96,28 +96,20 @@ inline Vec reciprocal(Vec x) {
 // 0; where c is large, it falls so steeply to this 0 that fp32 has too few digits of a small p: a row with a base
 // nearer to 0 than edge is solved again in double precision.
 
+template <int EXPONENT>
 struct WholePower {
   static constexpr bool IS_COSTLY = false;
-  const int exponent;
-  const Vec c = all(1.f / exponent), bend = all(0.5f * (exponent - 1)), near = all(1e-6f), edge = all(1e-5f);
-  explicit WholePower(int exponent) : exponent(exponent) {}
-  Vec power(Vec base, Vec) const {
+  const Vec c = all(1.f / EXPONENT), bend = all(0.5f * (EXPONENT - 1)), near = all(1e-6f);
+  const Vec edge = all(EXPONENT > 1 ? -1.f : 1e-5f);
+  explicit WholePower(const float* = nullptr) {}
+  static Vec power(Vec base, Vec) {
     Vec q = base;
-    for (int i = 1; i < exponent; ++i) q *= base;
+    for (int i = 1; i < EXPONENT; ++i) q *= base;
     return q;
   }
-  static Vec slope(Vec q, Vec, Vec inverse) { return q * inverse; }
-  Vec shrink(Vec sum) const { return exp2(-c * log2(sum)); }
-};
-
-struct HalfPower {
-  static constexpr bool IS_COSTLY = false;
-  const Vec c = all(0.5f), bend = all(0.5f), near = all(1e-6f), edge = all(-1.f);
-  explicit HalfPower(const float*) {}
-  static Vec power(Vec base, Vec) { return base * base; }
-  static Vec slope(Vec, Vec base, Vec) { return base; }
-  static Vec shrink(Vec sum) { return 1.f / sqrt(sum); }
-  static Vec slope_of(Vec p) { return sqrt(p); }
+  static Vec slope(Vec q, Vec base, Vec inverse) { return EXPONENT > 2 ? q * inverse : EXPONENT == 2 ? base : all(1); }
+  Vec shrink(Vec sum) const { return EXPONENT > 2 ? exp2(-c * log2(sum)) : 1.f / (EXPONENT == 2 ? sqrt(sum) : sum); }
+  static Vec slope_of(Vec p) { return sqrt(p); }  // for 2
 };
 
 struct AnyPower {
@@ -125,7 +117,7 @@ struct AnyPower {
   const Vec c, reciprocal, bend, near, edge;
   explicit AnyPower(const float* number)
       : c(all(*number)), reciprocal(1.f / c), bend(c > 0.55f ? Vec{} : 0.5f * (1.f - c) / c),
-        near(c > 0.501f ? all(1e-6f) : all(1e-2f)),
+        near(c > 0.501f ? all(1e-6f) : all(2e-2f)),
         edge(c > 0.55f ? all(2e-3f) : c > 0.33f ? all(1e-4f) : all(-1.f)) {}
   Vec power(Vec base, Vec base_less_1) const { return exp2(log2_1p(base_less_1, base) * reciprocal); }
   static Vec slope(Vec q, Vec, Vec inverse) { return q * inverse; }
@@ -146,7 +138,7 @@ struct Root {
   Vec ratio = power.c;                 // c / t
   Vec sum, slopes, curves, earlier;
 
-  explicit Root(const Power& power) : power(power) { clear(); }
+  explicit Root(const Power& power = Power()) : power(power) { clear(); }
 
   void clear() { sum = slopes = curves = earlier = Vec{}; }
 
@@ -182,16 +174,19 @@ struct Root {
 //
 // Where powers are costly, it starts from the roots for the two whole 1/c around, whose powers are products: between
 // them, the logarithm of the largest probability, t^(1/c), falls about linearly with c.
-template <class Power, class Step>
+template <class Power, class Step, int EXPONENT = 1>
 void search(Root<Power>& root, Step step) {
   if constexpr (Power::IS_COSTLY) {
-    const int exponent = std::min(int(1 / root.power.c[0] + 1e-4f), 7);
-    Root<WholePower> below(WholePower{exponent}), above(WholePower{exponent + 1});
+    if constexpr (EXPONENT < 4) {
+      if (root.power.c[0] * (EXPONENT + 1) < 1.0001f) return search<Power, Step, EXPONENT + 1>(root, step);
+    }
+    Root<WholePower<EXPONENT>> below;
+    Root<WholePower<EXPONENT + 1>> above;
     step(below), step(below);
-    const Vec log = float(exponent) * log2(below.t);
+    const Vec log = float(EXPONENT) * log2(below.t);
     above.start(log), step(above);
-    const Vec rise = float(exponent + 1) * log2(above.t) - log;
-    root.start(log + rise * ((1.f - root.power.c * float(exponent)) * float(exponent + 1)));
+    const Vec rise = float(EXPONENT + 1) * log2(above.t) - log;
+    root.start(log + rise * ((1.f - root.power.c * float(EXPONENT)) * float(EXPONENT + 1)));
   }
   for (int steps = 0; steps < MOST_STEPS && step(root); ++steps) {}
 }
@@ -218,8 +213,13 @@ inline void solve_in_double(const float* d, int64_t count, double c, double t, f
 // Swaps the off-diagonal blocks of HALF rows and HALF columns.
 template <int HALF, int... LANE>
 inline void swap_blocks(Vec& a, Vec& b, std::integer_sequence<int, LANE...>) {
-  const Vec first = {(LANE & HALF ? b[LANE & ~HALF] : a[LANE])...};
-  b = Vec{(LANE & HALF ? b[LANE] : a[LANE | HALF])...};
+#if defined(__clang__)
+  const Vec first = __builtin_shufflevector(a, b, (LANE & HALF ? LANES + (LANE & ~HALF) : LANE)...);
+  b = __builtin_shufflevector(a, b, (LANE & HALF ? LANES + LANE : LANE | HALF)...);
+#else
+  const Vec first = __builtin_shuffle(a, b, IntVec{(LANE & HALF ? LANES + (LANE & ~HALF) : LANE)...});
+  b = __builtin_shuffle(a, b, IntVec{(LANE & HALF ? LANES + LANE : LANE | HALF)...});
+#endif
   a = first;
 }
 
@@ -236,7 +236,7 @@ inline void transpose(Vec* rows) {
 // The probabilities of `height` rows, at most LANES, of up to FEW_SCORES scores, each in a lane of its own. Returns a bit
 // for each row that has to be computed alone: those with NaN, +inf or a base near 0.
 template <class Power>
-uint32_t project_abreast(const Power power, const float* scores, float* p, int64_t width, int height) {
+__attribute__((flatten)) uint32_t project_abreast(const Power power, const float* scores, float* p, int64_t width, int height) {
   Vec d[FEW_SCORES], q[FEW_SCORES], peaks = all(LOWEST), totals = {};
   uint32_t alone = 0;
   for (int64_t start = 0; start < width; start += LANES) {
@@ -281,10 +281,10 @@ class Sparsemax {
   Sparsemax(const float*, const float*) {}
 
   uint32_t forward_abreast(const float* scores, float* p, int64_t width, int height) const {
-    return project_abreast(WholePower(1), scores, p, width, height);
+    return project_abreast(WholePower<1>(), scores, p, width, height);
   }
 
-  State forward(const float* scores, float* p, int64_t count, float* room) const {
+  __attribute__((flatten))   State forward(const float* scores, float* p, int64_t count, float* room) const {
     bool wrong;
     const float peak = largest(scores, count, wrong);
     const int64_t kept = keep(scores, peak, -1, count, room);
@@ -364,7 +364,7 @@ class Entmax {
     return project_abreast(power, scores, p, width, height);
   }
 
-  State forward(const float* scores, float* p, int64_t count, float* room) const {
+  __attribute__((flatten))   State forward(const float* scores, float* p, int64_t count, float* room) const {
     bool wrong;
     State state = {largest(scores, count, wrong), 0, 1};
     Root<Power> root(power);
