@@ -369,7 +369,7 @@ class Entmax {
     State state = {largest(scores, count, wrong), 0, 1};
     Root<Power> root(power);
     const float c = power.c[0];
-    float limit = -1 / c, *q = room + count + LANES;
+    float limit = -(1 + SLACK) / c, *q = room + count + LANES;
     int64_t kept = keep(scores, state.peak, limit, count, room);
     search(root, [&](auto& root) {
       root.clear();
@@ -381,7 +381,7 @@ class Entmax {
       root.slopes = all(sum(root.slopes)), root.curves = all(sum(root.curves));
       const bool is_far = root.step();
       if (root.power.c[0] >= c) {  // (1 - t) / c falls as c rises, and so does what is kept
-        limit = (1 - root.bound[0]) / root.power.c[0] - (1 + SLACK) / c;
+        limit = std::max(limit, (1 - root.bound[0]) / root.power.c[0] - (1 + SLACK) / c);
         kept = keep(room, 0, limit, kept, room);
       }
       return is_far;
