@@ -125,6 +125,11 @@ struct AnyPower {
   Vec slope_of(Vec p) const { return p >= SMALLEST ? exp2((1.f - c) * log2(p)) : p * 0.f; }
 };
 
+template <class Power>
+inline Vec q_of(const Power& power, Vec base, Vec base_less_1) {
+  return base > 0.f ? power.power(base, base_less_1) : Vec{};
+}
+
 // The search for t, the same in all lanes or a row in each. t is the root of N(t) - 1 with the norm N(t) = (sum max(t
 // + c d, 0)^(1/c))^c. That is convex and nearly straight, so Newton's method from t = 1 falls to the root in a few
 // steps and never below it: what is 0 at one step stays 0, and the next step leaves it out. With q = max(1 + (c / t)
@@ -256,7 +261,7 @@ __attribute__((flatten)) uint32_t project_abreast(const Power power, const float
   });
   for (int64_t j = 0; j < width; ++j) {
     const Vec base_less_1 = root.ratio * d[j], base = 1.f + base_less_1;
-    totals += q[j] = base > 0.f ? power.power(base, base_less_1) : Vec{};
+    totals += q[j] = q_of(power, base, base_less_1);
     alone |= ~lanes_above(max(base, -base), power.edge);
   }
   const Vec factor = totals > 0.f ? 1.f / totals : Vec{};
@@ -405,7 +410,8 @@ class Entmax {
       spread(scores, state, limit, q, count, p);
     } else {
       each(count, [&](int64_t j, auto lanes) {
-        store(p + j, lanes, state.factor * q_of(state.cut * (load(scores + j, lanes, -INFINITE) - state.peak), power));
+        const Vec base_less_1 = state.cut * (load(scores + j, lanes, -INFINITE) - state.peak);
+        store(p + j, lanes, state.factor * q_of(power, 1.f + base_less_1, base_less_1));
       });
     }
   }
@@ -419,35 +425,19 @@ class Entmax {
   void backward(const float*, const float* p, const float* grad, float* grad_scores, int64_t count, Sums& sums,
                 float* room) const {
     const Power power = this->power;
-    Vec slopes = {}, products = {};
-    if constexpr (!Power::IS_COSTLY) {
-      each(count, [&](int64_t j, auto lanes) {
-        const Vec slope = power.slope_of(load(p + j, lanes, 0));
-        slopes += slope, products += slope * load(grad + j, lanes, 0);
-      });
-      const float total = sum(slopes), mean = total == 0 ? 0 : sum(products) / total;
-      each(count, [&](int64_t j, auto lanes) {
-        const Vec slope = power.slope_of(load(p + j, lanes, 0));
-        store(grad_scores + j, lanes, slope * (load(grad + j, lanes, 0) - mean));
-      });
-      return;
-    }
-    float* slope_left = room;
-    const float *left = p, *grad_left = grad;
-    int64_t kept = count;
-    if (count > FEW_SCORES) {
-      float *p_left = room + count + LANES, *g_left = p_left + count + LANES;
-      kept = 0;
-      each(count, [&](int64_t j, auto lanes) {
-        const Vec y = load(p + j, lanes, 0);
-        const uint32_t above = lanes_above(y, Vec{});
-        compress(p_left + kept, y, above), compress(g_left + kept, load(grad + j, lanes, 0), above);
-        kept += __builtin_popcount(above);
-      });
-      left = p_left, grad_left = g_left;
-    }
+    const bool is_apart = Power::IS_COSTLY && count > FEW_SCORES;  // what has a probability, beside each other
+    float *slope_left = room, *p_left = room + count + LANES, *g_left = p_left + count + LANES;
+    int64_t kept = 0;
+    each(is_apart ? count : 0, [&](int64_t j, auto lanes) {
+      const Vec y = load(p + j, lanes, 0);
+      const uint32_t above = lanes_above(y, Vec{});
+      compress(p_left + kept, y, above), compress(g_left + kept, load(grad + j, lanes, 0), above);
+      kept += __builtin_popcount(above);
+    });
+    const float *left = is_apart ? p_left : p, *grad_left = is_apart ? g_left : grad;
+    if (!is_apart) kept = count;
+    Vec slopes = {}, products = {}, logs = {}, linear_products = {}, bends = {}, bend_products = {};
     const float c = power.c[0], reciprocal_of_c = 1 / c;
-    Vec logs = {}, linear_products = {}, bends = {}, bend_products = {};
     each(kept, [&](int64_t j, auto lanes) {
       const Vec y = load(left + j, lanes, 0), g = load(grad_left + j, lanes, 0), slope = power.slope_of(y);
       slopes += slope, products += slope * g;
@@ -462,12 +452,11 @@ class Entmax {
     if constexpr (IS_LEARNED) {
       sums.c += (sum(bends) * sum(linear_products) - (1 - c * sum(logs)) * sum(bend_products)) * inverse;
     }
-    float* to = count > FEW_SCORES ? slope_left : grad_scores;
+    float* to = is_apart ? slope_left : grad_scores;
     each(kept, [&](int64_t j, auto lanes) {
       store(to + j, lanes, load(slope_left + j, lanes, 0) * (load(grad_left + j, lanes, 0) - mean));
     });
-    if (count <= FEW_SCORES) return;
-    each(count, [&](int64_t j, auto lanes) {
+    each(is_apart ? count : 0, [&](int64_t j, auto lanes) {
       const uint32_t above = lanes_above(load(p + j, lanes, 0), Vec{});
       store(grad_scores + j, lanes, expand(slope_left, above)), slope_left += __builtin_popcount(above);
     });
@@ -480,19 +469,14 @@ class Entmax {
  private:
   const Power power;
 
-  static Vec q_of(Vec base_less_1, const Power& power) {
-    const Vec base = 1.f + base_less_1;
-    return base > 0.f ? power.power(base, base_less_1) : Vec{};
-  }
-
   // Writes what factor makes probabilities of, from d; returns the sum.
   float probabilities(const float* d, int64_t count, State state, float* q) const {
     const Power power = this->power;
     Vec totals = {}, earlier = {};
     uint32_t steep = 0;
     for (int64_t j = 0; j < count; j += LANES) {
-      const Vec base_less_1 = state.cut * load(d + j, AllLanes{}, 0), y = q_of(base_less_1, power);
-      const Vec base = 1.f + base_less_1;
+      const Vec base_less_1 = state.cut * load(d + j, AllLanes{}, 0), base = 1.f + base_less_1;
+      const Vec y = q_of(power, base, base_less_1);
       store(q + j, AllLanes{}, y), totals += y;
       steep |= ~lanes_above(max(base, -base), power.edge) & ((1u << LANES) - 1);
       if (j % SHORT_SUM == 0) earlier += totals, totals = Vec{};
