@@ -109,7 +109,7 @@ struct WholePower {
   }
   static Vec slope(Vec q, Vec base, Vec inverse) { return EXPONENT > 2 ? q * inverse : EXPONENT == 2 ? base : all(1); }
   Vec shrink(Vec sum) const { return EXPONENT > 2 ? exp2(-c * log2(sum)) : 1.f / (EXPONENT == 2 ? sqrt(sum) : sum); }
-  static Vec slope_of(Vec p) { return sqrt(p); }  // for 2
+  static Vec slope_of(Vec p) { return EXPONENT == 2 ? sqrt(p) : p > 0.f ? all(1.f) : p; }  // NaN stays
 };
 
 struct AnyPower {
@@ -275,70 +275,6 @@ __attribute__((flatten)) uint32_t project_abreast(const Power power, const float
   return alone & ((1u << height) - 1);
 }
 
-// p = max(d - tau, 0), tau = (the sum of d > tau, less 1) / their number. Scores on a grid are often exactly at tau,
-// and do not belong to the support: sums of d and tau are in double precision, so that each d is on its side.
-class Sparsemax {
- public:
-  static constexpr bool ROWS_ABREAST = true;
-  static constexpr int NUMBERS = 0;
-  using Sums = NoSums;
-
-  Sparsemax(const float*, const float*) {}
-
-  uint32_t forward_abreast(const float* scores, float* p, int64_t width, int height) const {
-    return project_abreast(WholePower<1>(), scores, p, width, height);
-  }
-
-  __attribute__((flatten))   State forward(const float* scores, float* p, int64_t count, float* room) const {
-    bool wrong;
-    const float peak = largest(scores, count, wrong);
-    const int64_t kept = keep(scores, peak, -1, count, room);
-    double tau = -1, support = 0, before = -1;
-    for (int steps = 0; support != before && steps < MOST_STEPS; ++steps) {  // tau rises until none falls below
-      Doubles totals = {}, counts = {};
-      for (int64_t j = 0; j < kept; j += LANES) {
-        Doubles d[2];
-        halves(load(room + j, AllLanes{}, 0), d);
-        for (const Doubles& half : d) {
-          totals += half > tau ? half : Doubles{}, counts += half > tau ? Doubles{} + 1. : Doubles{};
-        }
-      }
-      before = support, support = sum(counts), tau = (sum(totals) - 1) / support;
-    }
-    float cut = float(tau);
-    if (cut > tau) cut = std::nextafter(cut, -INFINITE);  // so that d > cut exactly where d > tau
-    const float factor = wrong ? NOT_A_NUMBER : support == 0 ? 0 : float(1 / (1 + support * (tau - cut)));
-    again(scores, {peak, cut, factor}, p, count, room);
-    return {peak, cut, factor};
-  }
-
-  void again(const float* scores, State state, float* p, int64_t count, float*) const {
-    each(count, [&](int64_t j, auto lanes) {
-      const Vec d = load(scores + j, lanes, -INFINITE) - state.peak;
-      store(p + j, lanes, state.factor * max(d - state.cut, Vec{}));
-    });
-  }
-
-  // dL/dx = g less its mean over the support
-  void backward(const float*, const float* p, const float* grad, float* grad_scores, int64_t count, Sums&,
-                float*) const {
-    Vec counts = {}, totals = {};
-    each(count, [&](int64_t j, auto lanes) {
-      const Vec one = support(load(p + j, lanes, 0));
-      counts += one, totals += one * load(grad + j, lanes, 0);
-    });
-    const float number = sum(counts), mean = number == 0 ? 0 : sum(totals) / number;
-    each(count, [&](int64_t j, auto lanes) {
-      store(grad_scores + j, lanes, support(load(p + j, lanes, 0)) * (load(grad + j, lanes, 0) - mean));
-    });
-  }
-
-  void add(const Sums&, double*) const {}
-
- private:
-  static Vec support(Vec p) { return p > 0.f ? all(1.f) : p; }  // NaN stays
-};
-
 // (exp(x) - 1 - x) / x^2 for x in [0, 1], to 1 unit in the last place: its series.
 inline Vec bent(Vec x) {
   Vec y = x * 2.087675699e-9f + 2.505210839e-8f;
@@ -490,6 +426,43 @@ class Entmax {
     each(count, [&](int64_t j, auto lanes) {
       const uint32_t above = lanes_above(load(scores + j, lanes, -INFINITE) - state.peak, all(limit));
       store(p + j, lanes, state.factor * expand(q, above)), q += __builtin_popcount(above);
+    });
+  }
+};
+
+// p = max(d - tau, 0), tau = (the sum of d > tau, less 1) / their number. Scores on a grid are often exactly at tau,
+// and do not belong to the support: sums of d and tau are in double precision, so that each d is on its side.
+class Sparsemax : public Entmax<WholePower<1>> {
+ public:
+  using Entmax::Entmax;
+
+  State forward(const float* scores, float* p, int64_t count, float* room) const {
+    bool wrong;
+    const float peak = largest(scores, count, wrong);
+    const int64_t kept = keep(scores, peak, -1, count, room);
+    double tau = -1, support = 0, before = -1;
+    for (int steps = 0; support != before && steps < MOST_STEPS; ++steps) {  // tau rises until none falls below
+      Doubles totals = {}, counts = {};
+      for (int64_t j = 0; j < kept; j += LANES) {
+        Doubles d[2];
+        halves(load(room + j, AllLanes{}, 0), d);
+        for (const Doubles& half : d) {
+          totals += half > tau ? half : Doubles{}, counts += half > tau ? Doubles{} + 1. : Doubles{};
+        }
+      }
+      before = support, support = sum(counts), tau = (sum(totals) - 1) / support;
+    }
+    float cut = float(tau);
+    if (cut > tau) cut = std::nextafter(cut, -INFINITE);  // so that d > cut exactly where d > tau
+    const float factor = wrong ? NOT_A_NUMBER : support == 0 ? 0 : float(1 / (1 + support * (tau - cut)));
+    again(scores, {peak, cut, factor}, p, count, room);
+    return {peak, cut, factor};
+  }
+
+  void again(const float* scores, State state, float* p, int64_t count, float*) const {
+    each(count, [&](int64_t j, auto lanes) {
+      const Vec d = load(scores + j, lanes, -INFINITE) - state.peak;
+      store(p + j, lanes, state.factor * max(d - state.cut, Vec{}));
     });
   }
 };
