@@ -44,7 +44,7 @@ inline void with_mapping(int64_t kind, Body body) {
     case 1: return body(Type<MultiMax<1>>{});
     case 2: return body(Type<MultiMax<2>>{});
     case 3: return body(Type<Sparsemax>{});
-    case 4: return body(Type<Entmax<HalfPower>>{});
+    case 4: return body(Type<Entmax<WholePower<2>>>{});
     case 5: return body(Type<Entmax<AnyPower>>{});
     case 6: return body(Type<Entmax<AnyPower, true>>{});
     default: return body(Type<EvSoftmax>{});

@@ -16,7 +16,7 @@ constexpr float SMALLEST = std::numeric_limits<float>::min();
 constexpr float NOT_A_NUMBER = std::numeric_limits<float>::quiet_NaN();
 constexpr int MOST_STEPS = 50;  // twice what a row of 2^20 scores can need
 constexpr int64_t SHORT_SUM = 1 << 10;  // scores in a partial sum
-constexpr int STARTS = 3;  // steps at alpha = 1.5
+constexpr float SLACK = 2e-3f;  // of t, at the edge of what is kept
 constexpr int64_t FEW_SCORES = 64;  // rows up to this length take less time LANES at once
 
 // The largest score of a row, or the lowest number, if there is none. `wrong`: a score is NaN or +inf.
@@ -96,22 +96,20 @@ inline Vec reciprocal(Vec x) {
 // 0; where c is large, it falls so steeply to this 0 that fp32 has too few digits of a small p: a row with a base
 // nearer to 0 than edge is solved again in double precision.
 
+template <int EXPONENT>
 struct WholePower {
-  const Vec c = all(1.f), bend = {}, near = all(1e-6f), edge = all(1e-5f);
   static constexpr bool IS_COSTLY = false;
-  static Vec power(Vec base, Vec) { return base; }
-  static Vec slope(Vec, Vec, Vec) { return all(1.f); }
-  static Vec shrink(Vec sum) { return 1.f / sum; }
-};
-
-struct HalfPower {
-  static constexpr bool IS_COSTLY = false;
-  const Vec c = all(0.5f), bend = all(0.5f), near = all(1e-6f), edge = all(-1.f);
-  explicit HalfPower(const float*) {}
-  static Vec power(Vec base, Vec) { return base * base; }
-  static Vec slope(Vec, Vec base, Vec) { return base; }
-  static Vec shrink(Vec sum) { return 1.f / sqrt(sum); }
-  static Vec slope_of(Vec p) { return sqrt(p); }
+  const Vec c = all(1.f / EXPONENT), bend = all(0.5f * (EXPONENT - 1)), near = all(1e-6f);
+  const Vec edge = all(EXPONENT > 1 ? -1.f : 1e-5f);
+  explicit WholePower(const float* = nullptr) {}
+  static Vec power(Vec base, Vec) {
+    Vec q = base;
+    for (int i = 1; i < EXPONENT; ++i) q *= base;
+    return q;
+  }
+  static Vec slope(Vec q, Vec base, Vec inverse) { return EXPONENT > 2 ? q * inverse : EXPONENT == 2 ? base : all(1); }
+  Vec shrink(Vec sum) const { return EXPONENT > 2 ? exp2(-c * log2(sum)) : 1.f / (EXPONENT == 2 ? sqrt(sum) : sum); }
+  static Vec slope_of(Vec p) { return EXPONENT == 2 ? sqrt(p) : p > 0.f ? all(1.f) : p; }  // NaN stays
 };
 
 struct AnyPower {
@@ -119,13 +117,18 @@ struct AnyPower {
   const Vec c, reciprocal, bend, near, edge;
   explicit AnyPower(const float* number)
       : c(all(*number)), reciprocal(1.f / c), bend(c > 0.55f ? Vec{} : 0.5f * (1.f - c) / c),
-        near(c > 0.55f ? all(1e-6f) : all(2e-3f)),
+        near(c > 0.501f ? all(1e-6f) : all(2e-2f)),
         edge(c > 0.55f ? all(2e-3f) : c > 0.33f ? all(1e-4f) : all(-1.f)) {}
   Vec power(Vec base, Vec base_less_1) const { return exp2(log2_1p(base_less_1, base) * reciprocal); }
   static Vec slope(Vec q, Vec, Vec inverse) { return q * inverse; }
   Vec shrink(Vec sum) const { return exp2(-c * log2(sum)); }
   Vec slope_of(Vec p) const { return p >= SMALLEST ? exp2((1.f - c) * log2(p)) : p * 0.f; }
 };
+
+template <class Power>
+inline Vec q_of(const Power& power, Vec base, Vec base_less_1) {
+  return base > 0.f ? power.power(base, base_less_1) : Vec{};
+}
 
 // The search for t, the same in all lanes or a row in each. t is the root of N(t) - 1 with the norm N(t) = (sum max(t
 // + c d, 0)^(1/c))^c. That is convex and nearly straight, so Newton's method from t = 1 falls to the root in a few
@@ -140,9 +143,12 @@ struct Root {
   Vec ratio = power.c;                 // c / t
   Vec sum, slopes, curves, earlier;
 
-  explicit Root(const Power& power) : power(power) { clear(); }
+  explicit Root(const Power& power = Power()) : power(power) { clear(); }
 
   void clear() { sum = slopes = curves = earlier = Vec{}; }
+
+  // From log2 of the largest probability.
+  void start(Vec log) { t = exp2(power.c * log), ratio = power.c / t; }
 
   // Call it now and then: short sums round less. Slopes and curves need not be so exact.
   void carry() { earlier += sum, sum = Vec{}; }
@@ -158,7 +164,7 @@ struct Root {
   // When all scores are added: moves t to the root; false if it was near enough in all lanes. Newton's step bounds t,
   // since N is convex; Halley's, which also uses the second derivative, comes nearer.
   bool step() {
-    sum = max(sum, all(1.f));  // less only in a row without scores
+    sum = max(sum, all(1.f)), slopes = max(slopes, all(SMALLEST));  // less only in a row without scores
     const Vec goal = power.shrink(sum), error = t - goal, newton = error * sum / slopes;
     const Vec tolerance = max(power.near * power.c, all(1.2e-7f)) * goal;
     const Vec curve = power.bend * newton * (curves / slopes - slopes / sum) / t;
@@ -168,6 +174,27 @@ struct Root {
     return lanes_above(max(error, -error), tolerance);
   }
 };
+
+// Moves t to the root. step(root) adds all scores and steps.
+//
+// Where powers are costly, it starts from the roots for the two whole 1/c around, whose powers are products: between
+// them, the logarithm of the largest probability, t^(1/c), falls about linearly with c.
+template <class Power, class Step, int EXPONENT = 1>
+void search(Root<Power>& root, Step step) {
+  if constexpr (Power::IS_COSTLY) {
+    if constexpr (EXPONENT < 4) {
+      if (root.power.c[0] * (EXPONENT + 1) < 1.0001f) return search<Power, Step, EXPONENT + 1>(root, step);
+    }
+    Root<WholePower<EXPONENT>> below;
+    Root<WholePower<EXPONENT + 1>> above;
+    step(below), step(below);
+    const Vec log = float(EXPONENT) * log2(below.t);
+    above.start(log), step(above);
+    const Vec rise = float(EXPONENT + 1) * log2(above.t) - log;
+    root.start(log + rise * ((1.f - root.power.c * float(EXPONENT)) * float(EXPONENT + 1)));
+  }
+  for (int steps = 0; steps < MOST_STEPS && step(root); ++steps) {}
+}
 
 // Probabilities from d, for c < 1 and a t near the root. What is 0 but for rounding is 0.
 inline void solve_in_double(const float* d, int64_t count, double c, double t, float* p) {
@@ -191,8 +218,13 @@ inline void solve_in_double(const float* d, int64_t count, double c, double t, f
 // Swaps the off-diagonal blocks of HALF rows and HALF columns.
 template <int HALF, int... LANE>
 inline void swap_blocks(Vec& a, Vec& b, std::integer_sequence<int, LANE...>) {
-  const Vec first = {(LANE & HALF ? b[LANE & ~HALF] : a[LANE])...};
-  b = Vec{(LANE & HALF ? b[LANE] : a[LANE | HALF])...};
+#if defined(__clang__)
+  const Vec first = __builtin_shufflevector(a, b, (LANE & HALF ? LANES + (LANE & ~HALF) : LANE)...);
+  b = __builtin_shufflevector(a, b, (LANE & HALF ? LANES + LANE : LANE | HALF)...);
+#else
+  const Vec first = __builtin_shuffle(a, b, IntVec{(LANE & HALF ? LANES + (LANE & ~HALF) : LANE)...});
+  b = __builtin_shuffle(a, b, IntVec{(LANE & HALF ? LANES + LANE : LANE | HALF)...});
+#endif
   a = first;
 }
 
@@ -209,7 +241,7 @@ inline void transpose(Vec* rows) {
 // The probabilities of `height` rows, at most LANES, of up to FEW_SCORES scores, each in a lane of its own. Returns a bit
 // for each row that has to be computed alone: those with NaN, +inf or a base near 0.
 template <class Power>
-uint32_t project_abreast(const Power power, const float* scores, float* p, int64_t width, int height) {
+__attribute__((flatten)) uint32_t project_abreast(const Power power, const float* scores, float* p, int64_t width, int height) {
   Vec d[FEW_SCORES], q[FEW_SCORES], peaks = all(LOWEST), totals = {};
   uint32_t alone = 0;
   for (int64_t start = 0; start < width; start += LANES) {
@@ -222,25 +254,14 @@ uint32_t project_abreast(const Power power, const float* scores, float* p, int64
   for (int64_t j = 0; j < width; ++j) alone |= lanes_above(d[j], all(-LOWEST)), peaks = max(d[j], peaks);
   for (int64_t j = 0; j < width; ++j) d[j] -= peaks;
   Root<Power> root(power);
-  if constexpr (Power::IS_COSTLY) {
-    // Start near the root, by way of alpha = 1.5, whose powers are cheap: the logarithm of the largest probability
-    // falls about linearly with c.
-    Root<HalfPower> start(HalfPower{nullptr});
-    for (int steps = 0; steps < STARTS; ++steps) {
-      start.clear();
-      for (int64_t j = 0; j < width; ++j) start.add(d[j]);
-      start.step();
-    }
-    root.t = exp2(2.f * power.c * (1.4f - 0.8f * power.c) * log2(start.t)), root.ratio = power.c / root.t;
-  }
-  for (int steps = 0; steps < MOST_STEPS; ++steps) {
+  search(root, [&](auto& root) {
     root.clear();
     for (int64_t j = 0; j < width; ++j) root.add(d[j]);
-    if (!root.step()) break;
-  }
+    return root.step();
+  });
   for (int64_t j = 0; j < width; ++j) {
     const Vec base_less_1 = root.ratio * d[j], base = 1.f + base_less_1;
-    totals += q[j] = base > 0.f ? power.power(base, base_less_1) : Vec{};
+    totals += q[j] = q_of(power, base, base_less_1);
     alone |= ~lanes_above(max(base, -base), power.edge);
   }
   const Vec factor = totals > 0.f ? 1.f / totals : Vec{};
@@ -253,70 +274,6 @@ uint32_t project_abreast(const Power power, const float* scores, float* p, int64
   }
   return alone & ((1u << height) - 1);
 }
-
-// p = max(d - tau, 0), tau = (the sum of d > tau, less 1) / their number. Scores on a grid are often exactly at tau,
-// and do not belong to the support: sums of d and tau are in double precision, so that each d is on its side.
-class Sparsemax {
- public:
-  static constexpr bool ROWS_ABREAST = true;
-  static constexpr int NUMBERS = 0;
-  using Sums = NoSums;
-
-  Sparsemax(const float*, const float*) {}
-
-  uint32_t forward_abreast(const float* scores, float* p, int64_t width, int height) const {
-    return project_abreast(WholePower(), scores, p, width, height);
-  }
-
-  State forward(const float* scores, float* p, int64_t count, float* room) const {
-    bool wrong;
-    const float peak = largest(scores, count, wrong);
-    const int64_t kept = keep(scores, peak, -1, count, room);
-    double tau = -1, support = 0, before = -1;
-    for (int steps = 0; support != before && steps < MOST_STEPS; ++steps) {  // tau rises until none falls below
-      Doubles totals = {}, counts = {};
-      for (int64_t j = 0; j < kept; j += LANES) {
-        Doubles d[2];
-        halves(load(room + j, AllLanes{}, 0), d);
-        for (const Doubles& half : d) {
-          totals += half > tau ? half : Doubles{}, counts += half > tau ? Doubles{} + 1. : Doubles{};
-        }
-      }
-      before = support, support = sum(counts), tau = (sum(totals) - 1) / support;
-    }
-    float cut = float(tau);
-    if (cut > tau) cut = std::nextafter(cut, -INFINITE);  // so that d > cut exactly where d > tau
-    const float factor = wrong ? NOT_A_NUMBER : support == 0 ? 0 : float(1 / (1 + support * (tau - cut)));
-    again(scores, {peak, cut, factor}, p, count, room);
-    return {peak, cut, factor};
-  }
-
-  void again(const float* scores, State state, float* p, int64_t count, float*) const {
-    each(count, [&](int64_t j, auto lanes) {
-      const Vec d = load(scores + j, lanes, -INFINITE) - state.peak;
-      store(p + j, lanes, state.factor * max(d - state.cut, Vec{}));
-    });
-  }
-
-  // dL/dx = g less its mean over the support
-  void backward(const float*, const float* p, const float* grad, float* grad_scores, int64_t count, Sums&,
-                float*) const {
-    Vec counts = {}, totals = {};
-    each(count, [&](int64_t j, auto lanes) {
-      const Vec one = support(load(p + j, lanes, 0));
-      counts += one, totals += one * load(grad + j, lanes, 0);
-    });
-    const float number = sum(counts), mean = number == 0 ? 0 : sum(totals) / number;
-    each(count, [&](int64_t j, auto lanes) {
-      store(grad_scores + j, lanes, support(load(p + j, lanes, 0)) * (load(grad + j, lanes, 0) - mean));
-    });
-  }
-
-  void add(const Sums&, double*) const {}
-
- private:
-  static Vec support(Vec p) { return p > 0.f ? all(1.f) : p; }  // NaN stays
-};
 
 // (exp(x) - 1 - x) / x^2 for x in [0, 1], to 1 unit in the last place: its series.
 inline Vec bent(Vec x) {
@@ -348,12 +305,14 @@ class Entmax {
     return project_abreast(power, scores, p, width, height);
   }
 
-  State forward(const float* scores, float* p, int64_t count, float* room) const {
+  __attribute__((flatten))   State forward(const float* scores, float* p, int64_t count, float* room) const {
     bool wrong;
     State state = {largest(scores, count, wrong), 0, 1};
     Root<Power> root(power);
-    int64_t kept = keep(scores, state.peak, -1 / power.c[0], count, room);
-    for (int steps = 0; steps < MOST_STEPS; ++steps) {
+    const float c = power.c[0];
+    float limit = -(1 + SLACK) / c, *q = room + count + LANES;
+    int64_t kept = keep(scores, state.peak, limit, count, room);
+    search(root, [&](auto& root) {
       root.clear();
       for (int64_t j = 0; j < kept; j += LANES) {
         root.add(load(room + j, AllLanes{}, 0));
@@ -361,50 +320,36 @@ class Entmax {
       }
       root.sum = all(sum(root.sum + root.earlier));
       root.slopes = all(sum(root.slopes)), root.curves = all(sum(root.curves));
-      if (!root.step()) break;
-      kept = keep(room, 0, -root.bound[0] / power.c[0], kept, room);
-    }
+      const bool is_far = root.step();
+      if (root.power.c[0] >= c) {  // (1 - t) / c falls as c rises, and so does what is kept
+        limit = std::max(limit, (1 - root.bound[0]) / root.power.c[0] - (1 + SLACK) / c);
+        kept = keep(room, 0, limit, kept, room);
+      }
+      return is_far;
+    });
     state.cut = root.ratio[0];
-    const float total = again(scores, state, p, count, room);
+    const float total = probabilities(room, kept, state, q);
     state.factor = wrong ? NOT_A_NUMBER : total == 0 ? 0 : 1 / total;
-    each(count, [&](int64_t j, auto lanes) { store(p + j, lanes, state.factor * load(p + j, lanes, 0)); });
+    if constexpr (Power::IS_COSTLY) {
+      spread(scores, state, limit, q, count, p);
+    } else {
+      again(scores, state, p, count, room);
+    }
     return state;
   }
 
-  // Returns the sum of p.
-  float again(const float* scores, State state, float* p, int64_t count, float* room) const {
-    const Power power = this->power;
-    Vec totals = {}, earlier = {};
-    const auto probability = [&](int64_t j, Vec d, Vec& base) {
-      const Vec base_less_1 = state.cut * d;
-      base = 1.f + base_less_1;
-      const Vec y = state.factor * (base > 0.f ? power.power(base, base_less_1) : Vec{});
-      totals += y;
-      if (j % SHORT_SUM == 0) earlier += totals, totals = Vec{};
-      return y;
-    };
-    if constexpr (!Power::IS_COSTLY) {
+  void again(const float* scores, State state, float* p, int64_t count, float* room) const {
+    if constexpr (Power::IS_COSTLY) {
+      const float limit = -(1 + SLACK) / state.cut;
+      float* q = room + count + LANES;
+      probabilities(room, keep(scores, state.peak, limit, count, room), state, q);
+      spread(scores, state, limit, q, count, p);
+    } else {
       each(count, [&](int64_t j, auto lanes) {
-        Vec base;
-        store(p + j, lanes, probability(j, load(scores + j, lanes, -INFINITE) - state.peak, base));
+        const Vec base_less_1 = state.cut * (load(scores + j, lanes, -INFINITE) - state.peak);
+        store(p + j, lanes, state.factor * q_of(power, 1.f + base_less_1, base_less_1));
       });
-      return sum(totals + earlier);
     }
-    const float limit = -(1 + std::max(power.edge[0], 0.f)) / state.cut;
-    const int64_t kept = keep(scores, state.peak, limit, count, room);
-    float *left = room, *q = left + count + LANES;
-    uint32_t steep = 0;
-    for (int64_t j = 0; j < kept; j += LANES) {
-      Vec base;
-      store(q + j, AllLanes{}, probability(j, load(left + j, AllLanes{}, 0), base));
-      steep |= ~lanes_above(max(base, -base), power.edge) & ((1u << LANES) - 1);
-    }
-    if (steep) solve_in_double(left, kept, power.c[0], power.c[0] / state.cut, q);
-    each(count, [&](int64_t j, auto lanes) {
-      const uint32_t above = lanes_above(load(scores + j, lanes, -INFINITE) - state.peak, all(limit));
-      store(p + j, lanes, expand(q, above)), q += __builtin_popcount(above);
-    });
-    return steep ? 1 : sum(totals + earlier);
   }
 
   // dL/dx = s (g - sum s g / sum s), s = p^(1-c).
@@ -416,35 +361,19 @@ class Entmax {
   void backward(const float*, const float* p, const float* grad, float* grad_scores, int64_t count, Sums& sums,
                 float* room) const {
     const Power power = this->power;
-    Vec slopes = {}, products = {};
-    if constexpr (!Power::IS_COSTLY) {
-      each(count, [&](int64_t j, auto lanes) {
-        const Vec slope = power.slope_of(load(p + j, lanes, 0));
-        slopes += slope, products += slope * load(grad + j, lanes, 0);
-      });
-      const float total = sum(slopes), mean = total == 0 ? 0 : sum(products) / total;
-      each(count, [&](int64_t j, auto lanes) {
-        const Vec slope = power.slope_of(load(p + j, lanes, 0));
-        store(grad_scores + j, lanes, slope * (load(grad + j, lanes, 0) - mean));
-      });
-      return;
-    }
-    float* slope_left = room;
-    const float *left = p, *grad_left = grad;
-    int64_t kept = count;
-    if (count > FEW_SCORES) {
-      float *p_left = room + count + LANES, *g_left = p_left + count + LANES;
-      kept = 0;
-      each(count, [&](int64_t j, auto lanes) {
-        const Vec y = load(p + j, lanes, 0);
-        const uint32_t above = lanes_above(y, Vec{});
-        compress(p_left + kept, y, above), compress(g_left + kept, load(grad + j, lanes, 0), above);
-        kept += __builtin_popcount(above);
-      });
-      left = p_left, grad_left = g_left;
-    }
+    const bool is_apart = Power::IS_COSTLY && count > FEW_SCORES;  // what has a probability, beside each other
+    float *slope_left = room, *p_left = room + count + LANES, *g_left = p_left + count + LANES;
+    int64_t kept = 0;
+    each(is_apart ? count : 0, [&](int64_t j, auto lanes) {
+      const Vec y = load(p + j, lanes, 0);
+      const uint32_t above = lanes_above(y, Vec{});
+      compress(p_left + kept, y, above), compress(g_left + kept, load(grad + j, lanes, 0), above);
+      kept += __builtin_popcount(above);
+    });
+    const float *left = is_apart ? p_left : p, *grad_left = is_apart ? g_left : grad;
+    if (!is_apart) kept = count;
+    Vec slopes = {}, products = {}, logs = {}, linear_products = {}, bends = {}, bend_products = {};
     const float c = power.c[0], reciprocal_of_c = 1 / c;
-    Vec logs = {}, linear_products = {}, bends = {}, bend_products = {};
     each(kept, [&](int64_t j, auto lanes) {
       const Vec y = load(left + j, lanes, 0), g = load(grad_left + j, lanes, 0), slope = power.slope_of(y);
       slopes += slope, products += slope * g;
@@ -459,12 +388,11 @@ class Entmax {
     if constexpr (IS_LEARNED) {
       sums.c += (sum(bends) * sum(linear_products) - (1 - c * sum(logs)) * sum(bend_products)) * inverse;
     }
-    float* to = count > FEW_SCORES ? slope_left : grad_scores;
+    float* to = is_apart ? slope_left : grad_scores;
     each(kept, [&](int64_t j, auto lanes) {
       store(to + j, lanes, load(slope_left + j, lanes, 0) * (load(grad_left + j, lanes, 0) - mean));
     });
-    if (count <= FEW_SCORES) return;
-    each(count, [&](int64_t j, auto lanes) {
+    each(is_apart ? count : 0, [&](int64_t j, auto lanes) {
       const uint32_t above = lanes_above(load(p + j, lanes, 0), Vec{});
       store(grad_scores + j, lanes, expand(slope_left, above)), slope_left += __builtin_popcount(above);
     });
@@ -476,6 +404,67 @@ class Entmax {
 
  private:
   const Power power;
+
+  // Writes what factor makes probabilities of, from d; returns the sum.
+  float probabilities(const float* d, int64_t count, State state, float* q) const {
+    const Power power = this->power;
+    Vec totals = {}, earlier = {};
+    uint32_t steep = 0;
+    for (int64_t j = 0; j < count; j += LANES) {
+      const Vec base_less_1 = state.cut * load(d + j, AllLanes{}, 0), base = 1.f + base_less_1;
+      const Vec y = q_of(power, base, base_less_1);
+      store(q + j, AllLanes{}, y), totals += y;
+      steep |= ~lanes_above(max(base, -base), power.edge) & ((1u << LANES) - 1);
+      if (j % SHORT_SUM == 0) earlier += totals, totals = Vec{};
+    }
+    if (steep) solve_in_double(d, count, power.c[0], power.c[0] / state.cut, q);
+    return steep ? 1 : sum(totals + earlier);
+  }
+
+  // Brings numbers to the places of the d above `limit`, times factor; 0 to the others.
+  static void spread(const float* scores, State state, float limit, const float* q, int64_t count, float* p) {
+    each(count, [&](int64_t j, auto lanes) {
+      const uint32_t above = lanes_above(load(scores + j, lanes, -INFINITE) - state.peak, all(limit));
+      store(p + j, lanes, state.factor * expand(q, above)), q += __builtin_popcount(above);
+    });
+  }
+};
+
+// p = max(d - tau, 0), tau = (the sum of d > tau, less 1) / their number. Scores on a grid are often exactly at tau,
+// and do not belong to the support: sums of d and tau are in double precision, so that each d is on its side.
+class Sparsemax : public Entmax<WholePower<1>> {
+ public:
+  using Entmax::Entmax;
+
+  State forward(const float* scores, float* p, int64_t count, float* room) const {
+    bool wrong;
+    const float peak = largest(scores, count, wrong);
+    const int64_t kept = keep(scores, peak, -1, count, room);
+    double tau = -1, support = 0, before = -1;
+    for (int steps = 0; support != before && steps < MOST_STEPS; ++steps) {  // tau rises until none falls below
+      Doubles totals = {}, counts = {};
+      for (int64_t j = 0; j < kept; j += LANES) {
+        Doubles d[2];
+        halves(load(room + j, AllLanes{}, 0), d);
+        for (const Doubles& half : d) {
+          totals += half > tau ? half : Doubles{}, counts += half > tau ? Doubles{} + 1. : Doubles{};
+        }
+      }
+      before = support, support = sum(counts), tau = (sum(totals) - 1) / support;
+    }
+    float cut = float(tau);
+    if (cut > tau) cut = std::nextafter(cut, -INFINITE);  // so that d > cut exactly where d > tau
+    const float factor = wrong ? NOT_A_NUMBER : support == 0 ? 0 : float(1 / (1 + support * (tau - cut)));
+    again(scores, {peak, cut, factor}, p, count, room);
+    return {peak, cut, factor};
+  }
+
+  void again(const float* scores, State state, float* p, int64_t count, float*) const {
+    each(count, [&](int64_t j, auto lanes) {
+      const Vec d = load(scores + j, lanes, -INFINITE) - state.peak;
+      store(p + j, lanes, state.factor * max(d - state.cut, Vec{}));
+    });
+  }
 };
 
 }  // namespace multimax
