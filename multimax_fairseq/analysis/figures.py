@@ -96,8 +96,8 @@ def chosen(plans: Sequence[Plan], names: Optional[str]) -> Tuple[List[Plan], Lis
 CAPTIONS = {
     "sparsity-multimodality": "Sparsity against multi-modality, a point a head; the large points are means over a "
     "model's heads. Left as the paper defines them, right with the same s for all models and M over the largest "
-    "scores. The upper right is where MultiMax is meant to lead. Rows without M or S, whose share is in the table, are "
-    "left out.",
+    "scores. The upper right is where MultiMax is meant to lead. Rows without M or S, whose share is in the table, "
+    "are left out.",
     "over-smoothing": "Mean cosine distance between the tokens of a sentence after each layer: the lower, the more "
     "alike they have become. (The axis does not begin at 0.)",
     "modulators": "the scores that each module saw, and what its modulator, if any, makes of them. The outermost "
