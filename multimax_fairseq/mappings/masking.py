@@ -67,11 +67,14 @@ def additive_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
 def probabilities_by(mapping: nn.Module) -> Callable[[Tensor], Tensor]:
     """``mapping`` as a function of scores: :func:`function_of` with its tensors."""
     function, tensors = function_of(mapping)
-    return lambda scores: function(scores, *tensors)
+    is_half = any(tensor.dtype in HALF for tensor in itertools.chain(mapping.parameters(), mapping.buffers()))
+    return (lambda scores: function(scores, *tensors)) if is_half else function
 
 
 def function_of(mapping: nn.Module) -> Tuple[Callable[..., Tensor], Tuple[Tensor, ...]]:
     """``mapping`` as function(scores, *tensors), which keeps the contract of this file; and its tensors.
+
+    Without tensors the function takes the mapping's own as they are.
 
     Mappings of this package are called as they are. So are those derived from one, or made of one: they have to deal
     with −inf. Any other module gets ``ABSENT`` in place of −inf, so that the gradients of its own parameters are
@@ -81,7 +84,7 @@ def function_of(mapping: nn.Module) -> Tuple[Callable[..., Tensor], Tuple[Tensor
     rows = rows_of(mapping)
     if rows is not None:
         numbers = tuple(number.float() if number.dtype in HALF else number for number in rows.numbers)
-        return lambda scores, *numbers: map_rows(rows._replace(numbers=numbers), scores), numbers
+        return lambda scores, *other: map_rows(rows._replace(numbers=other or rows.numbers), scores), numbers
     takes_infinities = any(hasattr(module, "kernel_rows") for module in mapping.modules())
     named = dict(itertools.chain(mapping.named_parameters(), mapping.named_buffers()))
 
@@ -91,8 +94,7 @@ def function_of(mapping: nn.Module) -> Tuple[Callable[..., Tensor], Tuple[Tensor
         absent, x = is_absent(scores), scores.to(compute_dtype(scores.dtype))
         if not takes_infinities:
             x = x.masked_fill(absent, ABSENT).masked_fill(absent.all(-1, keepdim=True), 0.0)
-        other = {name: tensor for (name, own), tensor in zip(named.items(), tensors) if tensor is not own}
-        result = torch.func.functional_call(mapping, other, x) if other else mapping(x)
+        result = torch.func.functional_call(mapping, dict(zip(named, tensors)), x) if tensors else mapping(x)
         return result.to(scores.dtype).masked_fill(absent, 0.0)
 
     return function, tuple(tensor.float() if tensor.dtype in HALF else tensor for tensor in named.values())
