@@ -8,7 +8,7 @@ import torch
 from conftest import ROOT, save_checkpoint
 
 TITLES = re.findall(r"^## (.+)$", (ROOT / "docs" / "export.md").read_text(), re.M)
-CLOSE = {"atol": 1e-5, "rtol": 1e-4}  # fp32, sums in another order
+CLOSE = {"atol": 2e-4, "rtol": 1e-4}  # fp32, sums in another order, which sparse mappings make larger
 
 
 @pytest.fixture(scope="module", params=["softmax", "multimax", "sparsemax", "entmax", "evsoftmax"])

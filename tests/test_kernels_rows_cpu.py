@@ -154,6 +154,14 @@ def test_layouts_of_scores_gradients_and_numbers(name):
     torch.testing.assert_close(results(strided, scores, grad), expected, check_dtype=False)
 
 
+def test_rows_near_the_end_of_the_search_are_solved_to_the_last_digits():
+    """It ends where one more step changes nothing, and has the least to spare at this α."""
+    scores = torch.randn(10_000, 64) * torch.tensor([0.1, 1, 3, 10, 40]).repeat(2_000)[:, None]
+    expected = package.entmax_bisect(scores.double(), 1.48, n_iter=60)
+    found = cpu.forward(Rows("entmax, fixed", (torch.tensor(1.48, dtype=torch.float64),)), scores)
+    torch.testing.assert_close(found.double(), expected, atol=6e-7, rtol=0)
+
+
 @pytest.mark.parametrize("shape", [(), (1, 1), (HEADS, 1, 1), (2, HEADS, 1, 1), (2, 1, 7, 1)])
 @pytest.mark.parametrize("width", [20, 90])
 def test_an_alpha_of_any_shape(shape, width):

@@ -117,7 +117,7 @@ struct AnyPower {
   const Vec c, reciprocal, bend, near, edge;
   explicit AnyPower(const float* number)
       : c(all(*number)), reciprocal(1.f / c), bend(c > 0.55f ? Vec{} : 0.5f * (1.f - c) / c),
-        near(c > 0.501f ? all(1e-6f) : all(2e-2f)),
+        near(c > 0.501f ? all(1e-6f) : c > 0.4f ? all(8e-3f) : all(2e-2f)),
         edge(c > 0.55f ? all(2e-3f) : c > 0.33f ? all(1e-4f) : all(-1.f)) {}
   Vec power(Vec base, Vec base_less_1) const { return exp2(log2_1p(base_less_1, base) * reciprocal); }
   static Vec slope(Vec q, Vec, Vec inverse) { return q * inverse; }
