@@ -8,7 +8,7 @@ import torch
 from conftest import ROOT, save_checkpoint
 
 TITLES = re.findall(r"^## (.+)$", (ROOT / "docs" / "export.md").read_text(), re.M)
-CLOSE = {"atol": 2e-4, "rtol": 1e-4}  # fp32, sums in another order, which sparse mappings make larger
+CLOSE = {"atol": 1e-5, "rtol": 1e-4}  # fp32, sums in another order
 
 
 @pytest.fixture(scope="module", params=["softmax", "multimax", "sparsemax", "entmax", "evsoftmax"])
@@ -53,13 +53,14 @@ def other_sizes(names):
     return [(names["source"], names["target"]), (source, source.flip(1)), (words, words[:, :1])]
 
 
-def test_onnx(run_block):
+def test_onnx(page, run_block):
     pytest.importorskip("onnx", reason="needs onnx: pip install 'multimax_fairseq[export]'")
     pytest.importorskip("onnxruntime", reason="needs onnxruntime: pip install 'multimax_fairseq[export]'")
     names = run_block("ONNX")
+    close = CLOSE | ({"atol": 2e-4} if page[0] == "sparsemax" else {})  # steep: it makes such differences larger
     for source, target in other_sizes(names):
         (logits,) = names["session"].run(None, {"source": source.numpy(), "target": target.numpy()})
-        torch.testing.assert_close(torch.from_numpy(logits), names["function"](source, target), **CLOSE)
+        torch.testing.assert_close(torch.from_numpy(logits), names["function"](source, target), **close)
 
 
 def test_tracing(run_block):
@@ -83,7 +84,7 @@ def test_int8(page, run_block, monkeypatch):
     source, target = page[2]["source"], page[2]["target"]
     found, expected = (one(source, None, target)[0] for one in (quantised, model))
     # hardly trained, these change which keys take part by what int8 rounds
-    most = 0.9 if page[0] in ("sparsemax", "entmax", "evsoftmax") else 0.1
+    most = {"sparsemax": 0.9, "entmax": 0.3, "evsoftmax": 0.9}.get(page[0], 0.1)
     assert 0 < (found - expected).norm() < most * expected.norm()
 
 
