@@ -216,7 +216,7 @@ def test_evsoftmax_in_training_has_finite_logarithms_and_gradients_in_half_preci
         probabilities = evsoftmax(scores, training=True)
         assert probabilities[0, [0, 1, 2, 4]].log().isfinite().all() and probabilities.min() >= 0.99 * least
         (grad,) = torch.autograd.grad(-probabilities[0, 2].log(), scores)
-        expected = probabilities.detach() - torch.eye(5, dtype=dtype)[2]
+        expected = probabilities.detach() - torch.eye(5)[2].to(dtype)
         torch.testing.assert_close(grad, expected, atol=2e-2, rtol=2e-2)
     row = evsoftmax(torch.tensor([[3.0, 2.0, -60_000.0]], dtype=torch.float16), training=True)
     assert row.log().isfinite().all()

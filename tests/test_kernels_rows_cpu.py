@@ -61,9 +61,14 @@ def rows_of(name, order=2):
     return Rows(name, numbers.get(name, tuple)())
 
 
+def forward(rows, scores):
+    return cpu.forward(cpu.Numbers(rows, scores.shape), scores)
+
+
 def results(rows, scores, grad):
-    probabilities = cpu.forward(rows, scores)
-    return [probabilities, *(g for g in cpu.backward(rows, scores, probabilities, grad) if g is not None)]
+    numbers = cpu.Numbers(rows, scores.shape)
+    probabilities = cpu.forward(numbers, scores)
+    return [probabilities, *(g for g in cpu.backward(numbers, scores, probabilities, grad) if g is not None)]
 
 
 def exact(rows, scores, grad):
@@ -103,17 +108,17 @@ def test_a_score_exactly_at_the_threshold_is_not_in_the_support(name, width):
 def test_a_score_exactly_at_the_mean_is_kept(width):
     scores = (8 * torch.randn(500, width)).round() / 8
     expected = scores.double() >= scores.double().mean(-1, keepdim=True)
-    assert torch.equal(cpu.forward(Rows("evsoftmax", (torch.tensor(0.0),)), scores) > 0, expected)
+    assert torch.equal(forward(Rows("evsoftmax", (torch.tensor(0.0),)), scores) > 0, expected)
 
 
 def test_the_exponential_to_two_units_in_the_last_place():
     """Of two scores, 0 and −x, the second has exp(−x) times the probability of the first."""
     x = torch.cat([torch.linspace(0, 87, 100_001), torch.tensor([1e-7, 0.34657, 0.34658])])
     scores = torch.stack([torch.zeros_like(x), -x], -1)
-    first, second = cpu.forward(Rows("softmax"), scores).double().unbind(-1)
+    first, second = forward(Rows("softmax"), scores).double().unbind(-1)
     torch.testing.assert_close(second / first, x.double().neg().exp(), atol=0, rtol=4 * 2**-24)
     scores = torch.tensor([[0.0, -89.0, -1e4, torch.finfo(torch.float32).min, -INF]])
-    assert cpu.forward(Rows("softmax"), scores).tolist() == [[1.0, 0.0, 0.0, 0.0, 0.0]]
+    assert forward(Rows("softmax"), scores).tolist() == [[1.0, 0.0, 0.0, 0.0, 0.0]]
 
 
 @names
@@ -158,7 +163,7 @@ def test_rows_near_the_end_of_the_search_are_solved_to_the_last_digits():
     """It ends where one more step changes nothing, and has the least to spare at this α."""
     scores = torch.randn(10_000, 64) * torch.tensor([0.1, 1, 3, 10, 40]).repeat(2_000)[:, None]
     expected = package.entmax_bisect(scores.double(), 1.48, n_iter=60)
-    found = cpu.forward(Rows("entmax, fixed", (torch.tensor(1.48, dtype=torch.float64),)), scores)
+    found = forward(Rows("entmax, fixed", (torch.tensor(1.48, dtype=torch.float64),)), scores)
     torch.testing.assert_close(found.double(), expected, atol=6e-7, rtol=0)
 
 

@@ -22,7 +22,6 @@ logger = logging.getLogger(__name__)
 
 BACKENDS = ("auto", "compiled", "eager")
 ENVIRONMENT_VARIABLE = "MULTIMAX_BACKEND"
-COMPILED_DEVICES = ("cpu", "cuda")
 
 # What PyTorch's dispatcher sees in a plain tensor and a plain context. All else stands for somebody who takes part:
 # batches of torch.func.vmap, tracers, subclasses, numbers that are zero or negative without being written so.
@@ -30,6 +29,15 @@ PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 PLAIN_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.Undefined)
 for _key in "BackendSelect ADInplaceOrView AutogradCPU AutogradCUDA AutocastCPU AutocastCUDA CPU CUDA".split():
     PLAIN_KEYS = PLAIN_KEYS | torch._C.DispatchKeySet(torch._C._parse_dispatch_key(_key))
+
+
+def _bits(keys: torch._C.DispatchKeySet) -> int:
+    """For torch 2.2, whose key sets do not show theirs: all bits where there is a key that is not plain, or none."""
+    return -((keys - PLAIN_KEYS).highestPriorityTypeId() != torch._C.DispatchKey.Undefined)
+
+
+bits = getattr(torch._C.DispatchKeySet, "raw_repr", _bits)
+OTHER_BITS = ~bits(PLAIN_KEYS)
 
 is_compiling = getattr(torch.compiler, "is_compiling", None) or torch._utils.is_compiling  # before torch 2.3
 
@@ -50,23 +58,23 @@ def backend() -> str:
 
 def wants_compiled(*tensors: Tensor) -> bool:
     """Whether a computation on ``tensors`` is to run in other code than its formula, if it can."""
-    return is_plain(*tensors) and tensors[0].device.type in COMPILED_DEVICES and backend() != "eager"
+    return (tensors[0].is_cpu or tensors[0].is_cuda) and is_plain(*tensors) and backend() != "eager"
 
 
 def is_plain(*tensors: Tensor) -> bool:
     """Whether these are nothing but numbers in memory, and nobody is watching what is computed of them.
 
     Only then may a kernel take their addresses. Tracing, ``torch.compile``, ``torch.func``, forward-mode
-    differentiation, fake and other special tensors get the formula, in PyTorch's own operators. It takes some 5 µs.
+    differentiation, fake and other special tensors get the formula, in PyTorch's own operators. It takes some 3 µs.
     """
     if is_compiling() or forward_ad._current_level >= 0:
         return False
-    keys = torch._C._dispatch_tls_local_include_set()  # of modes: tracers, transforms, dispatch modes
+    found = bits(torch._C._dispatch_tls_local_include_set())  # of modes: tracers, transforms, dispatch modes
     for tensor in tensors:
         if type(tensor) not in PLAIN_TYPES:
             return False
-        keys = keys | torch._C._dispatch_keys(tensor)
-    return (keys - PLAIN_KEYS).highestPriorityTypeId() == torch._C.DispatchKey.Undefined
+        found |= bits(torch._C._dispatch_keys(tensor))
+    return not found & OTHER_BITS
 
 
 def keep(ctx: Any, *tensors: Optional[Tensor]) -> None:

@@ -201,15 +201,15 @@ class MultiMax(nn.Module):
 
         A parameter q stands for the number p = ``lr_scale`` · q, and gets ``gradient_scale`` times the gradient of p.
         """
-        thresholds, gains = map(self._number, (self.thresholds, self.gains))
+        thresholds, gains = self.thresholds, self.gains
+        if not self.lr_scale == self.gradient_scale == 1:
+            thresholds, gains = map(self._number, (thresholds, gains))
         if self.terms != TERMS:  # with a gain of 0 the threshold gets no gradient either
             side = TERMS.index(self.terms[0])
             gains = nn.functional.pad(gains[:, side : side + 1], (side, 1 - side))
         return thresholds, gains
 
     def _number(self, parameter: Tensor) -> Tensor:
-        if self.lr_scale == self.gradient_scale == 1:
-            return parameter
         return (self.lr_scale * parameter).detach() + self.gradient_scale * (parameter - parameter.detach())
 
     def _save_to_state_dict(self, destination: Dict[str, Tensor], prefix: str, keep_vars: bool) -> None:

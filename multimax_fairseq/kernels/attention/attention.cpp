@@ -76,9 +76,8 @@ struct Problem {
   Numbers numbers;
   Matrices query, key, value, mask, output;  // (bsz, num_heads, length, dim); mask: (…, tgt_len, src_len), or null
   Matrices grad_output, grad_query, grad_key, grad_value;
-  State* states;            // (bsz, num_heads, tgt_len)
-  float* grads_of_numbers;  // (numbers.count, NUMBERS)
-  float* scratch;           // (threads, scratch_size)
+  State* states;   // (bsz, num_heads, tgt_len)
+  float* scratch;  // (threads, scratch_size)
   Sgemm* sgemm;
   Dropout dropout;
 };
@@ -160,11 +159,7 @@ class Attention : Problem {
       scatter(grad_v, part > 0, value_dim, of(grad_value, head));
       added_parts[head].store(part + 1, std::memory_order_release);
     });
-    std::vector<double> totals(numbers.count * NUMBERS);
-    for (int64_t i = 0; i < int64_t(sums_of_parts.size()); ++i) {
-      totals[i / NUMBERS / parts % numbers.count * NUMBERS + i % NUMBERS] += sums_of_parts[i];
-    }
-    std::copy(totals.begin(), totals.end(), grads_of_numbers);
+    numbers.give(sums_of_parts, NUMBERS, parts);
   }
 
  private:

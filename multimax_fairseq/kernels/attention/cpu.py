@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import cpp
-from ..rows.cpu import Numbers
+from ..rows.cpu import Numbers, addresses
 from .call import Call
 
 ADDRESS, INTEGER = cpp.ADDRESS, cpp.INTEGER
@@ -41,11 +41,11 @@ class Problem(ctypes.Structure):
     _fields_ = [
         *((name, INTEGER) for name in ("bsz", "num_heads", "tgt_len", "src_len", "head_dim", "value_dim")),
         *((name, INTEGER) for name in ("is_causal", "block", "parts", "threads", "scratch_size")),
-        *((name, ADDRESS) for name in ("first", "second")),
+        *((name, ADDRESS) for name in ("first", "second", "grad_first", "grad_second")),
         *((name, INTEGER) for name in ("rows_of_each", "count")),
         *((name, Matrices) for name in ("query", "key", "value", "mask", "output")),
         *((name, Matrices) for name in ("grad_output", "grad_query", "grad_key", "grad_value")),
-        *((name, ADDRESS) for name in ("states", "grads_of_numbers", "scratch", "sgemm")),
+        *((name, ADDRESS) for name in ("states", "scratch", "sgemm")),
         *((name, INTEGER) for name in ("seed", "dropped")),
         ("scale", ctypes.c_float),
     ]
@@ -137,10 +137,11 @@ def _call(
         src_len, src_len + GROUP, 3 * (src_len + LANES),  # probabilities, dropout's factors, room of a mapping
     )  # fmt: skip
     scratch_size = sum(size + LANES for size in sizes) // LANES * LANES
-    scratch, grads = query.new_empty(threads, scratch_size), query.new_empty(numbers.shape)
+    scratch, grads = query.new_empty(threads, scratch_size), numbers.new_gradients()
     layout = call.is_causal, block, parts, threads, scratch_size
     problem = Problem(bsz, num_heads, tgt_len, src_len, head_dim, value_dim, *layout)
-    problem.first, problem.second = numbers.addresses()
+    problem.first, problem.second = addresses(numbers.tensors)
+    problem.grad_first, problem.grad_second = addresses(grads)
     problem.rows_of_each, problem.count = numbers.rows_of_each, numbers.count
     kept = []  # copies, until they have been read
     for name, tensor in tensors.items():
@@ -151,12 +152,12 @@ def _call(
         kept.append(tensor)
         address = tensor.data_ptr()
         setattr(problem, name, address if name == "states" else Matrices(address, *tensor.stride()[:3]))
-    problem.grads_of_numbers, problem.scratch, problem.sgemm = grads.data_ptr(), scratch.data_ptr(), sgemm()
+    problem.scratch, problem.sgemm = scratch.data_ptr(), sgemm()
     if call.dropout:
         problem.seed, problem.dropped = call.seed, min(int(call.dropout * 2**32), 2**32 - 1)
         problem.scale = 1 / (1 - call.dropout) if call.dropout < 1 else 0
     function(numbers.kind, problem)
-    return tuple(numbers.gradients(grads))
+    return numbers.gradients(grads)
 
 
 def _length_first(query: Tensor, length: int, dim: int) -> Tensor:

@@ -1,7 +1,7 @@
 """Mappings of rows of fp32 scores on a CPU, and their gradients, in C++: plain functions, without autograd."""
 
 from pathlib import Path
-from typing import Callable, List, Optional, Tuple
+from typing import Callable, List, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -17,41 +17,11 @@ KINDS = {
 # Scores for which one more thread pays, as in PyTorch's own loops.
 SCORES_PER_THREAD = 2**15
 
-ARGUMENTS = [cpp.INTEGER] * 4 + [cpp.ADDRESS] * 2 + [cpp.INTEGER] * 2
+ARGUMENTS = [cpp.INTEGER] * 4 + [cpp.ADDRESS] * 4 + [cpp.INTEGER] * 2
 LIBRARY = cpp.Library(
     Path(__file__).with_name("rows.cpp"),
-    {"map_rows": ARGUMENTS + [cpp.ADDRESS] * 2, "map_rows_backward": ARGUMENTS + [cpp.ADDRESS] * 5},
+    {"map_rows": ARGUMENTS + [cpp.ADDRESS] * 2, "map_rows_backward": ARGUMENTS + [cpp.ADDRESS] * 4},
 )
-
-
-def serves(scores: Tensor) -> bool:
-    """Whether :func:`forward` takes these scores: some, fp32, on a CPU, where there is a compiler."""
-    return LIBRARY.serves(scores) and scores.numel() > 0
-
-
-def forward(rows: Rows, scores: Tensor) -> Tensor:
-    """Probabilities, contiguous, of ``scores``, (…, width)."""
-    scores = scores.contiguous()
-    probabilities = torch.empty_like(scores)
-    _call(LIBRARY.functions.map_rows, Numbers(rows, scores.shape), scores, probabilities)
-    return probabilities
-
-
-def backward(
-    rows: Rows, scores: Optional[Tensor], probabilities: Tensor, grad: Tensor
-) -> Tuple[Optional[Tensor], ...]:
-    """∂L/∂scores, (…, width), and the gradients of ``rows.numbers``, from ∂L/∂probabilities.
-
-    Args:
-        scores: for ``multimax``; the backward of the other mappings needs none.
-        probabilities: what :func:`forward` returned.
-    """
-    probabilities, grad = probabilities.contiguous(), grad.contiguous()
-    scores = probabilities if scores is None else scores.contiguous()
-    numbers, grad_scores = Numbers(rows, grad.shape), torch.empty_like(grad)
-    grads = grad.new_empty(numbers.shape)
-    _call(LIBRARY.functions.map_rows_backward, numbers, scores, probabilities, grad, grad_scores, grads)
-    return (grad_scores, *numbers.gradients(grads))
 
 
 class Numbers:
@@ -59,55 +29,81 @@ class Numbers:
 
     Attributes:
         kind: the mapping.
-        tensors: thresholds and gains; ε; or c = α − 1.
-        shape: in which the C++ writes their gradients; (0,) where they have none.
+        tensors: thresholds and gains; ε; or c = α − 1: fp32, contiguous.
     """
 
     def __init__(self, rows: Rows, scores: torch.Size):
         """``scores``: their shape, (…, width)."""
-        self.rows, self.kind, self.shape = rows, KINDS[rows.name], (0,)
-        self.rows_of_each, self.count = scores[:-1].numel(), 1
-        self.tensors = [_as_read(tensor) for tensor in rows.numbers]
+        self.name, self.given = rows.name, rows.numbers
+        self.kind, self.rows_of_each, self.count = KINDS[rows.name], scores[:-1].numel(), 1
+        self.tensors = [*map(_as_read, rows.numbers)]
         if rows.name == "multimax":
             self.kind += len(self.tensors[0])
-            self.shape = (2, *self.tensors[0].shape)
-        elif rows.name.startswith("entmax,"):
-            self.tensors = [_as_read(rows.numbers[0].double() - 1)]
-        elif rows.name == "entmax":
+        elif rows.name in ("entmax", "entmax, fixed"):
             c = rows.numbers[0].detach().double() - 1  # an α near 1 has few digits of it in fp32
-            self.count, self.shape = c.numel(), c.shape
             if c.numel() > 1 and tuple(c.shape[-3:]) == (*scores[-3:-2], 1, 1):
                 self.rows_of_each = scores[-2]
             elif c.numel() > 1:
-                c = c.expand(*scores[:-1], 1)
-                self.rows_of_each, self.count, self.shape = 1, c.numel(), c.shape
-            self.tensors = [_as_read(c)]
+                self.rows_of_each, c = 1, c.expand(*scores[:-1], 1)
+            self.count, self.tensors = c.numel(), [_as_read(c)]
 
-    def addresses(self) -> List[Optional[int]]:
-        return [tensor.data_ptr() for tensor in self.tensors] + [None] * (2 - len(self.tensors))
+    def new_gradients(self) -> List[Tensor]:
+        """Where the C++ is to write the gradients of ``tensors``, for mappings that have some."""
+        return [*map(torch.empty_like, self.tensors)] if self.name in ("multimax", "entmax") else []
 
-    def gradients(self, grads: Tensor) -> List[Optional[Tensor]]:
+    def gradients(self, found: Sequence[Tensor]) -> Tuple[Optional[Tensor], ...]:
         """The gradients of ``rows.numbers``, from what the C++ has written; None for those of ε and of a fixed α."""
-        if self.shape == (0,):
-            return [None] * len(self.rows.numbers)
-        found = [grads.sum_to_size(self.rows.numbers[0].shape)] if self.rows.name == "entmax" else grads.unbind()
-        pairs = zip(found, self.rows.numbers)
-        return [grad if number.dtype == grad.dtype else grad.to(number.dtype) for grad, number in pairs]
+        if not found:
+            return (None,) * len(self.given)
+        if self.name == "entmax":
+            return (found[0].sum_to_size(self.given[0].shape),)
+        return tuple(found)
 
 
-def _call(function: Callable, numbers: Numbers, *tensors: Tensor) -> None:
-    width = tensors[0].size(-1)
-    count = tensors[0].numel()
+def addresses(tensors: Sequence[Tensor]) -> List[Optional[int]]:
+    """Of two numbers at most; None where there is none."""
+    return [tensor.data_ptr() for tensor in tensors] + [None] * (2 - len(tensors))
+
+
+def serves(scores: Tensor) -> bool:
+    """Whether :func:`forward` takes these scores: some, fp32, on a CPU, where there is a compiler."""
+    return LIBRARY.serves(scores) and scores.numel() > 0
+
+
+def forward(numbers: Numbers, scores: Tensor) -> Tensor:
+    """Probabilities, contiguous, of ``scores``, (…, width)."""
+    scores = scores.contiguous()
+    probabilities = torch.empty_like(scores)
+    _call(LIBRARY.functions.map_rows, numbers, (), scores, probabilities)
+    return probabilities
+
+
+def backward(
+    numbers: Numbers, scores: Tensor, probabilities: Tensor, grad: Tensor
+) -> Tuple[Optional[Tensor], ...]:
+    """∂L/∂scores, (…, width), and the gradients of ``rows.numbers``, from ∂L/∂probabilities.
+
+    Args:
+        scores: what :func:`forward` got; only ``multimax`` reads them.
+        probabilities: what :func:`forward` returned.
+    """
+    scores, probabilities, grad = map(_as_read, (scores, probabilities, grad))
+    grad_scores, grads = torch.empty_like(grad), numbers.new_gradients()
+    _call(LIBRARY.functions.map_rows_backward, numbers, grads, scores, probabilities, grad, grad_scores)
+    return (grad_scores, *numbers.gradients(grads))
+
+
+def _call(function: Callable, numbers: Numbers, grads: Sequence[Tensor], *tensors: Tensor) -> None:
+    count, width = tensors[0].numel(), tensors[0].size(-1)
     threads = min(torch.get_num_threads(), max(count // SCORES_PER_THREAD, 1))
-    addresses = map(Tensor.data_ptr, tensors)
     function(
-        numbers.kind, count // width, width, threads,
-        *numbers.addresses(), numbers.rows_of_each, numbers.count, *addresses,
+        numbers.kind, count // width, width, threads, *addresses(numbers.tensors), *addresses(grads),
+        numbers.rows_of_each, numbers.count, *map(Tensor.data_ptr, tensors),
     )  # fmt: skip
 
 
-def _as_read(number: Tensor) -> Tensor:
+def _as_read(tensor: Tensor) -> Tensor:
     """fp32, contiguous, on the CPU."""
-    if number.dtype == torch.float32 and number.is_cpu and number.is_contiguous():
-        return number
-    return number.detach().to("cpu", torch.float32).contiguous()
+    if tensor.dtype == torch.float32 and tensor.is_cpu and tensor.is_contiguous():
+        return tensor
+    return tensor.detach().to("cpu", torch.float32).contiguous()

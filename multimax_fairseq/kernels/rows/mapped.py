@@ -1,12 +1,12 @@
 """Mappings over rows of scores: by their formula, or in C++ (:mod:`.cpu`) where that serves."""
 
-from typing import Callable, Optional, Tuple
+from typing import Optional, Tuple
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from ..backend import gradients_of, is_plain, keep, kept, wants_compiled
+from ..backend import gradients_of, is_plain, wants_compiled
 from ..scores import HALF
 from . import Rows, cpu
 
@@ -23,7 +23,7 @@ def map_rows(rows: Rows, scores: Tensor, dim: int = -1) -> Tensor:
     if not cpu.serves(x):
         return rows.formula(scores, *rows.numbers)
     is_learning = torch.is_grad_enabled()
-    probabilities = _Rows.apply(rows.name, rows.formula, x, *rows.numbers) if is_learning else cpu.forward(rows, x)
+    probabilities = _Rows.apply(rows, x, *rows.numbers) if is_learning else cpu.forward(cpu.Numbers(rows, x.shape), x)
     return probabilities if x is scores else probabilities.to(scores.dtype)
 
 
@@ -31,16 +31,15 @@ class _Rows(Function):
     """:func:`map_rows` in C++."""
 
     @staticmethod
-    def forward(ctx, name: str, formula: Callable[..., Tensor], scores: Tensor, *numbers: Tensor) -> Tensor:
-        ctx.name, ctx.formula = name, formula
-        probabilities = cpu.forward(Rows(name, numbers), scores)
-        keep(ctx, scores, probabilities, *numbers)
+    def forward(ctx, rows: Rows, scores: Tensor, *numbers: Tensor) -> Tensor:
+        ctx.formula, ctx.numbers = rows.formula, cpu.Numbers(rows, scores.shape)
+        probabilities = cpu.forward(ctx.numbers, scores)
+        ctx.save_for_backward(scores, probabilities, *numbers)
         return probabilities
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
-        scores, probabilities, *numbers = kept(ctx)
+        scores, probabilities, *numbers = ctx.saved_tensors
         if torch.is_grad_enabled() or not is_plain(grad):
-            return None, None, *gradients_of(ctx.formula, (scores, *numbers), ctx.needs_input_grad[2:], grad)
-        rows = Rows(ctx.name, tuple(numbers))
-        return None, None, *cpu.backward(rows, scores, probabilities, grad)
+            return None, *gradients_of(ctx.formula, (scores, *numbers), ctx.needs_input_grad[1:], grad)
+        return None, *cpu.backward(ctx.numbers, scores, probabilities, grad)

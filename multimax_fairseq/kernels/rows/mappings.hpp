@@ -13,6 +13,9 @@
 #include "softmax.hpp"
 #include "sparse.hpp"
 
+#include <algorithm>
+#include <vector>
+
 namespace multimax {
 
 inline int64_t room_for(int64_t count) { return 3 * (count + LANES); }
@@ -20,11 +23,20 @@ inline int64_t room_for(int64_t count) { return 3 * (count + LANES); }
 // As in cpu.py. What belongs to row r is at place r / rows_of_each % count.
 struct Numbers {
   const float *first, *second;
+  float *grad_first, *grad_second;
   int64_t rows_of_each, count;
 
   template <class Mapping>
   Mapping mapping(int64_t place) const {
     return Mapping(first + (count > 1 ? place % count : 0), second);
+  }
+
+  // Writes the gradients of `number` numbers each, from those of groups of rows; `of_each` groups have the same ones.
+  void give(const std::vector<double>& groups, int64_t number, int64_t of_each) const {
+    std::vector<double> totals(count * number);
+    for (size_t i = 0; i < groups.size(); ++i) totals[i / number / of_each % count * number + i % number] += groups[i];
+    const auto middle = totals.end() - number / 2;  // the end, where there is one number
+    std::copy(totals.begin(), middle, grad_first), std::copy(middle, totals.end(), grad_second);
   }
 };
 

@@ -2,8 +2,6 @@
 
 #include "mappings.hpp"
 
-#include <vector>
-
 namespace multimax {
 
 struct Problem {
@@ -49,7 +47,7 @@ void forward(const Problem& problem, const float* scores, float* probabilities) 
 
 template <class Mapping>
 void backward(const Problem& problem, const float* scores, const float* probabilities, const float* grad,
-              float* grad_scores, float* grads_of_numbers) {
+              float* grad_scores) {
   const int64_t width = problem.width, number = Mapping::NUMBERS;
   std::vector<double> parts(problem.groups * number);
   problem.each_group<Mapping>([&](const Mapping& mapping, int64_t row, int64_t end, int64_t group, float* room) {
@@ -60,34 +58,32 @@ void backward(const Problem& problem, const float* scores, const float* probabil
     }
     mapping.add(sums, parts.data() + group * number);
   });
-  std::vector<double> totals(problem.numbers.count * number);
-  for (int64_t i = 0; i < problem.groups * number; ++i) {
-    totals[i / number / problem.groups_of_each % problem.numbers.count * number + i % number] += parts[i];
-  }
-  std::copy(totals.begin(), totals.end(), grads_of_numbers);
+  problem.numbers.give(parts, number, problem.groups_of_each);
 }
 
 }  // namespace multimax
 
 extern "C" {
 
-// scores, probabilities: (rows, width). first, second, rows_of_each, count: the Numbers.
+// scores, probabilities: (rows, width).
 void map_rows(int64_t kind, int64_t rows, int64_t width, int64_t threads, const float* first, const float* second,
-              int64_t rows_of_each, int64_t count, const float* scores, float* probabilities) {
-  const multimax::Problem problem = {rows, width, threads, {first, second, rows_of_each, count}};
+              float* grad_first, float* grad_second, int64_t rows_of_each, int64_t count, const float* scores,
+              float* probabilities) {
+  const multimax::Numbers numbers = {first, second, grad_first, grad_second, rows_of_each, count};
+  const multimax::Problem problem = {rows, width, threads, numbers};
   multimax::with_mapping(kind, [&](auto mapping) {
     multimax::forward<typename decltype(mapping)::type>(problem, scores, probabilities);
   });
 }
 
-// grad, grad_scores: dL/dp and dL/dx, (rows, width). grads_of_numbers: (count, NUMBERS).
+// grad, grad_scores: dL/dp and dL/dx, (rows, width).
 void map_rows_backward(int64_t kind, int64_t rows, int64_t width, int64_t threads, const float* first,
-                       const float* second, int64_t rows_of_each, int64_t count, const float* scores,
-                       const float* probabilities, const float* grad, float* grad_scores, float* grads_of_numbers) {
-  const multimax::Problem problem = {rows, width, threads, {first, second, rows_of_each, count}};
+                       const float* second, float* grad_first, float* grad_second, int64_t rows_of_each, int64_t count,
+                       const float* scores, const float* probabilities, const float* grad, float* grad_scores) {
+  const multimax::Numbers numbers = {first, second, grad_first, grad_second, rows_of_each, count};
+  const multimax::Problem problem = {rows, width, threads, numbers};
   multimax::with_mapping(kind, [&](auto mapping) {
-    multimax::backward<typename decltype(mapping)::type>(problem, scores, probabilities, grad, grad_scores,
-                                                         grads_of_numbers);
+    multimax::backward<typename decltype(mapping)::type>(problem, scores, probabilities, grad, grad_scores);
   });
 }
 }
