@@ -139,7 +139,8 @@ def use(library):
     """Of a file that was cut short the system ends the process with SIGBUS, where it is read."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cpu, "LIBRARY", library)
-        assert cpu.forward(cpu.Numbers(Rows("softmax"), torch.Size((1, 4))), torch.zeros(1, 4)).tolist() == [[0.25] * 4]
+        scores = torch.zeros(1, 4)
+        assert cpu.forward(cpu.Numbers(Rows("softmax"), scores.shape), scores).tolist() == [[0.25] * 4]
 
 
 @pytest.mark.parametrize("contents", [
