@@ -28,7 +28,6 @@ def attend(
     mask: Optional[Tensor] = None,
     is_causal: bool = False,
     dropout_p: float = 0.0,
-    first: int = 0,
 ) -> Tensor:
     """dropout(mapping(query · keyᵀ + mask)) · value: the formula, in PyTorch's operators, with the whole matrix.
 
@@ -37,18 +36,30 @@ def attend(
         key, value: (…, src_len, head_dim), (…, src_len, value_dim).
         probabilities: scores, −inf where a key is absent, → probabilities over the last dimension.
         mask: to be added to scores, broadcast over (…, tgt_len, src_len).
-        is_causal: whether query i sees only the keys up to i + ``first``.
+        is_causal: whether query i sees only the keys up to i.
         dropout_p: the probability to drop a probability; what is kept is divided by 1 − dropout_p.
     """
-    scores = masked_scores(query, key, mask, is_causal, first)
-    return F.dropout(probabilities(scores).to(value.dtype), dropout_p) @ value
+    return weights(query @ key.transpose(-2, -1), probabilities, mask, is_causal, dropout_p) @ value
+
+
+def weights(
+    products: Tensor,
+    probabilities: Callable[[Tensor], Tensor],
+    mask: Optional[Tensor],
+    is_causal: bool,
+    dropout_p: float,
+    first: int = 0,
+) -> Tensor:
+    """dropout(mapping(products + mask)), as in :func:`attend`, of the queries from ``first`` on."""
+    scores = masked_scores(products, mask, is_causal, first)
+    return F.dropout(probabilities(scores).to(products.dtype), dropout_p)
 
 
 def masked_scores(
-    query: Tensor, key: Tensor, mask: Optional[Tensor] = None, is_causal: bool = False, first: int = 0
+    products: Tensor, mask: Optional[Tensor] = None, is_causal: bool = False, first: int = 0
 ) -> Tensor:
-    """query · keyᵀ + mask, (…, tgt_len, src_len), fp32 at least; −inf where a key is hidden. See :func:`attend`."""
-    scores = (query @ key.transpose(-2, -1)).to(compute_dtype(query.dtype))
+    """products + mask, (…, tgt_len, src_len), fp32 at least; −inf where a key is hidden. See :func:`weights`."""
+    scores = products.to(compute_dtype(products.dtype))
     if mask is not None:
         scores = scores + mask
     if is_causal:
@@ -132,7 +143,7 @@ def _attend(
             return attend_by(kernels, attend, query, key, value, call)
     if is_free and blocks.pay(query, key):
         function, tensors = function_of(mapping)
-        problem = blocks.Problem(attend, function, is_causal, dropout_p)
+        problem = blocks.Problem(weights, function, is_causal, dropout_p)
         return blocks.attend(problem, query, key, value, mask, *tensors)
     return attend(query, key, value, probabilities_by(mapping), mask, is_causal, dropout_p)
 

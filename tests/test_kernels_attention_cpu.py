@@ -46,7 +46,7 @@ def exact(inputs, rows, grad, mask=None, is_causal=False, factors=1):
     doubles = [tensor.detach().double().requires_grad_() for tensor in (*inputs, *rows.numbers)]
     query, key, value, *numbers = doubles
     probabilities = over_present(lambda x: ORACLES[rows.name](x, *numbers))
-    output = (probabilities(masked_scores(query, key, mask, is_causal)) * factors) @ value
+    output = (probabilities(masked_scores(query @ key.mT, mask, is_causal)) * factors) @ value
     return [output, *torch.autograd.grad(output, doubles[:3] if rows.name == "evsoftmax" else doubles, grad.double())]
 
 

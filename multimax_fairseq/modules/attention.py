@@ -102,7 +102,7 @@ class MappedMultiheadAttention(MultiheadAttention):
                 dropout = self.dropout_module.p if drops else 0.0
                 output = mapped_attention(queries, keys, values, self.mapping, mask, dropout, is_causal, scale=1.0)
                 return self._joined(output), None
-            scores = masked_scores(queries, keys, mask, is_causal)
+            scores = masked_scores(queries @ keys.transpose(-2, -1), mask, is_causal)
             values = values.flatten(0, 1)
         else:
             arguments = query, key, value, key_padding_mask, incremental_state

@@ -7,8 +7,7 @@ scores that the causal mask hides.
 Source of the idea: Rabe and Staats, *Self-attention Does Not Need O(n²) Memory*, 2021.
 """
 
-import functools
-from typing import Any, Callable, Iterator, List, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -30,7 +29,7 @@ class Problem(NamedTuple):
     """What is computed of query, key, value, mask and the mapping's tensors.
 
     Attributes:
-        formula: :func:`multimax_fairseq.attention.attend`.
+        formula: :func:`multimax_fairseq.attention.weights`.
         mapping: (scores, *tensors) → probabilities.
     """
 
@@ -39,13 +38,36 @@ class Problem(NamedTuple):
     is_causal: bool
     dropout: float
 
-    def __call__(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: Optional[Tensor], *tensors: Tensor, first: int = 0
-    ) -> Tensor:
+    def weights(self, products: Tensor, mask: Optional[Tensor], *tensors: Tensor, first: int) -> Tensor:
         def probabilities(scores: Tensor) -> Tensor:
             return self.mapping(scores, *tensors)
 
-        return self.formula(query, key, value, probabilities, mask, self.is_causal, self.dropout, first)
+        return self.formula(products, probabilities, mask, self.is_causal, self.dropout, first)
+
+    def __call__(
+        self, query: Tensor, key: Tensor, value: Tensor, *others: Optional[Tensor], first: int = 0
+    ) -> Tensor:
+        return self.weights(query @ key.transpose(-2, -1), *others, first=first) @ value
+
+    def add_gradients_(
+        self, sums: Sequence[Optional[Tensor]], needed: Sequence[bool], grad: Tensor, first: int, query: Tensor,
+        key: Tensor, value: Tensor, *others: Optional[Tensor],
+    ) -> None:  # fmt: skip
+        """Adds to ``sums`` the gradients of a block; what has the size of keys and values in place."""
+        computed = []
+
+        def weights(*inputs: Optional[Tensor]) -> Tensor:
+            computed.append(self.weights(*inputs, first=first))
+            return computed[0]
+
+        inputs = query @ key.transpose(-2, -1), *others
+        grad_products, *grads = gradients_of(weights, inputs, (True, *needed[3:]), grad @ value.transpose(-2, -1))
+        _add_product_(sums[0], grad_products, key)
+        _add_product_(sums[1], grad_products.transpose(-2, -1), query)
+        _add_product_(sums[2], computed[0].detach().transpose(-2, -1), grad)
+        for total, part in zip(sums[3:], grads):
+            if part is not None:
+                total += part
 
 
 def pay(query: Tensor, key: Tensor) -> bool:
@@ -91,11 +113,8 @@ class _Blocks(Function):
             if query.is_cuda:
                 torch.cuda.set_rng_state(ctx.random[1], query.device)
             for at in _blocks(problem, *tensors[:2]):
-                block = functools.partial(problem, first=at[1].start)
-                found = gradients_of(block, _parts(at, *tensors), needed, grad[at[0], :, at[1]])
-                for total, part in zip(_parts(at, *sums), found):
-                    if part is not None:
-                        total += part
+                upstream, first = grad[at[0], :, at[1]], at[1].start
+                problem.add_gradients_(_parts(at, *sums), needed, upstream, first, *_parts(at, *tensors))
         return None, *(s if s is None else s.to(tensor.dtype) for s, tensor in zip(sums, tensors))
 
 
@@ -120,6 +139,15 @@ def _parts(at: Tuple[slice, ...], query: Any, key: Any, value: Any, mask: Any, *
                 mask = mask.narrow(dim, some.start, min(some.stop, mask.size(dim)) - some.start)
     pairs = (query, queries), (key, keys), (value, keys)
     return [*(t if t is None else t[sentences, :, some] for t, some in pairs), mask, *tensors]
+
+
+def _add_product_(total: Optional[Tensor], left: Tensor, right: Tensor) -> None:
+    """Adds left · right, of (batch, heads, …) each, to ``total``, in place where they have one dtype."""
+    if total is not None and left.dtype == total.dtype:
+        for part, *factors in zip(total, left, right):
+            part.baddbmm_(*factors)
+    elif total is not None:
+        total += left @ right
 
 
 def _random_numbers(query: Tensor) -> List[Tensor]:
