@@ -83,8 +83,9 @@ struct Lanes {
 // Reduces all lanes: one half with the other, and so on.
 template <int COUNT, class Operation>
 inline float reduce(const typename Lanes<COUNT>::Type& v, Operation operation) {
-  if constexpr (COUNT == 2) {
-    return operation(Lanes<4>::Type{v[0]}, Lanes<4>::Type{v[1]})[0];  // of plain floats, a compiler may make a branch
+  if constexpr (COUNT == 4) {  // by vectors: of plain floats, a compiler may make a branch
+    const auto pairs = operation(v, Lanes<4>::Type{v[2], v[3], v[0], v[1]});
+    return operation(pairs, Lanes<4>::Type{pairs[1], pairs[0], pairs[3], pairs[2]})[0];
   } else {
     typename Lanes<COUNT / 2>::Type halves[2];
     std::memcpy(halves, &v, sizeof v);

@@ -34,7 +34,9 @@ struct Numbers {
   // Writes the gradients of `number` numbers each, from those of groups of rows; `of_each` groups have the same ones.
   void give(const std::vector<double>& groups, int64_t number, int64_t of_each) const {
     std::vector<double> totals(count * number);
-    for (size_t i = 0; i < groups.size(); ++i) totals[i / number / of_each % count * number + i % number] += groups[i];
+    for (size_t i = 0; i < groups.size(); ++i) {
+      totals[i / number / of_each % count * number + i % number] += groups[i];
+    }
     const auto middle = totals.end() - number / 2;  // the end, where there is one number
     std::copy(totals.begin(), middle, grad_first), std::copy(middle, totals.end(), grad_second);
   }

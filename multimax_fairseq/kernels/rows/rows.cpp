@@ -78,8 +78,9 @@ void map_rows(int64_t kind, int64_t rows, int64_t width, int64_t threads, const 
 
 // grad, grad_scores: dL/dp and dL/dx, (rows, width).
 void map_rows_backward(int64_t kind, int64_t rows, int64_t width, int64_t threads, const float* first,
-                       const float* second, float* grad_first, float* grad_second, int64_t rows_of_each, int64_t count,
-                       const float* scores, const float* probabilities, const float* grad, float* grad_scores) {
+                       const float* second, float* grad_first, float* grad_second, int64_t rows_of_each,
+                       int64_t count, const float* scores, const float* probabilities, const float* grad,
+                       float* grad_scores) {
   const multimax::Numbers numbers = {first, second, grad_first, grad_second, rows_of_each, count};
   const multimax::Problem problem = {rows, width, threads, numbers};
   multimax::with_mapping(kind, [&](auto mapping) {

@@ -238,10 +238,11 @@ inline void transpose(Vec* rows) {
   if constexpr (HALF > 1) transpose<HALF / 2>(rows);
 }
 
-// The probabilities of `height` rows, at most LANES, of up to FEW_SCORES scores, each in a lane of its own. Returns a bit
-// for each row that has to be computed alone: those with NaN, +inf or a base near 0.
+// The probabilities of `height` rows, at most LANES, of up to FEW_SCORES scores, each in a lane of its own. Returns a
+// bit for each row that has to be computed alone: those with NaN, +inf or a base near 0.
 template <class Power>
-__attribute__((flatten)) uint32_t project_abreast(const Power power, const float* scores, float* p, int64_t width, int height) {
+__attribute__((flatten)) uint32_t project_abreast(
+    const Power power, const float* scores, float* p, int64_t width, int height) {
   Vec d[FEW_SCORES], q[FEW_SCORES], peaks = all(LOWEST), totals = {};
   uint32_t alone = 0;
   for (int64_t start = 0; start < width; start += LANES) {
@@ -277,16 +278,11 @@ __attribute__((flatten)) uint32_t project_abreast(const Power power, const float
 
 // (exp(x) - 1 - x) / x^2 for x in [0, 1], to 1 unit in the last place: its series.
 inline Vec bent(Vec x) {
-  Vec y = x * 2.087675699e-9f + 2.505210839e-8f;
-  y = y * x + 2.755731922e-7f;
-  y = y * x + 2.755731922e-6f;
-  y = y * x + 2.480158730e-5f;
-  y = y * x + 1.984126984e-4f;
-  y = y * x + 1.388888889e-3f;
-  y = y * x + 8.333333333e-3f;
-  y = y * x + 4.166666667e-2f;
-  y = y * x + 1.666666667e-1f;
-  return y * x + 0.5f;
+  const Vec x2 = x * x, x4 = x2 * x2;
+  const Vec low = (x * 1.666666667e-1f + 0.5f) + x2 * (x * 8.333333333e-3f + 4.166666667e-2f);
+  const Vec middle = (x * 1.984126984e-4f + 1.388888889e-3f) + x2 * (x * 2.755731922e-6f + 2.480158730e-5f);
+  const Vec high = (x * 2.505210839e-8f + 2.755731922e-7f) + x2 * 2.087675699e-9f;
+  return (high * x4 + middle) * x4 + low;
 }
 
 // alpha-entmax, alpha = 1 + c.
@@ -305,7 +301,7 @@ class Entmax {
     return project_abreast(power, scores, p, width, height);
   }
 
-  __attribute__((flatten))   State forward(const float* scores, float* p, int64_t count, float* room) const {
+  __attribute__((flatten)) State forward(const float* scores, float* p, int64_t count, float* room) const {
     bool wrong;
     State state = {largest(scores, count, wrong), 0, 1};
     Root<Power> root(power);
