@@ -25,11 +25,6 @@ class MappedModelMixin:
     """Gives a model its mappings, loads checkpoints, logs modulators; a base class named before the stock class."""
 
     @classmethod
-    def hub_models(cls) -> Dict[str, str]:
-        """None: fairseq's are of the stock classes (start from them with --finetune-from-model)."""
-        return {}
-
-    @classmethod
     @option_errors()
     def build_model(cls, args: Any, task: FairseqTask) -> "MappedModelMixin":
         """The stock model of ``args``, with the mappings that they choose (:class:`.options.MappingOptions`).
@@ -53,12 +48,6 @@ class MappedModelMixin:
         if model.decoder.is_sparse:
             task.build_generator = functools.partial(build_sparse_generator, task.build_generator)
         return model
-
-    def get_targets(self, sample: Dict[str, Any], net_output: Any) -> Tensor:
-        """As the stock model's; raises ValueError as :meth:`check_alignments` if the batch has word alignments."""
-        if sample.get("alignments") is not None:
-            self.check_alignments()
-        return super().get_targets(sample, net_output)
 
     def check_alignments(self) -> None:
         """Raise ValueError if cross-attention, which is to follow word alignments, can give them probability 0."""
