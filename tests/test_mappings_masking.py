@@ -5,7 +5,6 @@ import torch
 from mapping_cases import DTYPES, INF, case_params, dtype_params, masked_scores, weighted_gradient
 
 from multimax_fairseq.mappings import additive_mask, is_absent
-from multimax_fairseq.mappings.masking import masked_softmax
 
 
 def delete_and_put_back(function, scores):
@@ -51,15 +50,6 @@ def test_is_absent_means_minus_infinity_only():
     for dtype in DTYPES:
         scores = torch.tensor([-INF, torch.finfo(dtype).min, 0.0, INF, float("nan")], dtype=dtype)
         assert is_absent(scores).tolist() == [True, False, False, False, False]
-
-
-def test_masked_softmax_does_not_read_what_is_absent():
-    absent = torch.tensor([[True, False, False, True, True]])
-    scores = torch.tensor([[float("nan"), 1.0, 1.0, INF, 1e30]], requires_grad=True)
-    probabilities = masked_softmax(scores, absent, -1)
-    assert probabilities.tolist() == [[0.0, 0.5, 0.5, 0.0, 0.0]]
-    probabilities[0, 1].backward()
-    assert scores.grad.tolist() == [[0.0, 0.25, -0.25, 0.0, 0.0]]
 
 
 @dtype_params
