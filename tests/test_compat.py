@@ -14,8 +14,6 @@ from fairseq import checkpoint_utils
 from fairseq.distributed.utils import _split_tensors_from_obj
 from omegaconf import OmegaConf
 
-from multimax_fairseq import compat
-
 
 def test_what_checkpoints_hold_can_be_loaded_and_what_is_unsafe_cannot(build, tmp_path):
     """What --eval-bleu leaves there, too, in the form in which one process sends it another, through torch.load."""
@@ -34,15 +32,6 @@ def test_what_checkpoints_hold_can_be_loaded_and_what_is_unsafe_cannot(build, tm
     torch.save({"code": eval}, tmp_path / "unsafe.pt")
     with pytest.raises(Exception, match="weights_only|WeightsUnpickler"):
         torch.load(tmp_path / "unsafe.pt")
-
-
-def test_old_numpy_is_numpy_and_what_fairseq_asks_for():
-    old = compat.OldNumpy("numpy")
-    assert numpy.dtype(old.compat.long) == numpy.dtype(int) and old.array is numpy.array
-    values = [1, 2, 4, 8]
-    assert old.percentile(values, 40, interpolation="lower") == 2
-    assert old.percentile(values, 40) == numpy.percentile(values, 40)
-    assert old.percentile(values, 40, method="higher") == 4
 
 
 def test_both_datasets_that_need_numpy_compat_build(build, batch):

@@ -12,14 +12,6 @@ from torch.autograd import gradcheck
 from multimax_fairseq.mappings import Entmax, entmax, entmax15, sparsemax
 
 
-def test_oracles_agree_where_they_meet():
-    """Two independent ways to sparsemax: its closed form, and 2-entmax by bisection."""
-    scores = masked_scores(20, 9, scale=1.5)
-    closed_form = reference.over_rows(reference.sparsemax, scores)
-    bisection = reference.over_rows(partial(reference.entmax, alpha=2.0), scores)
-    torch.testing.assert_close(closed_form, bisection, atol=1e-14, rtol=0)
-
-
 @pytest.mark.parametrize("shape", [(), (1,), (4, 1)])
 def test_gradients_of_alpha(shape):
     """Several scores in the support and some out of it, none near its edge; one row is empty."""
