@@ -46,6 +46,7 @@ def test_a_mapping_of_ones_own_is_chosen_with_its_options(monkeypatch):
     ({"output_mapping": "evsoftmax"}, "--output-mapping.*'evsoftmax'.*sparsemax, entmax15, entmax"),
     ({"output_mapping": "softmin"}, "--output-mapping.*'softmin'.*softmax, multimax"),
     ({"output_mapping": "multimax", "adaptive_softmax_cutoff": "10,20"}, "adaptive-softmax-cutoff"),
+    ({"attention_mapping": "softmax", "modulator_lr_scale": 9}, "^--modulator-lr-scale 9: this model has no"),
     ({"multimax_order": 3}, "orders 1, 2; got 3"),
     ({"entmax_alpha": "9"}, r"\(1, 2\] or 'learned'"),  # chosen or not, it is wrong
     ({"attention_mapping_sites": "cross", "no_cross_attention": True}, "choose from: encoder, decoder$"),
@@ -64,13 +65,14 @@ def lays_seven(args):
     ({"attention_mapping": "sparsemax", "attention_mapping_sites": "encoder, cross"}, ["encoder", "cross"]),
     ({"attention_mapping_sites": ["encoder", "cross"]}, ["encoder", "cross"]),  # of a config file
     ({"attention_mapping": "softmax", "adaptive_softmax_cutoff": "9"}, []),
+    ({"attention_mapping": "sparsemax", "output_mapping": "multimax", "modulator_lr_scale": 9}, list(SITES)),
     ({"attention_mapping": "softmax", "attention_scale": "learned", "no_cross_attention": True}, list(SITES[:2])),
     ({"attention_mapping": "softmax", "attention_mapping_sites": "encoder", "encoder_layers": None}, []),
     *(({"attention_mapping": name}, list(SITES) if name != "softmax" else []) for name in MAPPINGS),
 ], ids=str)  # fmt: skip
 def test_other_sites_have_softmax_and_choosing_draws_nothing(options, chosen):
     state = torch.get_rng_state()
-    choice = choose(output_mapping="softmax", **options)
+    choice = choose(**options)
     assert [site for site in SITES if not choice.is_stock_at(site)] == chosen
     assert torch.equal(torch.get_rng_state(), state)
 
