@@ -31,21 +31,6 @@ def test_masking_equals_deleting_for_gradients(case, dtype, atol):
     assert gradient.abs().max() > 0.01  # else the comparison would say nothing
 
 
-@case_params()
-@dtype_params
-@pytest.mark.parametrize("dim", [0, 1, 2])
-def test_empty_rows_give_zeros_and_zero_gradients(case, dtype, dim):
-    rows = masked_scores(3, 4, 5, dtype=dtype)
-    rows[0, 1] = -INF
-    scores = rows.movedim(-1, dim).contiguous().requires_grad_()
-    probabilities = case.function(scores, dim=dim).movedim(dim, -1)
-    (probabilities * rows.masked_fill(rows == -INF, 0.0)).sum().backward()
-    gradient = scores.grad.movedim(dim, -1)
-    assert (probabilities[0, 1] == 0).all()
-    assert (gradient[0, 1] == 0).all()
-    assert gradient.isfinite().all() and gradient.any()
-
-
 def test_is_absent_means_minus_infinity_only():
     for dtype in DTYPES:
         scores = torch.tensor([-INF, torch.finfo(dtype).min, 0.0, INF, float("nan")], dtype=dtype)
