@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from mapping_cases import DTYPES, INF, case_params, dtype_params, masked_scores, weighted_gradient
+from mapping_cases import INF, case_params, dtype_params, masked_scores, weighted_gradient
 
-from multimax_fairseq.mappings import additive_mask, is_absent
+from multimax_fairseq.mappings import additive_mask
 
 
 def delete_and_put_back(function, scores):
@@ -29,12 +29,6 @@ def test_masking_equals_deleting_for_gradients(case, dtype, atol):
     torch.testing.assert_close(gradient, deleted, atol=atol, rtol=0)
     assert (gradient[scores == -INF] == 0).all()
     assert gradient.abs().max() > 0.01  # else the comparison would say nothing
-
-
-def test_is_absent_means_minus_infinity_only():
-    for dtype in DTYPES:
-        scores = torch.tensor([-INF, torch.finfo(dtype).min, 0.0, INF, float("nan")], dtype=dtype)
-        assert is_absent(scores).tolist() == [True, False, False, False, False]
 
 
 @dtype_params

@@ -6,7 +6,6 @@ import pytest
 import torch
 from hydra._internal.utils import run_and_report
 from omegaconf import OmegaConf
-from test_mappings_init import Sharp
 
 from multimax_fairseq.mappings import MAPPINGS
 from multimax_fairseq.models import MappingChoice
@@ -28,11 +27,6 @@ def test_the_defaults_are_those_of_the_documentation():
     arguments = {"order": 2, "init": "normal", "terms": "below,above", "lr_scale": 1.0}
     assert choice.attention == ("multimax", arguments)
     assert choice.sites == SITES and choice.output == ("softmax", {})
-
-
-def test_a_mapping_of_ones_own_is_chosen_with_its_options(monkeypatch):
-    monkeypatch.setitem(MAPPINGS, "sharp", Sharp)
-    assert choose(attention_mapping="sharp", mapping_options="rounds=3").attention == ("sharp", {"rounds": 3})
 
 
 @pytest.mark.parametrize("options, message", [
