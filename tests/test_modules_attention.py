@@ -194,11 +194,13 @@ def test_it_can_be_traced_and_compiled_into_one_graph(name, scale):
 @pytest.mark.parametrize("mask", ["none", "added", "causal"])
 @pytest.mark.parametrize("name, scale", [*((name, "none") for name in MAPPINGS),
                                          *(("multimax", scale) for scale in SCALES if scale != "none")])  # fmt: skip
-def test_with_and_without_weights_is_the_same(name, scale, mask):
-    _, mapped = make(name, scale)
+def test_with_and_without_weights_is_the_same_dropout_included(name, scale, mask):
+    _, mapped = make(name, scale, self_attention=True, dropout=0.3)
+    mapped.train()
     x, results, padding = inputs().requires_grad_(), [], PADDING.clone()
     padding[2] = True  # a sentence without keys
     for need_weights in (True, False):
+        torch.manual_seed(0)
         output, _ = mapped(x, x, x, key_padding_mask=padding, attn_mask=MASKS[mask], need_weights=need_weights)
         results.append([output, *torch.autograd.grad(output.square().sum(), [x, *mapped.parameters()])])
     assert scale == "none" or results[0][-1].abs().sum() > 0
