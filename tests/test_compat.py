@@ -41,7 +41,9 @@ def test_both_datasets_that_need_numpy_compat_build(build, batch):
         assert (len(built.task.dataset("valid")) == 60) == (mode == "eos") and batch(built, "valid")["ntokens"] > 0
     built = build("multimax_transformer", "--num-batch-buckets", 3)
     built.task.load_dataset("valid")  # language_pair_dataset
-    lengths = [length for _, length in built.task.dataset("valid").buckets]
+    dataset = built.task.dataset("valid")
+    lengths = [length for _, length in dataset.buckets]
+    assert set(lengths) <= {*dataset.src_sizes, *dataset.tgt_sizes}  # of a sentence, not between two
     assert 1 < len(lengths) <= 2 * 3 and lengths == sorted(lengths)  # 3 of each language, or the longer of the two
 
 
