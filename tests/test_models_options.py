@@ -74,7 +74,7 @@ def test_an_architecture_completes_what_is_given():
     args = Namespace(attention_mapping="entmax", layers=2)
     with_defaults(lays_seven)(args)
     assert (args.attention_mapping, args.multimax_order, args.layers) == ("entmax", 2, 2)
-    cfg = OmegaConf.create({"entmax_alpha": 1.3, "heads": None, "from_an_earlier_version": 1})
+    cfg = OmegaConf.create({"entmax_alpha": 1.3, "layers": None, "from_an_earlier_version": 1})
     with_defaults(lays_seven)(cfg)
     assert (cfg.layers, cfg.entmax_alpha, cfg.attention_mapping_sites) == (7, 1.3, ",".join(SITES))
 
