@@ -8,15 +8,16 @@ import reference
 import torch
 from mapping_cases import CASES, DTYPES, INF, masked_scores, weighted_gradient
 from test_mappings_init import POINTS
-from torch.autograd import gradcheck
+from torch.autograd import gradcheck, gradgradcheck
 
 from multimax_fairseq.mappings import Entmax, entmax, entmax15, sparsemax
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (4, 1)])
-def test_gradients_of_alpha(shape):
+def test_gradients_of_alpha_and_their_gradients(shape):
     alpha = 1.3 + 0.1 * torch.arange(4, dtype=torch.float64)[: max(1, sum(shape) - 1)].reshape(shape)
-    assert gradcheck(entmax, (POINTS.clone().requires_grad_(), alpha.requires_grad_()))
+    inputs = POINTS.clone().requires_grad_(), alpha.requires_grad_()
+    assert gradcheck(entmax, inputs) and gradgradcheck(entmax, inputs)
 
 
 # x^(1 / (α − 1)) in fp32, so the more rounding the smaller α; 1e-5 is what the docstring states.
