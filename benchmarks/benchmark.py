@@ -45,7 +45,7 @@ import multimax_fairseq.models  # noqa: F401  registers the models
 from multimax_fairseq.attention import mapped_attention
 from multimax_fairseq.kernels.loss import chunked_cross_entropy, chunked_entmax_loss
 from multimax_fairseq.mappings import BUILT_IN, MAPPINGS, SPARSE, MultiMax, build_mapping, modulate
-from multimax_fairseq.mappings.multimax import multimax_formula
+from multimax_fairseq.mappings.modulator import multimax_formula
 from multimax_fairseq.modules import MappedMultiheadAttention
 from multimax_fairseq.modules.attention import CAUSAL
 from multimax_fairseq.tools import (

@@ -26,7 +26,7 @@ from torch import Tensor  # noqa: E402
 from multimax_fairseq.kernels.attention import gpu  # noqa: E402
 from multimax_fairseq.kernels.loss import chunked_cross_entropy  # noqa: E402
 from multimax_fairseq.mappings import modulate  # noqa: E402
-from multimax_fairseq.mappings.multimax import modulate_formula  # noqa: E402
+from multimax_fairseq.mappings.modulator import modulate_formula  # noqa: E402
 from multimax_fairseq.tools import check_output, errors_in_a_line, replacing  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent

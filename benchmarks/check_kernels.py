@@ -26,7 +26,7 @@ from multimax_fairseq.kernels import attention as kernels
 from multimax_fairseq.kernels.attention import gpu
 from multimax_fairseq.kernels.attention.call import Call
 from multimax_fairseq.kernels.rows import Rows
-from multimax_fairseq.mappings.multimax import multimax_formula
+from multimax_fairseq.mappings.modulator import multimax_formula
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}

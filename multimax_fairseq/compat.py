@@ -8,7 +8,7 @@ import inspect
 import logging
 import types
 import warnings
-from typing import Any, Callable, List, Set, Tuple
+from typing import Any, List
 
 import numpy
 import omegaconf
@@ -29,22 +29,6 @@ OUTDATED_CALLS = (
     r"Support for mismatched key_padding_mask and attn_mask is deprecated",
 )
 
-# What :func:`replace` has replaced in this process: owner and name.
-REPLACED: Set[Tuple[str, str]] = set()
-
-
-def replace(owner: Any, name: str, make: Callable[[Any], Any]) -> None:
-    """Put ``make(old)`` in the place of ``owner.name``, once, whoever else has wrapped it before or since.
-
-    Args:
-        owner: a class or a module.
-        make: gets what is there, and returns what is to be there.
-    """
-    key = (f"{owner.__module__}.{owner.__qualname__}" if isinstance(owner, type) else owner.__name__, name)
-    if key not in REPLACED:
-        REPLACED.add(key)
-        setattr(owner, name, make(getattr(owner, name)))
-
 
 def apply() -> None:
     """Restore what fairseq needs from older torch and numpy; does nothing if nothing is missing."""
@@ -53,7 +37,7 @@ def apply() -> None:
     avoid_fused_layers()
     if not hasattr(numpy, "compat") or "interpolation" not in inspect.signature(numpy.percentile).parameters:
         for name in OUTDATED:
-            replace(importlib.import_module(name), "np", lambda _: OldNumpy("numpy"))
+            importlib.import_module(name).np = OldNumpy("numpy")
 
 
 def import_quietly() -> None:
@@ -96,16 +80,15 @@ def avoid_fused_layers() -> None:
     """
     from fairseq.modules.transformer_layer import TransformerEncoderLayerBase as Layer
 
-    def without_fastpath(build):
-        @functools.wraps(build)
-        def build_unfused(layer, *args, **kwargs):
-            build(layer, *args, **kwargs)
-            layer.can_use_fastpath = False
+    build = Layer.__init__
 
-        return build_unfused
+    @functools.wraps(build)
+    def build_unfused(layer, *args, **kwargs):
+        build(layer, *args, **kwargs)
+        layer.can_use_fastpath = False
 
     if "can_use_fastpath" in inspect.getsource(Layer):
-        replace(Layer, "__init__", without_fastpath)
+        Layer.__init__ = build_unfused
 
 
 class OldNumpy(types.ModuleType):

@@ -35,12 +35,9 @@ COMMANDS = ("python", "multimax-analyze", *(f"fairseq-{name}" for name in COMMAN
 CLIENT = """#!{python} -IS
 import json, os, socket, sys
 name = os.path.basename(sys.argv[0])
-server = socket.socket(socket.AF_UNIX)
+server = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 server.connect({address!r})
-request = json.dumps([name, sys.argv[1:], os.getcwd(), dict(os.environ)]).encode() + b"\\n"
-sent = socket.send_fds(server, [request], [0, 1, 2])
-if request[sent:]:  # else the answer may have come already
-    server.sendall(request[sent:])
+socket.send_fds(server, [json.dumps([name, sys.argv[1:], os.getcwd(), dict(os.environ)]).encode()], [0, 1, 2])
 status = server.recv(16).decode()
 if status == "real":
     os.execv(os.path.join({folder!r}, name), [name, *sys.argv[1:]])
@@ -56,7 +53,7 @@ def path():
     folder = Path(tempfile.mkdtemp(prefix="fairseq-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     address = folder / "socket"
-    listener = socket.socket(socket.AF_UNIX)
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)  # messages come whole
     listener.bind(str(address))
     listener.listen()
     process = subprocess.Popen(
@@ -99,8 +96,6 @@ def serve(listener):
                 pass
         client, _ = listener.accept()
         request, files, _, _ = socket.recv_fds(client, 1 << 20, 3)
-        while not request.endswith(b"\n"):
-            request += client.recv(1 << 20)
         name, arguments, folder, environment = json.loads(request)
         is_known = name in mains or re.match("-c$|.*/(scripts|examples|benchmarks)/", "".join(arguments[:1]))
         if not is_known or settings(environment) != at_start:

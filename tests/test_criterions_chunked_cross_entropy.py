@@ -44,6 +44,7 @@ def losses_and_gradients(built, sample, *options, **forward):
 ], ids=str)  # fmt: skip
 def test_loss_and_gradients_are_those_of_the_stock_criterion(smoothing, average, arch, options, build, batch):
     built = build(arch, *options)
+    built.model.decoder.output_projection.bias = torch.nn.Parameter(torch.randn(len(built.task.target_dictionary)))
     sample = batch(built)
     sample["target"][0, -3:] = sample["target"][3, -1] = built.task.target_dictionary.pad()
     smooth = ["--label-smoothing", smoothing, *average]

@@ -32,6 +32,7 @@ def words_of(built, sample):
 ])  # fmt: skip
 def test_loss_and_gradients_are_those_of_the_package(mapping, arch, options, smoothing, build, batch):
     built = build(arch, "--output-mapping", mapping, *ALPHA, *options)
+    built.model.decoder.output_projection.bias = torch.nn.Parameter(torch.randn(len(built.task.target_dictionary)))
     sample = batch(built)
     sample["target"][0, -3:] = sample["target"][3, -1] = built.task.target_dictionary.pad()
     built.model.zero_grad()

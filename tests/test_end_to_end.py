@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import PLUGIN, ROOT, TINY, TINY_LM, call, run
 from fairseq import checkpoint_utils
+from omegaconf import OmegaConf
 
 import multimax_fairseq.models  # noqa: F401  torch.load then takes checkpoints of fairseq
 
@@ -151,37 +152,31 @@ def test_a_sparse_vocabulary_from_training_to_translations(corpus, tmp_path):
     assert len(scores) == 40 and all(math.isfinite(float(score)) for score in scores)
 
 
-HYDRA = """
-common: {{user_dir: {plugin}, cpu: true, log_format: json, seed: 1}}
-task: {{_name: {task}, data: {data}}}
-criterion: {{{criterion}}}
-dataset: {{max_tokens: 1000, num_workers: 0}}
-optimization: {{lr: [0.005], max_epoch: 1}}
-optimizer: {{_name: adam}}
-lr_scheduler: {{_name: inverse_sqrt, warmup_updates: 20}}
-checkpoint: {{save_dir: {folder}}}
-model: {{{model}, dropout: 0.1}}
-"""
+HYDRA = [
+    f"common.user_dir={PLUGIN}", "common.cpu=true", "common.log_format=json", "dataset.max_tokens=1000",
+    "dataset.num_workers=0", "optimization.lr=[0.005]", "optimization.max_epoch=1", "optimizer._name=adam",
+    "lr_scheduler._name=inverse_sqrt", "lr_scheduler.warmup_updates=20",
+]  # fmt: skip
 
 
-def train_by_config(data, folder, model, criterion):
-    """fairseq-hydra-train of a file; model and criterion: a name, and options as flags."""
-    task = "language_modeling, tokens_per_sample: 64" if "_lm" in model[0] else "translation"
-    model, criterion = (
-        ", ".join([f"_name: {name}", *(f"{flag[2:].replace('-', '_')}: {value}" for flag, value in zip(*flags))])
-        for name, *flags in ((words[0], words[1::2], words[2::2]) for words in (model, criterion))
-    )
+def train_by_config(folder, **sections):
+    """fairseq-hydra-train of a file; sections of it: a name, and options as flags."""
+    lines = [*HYDRA, f"checkpoint.save_dir={folder}"]
+    for section, (name, *flags) in sections.items():
+        pairs = [("--_name", name), *zip(flags[::2], flags[1::2])]
+        lines += [f"{section}.{flag[2:].replace('-', '_')}={value}" for flag, value in pairs]
     folder.mkdir(exist_ok=True)
-    (folder / "tiny.yaml").write_text(
-        HYDRA.format(plugin=PLUGIN, task=task, data=data, criterion=criterion, folder=folder, model=model)
-    )
+    OmegaConf.save(OmegaConf.from_dotlist(lines), folder / "tiny.yaml")
     run("fairseq-hydra-train", "--config-dir", folder, "--config-name", "tiny", cwd=folder)
     return folder / "checkpoint_last.pt"
 
 
 def test_a_sparse_vocabulary_from_training_to_perplexity(corpus, tmp_path):
-    path = train_by_config(corpus / "data-bin-lm", tmp_path, ["multimax_transformer_lm", *TINY_LM, "--output-mapping",
-                           "sparsemax"], ["entmax_loss", "--label-smoothing", "0.01"])  # fmt: skip
+    path = train_by_config(
+        tmp_path, task=["language_modeling", "--data", corpus / "data-bin-lm", "--tokens-per-sample", 64],
+        model=["multimax_transformer_lm", *TINY_LM, "--dropout", 0.1, "--output-mapping", "sparsemax"],
+        criterion=["entmax_loss", "--label-smoothing", 0.01],
+    )  # fmt: skip
     result = run("fairseq-eval-lm", corpus / "data-bin-lm", "--user-dir", PLUGIN, "--path", path, "--gen-subset",
                  "valid", "--cpu", "--tokens-per-sample", 64, "--context-window", 32)  # fmt: skip
     output = result.stdout + result.stderr
@@ -196,7 +191,8 @@ def test_a_config_file_trains_what_the_flags_train(corpus, tmp_path):
     loss = ["chunked_cross_entropy", "--label-smoothing", "0.1", "--chunk-tokens", "32"]
     train(corpus / "data-bin", "multimax_transformer", tmp_path / "flags", "--max-epoch", 1, *flags[len(TINY):],
           "--criterion", *loss)  # fmt: skip
-    path = train_by_config(corpus / "data-bin", tmp_path / "hydra", ["multimax_transformer", *flags], loss)
+    path = train_by_config(tmp_path / "hydra", task=["translation", "--data", corpus / "data-bin"],
+                           model=["multimax_transformer", *flags, "--dropout", 0.1], criterion=loss)  # fmt: skip
     states = [torch.load(path)["model"] for path in (tmp_path / "flags" / "checkpoint_last.pt", path)]
     assert states[0].keys() == states[1].keys()
     for name, tensor in states[0].items():

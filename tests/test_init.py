@@ -1,5 +1,6 @@
 """Importing the package: once, from anywhere, in any process; and nothing printed."""
 
+import ast
 import sys
 
 import pytest
@@ -32,3 +33,15 @@ def test_every_way_of_importing_registers_each_architecture_once(code, tmp_path)
     """In a folder from which the package is found only by --user-dir; in a fresh interpreter, or after fairseq."""
     python = "python" if code.startswith(AFTER) else sys.executable
     assert run(python, "-c", code + COUNT, cwd=tmp_path).stdout == "9\n"
+
+
+def test_imports_go_one_way():
+    """As docs/how-it-is-built.md says: none from a room that comes later."""
+    rooms = ["kernels", "mappings", "attention", "modules", "criterions", "models", "analysis"]
+    for path in PLUGIN.rglob("*.py"):
+        parts = path.relative_to(PLUGIN).with_suffix("").parts
+        for node in ast.walk(ast.parse(path.read_text())) if parts[0] in rooms else ():
+            if isinstance(node, ast.ImportFrom) and node.level:
+                names = [node.module] if node.module else [alias.name for alias in node.names]
+                for imported in ((*parts[: -node.level], *name.split("."))[0] for name in names):
+                    assert imported not in rooms[rooms.index(parts[0]) + 1 :], (path, imported)

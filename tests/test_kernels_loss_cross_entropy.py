@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from multimax_fairseq.kernels import compiler
 from multimax_fairseq.kernels.loss import chunked_cross_entropy, chunks
-from multimax_fairseq.mappings.multimax import modulate_formula
+from multimax_fairseq.mappings.modulator import modulate_formula
 
 NAMES = ("features", "weight", "bias", "thresholds", "gains")
 

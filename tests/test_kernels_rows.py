@@ -15,8 +15,8 @@ from conftest import needs_compiler
 from multimax_fairseq.kernels.rows import rows_of
 from multimax_fairseq.mappings import MAPPINGS as NAMES
 from multimax_fairseq.mappings import build_mapping, entmax, entmax15, evsoftmax, sparsemax
-from multimax_fairseq.mappings.evsoftmax import TRAINING_EPSILON, evsoftmax_formula
-from multimax_fairseq.mappings.multimax import modulate, modulate_formula, multimax, multimax_formula
+from multimax_fairseq.mappings.exponential import TRAINING_EPSILON, evsoftmax_formula
+from multimax_fairseq.mappings.modulator import modulate, modulate_formula, multimax, multimax_formula
 from multimax_fairseq.mappings.sparse import entmax15_formula, entmax_formula, sparsemax_formula
 
 INF, NAN = math.inf, math.nan

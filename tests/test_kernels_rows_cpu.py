@@ -13,8 +13,8 @@ from conftest import needs_compiler
 
 from multimax_fairseq.kernels import cpp
 from multimax_fairseq.kernels.rows import Rows, cpu
-from multimax_fairseq.mappings.evsoftmax import evsoftmax_formula
-from multimax_fairseq.mappings.multimax import multimax_formula
+from multimax_fairseq.mappings.exponential import evsoftmax_formula
+from multimax_fairseq.mappings.modulator import multimax_formula
 
 INF = math.inf
 pytestmark = needs_compiler

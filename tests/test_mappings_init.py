@@ -95,20 +95,26 @@ def test_property_agrees_with_oracle_and_is_on_the_simplex(case, scores, large):
     assert_on_simplex(case, case.function(large), large)
 
 
+@case_params("evsoftmax", "evsoftmax_training")
+@dtype_params
+@pytest.mark.parametrize("length", [3, 7, 49, 1000])
+def test_equal_scores_are_all_kept_by_a_mean(case, dtype, length):
+    """0.1 is no binary number: in single precision the mean of some 0.1s is more than 0.1."""
+    scores = torch.full((length,), 0.1, dtype=dtype)
+    even = torch.full((length,), 1 / length, dtype=torch.float64)
+    torch.testing.assert_close(case.function(scores).double(), even, **case.tolerance(dtype))
+
+
 @pytest.mark.parametrize("name", MAPPINGS)
 def test_build_mapping_makes_the_module_of_a_name(name):
-    module = build_mapping(name).eval()
+    module = build_mapping(name)
     assert type(module) is MAPPINGS[name]
     for dtype in DTYPES if name != "multimax" else ():  # whose parameters are drawn
         scores = masked_scores(2, 3, 4, dtype=dtype)
         function = mappings.entmax15 if name == "entmax" else CASES[name].function
-        assert torch.equal(module(scores), function(scores))
-
-
-def test_build_mapping_passes_options_on():
-    multimax = build_mapping("multimax", order=1, init="identity", terms=("above",))
-    assert (multimax.order, multimax.init, multimax.terms) == (1, "identity", ("above",))
-    assert build_mapping("entmax", alpha="learned", num_heads=3).alpha.shape == (3,)
+        assert torch.equal(module.eval()(scores), function(scores))
+        training = CASES["evsoftmax_training"].function if name == "evsoftmax" else function
+        assert torch.equal(module.train()(scores), training(scores))
 
 
 @pytest.mark.parametrize(("name", "options", "words"), [

@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-from mapping_cases import DTYPES, INF, case_params, dtype_params, masked_scores, weighted_gradient
+from mapping_cases import INF, case_params, dtype_params, masked_scores, weighted_gradient
 
-from multimax_fairseq.mappings import additive_mask, is_absent
-from multimax_fairseq.mappings.masking import masked_softmax
+from multimax_fairseq.mappings import additive_mask
 
 
 def delete_and_put_back(function, scores):
@@ -30,36 +29,6 @@ def test_masking_equals_deleting_for_gradients(case, dtype, atol):
     torch.testing.assert_close(gradient, deleted, atol=atol, rtol=0)
     assert (gradient[scores == -INF] == 0).all()
     assert gradient.abs().max() > 0.01  # else the comparison would say nothing
-
-
-@case_params()
-@dtype_params
-@pytest.mark.parametrize("dim", [0, 1, 2])
-def test_empty_rows_give_zeros_and_zero_gradients(case, dtype, dim):
-    rows = masked_scores(3, 4, 5, dtype=dtype)
-    rows[0, 1] = -INF
-    scores = rows.movedim(-1, dim).contiguous().requires_grad_()
-    probabilities = case.function(scores, dim=dim).movedim(dim, -1)
-    (probabilities * rows.masked_fill(rows == -INF, 0.0)).sum().backward()
-    gradient = scores.grad.movedim(dim, -1)
-    assert (probabilities[0, 1] == 0).all()
-    assert (gradient[0, 1] == 0).all()
-    assert gradient.isfinite().all() and gradient.any()
-
-
-def test_is_absent_means_minus_infinity_only():
-    for dtype in DTYPES:
-        scores = torch.tensor([-INF, torch.finfo(dtype).min, 0.0, INF, float("nan")], dtype=dtype)
-        assert is_absent(scores).tolist() == [True, False, False, False, False]
-
-
-def test_masked_softmax_does_not_read_what_is_absent():
-    absent = torch.tensor([[True, False, False, True, True]])
-    scores = torch.tensor([[float("nan"), 1.0, 1.0, INF, 1e30]], requires_grad=True)
-    probabilities = masked_softmax(scores, absent, -1)
-    assert probabilities.tolist() == [[0.0, 0.5, 0.5, 0.0, 0.0]]
-    probabilities[0, 1].backward()
-    assert scores.grad.tolist() == [[0.0, 0.25, -0.25, 0.0, 0.0]]
 
 
 @dtype_params

@@ -1,4 +1,4 @@
-"""The architectures, and the translation model."""
+"""The architectures, of translation and language models."""
 
 import pytest
 import torch
@@ -76,6 +76,12 @@ def test_options_of_the_stock_model_work(flag, build, batch):
     reached = [gain.abs().sum() > 0 for gain in gains if gain is not None]
     # without cross-attention nothing flows from the two layers of the encoder
     assert all(reached) and len(reached) == len(gains) - (2 if flag == "--no-cross-attention" else 0)
+
+
+def test_adaptive_input_and_softmax_with_multimax_in_attention(build, batch):
+    built = build("multimax_transformer_lm", "--adaptive-input", "--adaptive-input-cutoff", "20,50",
+                  "--adaptive-softmax-cutoff", "20,50", "--tie-adaptive-weights")  # fmt: skip
+    assert torch.isfinite(built.model(**batch(built)["net_input"])[0]).all()
 
 
 def test_a_misspelt_option_in_a_config_file_stops_at_model_build(build):

@@ -29,8 +29,10 @@ def generate(built, sample, models=None, builds=(), **options):
     models = models or [built.model]
     args = Namespace(**{"beam": 5, "max_len_b": 5, **options})
     generator = built.task.build_generator(models, args, **dict(builds))
-    prefix = {"prefix_tokens": sample["target"][:, : options["prefix_size"]]} if "prefix_size" in options else {}
-    return generator, built.task.inference_step(generator, models, sample, **prefix)
+    given = {"prefix_tokens": sample["target"][:, : options["prefix_size"]]} if "prefix_size" in options else {}
+    if "constraints" in options:
+        given["constraints"] = pack_constraints([[torch.tensor([9 + row])] for row in range(len(sample["target"]))])
+    return generator, built.task.inference_step(generator, models, sample, **given)
 
 
 def check(hypotheses, beam):
@@ -46,7 +48,7 @@ STRATEGIES = [
     {"sampling": True}, {"sampling": True, "sampling_topk": 4}, {"sampling": True, "sampling_topp": 0.8},
     {"diverse_beam_groups": 2, "beam": 4}, {"diversity_rate": 0.5}, {"prefix_size": 2}, {"min_len": 3},
     {"match_source_len": True}, {"print_alignment": "hard"}, {"no_repeat_ngram_size": 1}, {"temperature": 3.0},
-    {"unkpen": 2.0},
+    {"unkpen": 2.0}, {"constraints": "ordered"},
 ]  # fmt: skip
 
 
@@ -68,6 +70,8 @@ def test_every_strategy_finds_hypotheses(factor, mapping, options, build, batch)
     if "prefix_size" in options:
         for hypos, target in zip(hypotheses, sample["target"]):
             assert all(hypo["tokens"][:2].equal(target[:2]) for hypo in hypos)
+    if "constraints" in options:
+        assert all(9 + row in hypos[0]["tokens"].tolist() for row, hypos in enumerate(hypotheses))
     if "print_alignment" in options:
         assert all("alignment" in hypo for hypos in hypotheses for hypo in hypos)
 
@@ -135,16 +139,6 @@ def test_a_search_that_may_only_find_the_reference_finds_it(output, build, batch
     _, found = generate(built, sample, builds={"prefix_allowed_tokens_fn": allowed}, beam=1, max_len_b=200)
     for hypos, reference in zip(found, references):
         assert hypos[0]["tokens"].tolist() == reference and hypos[0]["score"].isfinite()
-
-
-def test_the_words_of_lexical_constraints_can_have_probability_0(build, batch):
-    built = sharpened(build("multimax_transformer", "--output-mapping", "sparsemax"), 50)
-    sample = batch(built, size=2)
-    constraints = pack_constraints([[torch.tensor([9])], [torch.tensor([12])]])
-    args = Namespace(beam=4, max_len_b=8, constraints="ordered")
-    generator = built.task.build_generator([built.model], args)
-    found = built.task.inference_step(generator, [built.model], sample, constraints=constraints)
-    assert all(word in hypos[0]["tokens"].tolist() for hypos, word in zip(found, (9, 12)))
 
 
 @pytest.mark.parametrize("output, factor, number", [("softmax", 1, 1), ("sparsemax", 50, 1), ("sparsemax", 50, 2)])

@@ -1,42 +1,23 @@
 """Scores times a learned factor, and times log n: counted keys, and the same attention by every path."""
 
-import math
-
 import pytest
 import torch
-from test_modules_attention import BSZ, NUM_HEADS, PADDING, SRC_LEN, additive, causal_mask, inputs, make
+from test_modules_attention import BSZ, PADDING, additive, causal_mask, inputs, make
 
 from multimax_fairseq.mappings import MAPPINGS
-from multimax_fairseq.modules.scale import SCALES, visible_keys
+from multimax_fairseq.modules.scale import SCALES
 
 
 @pytest.mark.parametrize("padding", [None, PADDING, PADDING.flip(1)], ids=["whole", "right", "left"])
 @pytest.mark.parametrize("mask", [None, causal_mask(), additive(-1e4), additive(float("-inf")).roll(1, 0)])
-def test_counted_keys_are_those_whose_score_is_there(mask, padding):
-    _, mapped = make("multimax", "log-length")
-    x = inputs()
-    scores, _ = mapped(x, x, x, key_padding_mask=padding, attn_mask=mask, before_softmax=True)
-    shown = scores.view(BSZ, NUM_HEADS, SRC_LEN, -1).isfinite().sum(-1, keepdim=True)[:, :1]
-    keys = x.view(SRC_LEN, BSZ, NUM_HEADS, -1).permute(1, 2, 0, 3)
-    added, is_causal = mapped._mask(keys, padding, mask)
-    added = torch.zeros(1, 1, 1, SRC_LEN) if added is None else added
-    counted = visible_keys(added, is_causal, SRC_LEN)
-    assert torch.equal(counted.expand_as(shown), shown.float())
-
-
-def test_log_length_times_the_scores_of_a_query():
-    (_, mapped), x, mask = make("multimax", "log-length"), inputs(), causal_mask()
-    scores, _ = mapped(x, x, x, key_padding_mask=PADDING, attn_mask=mask, before_softmax=True)
-    factor = mapped.scale.s.detach().clone()
+def test_log_length_counts_the_keys_whose_scores_are_there(mask, padding):
+    (_, mapped), x = make("multimax", "log-length"), inputs()
+    arguments = dict(key_padding_mask=padding, attn_mask=mask, before_softmax=True)
+    scores, s = mapped(x, x, x, **arguments)[0], mapped.scale.s.detach().repeat(BSZ)[:, None, None]
     mapped.scale = None
-    plain, _ = mapped(x, x, x, key_padding_mask=PADDING, attn_mask=mask, before_softmax=True)
-    for sentence, padding in enumerate(PADDING):
-        for head in range(NUM_HEADS):
-            for query in range(SRC_LEN):
-                seen = [key for key in range(query + 1) if not padding[key]]
-                row = sentence * NUM_HEADS + head
-                expected = plain[row, query, seen] * factor[head] * math.log(max(len(seen), 1))
-                torch.testing.assert_close(scores[row, query, seen], expected)
+    plain, _ = mapped(x, x, x, **arguments)
+    factor = s * plain.isfinite().sum(-1, keepdim=True).clamp(min=1).log()
+    torch.testing.assert_close(scores, torch.where(plain.isfinite(), plain * factor, plain))
 
 
 def test_nothing_changes_at_the_start_but_with_the_length():

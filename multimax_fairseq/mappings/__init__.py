@@ -5,9 +5,8 @@ makes from its name. :func:`register_mapping` adds your own.
 """
 
 from ..kernels.scores import compute_dtype, is_absent
-from .evsoftmax import EvSoftmax, evsoftmax
+from .exponential import EvSoftmax, Softmax, evsoftmax, softmax
 from .masking import ABSENT, additive_mask
-from .multimax import MultiMax, modulate, multimax
+from .modulator import MultiMax, modulate, multimax
 from .registry import BUILT_IN, MAPPINGS, SPARSE, arguments_of, build_mapping, parse_options, register_mapping
-from .softmax import Softmax, softmax
 from .sparse import Entmax, Entmax15, Sparsemax, entmax, entmax15, sparsemax

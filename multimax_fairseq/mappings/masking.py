@@ -27,26 +27,6 @@ FINITE_MASK = -9e3
 ABSENT = -1e15
 
 
-def masked_softmax(scores: Tensor, absent: Tensor, dim: int) -> Tensor:
-    """Softmax over the scores that are there: exactly 0 elsewhere, and zeros where a row is empty.
-
-    Softmax sees absent scores as −inf. It would make NaN of an empty row, which is filled before and after. Other
-    scores may have any finite size. A row with NaN or +inf becomes NaN, and so does one whose scores are present but
-    all −inf (σ overflowed): the mask, not the scores, decides whether a row is empty.
-
-    Args:
-        scores: any shape, fp32 or fp64; its values under ``absent`` are not read.
-        absent: bool, the shape of ``scores``.
-        dim: the dimension that holds the distribution.
-
-    Returns:
-        probabilities, shape and dtype of ``scores``.
-    """
-    empty = absent.all(dim, keepdim=True)
-    present = scores.masked_fill(absent, float("-inf")).masked_fill(empty, 0.0)
-    return present.softmax(dim).masked_fill(empty, 0.0)
-
-
 def additive_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """Turns a mask in any of fairseq's conventions into one to add to scores, −inf where a key is hidden.
 

@@ -5,9 +5,8 @@ from typing import Any, Callable, Dict, Type, TypeVar
 
 from torch import nn
 
-from .evsoftmax import EvSoftmax
-from .multimax import MultiMax
-from .softmax import Softmax
+from .exponential import EvSoftmax, Softmax
+from .modulator import MultiMax
 from .sparse import Entmax, Entmax15, Sparsemax
 
 MAPPINGS = {

@@ -20,8 +20,8 @@ from .options import MappingChoice, MappingOptions  # noqa: E402
 from .sparse_search import smooths_zeros  # noqa: E402
 
 # With those of compat.apply, all that is replaced in fairseq: docs/how-it-is-built.md says why.
-compat.replace(Trainer, "load_checkpoint", checks_mappings)
-compat.replace(SequenceScorer, "generate", smooths_zeros)
+Trainer.load_checkpoint = checks_mappings(Trainer.load_checkpoint)
+SequenceScorer.generate = smooths_zeros(SequenceScorer.generate)
 
 __all__ = [
     "MappingChoice",

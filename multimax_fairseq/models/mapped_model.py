@@ -10,7 +10,7 @@ from fairseq.logging import metrics
 from fairseq.tasks import FairseqTask
 from torch import Tensor, nn
 
-from ..mappings import MAPPINGS, SPARSE, MultiMax
+from ..mappings import SPARSE, MultiMax
 from .attach import attach, attention_sites
 from .checkpoints import OF_MAPPINGS, warn_of_what_is_gone
 from .options import MappingChoice, option_errors
@@ -25,11 +25,6 @@ class MappedModelMixin:
     """Gives a model its mappings, loads checkpoints, logs modulators; a base class named before the stock class."""
 
     @classmethod
-    def hub_models(cls) -> Dict[str, str]:
-        """None: fairseq's are of the stock classes (start from them with --finetune-from-model)."""
-        return {}
-
-    @classmethod
     @option_errors()
     def build_model(cls, args: Any, task: FairseqTask) -> "MappedModelMixin":
         """The stock model of ``args``, with the mappings that they choose (:class:`.options.MappingOptions`).
@@ -38,38 +33,20 @@ class MappedModelMixin:
             ValueError: a choice that does not exist, or that does not go with this model.
         """
         choice = MappingChoice.from_options(args)
+        mapping, has_alignments = choice.attention[0], getattr(getattr(task, "cfg", None), "load_alignments", False)
+        if has_alignments and mapping in SPARSE and "cross" in choice.sites:
+            raise ValueError(
+                "guided alignment (--load-alignments) is the logarithm of cross-attention's probabilities, and "
+                f"{mapping} makes most of them 0: leave cross out of --attention-mapping-sites, or drop "
+                "--load-alignments"
+            )
         warn_of_what_is_gone(args)
         model = super().build_model(args, task)
         attach(model, choice)
         model.logged_modulators = getattr(args, "log_modulators", "site")
-        scale = getattr(args, "modulator_lr_scale", 1)
-        if scale != 1 and not modulators_by_site(model):
-            raise ValueError(
-                f"--modulator-lr-scale {scale}: this model has no modulators; use --attention-mapping multimax or "
-                "--output-mapping multimax, or drop it"
-            )
-        if getattr(getattr(task, "cfg", None), "load_alignments", False):
-            model.check_alignments()
         if model.decoder.is_sparse:
             task.build_generator = functools.partial(build_sparse_generator, task.build_generator)
         return model
-
-    def get_targets(self, sample: Dict[str, Any], net_output: Any) -> Tensor:
-        """As the stock model's; raises ValueError as :meth:`check_alignments` if the batch has word alignments."""
-        if sample.get("alignments") is not None:
-            self.check_alignments()
-        return super().get_targets(sample, net_output)
-
-    def check_alignments(self) -> None:
-        """Raise ValueError if cross-attention, which is to follow word alignments, can give them probability 0."""
-        for site, _, attention in attention_sites(self):
-            mapping = getattr(attention, "mapping", None)
-            if site == "cross" and isinstance(mapping, tuple(MAPPINGS[name] for name in SPARSE)):
-                raise ValueError(
-                    "guided alignment (--load-alignments) is the logarithm of cross-attention's probabilities, and "
-                    f"{type(mapping).__name__.lower()} makes most of them 0: leave cross out of "
-                    "--attention-mapping-sites, or drop --load-alignments"
-                )
 
     def _load_from_state_dict(self, state_dict: Dict[str, Tensor], prefix: str, *args, **kwargs) -> None:
         # Not in fairseq's upgrade_state_dict: --encoder-layers-to-keep renumbers the layers after that.

@@ -169,6 +169,11 @@ class MappingChoice:
                 f"--attention-mapping-sites {','.join(sites)}: this model has none of these; "
                 f"choose from: {', '.join(available)}"
             )
+        if options.modulator_lr_scale != 1 and "multimax" not in (options.attention_mapping, options.output_mapping):
+            raise ValueError(
+                f"--modulator-lr-scale {options.modulator_lr_scale}: this model has no modulators; use "
+                "--attention-mapping multimax or --output-mapping multimax, or drop it"
+            )
         parse_options(options.attention_mapping, options.mapping_options)
         with torch.random.fork_rng(devices=[]):
             for name in {*BUILT_IN, options.attention_mapping}:  # a wrong option is an error even if it is not used

@@ -1,6 +1,6 @@
 """Multi-head attention whose scores become probabilities by any mapping."""
 
-from typing import Dict, Optional, Tuple, Union
+from typing import Dict, Optional, Tuple
 
 import torch
 from fairseq.modules import MultiheadAttention
@@ -68,7 +68,7 @@ class MappedMultiheadAttention(MultiheadAttention):
         incremental_state: Optional[Dict[str, Dict[str, Optional[Tensor]]]] = None,
         need_weights: bool = True,
         static_kv: bool = False,
-        attn_mask: Union[Tensor, Tuple[Tensor], None] = None,
+        attn_mask: Optional[Tensor] = None,
         before_softmax: bool = False,
         need_head_weights: bool = False,
     ) -> Tuple[Tensor, Optional[Tensor]]:
@@ -79,8 +79,7 @@ class MappedMultiheadAttention(MultiheadAttention):
             key, value: (src_len, bsz, kdim), (src_len, bsz, vdim); None where they are cached.
             key_padding_mask: (bsz, src_len), true where a key is padding.
             attn_mask: (tgt_len, src_len), or (bsz · num_heads, tgt_len, src_len), bool or to be added to the scores;
-                −9,000 and less hides a key. In a tuple where activation checkpointing would copy it, and lose the
-                mark ``CAUSAL``.
+                −9,000 and less hides a key.
             before_softmax: return the masked scores and the values instead, (bsz · num_heads, tgt_len, src_len) and
                 (bsz · num_heads, src_len, head_dim).
 
@@ -89,8 +88,6 @@ class MappedMultiheadAttention(MultiheadAttention):
             fp32, (bsz, tgt_len, src_len) averaged over heads, or (num_heads, bsz, tgt_len, src_len) with
             ``need_head_weights``; else None.
         """
-        if isinstance(attn_mask, tuple):
-            (attn_mask,) = attn_mask
         if incremental_state is None:
             queries, keys, values = self._project(query, key, value)
             mask, is_causal = self._mask(keys, key_padding_mask, attn_mask)

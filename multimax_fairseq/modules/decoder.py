@@ -1,18 +1,14 @@
-"""fairseq's decoder with an output mapping; it marks its causal masks, and can leave the output layer for later."""
+"""fairseq's decoder with an output mapping, which marks its causal masks."""
 
 import math
-from typing import Any, Dict, List, Optional, Tuple, Union
+from typing import Dict, List, Optional, Tuple
 
 import torch
 from fairseq.models.transformer import TransformerDecoderBase
 from torch import Tensor, nn
 
-from ..kernels.loss import default_chunk_tokens
 from ..mappings import MultiMax, compute_dtype
-from .attention import CAUSAL, MappedMultiheadAttention
-
-# Key in what a decoder returns besides its output: the output is features, and the output layer is still to come.
-DEFERRED = "output_layer_deferred"
+from .attention import CAUSAL
 
 # What stands for the logarithm of 0 is between LOG_ZERO − DEPTH and LOG_ZERO, by the word's score. Twice that is
 # still the logarithm of an fp32 number, so that sampling can draw such a word where nothing else is allowed, also
@@ -50,11 +46,8 @@ class MappedDecoder(TransformerDecoderBase):
     Attributes:
         output_mapping: None for softmax; a MultiMax, whose σ modulates the logits; or a sparse mapping, which
             :meth:`get_normalized_probs` applies to them.
-        defers_output_layer: whether a full forward of more tokens than a chunk returns features;
-            :meth:`get_normalized_probs` then applies the output layer to the part of them that it is given.
     """
 
-    defers_output_layer = False
     __jit_unused_properties__ = ["is_sparse"]  # tracing compiles all others
 
     @classmethod
@@ -94,40 +87,16 @@ class MappedDecoder(TransformerDecoderBase):
                 c = float(self.output_mapping.alpha) - 1
                 norm.weight.mul_(min(1 / (c * math.log(len(self.dictionary))), 1))
 
-    def buffered_future_mask(self, tensor: Tensor) -> Union[Tensor, Tuple[Tensor]]:
+    def buffered_future_mask(self, tensor: Tensor) -> Tensor:
         """As the stock decoder's, marked as hiding what comes after each query, and nothing else.
 
-        ``--checkpoint-activations`` copies tensors without their marks. The recomputed attention would take another
-        path, and draw other dropout than the forward pass had; so mapped attention gets the mask in a tuple. With
-        ``--cross-self-attention`` the layer appends to the mask, and no attention ever sees the mark.
+        ``--checkpoint-activations`` copies tensors without their marks: with one, the recomputed attention would take
+        another path, and draw other dropout than the forward pass had.
         """
         mask = super().buffered_future_mask(tensor)
-        setattr(mask, CAUSAL, True)
-        if not self.cfg.checkpoint_activations or self.cfg.cross_self_attention:
-            return mask
-        is_mapped = any(isinstance(m, MappedMultiheadAttention) and m.site == "decoder" for m in self.modules())
-        return (mask,) if is_mapped else mask
-
-    def forward(
-        self,
-        prev_output_tokens: Tensor,
-        encoder_out: Optional[Dict[str, List[Tensor]]] = None,
-        incremental_state: Optional[Dict[str, Any]] = None,
-        features_only: bool = False,
-        **options: Any,
-    ) -> Tuple[Tensor, Dict[str, Any]]:
-        """As the stock decoder's; see ``defers_output_layer``."""
-        deferred = (
-            self.defers_output_layer
-            and incremental_state is None
-            and not features_only
-            and self.adaptive_softmax is None  # which gets features anyway
-            and prev_output_tokens.numel() > default_chunk_tokens(len(self.dictionary))
-        )
-        output, extra = super().forward(
-            prev_output_tokens, encoder_out, incremental_state, features_only or deferred, **options
-        )
-        return output, {**extra, DEFERRED: True} if deferred else extra
+        if not self.cfg.checkpoint_activations:
+            setattr(mask, CAUSAL, True)
+        return mask
 
     @torch.jit.unused  # tracing compiles what fairseq exports, and that calls this
     def get_normalized_probs(
@@ -136,16 +105,13 @@ class MappedDecoder(TransformerDecoderBase):
         log_probs: bool,
         sample: Optional[Dict[str, Tensor]] = None,
     ) -> Tensor:
-        """(Log-)probabilities, (…, len(dictionary)), of what :meth:`forward` returned, or of a part of it.
+        """(Log-)probabilities, (…, len(dictionary)), of what the decoder has returned.
 
         The logarithms are finite: see :func:`log_probabilities`.
 
         Raises:
             ValueError: the logarithm of a sparse mapping is asked for in training.
         """
-        output, extra = net_output[:2]
-        if extra and DEFERRED in extra:
-            net_output = (self.output_layer(output), extra)
         if not self.is_sparse:
             return super().get_normalized_probs(net_output, log_probs, sample)
         if log_probs and self.training:

@@ -45,7 +45,7 @@ def chunked_cross_entropy(
         weight: (V, D), of the dtype of ``features``; under autocast, of any.
         targets: (N,), int64, each in [0, V).
         bias: (V,) or None.
-        thresholds, gains: (order, 2), as in :func:`..mappings.multimax.modulate`; None for softmax.
+        thresholds, gains: (order, 2), as in :func:`multimax_fairseq.mappings.modulate`; None for softmax.
         label_smoothing: ε, in [0, 1).
         chunk_tokens: tokens whose logits are computed at a time; 0: :func:`.chunks.default_chunk_tokens`.
         reduce: whether to return sums, which have a gradient, or a number for each token, which have none.

@@ -89,10 +89,7 @@ def test_gradients_of_scores_thresholds_and_gains(order, dim):
 @pytest.mark.parametrize("order", [1, 2])
 def test_module_is_the_function_of_its_parameters(order):
     module = with_parameters(MultiMax(order=order))
-    assert {name: value.shape for name, value in module.state_dict().items()} == {
-        "thresholds": (order, 2),
-        "gains": (order, 2),
-    }
+    assert all(tensor.shape == (order, 2) for tensor in module.state_dict().values())
     for dtype in DTYPES:
         scores = masked_scores(2, 3, 5, scale=2.0, dtype=dtype)
         assert torch.equal(module(scores), multimax(scores, module.thresholds, module.gains))

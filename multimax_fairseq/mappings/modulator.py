@@ -20,7 +20,7 @@ from ..kernels.rows import Rows
 from ..kernels.rows.mapped import map_rows
 from ..kernels.rows.modulated import modulated
 from ..kernels.scores import compute_dtype, is_absent
-from .masking import masked_softmax
+from .exponential import masked_softmax
 
 TERMS = ("below", "above")  # the columns of thresholds and gains: (b_n, d_n) and (g_b,n, g_d,n)
 ORDERS = (1, 2)
@@ -96,7 +96,7 @@ def modulate_formula(scores: Tensor, thresholds: Tensor, gains: Tensor) -> Tenso
 def multimax_formula(scores: Tensor, thresholds: Tensor, gains: Tensor) -> Tensor:
     """:func:`multimax` over the last dimension, as softmax of :func:`modulate_formula`."""
     x = scores.to(compute_dtype(scores.dtype))
-    return masked_softmax(modulate_formula(x, thresholds, gains), is_absent(x), dim=-1).to(scores.dtype)
+    return masked_softmax(modulate_formula(x, thresholds, gains), is_absent(x)).to(scores.dtype)
 
 
 def _check_shapes(thresholds: Tensor, gains: Tensor) -> None:
