@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import torch
-from settings import LENGTH, mapping_of, settings_of
+from settings import LENGTH, UPDATES, mapping_of, settings_of
 
 from multimax_fairseq.models.options import MappingChoice  # imports fairseq quietly
 from multimax_fairseq.tools import UserError, entry, errors_in_a_line, read_checkpoint, replacing
@@ -83,9 +83,8 @@ def mend(run: Path) -> tuple[Progress, dict[str, Any]] | None:
         try:
             state = read_checkpoint(path)
             extra = entry(state, path, "extra_state")
-            updates = entry(state, path, "optimizer_history", -1, "num_updates")
-            epoch = entry(extra, path, "train_iterator", "epoch")
-            progress = Progress(updates, epoch, extra.get("val_loss"), extra.get("best"))
+            progress = Progress(entry(state, path, *UPDATES), entry(extra, path, "train_iterator", "epoch"),
+                                extra.get("val_loss"), extra.get("best"))
             whole[path] = progress, entry(state, path, "cfg")
         except UserError as problem:
             wrong[path] = problem

@@ -1,14 +1,14 @@
 #!/usr/bin/env python
 """What the recipes prepare_*.sh need beside fairseq-preprocess.
 
-    python scripts/prepare.py run prepare_NAME.sh OPTION …   # each recipe begins with it
-    python scripts/prepare.py take SOURCE TARGET=NAME …      # files of a folder, tar or zip, checked
-    python scripts/prepare.py pairs text/train … --published 29000 …
-    python scripts/prepare.py tokens data-bin --published 103227021 … --types 267744
+    python scripts/prepare.py run prepare_NAME.sh OPTION …         # each recipe begins with it
+    python scripts/prepare.py take SOURCE TARGET=NAME …            # files of a folder, tar or zip, checked
+    python scripts/prepare.py pairs text/train=29000 …             # beside what is published
+    python scripts/prepare.py tokens data-bin train=103227021 … types=267744
 
 `run` finds or downloads the source, then runs the recipe in the folder OUT.partial, which becomes OUT in one rename:
-so OUT is complete or absent, whatever kills it. OUT/.complete has the settings and the files that were made; any
-other file is the user's, and never deleted. The recipe finds its options in its environment: $SOURCE, $WORKERS, …
+so OUT is complete or absent, whatever kills it. What is in OUT is never changed or deleted; OUT/.complete has the
+settings and the files that were made. The recipe finds its options in its environment: $SOURCE, $WORKERS, …
 """
 
 from __future__ import annotations
@@ -37,7 +37,6 @@ from typing import Any, NamedTuple, NoReturn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # fairseq may not be installed yet: this says so
 from multimax_fairseq.tools import ArgumentParser, UserError, errors_in_a_line, positive  # noqa: E402
 
-SPLITS = ("train", "valid", "test")
 MARKER = ".complete"
 WEB_PAGE = re.compile(rb"<!doctype html|<html", re.I)
 UNREADABLE = (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError)
@@ -108,7 +107,7 @@ RECIPES = {
 # ---------------------------------------------------------------------- run: from the command line to a folder
 
 
-def parse_options(script: Path, arguments: list[str]) -> tuple[str, argparse.Namespace]:
+def parse_options(script: Path, arguments: tuple[str, ...]) -> tuple[str, argparse.Namespace]:
     name = script.stem.removeprefix("prepare_")
     recipe = RECIPES[name]
     header = [line[2:] for line in script.read_text(encoding="utf-8").split("\n\n")[0].splitlines()[1:]]
@@ -127,19 +126,19 @@ def parse_options(script: Path, arguments: list[str]) -> tuple[str, argparse.Nam
         first = default[0] if isinstance(default, tuple) else default
         parser.add_argument(f"--{option}", default=first, help=f"{text} (default: %(default)s)", **kind)
     parser.add_argument("--workers", type=positive, default=2, metavar="N", help="processes (default: 2)")
-    parser.add_argument("--force", action="store_true", help="rebuild a folder that this script made")
     args = parser.parse_args(arguments)
     if recipe.source and args.archive and getattr(args, "url", None):
         parser.error(f"--{recipe.source} and --url exclude each other")
     return name, args
 
 
-def run(script: Path, arguments: list[str]) -> None:
+def run(file: str, *arguments: str) -> None:
     """Make --out by the recipe, unless it is there.
 
     Raises:
         UserError: the options, the source or the folder do not allow it.
     """
+    script = Path(file)
     name, args = parse_options(script, arguments)
     recipe, out = RECIPES[name], Path(os.path.realpath(args.out))
     need_commands(name)
@@ -160,15 +159,18 @@ def run(script: Path, arguments: list[str]) -> None:
     elif recipe.source:
         raise UserError(f"--{recipe.source} DIR is required; see --help")
 
-    if not is_prepared(out, settings, args.force):
+    if not is_prepared(out, settings):
         with partial_folder(out) as (build, lock):
-            if not is_prepared(out, settings, args.force):  # by the run that we have waited for
+            if not is_prepared(out, settings):  # by the run that we have waited for
                 if addresses:
                     source = fetch(addresses, build / "download", recipe)
                 options = {option.upper().replace("-", "_"): str(value) for option, value in vars(args).items()}
                 run_recipe(script, build, lock, {**options, "SOURCE": str(source)})
                 shutil.rmtree(build / "download", ignore_errors=True)
-                publish(build, out, settings, args.force)
+                made = {"settings": settings, "files": files_of(build)}
+                (build / MARKER).write_text(json.dumps(made, indent=1) + "\n")
+                os.sync()
+                os.rename(build, out)  # unlike mv, never into a folder
                 print(f"done: {args.out} (train with: fairseq-train {args.out}/data-bin …)")
                 return
     print(f"already prepared: {args.out}")
@@ -248,27 +250,12 @@ def files_of(folder: Path) -> dict[str, int]:
             if not path.is_dir() and path != folder / MARKER}
 
 
-def publish(build: Path, out: Path, settings: dict[str, Any], force: bool) -> None:
-    """Turn `build` into `out`; with `force` in the place of an older one."""
-    (build / MARKER).write_text(json.dumps({"settings": settings, "files": files_of(build)}, indent=1) + "\n")
-    os.sync()
-    old = build.with_name(f"{build.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if force and out.exists():
-        os.rename(out, old)
-    os.rename(build, out)  # unlike mv, never into a folder
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def is_prepared(out: Path, settings: dict[str, Any], force: bool) -> bool:
+def is_prepared(out: Path, settings: dict[str, Any]) -> bool:
     """Whether `out` was made with these settings, and is as it was made.
 
     Raises:
         UserError: it is something else, which is not to be touched.
     """
-    old = out.with_name(f"{out.name}.partial.old")
-    if old.exists() and not out.exists():  # killed between the two renames of --force
-        os.rename(old, out)
     if not out.exists() or out.is_dir() and not any(out.iterdir()):
         return False
     if not (out / MARKER).is_file():
@@ -278,22 +265,16 @@ def is_prepared(out: Path, settings: dict[str, Any], force: bool) -> bool:
         there, files = dict(made["settings"]), dict(made["files"])
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{out / MARKER} is damaged, so nobody knows what {out} holds: remove the folder") from None
-    found = files_of(out)
-    if force:
-        foreign = sorted(found.keys() - files.keys())
-        if foreign:
-            raise UserError(f"--force would delete files in {out} that this script did not make "
-                            f"({', '.join(foreign[:3])}): move them, or choose another --out")
-        return False
     different = [key for key in {**settings, **there} if settings.get(key) != there.get(key)]
     if different:
         said = "; ".join(f"{key}: there {there.get(key)}, asked for {settings.get(key)}" for key in different)
         raise UserError(f"{out} was prepared with other settings or another source ({said}): choose another --out, "
-                        "or rebuild it with --force")
+                        "or remove the folder")
+    found = files_of(out)
     changed = sorted(name for name, size in files.items() if found.get(name) != size)
     if changed:
-        raise UserError(f"files in {out} are missing or not as they were made ({', '.join(changed[:3])}): rebuild it "
-                        "with --force")
+        raise UserError(f"files in {out} are missing or not as they were made ({', '.join(changed[:3])}): remove the "
+                        "folder, and prepare it again")
     return True
 
 
@@ -353,7 +334,7 @@ def fetch(addresses: dict[str, list[str]], folder: Path, recipe: Recipe) -> Path
 # ---------------------------------------------------------------------- take: files of a source, checked
 
 
-def take(source: Path, wanted: list[str]) -> None:
+def take(place: str, *wanted: str) -> None:
     """Copy files of a folder (plain or .gz), a tar or a zip, and check that each is text.
 
     Args:
@@ -362,6 +343,7 @@ def take(source: Path, wanted: list[str]) -> None:
     Raises:
         UserError: the source is none, damaged, or lacks a file; or a file is no UTF-8 text.
     """
+    source = Path(place)
     targets = {Path(target): [name or Path(target).name for name in names.split(",")]
                for target, _, names in (word.partition("=") for word in wanted)}
     with readable(source), opened(source) as members:
@@ -437,17 +419,17 @@ def check_text(path: Path, name: str) -> None:
 
 def count_lines(path: Path) -> int:
     """Like fairseq, and unlike wc -l, with a last line that has no newline."""
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         return sum(1 for _ in file)
 
 
-def pairs(prefixes: list[str], published: list[int]) -> None:
-    """Compare the lines of PREFIX.de and PREFIX.en with each other, and with the published number of pairs.
+def pairs(*published: str) -> None:
+    """Compare the lines of PREFIX.de and PREFIX.en with each other, and with the number of pairs in PREFIX=NUMBER.
 
     Raises:
         UserError: the languages differ, or there is no pair.
     """
-    for prefix, expected in zip(prefixes, published):
+    for prefix, expected in (word.split("=") for word in published):
         german, english = (count_lines(Path(f"{prefix}.{language}")) for language in ("de", "en"))
         split = Path(prefix).name
         if german != english or not german:
@@ -456,19 +438,17 @@ def pairs(prefixes: list[str], published: list[int]) -> None:
         compare(split, german, expected, "sentence pairs")
 
 
-def tokens(data_bin: Path, published: list[int], types: int) -> None:
-    """Compare fairseq-preprocess's counts, with line ends, with the published ones."""
-    log = (data_bin / "preprocess.log").read_text(encoding="utf-8")
-    for split, expected in zip(SPLITS, published):
-        found = re.search(rf"text/{split}\.tokens: .* sents, (\d+) tokens", log)
-        compare(split, int(found[1]) if found else 0, expected, "tokens")
-    found = re.search(r"Dictionary: (\d+) types", log)
-    compare("dictionary", int(found[1]) if found else 0, types, "entries")
+def tokens(data_bin: str, *published: str) -> None:
+    """Compare fairseq-preprocess's counts, with line ends, with the published ones: SPLIT=NUMBER, types=NUMBER."""
+    log = Path(data_bin, "preprocess.log").read_text(encoding="utf-8")
+    for what, expected in (word.split("=") for word in published):
+        unit = r"Dictionary: (\d+) types" if what == "types" else rf"text/{what}\.tokens: .* sents, (\d+) tokens"
+        compare(what, int(re.search(unit, log)[1]), expected, "entries" if what == "types" else "tokens")
 
 
-def compare(what: str, found: int, published: int, unit: str) -> None:
+def compare(what: str, found: int, published: str, unit: str) -> None:
     print(f"{what}: {found:,} {unit}")
-    if found != published:
+    if found != int(published):
         print(f"WARNING: {what}: {found} {unit}; the published corpus has {published}", file=sys.stderr)
 
 
@@ -483,23 +463,11 @@ def main() -> None:
     for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
             signal.signal(number, stop)
+    commands = {"run": run, "take": take, "pairs": pairs, "tokens": tokens}
+    if len(sys.argv) < 3 or sys.argv[1] not in commands:
+        sys.exit(__doc__)
     with errors_in_a_line():
-        if sys.argv[1:2] == ["run"]:  # whose options are the recipe's
-            run(Path(sys.argv[2]), sys.argv[3:])
-            return
-        parser = ArgumentParser(__doc__)
-        parser.add_argument("command", choices=["run", "take", "pairs", "tokens"])
-        parser.add_argument("source")
-        parser.add_argument("words", nargs="*")
-        parser.add_argument("--published", type=int, nargs="+")
-        parser.add_argument("--types", type=int)
-        args = parser.parse_args()
-        if args.command == "take":
-            take(Path(args.source), args.words)
-        elif args.command == "pairs":
-            pairs([args.source, *args.words], args.published)
-        else:
-            tokens(Path(args.source), args.published, args.types)
+        commands[sys.argv[1]](*sys.argv[2:])
 
 
 if __name__ == "__main__":

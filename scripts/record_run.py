@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from settings import mapping_of, plain, settings_of
+from settings import UPDATES, mapping_of, plain, settings_of
+from texts import read_text
 from torch import Tensor
 
 import multimax_fairseq
@@ -34,22 +35,10 @@ DISTRIBUTIONS = ("torch", "fairseq", "ve-fairseq", "numpy", "entmax", "sacrebleu
 SPARSE = ("sparsemax", "entmax15", "entmax")
 
 
-def read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise tools.UserError(f"{path} is damaged: it is not UTF-8. Remove it, and evaluate again") from None
-
-
-def updates_of(checkpoint: dict[str, Any], path: Path) -> int:
-    """The number of updates before the checkpoint was saved."""
-    return tools.entry(checkpoint, path, "optimizer_history", -1, "num_updates")
-
-
 def validation(folder: Path, checkpoint: dict[str, Any]) -> dict[str, Any]:
     """The best checkpoint on validation: its criterion, number of updates, and perplexity."""
     path = folder / "checkpoint_best.pt"
-    updates = updates_of(checkpoint, path)
+    updates = tools.entry(checkpoint, path, *UPDATES)
     found = {
         "updates": updates,
         "metric": tools.entry(checkpoint, path, "cfg", "checkpoint", "best_checkpoint_metric"),
@@ -152,7 +141,7 @@ def record(folder: Path) -> dict[str, Any]:
     del best  # one checkpoint at a time: they can be large
     last = tools.read_checkpoint(last_path)
     asked = plain(tools.entry(last, last_path, "cfg", "optimization"))
-    updates = updates_of(last, last_path)
+    updates = tools.entry(last, last_path, *UPDATES)
     # the iterator's epoch is the next one
     epochs = tools.entry(last, last_path, "extra_state", "train_iterator", "epoch") - 1
     return {

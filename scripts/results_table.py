@@ -26,6 +26,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from texts import read_lines, read_text
+
 from multimax_fairseq.tools import ArgumentParser, UserError, errors_in_a_line, positive
 
 FORMAT = 2  # of run.json, as record_run.py writes it
@@ -69,20 +71,7 @@ class Run:
 
     def lines(self, which: str, kind: str) -> list[str]:
         """The ``hypotheses`` or ``references`` of the score ``which``."""
-        return self.text(self.content["scores"][which][kind]).removesuffix("\n").split("\n")
-
-    def text(self, name: str) -> str:
-        """A file beside run.json.
-
-        Raises:
-            UserError: it is missing or not text.
-        """
-        try:
-            return (self.folder / name).read_text(encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"{self.folder / 'run.json'} needs {name} beside it: {error.strerror}") from error
-        except UnicodeDecodeError as error:
-            raise UserError(f"{self.folder / name} is damaged: it is not UTF-8") from error
+        return read_lines(self.folder / self.content["scores"][which][kind])
 
 
 def name_of_mapping(mapping: dict[str, Any]) -> str:
@@ -144,15 +133,13 @@ def load_run(path: Path) -> Run:
             check_entries(score, ENTRIES_OF_BLEU if kind == "bleu" else {kind: float, "tokens": int, "output": str})
         check_entries({"ppl": 1, **content["validation"]}, {"ppl": float})
         name_of_mapping(content["mapping"])
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is not, or no longer, a file of record_run.py ({error}): evaluate again") from error
     run = Run(path.parent, content)
     for name, score in content["scores"].items():
         if "bleu" in score:
             check_bleu(run, name)
-        elif f"Perplexity: {score[kind_of(score)]:.2f}" not in run.text(score["output"]):
+        elif f"Perplexity: {score[kind_of(score)]:.2f}" not in read_text(run.folder / score["output"]):
             raise UserError(f"{path.parent / score['output']} has another perplexity than run.json: evaluate again")
     return run
 

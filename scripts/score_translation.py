@@ -19,6 +19,7 @@ from pathlib import Path
 
 from check_model import explain, split_checkpoints
 from sacrebleu.metrics import BLEU
+from texts import read_lines
 
 from multimax_fairseq.tools import ArgumentParser, UserError, errors_in_a_line, positive
 
@@ -36,13 +37,6 @@ def count_sentences(data_bin: Path, split: str) -> int:
     if len(head) < 26 or head[:9] != b"MMIDIDX\0\0":
         raise UserError(f"{index} is damaged: prepare the data again")
     return struct.unpack("<Q", head[18:])[0]
-
-
-def read_lines(path: Path) -> list[str]:
-    try:
-        return path.read_bytes().decode("utf-8").removesuffix("\n").split("\n")
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not UTF-8") from None
 
 
 def main() -> None:

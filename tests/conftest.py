@@ -62,10 +62,13 @@ def run(*command, check=True, env=None, **kwargs):
     return result
 
 
+# Parameters that fairseq 0.12.2's encoder layers have twice, and use in evaluation.
+TWICE = re.compile(r"encoder\.layers\.\d+\.(in_proj|out_proj|fc1|fc2)_(weight|bias)")
+
+
 def trained_parameters(model):
-    """Names and parameters, but for those that fairseq 0.12.2's encoder layers have twice, and use in evaluation."""
-    twice = re.compile(r"encoder\.layers\.\d+\.(in_proj|out_proj|fc1|fc2)_(weight|bias)")
-    return [(name, parameter) for name, parameter in model.named_parameters() if not twice.fullmatch(name)]
+    """Names and parameters, but for those that some encoder layers have twice."""
+    return [(name, parameter) for name, parameter in model.named_parameters() if not TWICE.fullmatch(name)]
 
 
 def digest(folder):

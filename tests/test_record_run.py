@@ -14,23 +14,11 @@ INFO:fairseq_cli.eval_lm:num. model params: 156,000,000
 INFO:fairseq_cli.eval_lm:Evaluated 245,569 tokens in 9.1s (26985.60 tokens/s)
 INFO:fairseq_cli.eval_lm:Loss (base 2): {loss}, Perplexity: {perplexity}
 """
-LOG = """\
-epoch 001 | valid on 'valid' subset | loss 7.413 | nll_loss 7.103 | ppl 137.45 | wps 1 | num_updates 59
-epoch 001 | loss 8.326 | nll_loss 8.169 | ppl 287.84 | wps 2 | num_updates 59 | lr 0.004
-epoch 002 | valid on 'valid' subset | loss 6.53 | nll_loss 6.064 | ppl 66.91 | wps 3 | num_updates 118 | best_loss 7
-epoch 003 | valid on 'valid' subset | loss 6.6 | nll_loss 6.1 | ppl 68.6 | wps 3 | num_updates 177 | best_loss 6.53
-"""
 
 
 @pytest.fixture(scope="module")
 def record_run():
     return load_script("record_run")
-
-
-def checkpoint(metric="loss", value=6.53):
-    """As much of one as the validation of a run is read from."""
-    return {"optimizer_history": [{"num_updates": 3}, {"num_updates": 118}], "extra_state": {"val_loss": value},
-            "cfg": {"checkpoint": {"best_checkpoint_metric": metric}}}
 
 
 def test_scores_are_read_from_what_the_commands_print(record_run, tmp_path):
@@ -45,15 +33,6 @@ def test_scores_are_read_from_what_the_commands_print(record_run, tmp_path):
     assert scores["test, context 400"] == {"perplexity": 29.0, **expected}
     assert record_run.perplexities(tmp_path, is_sparse=True)["test, context 400"] == {
         "epsilon_perplexity": 29.0, **expected}
-
-
-def test_the_validation_of_the_best_checkpoint_is_found_in_the_log(record_run, tmp_path):
-    (tmp_path / "train.log").write_text(LOG)
-    assert record_run.validation(tmp_path, checkpoint()) == {
-        "updates": 118, "metric": "loss", "value": 6.53, "loss": 6.53, "ppl": 66.91
-    }
-    absent = record_run.validation(tmp_path / "elsewhere", checkpoint(metric="bleu", value=3.5))
-    assert absent == {"updates": 118, "metric": "bleu", "value": 3.5}
 
 
 def test_settings_are_all_that_can_change_a_result(corpus):
