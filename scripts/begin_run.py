@@ -59,6 +59,10 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, Any]:
     precision = [name for name in ("fp16", "bf16", "amp") if cfg.common[name]]
     if precision and not (torch.cuda.is_available() or cfg.common.cpu):
         raise UserError(f"--{precision[0]} needs a GPU, and torch sees none: without it the CPU trains")
+    updates, warmup = cfg.optimization.max_update, getattr(cfg.lr_scheduler, "warmup_updates", 0)
+    if 0 < updates < warmup:
+        print(f"WARNING: the learning rate still rises at the end: {updates} updates of {warmup} that warm up",
+              file=sys.stderr)
     return args, cfg
 
 

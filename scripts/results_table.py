@@ -42,8 +42,8 @@ DEFAULTS = {
 BASELINE = "softmax"
 KINDS = {"bleu": "BLEU, {}", "perplexity": "{}", "epsilon_perplexity": "{}, ε-perplexity"}  # names of columns
 # What a run.json has to have, and the scores in it.
-ENTRIES = {"experiment": str, "seed": int, "updates": int, "is_complete": bool, "mapping": dict, "settings": dict,
-           "validation": dict, "scores": dict}
+ENTRIES = {"experiment": str, "seed": int, "updates": int, "mapping": dict, "settings": dict, "validation": dict,
+           "scores": dict}
 ENTRIES_OF_BLEU = {"bleu": float, "signature": str, "hypotheses": str, "references": str}
 
 
@@ -62,8 +62,7 @@ class Run:
     @property
     def setting(self) -> str:
         """All that makes a row, but for the seed."""
-        length = None if self.content["is_complete"] else self.content["updates"]
-        return json.dumps([self.content["mapping"], self.content["settings"], length], sort_keys=True)
+        return json.dumps([self.content["mapping"], self.content["settings"]], sort_keys=True)
 
     @property
     def seed(self) -> int:
@@ -96,7 +95,7 @@ def name_rows(runs: list[Run]) -> None:
         for key in sorted(every):
             value = as_text(run.content["settings"].get(key))
             name += "" if value == usual[key] else f", {key} {value}"
-        run.row = name + ("" if run.content["is_complete"] else f", stopped after {run.content['updates']:,} updates")
+        run.row = name
 
 
 def as_text(value: Any) -> str:

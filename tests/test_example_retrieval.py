@@ -13,7 +13,7 @@ from conftest import ROOT, call, rows_of
 from multimax_fairseq import mappings
 
 SCRIPT = ROOT / "examples" / "retrieval" / "run.py"
-QUICK = ["--updates", 20, "--length", 12, "--test-lengths", "12,24", "--matches", 3, "--processes", 1]
+QUICK = ["--updates", 20, "--length", 12, "--test-lengths", "12,24", "--processes", 1]
 
 
 @pytest.fixture(scope="module")
@@ -26,10 +26,9 @@ def retrieval():
 
 def test_a_perfect_layer_has_no_error(retrieval):
     """The target is the mean of the values of the keys that match, which are as many as are said to."""
-    task = retrieval.Task(length=20, matches=4, dimensions=8, noise=0.6)
-    batch = task.draw(torch.Generator().manual_seed(0))
+    batch = retrieval.draw(torch.Generator().manual_seed(0), 20)
     count = batch.matches.sum(-1)
-    assert count.min() == 1 and count.max() == 4
+    assert count.min() == 1 and count.max() == 8
     uniform = batch.matches / count[:, None]
     torch.testing.assert_close(torch.einsum("bl,bld->bd", uniform, batch.values), batch.target)
     similarity = torch.einsum("bd,bld->bl", batch.query, batch.keys)
@@ -40,7 +39,7 @@ def test_a_perfect_layer_has_no_error(retrieval):
 
 
 def test_modulators_have_a_learning_rate_of_their_own(retrieval):
-    layer = retrieval.Layer("multimax:order=1:lr_scale=10", 4)
+    layer = retrieval.Layer("multimax:order=1:lr_scale=10")
     others, modulators = layer.parameter_groups()
     assert {id(p) for p in modulators["params"]} == {id(layer.mapping.thresholds), id(layer.mapping.gains)}
     assert modulators["lr"] == 10 * others["lr"] and len(others["params"]) == 5  # weights, biases and the scale
@@ -58,8 +57,8 @@ def test_a_mapping_of_the_users_own_may_have_a_number_per_head(retrieval, monkey
             return mappings.softmax(scores * (-self.log_temperature).exp())
 
     monkeypatch.setitem(mappings.MAPPINGS, "per_head", PerHead)
-    layer = retrieval.Layer("per_head", 4)
-    query, keys, values = torch.randn(3, 4), torch.randn(3, 7, 4), torch.randn(3, 7, 2)
+    layer = retrieval.Layer("per_head")
+    query, keys, values = torch.randn(3, 16), torch.randn(3, 7, 16), torch.randn(3, 7, 2)
     output, probabilities = layer(query, keys, values)
     assert layer.mapping.log_temperature.shape == (1, 1, 1)
     torch.testing.assert_close(probabilities, layer.scores(query, keys).softmax(-1))
@@ -90,8 +89,8 @@ def test_a_run_is_resumed_and_has_a_table_and_figures(retrieval, tmp_path, monke
     assert (tmp_path / "table.md").read_text() in second.stdout
     for name in ("errors", "modulators", "rows"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-    with pytest.raises(retrieval.tools.UserError, match="has results of another task or length"):
-        call(retrieval, *QUICK, "--noise", 0.3, "--out", tmp_path)
+    with pytest.raises(retrieval.tools.UserError, match="has results of other lengths or updates"):
+        call(retrieval, *QUICK, "--updates", 30, "--out", tmp_path)
 
 
 @pytest.mark.parametrize(("options", "message"), [
@@ -100,8 +99,7 @@ def test_a_run_is_resumed_and_has_a_table_and_figures(retrieval, tmp_path, monke
     (["--mappings", "multimax:order"], "options are written name=value"),
     (["--mappings", "softmax:scale=sqrt"], "there is no scale 'sqrt'; choose from"),
     (["--seeds", "0"], "argument --seeds: '0' is not a whole number above 0"),
-    (["--noise", "2"], "--noise takes a number in"),
-    (["--matches", "100"], "--matches 100: more than there are keys"),
+    (["--test-lengths", "64,7"], "--length and --test-lengths begin at 8, as so many keys may match"),
 ])  # fmt: skip
 def test_bad_input_is_refused_before_any_training(options, message, retrieval, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["run.py", *options, "--out", str(tmp_path / "new")])

@@ -123,5 +123,5 @@ def test_perl_prints_the_same(module, script, language):
         lines = [f"a{letter} {letter}b" for letter in letters]
     command = ["perl", f"{MOSES}/tokenizer/{script}.perl", *(["-l", language] if language else [])]
     text = "".join(f"{line}\n" for line in lines).encode()
-    expected = subprocess.run(command, input=text, capture_output=True, check=True).stdout.decode().split("\n")
-    assert [(line, ours(line), e) for line, e in zip(lines, expected) if ours(line) != e] == []
+    expected = subprocess.run(command, input=text, capture_output=True, check=True).stdout.decode().split("\n")[:-1]
+    assert [(line, ours(line), e) for line, e in zip(lines, expected, strict=True) if ours(line) != e] == []
