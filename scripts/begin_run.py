@@ -118,12 +118,10 @@ def copy(source: Path, target: Path) -> None:
 
 def check_settings(run: Path, asked: Any, there: dict[str, Any]) -> None:
     """Raise UserError if a run that is there has other settings than asked for, but for its length."""
-    pairs = [(settings_of(there), settings_of(asked)), (mapping_of(there["model"]), mapping_of(asked.model)),
-             ({"seed": there["common"]["seed"]}, {"seed": asked.common.seed})]
-    different = []
-    for old, new in pairs:
-        different += [f"{key}: there {old.get(key)}, asked for {new[key]}" for key in sorted(new)
-                      if old.get(key) != new[key] and key not in LENGTH and (key in old or key != "dictionary")]
+    old, new = ({**settings_of(cfg), **mapping_of(cfg["model"]), "seed": cfg["common"]["seed"]}
+                for cfg in (there, asked))
+    different = [f"{key}: there {old.get(key)}, asked for {new[key]}" for key in sorted(new)
+                 if old.get(key) != new[key] and key not in LENGTH and (key in old or key != "dictionary")]
     if different:
         raise UserError(f"{run} holds a run with other settings ({'; '.join(different)}): choose another folder")
 

@@ -38,7 +38,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # fairseq may not 
 from multimax_fairseq.tools import ArgumentParser, UserError, errors_in_a_line, positive  # noqa: E402
 
 MARKER = ".complete"
-WEB_PAGE = re.compile(rb"<!doctype html|<html", re.I)
 UNREADABLE = (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError)
 
 
@@ -47,14 +46,12 @@ class Recipe(NamedTuple):
 
     Attributes:
         options: of its own: name → default and help.
-        source: the option that names a local source: "archive", "from", or None.
         files: what is downloaded otherwise: name → SHA-256, or None; that of the text in a .gz.
         urls: where the files are; a file called NAME is at URL/NAME.
         folder: of $MULTIMAX_DATA, the source if there is none.
     """
 
     options: dict[str, tuple[Any, str]] = {}
-    source: str | None = None
     files: dict[str, str | None] = {}
     urls: tuple[str, ...] = ()
     folder: str | None = None
@@ -76,20 +73,17 @@ RECIPES = {
     "demo": Recipe({"seed": (1, "of the generator")}),
     "multi30k": Recipe(
         {"vocab-size": (6000, "SentencePiece pieces, joint for both languages")},
-        "from",
         MULTI30K,
         ("https://raw.githubusercontent.com/multi30k/dataset/master/data/task1/raw",),
         "multi30k",
     ),
     "iwslt14": Recipe(
         {"merges": (10000, "of joint BPE")},
-        "archive",
         {"de-en.tgz": None},  # fairseq publishes no checksum
         ("http://dl.fbaipublicfiles.com/fairseq/data/iwslt14",),
     ),
     "wikitext103": Recipe(
         {"corpus": (("wikitext-103", "wikitext-2"), "the large one, or its small sister")},
-        "archive",
         WIKITEXT,
         ("https://wikitext.smerity.com", "https://s3.amazonaws.com/research.metamind.io/wikitext"),
     ),
@@ -98,7 +92,6 @@ RECIPES = {
             "min-count": (0, "words seen fewer times in the training text become <unk>; WikiText has its own <unk>"),
             "max-vocab": (-1, "entries of the dictionary, for the most frequent words; -1: all"),
         },
-        "from",
         folder="brown",
     ),
 }
@@ -113,23 +106,21 @@ def parse_options(script: Path, arguments: tuple[str, ...]) -> tuple[str, argpar
     header = [line[2:] for line in script.read_text(encoding="utf-8").split("\n\n")[0].splitlines()[1:]]
     parser = ArgumentParser("\n".join(header), prog=script.name, allow_abbrev=False)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the result goes")
-    if recipe.source == "archive":
-        parser.add_argument("--archive", type=Path, metavar="FILE", help="what is published, instead of a download")
-    if recipe.source == "from":
-        parser.add_argument("--from", type=Path, metavar="DIR", dest="archive",
-                            help=f"a folder with the files (default: $MULTIMAX_DATA/{recipe.folder}, if it is there)")
+    parser.set_defaults(source=None, url=None)
+    sources = parser.add_mutually_exclusive_group()
+    usual = f" (default: $MULTIMAX_DATA/{recipe.folder}, if it is there)" if recipe.folder else ""
+    if recipe.urls or recipe.folder:
+        sources.add_argument("--from", "--archive", type=Path, metavar="PATH", dest="source",
+                             help=f"the files, in a folder, tar or zip{usual}")
     if recipe.urls:
-        where = "the archive's address, or several" if recipe.source == "archive" else "the folder's address"
-        parser.add_argument("--url", help=f"download from there: {where} (default: {' '.join(recipe.urls)})")
+        sources.add_argument("--url", help="download from there: the addresses of an archive, between blanks, or "
+                             f"that of a folder with several files (default: {' '.join(recipe.urls)})")
     for option, (default, text) in recipe.options.items():
         kind = {"choices": default} if isinstance(default, tuple) else {"type": positive, "metavar": "N"}
         first = default[0] if isinstance(default, tuple) else default
         parser.add_argument(f"--{option}", default=first, help=f"{text} (default: %(default)s)", **kind)
     parser.add_argument("--workers", type=positive, default=2, metavar="N", help="processes (default: 2)")
-    args = parser.parse_args(arguments)
-    if recipe.source and args.archive and getattr(args, "url", None):
-        parser.error(f"--{recipe.source} and --url exclude each other")
-    return name, args
+    return name, parser.parse_args(arguments)
 
 
 def run(file: str, *arguments: str) -> None:
@@ -142,22 +133,22 @@ def run(file: str, *arguments: str) -> None:
     name, args = parse_options(script, arguments)
     recipe, out = RECIPES[name], Path(os.path.realpath(args.out))
     need_commands(name)
-    source, addresses = args.archive if recipe.source else None, {}
+    source, addresses = args.source, {}
     settings = {"recipe": name, **{option: getattr(args, option.replace("-", "_")) for option in recipe.options}}
     usual = Path(os.environ.get("MULTIMAX_DATA") or "/nowhere", recipe.folder or "")
-    if recipe.folder and source is None and not getattr(args, "url", None) and usual.is_dir():
+    if recipe.folder and not source and not args.url and usual.is_dir():
         source = usual
     if source:
         source = source.resolve()
-        settings["source"] = digests(source, f"--{recipe.source}")
+        settings["source"] = digests(source)
     elif recipe.urls:
         settings["source"] = args.url or " ".join(recipe.urls)
         files = [f"{args.corpus}-v1.zip"] if name == "wikitext103" else recipe.files
-        whole = args.url and recipe.source == "archive"  # the address of the archive itself
+        whole = args.url and len(files) == 1  # the address of the archive itself
         addresses = {file: [url if whole else f"{url.rstrip('/')}/{file}" for url in settings["source"].split()]
                      for file in files}
-    elif recipe.source:
-        raise UserError(f"--{recipe.source} DIR is required; see --help")
+    elif recipe.folder:
+        raise UserError("--from PATH is required; see --help")
 
     if not is_prepared(out, settings):
         with partial_folder(out) as (build, lock):
@@ -202,14 +193,13 @@ def run_recipe(script: Path, build: Path, lock: int, variables: dict[str, str]) 
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-    log = build / "log"
-    if status == 1:  # one of our tools, which has said why
-        sys.exit(1)
+    log = build / "log"  # of fairseq-preprocess; all others say themselves what is wrong
+    if status and not log.exists():
+        sys.exit(status)
     if status:
-        lines = log.read_text(errors="replace").splitlines()[-15:] if log.exists() else []
-        print(*lines, sep="\n", file=sys.stderr)
+        print(*log.read_text(errors="replace").splitlines()[-15:], sep="\n", file=sys.stderr)
         raise UserError(f"{script.name} failed (exit status {status}): its last lines are above")
-    log.unlink(missing_ok=True)
+    log.unlink()
 
 
 # ---------------------------------------------------------------------- complete or absent
@@ -289,14 +279,12 @@ def sha256(path: Path, uncompressed: bool = False) -> str:
     return digest.hexdigest()
 
 
-def digests(source: Path, option: str) -> dict[str, str] | str:
+def digests(source: Path) -> dict[str, str] | str:
     """SHA-256 of an archive, or of each text of a folder by name."""
-    if option == "--from" and source.is_dir():
-        texts = (path for path in sorted(source.iterdir()) if re.search(r"\.(de|en|tokens)(\.gz)?$", path.name))
+    if source.is_dir():
+        texts = (path for path in sorted(source.iterdir()) if re.search(r"\.(de|en|tokens|xml)(\.gz)?$", path.name))
         return {path.name: sha256(path) for path in texts if path.is_file()}
-    if option == "--archive" and source.is_file():
-        return sha256(source)
-    raise UserError(f"{option} {source}: there is no such {'folder' if option == '--from' else 'file'}")
+    return sha256(source)
 
 
 def fetch(addresses: dict[str, list[str]], folder: Path, recipe: Recipe) -> Path:
@@ -310,7 +298,7 @@ def fetch(addresses: dict[str, list[str]], folder: Path, recipe: Recipe) -> Path
 
     pooch.get_logger().setLevel("WARNING")
     get = pooch.HTTPDownloader(progressbar=sys.stderr.isatty(), timeout=60)
-    instead = f"or use --{recipe.source} with a copy of yours"
+    instead = "or use --from with a copy of yours"
     for name, urls in addresses.items():
         known, is_gz = recipe.files[name], name.endswith(".gz")
         for url in urls:
@@ -324,11 +312,10 @@ def fetch(addresses: dict[str, list[str]], folder: Path, recipe: Recipe) -> Path
                 print(f"WARNING: could not download {url} ({type(error).__name__})", file=sys.stderr)
         else:
             raise UserError(f"could not download {name}: run it again, {instead}")
-        refuse_web_page(path, url)
         with readable(url):
             if is_gz and sha256(path, uncompressed=True) != known:
                 raise UserError(f"{url} is not the text that this script knows: choose another --url, {instead}")
-    return folder if recipe.source == "from" else path
+    return folder if len(addresses) > 1 else path
 
 
 # ---------------------------------------------------------------------- take: files of a source, checked
@@ -378,7 +365,6 @@ def opened(source: Path) -> Iterator[dict[str, Any]]:
         yield {path.name.removesuffix(".gz"):  # plain before .gz
                lambda path=path: gzip.open(path) if path.suffix == ".gz" else path.open("rb") for path in files}
         return
-    refuse_web_page(source, str(source))
     if zipfile.is_zipfile(source):
         with zipfile.ZipFile(source) as archive:
             yield {Path(info.filename).name: lambda info=info: archive.open(info)
@@ -393,15 +379,8 @@ def opened(source: Path) -> Iterator[dict[str, Any]]:
                for info in members if info.isfile()}
 
 
-def refuse_web_page(path: Path, name: str) -> None:
-    with path.open("rb") as file:
-        if WEB_PAGE.search(file.read(512)):
-            raise UserError(f"{name} is a web page: put a good copy in its place")
-
-
 def check_text(path: Path, name: str) -> None:
     """Raise UserError unless a file is UTF-8 text, and not empty."""
-    refuse_web_page(path, name)
     empty = True
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):

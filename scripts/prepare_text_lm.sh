@@ -22,4 +22,4 @@ scripts=$(cd "$(dirname "$0")" >/dev/null && pwd)
 
 fairseq-preprocess --only-source --trainpref text/train.tokens --validpref text/valid.tokens \
     --testpref text/test.tokens --destdir data-bin --workers "$WORKERS" \
-    --thresholdsrc "$MIN_COUNT" --nwordssrc "$MAX_VOCAB" >log 2>&1 || exit 3
+    --thresholdsrc "$MIN_COUNT" --nwordssrc "$MAX_VOCAB" >log 2>&1

@@ -131,7 +131,7 @@ def record(folder: Path) -> dict[str, Any]:
         "mapping": mapping,
         "settings": settings_of(cfg),
         "seed": tools.entry(cfg, best_path, "common", "seed"),
-        "parameters": sum(tensor.numel() for tensor in unique_storage(best["model"])),
+        "parameters": count_parameters(best["model"]),
     }
     del best  # one checkpoint at a time: they can be large
     last = tools.read_checkpoint(last_path)
@@ -146,12 +146,10 @@ def record(folder: Path) -> dict[str, Any]:
     }
 
 
-def unique_storage(state: dict[str, Tensor]) -> list[Tensor]:
-    """The parameters, shared ones (embeddings and output) counted once, without fairseq's own marks."""
-    by_storage = {
-        tensor.data_ptr(): tensor for name, tensor in state.items() if not name.endswith(("version", "_float_tensor"))
-    }
-    return list(by_storage.values())
+def count_parameters(state: dict[str, Tensor]) -> int:
+    """Shared ones (embeddings and output) count once, fairseq's own marks do not."""
+    parameters = (tensor for name, tensor in state.items() if not name.endswith(("version", "_float_tensor")))
+    return sum({tensor.data_ptr(): tensor.numel() for tensor in parameters}.values())
 
 
 def main() -> None:

@@ -59,9 +59,9 @@ def main() -> None:
                         help="scores are divided by length to the power X (default: %(default)s)")
     args = parser.parse_args()
     with errors_in_a_line():
-        for path in (*split_checkpoints(args.checkpoint), args.reference, *filter(None, [args.sentencepiece])):
-            if not path.is_file():
-                raise UserError(f"{path}: there is no such file")
+        split_checkpoints(args.checkpoint)
+        if args.sentencepiece and not args.sentencepiece.is_file():
+            raise UserError(f"{args.sentencepiece}: there is no such file")
         references, sentences = read_lines(args.reference), count_sentences(args.data_bin, args.split)
         if len(references) != sentences:
             raise UserError(f"{len(references)} lines in {args.reference} for the {sentences} sentences of "

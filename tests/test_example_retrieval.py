@@ -79,7 +79,7 @@ def test_the_table_has_ratios_to_softmax_of_the_same_seeds(retrieval):
 def test_a_run_is_resumed_and_has_a_table_and_figures(retrieval, tmp_path, monkeypatch):
     """In threads here, which have no numbers of threads of their own."""
     monkeypatch.setattr(retrieval.multiprocessing, "get_context", lambda kind: Namespace(Pool=ThreadPool))
-    rows = "softmax,multimax:order=1:lr_scale=10,entmax:alpha=learned,softmax:scale=log-length"
+    rows = "softmax,multimax:order=1:lr_scale=10,entmax:alpha=learned,softmax:scale=learned"
     call(retrieval, *QUICK, "--mappings", "softmax", "--seeds", 1, "--out", tmp_path)
     kept = json.loads((tmp_path / "results.json").read_text())
     second = call(retrieval, *QUICK, "--mappings", rows, "--seeds", "1,2", "--out", tmp_path)

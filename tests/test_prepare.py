@@ -320,7 +320,7 @@ def cut(path):
 # recipe, what is made in a folder (its options), what is said
 REFUSED = {
     "cut": ("iwslt14", lambda f: ["--archive", cut(make_iwslt14(f / "a.tgz"))], "is corrupt or cut short"),
-    "web page": ("iwslt14", lambda f: ["--archive", page(f / "a.tgz")], "is a web page"),
+    "web page": ("iwslt14", lambda f: ["--archive", page(f / "a.tgz")], "is corrupt or cut short"),
     "a file less": ("iwslt14", lambda f: ["--archive", make_iwslt14(f / "a.tgz", {"train.tags.de-en.en": None})],
                     "lacks train.tags.de-en.en (it has IWSLT14."),
     "link": ("iwslt14", lambda f: ["--archive", make_iwslt14(f / "a.tgz", {"train.tags.de-en.en": None}, extra=[
@@ -338,9 +338,9 @@ REFUSED = {
     "cut gz": ("multi30k", lambda f: ["--from", cut(make_multi30k(f / "m") / "train.de.gz").parent], "is corrupt"),
     "too many pieces": ("multi30k", lambda f: ["--from", make_multi30k(f / "m"), "--vocab-size", 90000],
                         "cannot learn 90000 pieces from this text"),
-    "no folder": ("text_lm", lambda f: ["--from", f / "nowhere"], "there is no such folder"),
-    "no source": ("text_lm", lambda f: [], "--from DIR is required"),
-    "both": ("iwslt14", lambda f: ["--archive", "a", "--url", "b"], "--archive and --url exclude each other"),
+    "no folder": ("text_lm", lambda f: ["--from", f / "nowhere"], "nowhere: No such file or directory"),
+    "no source": ("text_lm", lambda f: [], "--from PATH is required"),
+    "both": ("iwslt14", lambda f: ["--archive", "a", "--url", "b"], "--url: not allowed with argument --from"),
     "number": ("iwslt14", lambda f: ["--archive", "a", "--merges", "1e3"], "'1e3' is not a whole number"),
     "address": ("iwslt14", lambda f: ["--url", "b"], "b: "),
     "option": ("multi30k", lambda f: ["--vocab", "200"], "--vocab"),
@@ -409,7 +409,7 @@ def test_downloads(server, made, tmp_path):
 @pytest.mark.parametrize("recipe, name, content, message", [
     ("multi30k", "train.de.gz", gzip.compress(b"Ein Hund\n"), "is not the text that this script knows"),
     ("multi30k", "train.de.gz", gzip.compress(b"Ein Hund\n")[:-9], "is corrupt or cut short"),
-    ("multi30k", "train.de.gz", b"<html>Sign in to the network</html>", "is a web page"),
+    ("multi30k", "train.de.gz", b"<html>Sign in to the network</html>", "is corrupt or cut short"),
     ("wikitext103", "wikitext-103-v1.zip", b"PK", "SHA256 hash of downloaded file"),
 ])
 def test_an_unknown_download_is_refused(recipe, name, content, message, server, tmp_path):

@@ -255,6 +255,5 @@ def test_a_faulty_folder_is_an_error_that_names_it(fault, message, tmp_path):
 def test_an_empty_folder_and_wrong_options_are_errors_in_a_line(tmp_path):
     result = results_table(tmp_path, check=False)
     assert result.returncode == 1 and f"there is no run.json below {tmp_path}" in result.stderr
-    for options in (["--samples", "0"], ["--samples", "1000001"]):
-        result = results_table(tmp_path, *options, check=False)
-        assert result.returncode == 2 and re.fullmatch(r"ERROR: .*see --help.*\n", result.stderr)
+    result = results_table(tmp_path, "--samples", "0", check=False)
+    assert result.returncode == 2 and re.fullmatch(r"ERROR: .*see --help.*\n", result.stderr)

@@ -13,10 +13,10 @@ The values are normal, N(0, I_d). A good row of attention is multi-modal (all k 
 (nothing else has one). Softmax has to choose. Each layer is trained with one number of keys, and tested with others.
 
 --mappings takes names of mappings, each with options after colons: those of the mapping itself (order, init, terms of
-multimax; alpha of entmax), scale=learned or scale=log-length (--attention-scale), and lr_scale=10
-(--modulator-lr-scale). DIR/models has a file for each training; one that is there is not run again, so the command
-can be stopped and given again. DIR/results.json has a record for each of them and each test length; DIR/table.md and
-the figures are of the rows and seeds that are asked for.
+multimax; alpha of entmax), scale=learned (--attention-scale), and lr_scale=10 (--modulator-lr-scale). DIR/models has
+a file for each training; one that is there is not run again, so the command can be stopped and given again.
+DIR/results.json has a record for each of them and each test length; DIR/table.md and the figures are of the rows and
+seeds that are asked for.
 """
 
 import argparse
@@ -47,7 +47,6 @@ DIMENSIONS, PROJECTED = 16, 32  # numbers of a query or key, before and after th
 MATCHES, NOISE = 8, 0.6  # how many keys match at most, and how far they are off
 UPDATES, BATCH, LEARNING_RATE = 1_500, 128, 3e-3
 TEST_BATCHES = 16
-SCALES = {"none": 1.0, "learned": 1.0, "log-length": 1 / math.log(64)}  # --attention-scale, and where it starts
 DEFAULT_ROWS = (
     "softmax,softmax:scale=learned,sparsemax,entmax15,entmax:alpha=learned,evsoftmax,multimax:order=1,multimax:order=2,"
     "multimax:order=1:init=shaped:lr_scale=10,multimax:order=2:init=shaped:lr_scale=10"
@@ -77,10 +76,10 @@ class Layer(nn.Module):
         super().__init__()
         self.query, self.key = nn.Linear(DIMENSIONS, PROJECTED), nn.Linear(DIMENSIONS, PROJECTED)
         name, options = parse_row(row)
-        self.kind_of_scale, self.lr_scale = options.pop("scale", "none"), float(options.pop("lr_scale", 1))
-        if self.kind_of_scale not in SCALES:
-            raise ValueError(f"there is no scale {self.kind_of_scale!r}; choose from: {', '.join(SCALES)}")
-        self.scale = nn.Parameter(torch.tensor(SCALES[self.kind_of_scale]), self.kind_of_scale != "none")
+        scale, self.lr_scale = options.pop("scale", "none"), float(options.pop("lr_scale", 1))
+        if scale not in ("none", "learned"):
+            raise ValueError(f"there is no scale {scale!r}; choose from: none, learned")
+        self.scale = nn.Parameter(torch.ones(()), requires_grad=scale == "learned")
         if name in BUILT_IN:
             own = {option: int(value) if value.isdigit() else value for option, value in options.items()}
         else:
@@ -90,8 +89,7 @@ class Layer(nn.Module):
 
     def scores(self, query: Tensor, keys: Tensor) -> Tensor:
         """(batch, d) and (batch, length, d) → (batch, length)."""
-        scores = torch.einsum("bd,bld->bl", self.query(query), self.key(keys)) / math.sqrt(PROJECTED)
-        return scores * self.scale * (math.log(keys.size(1)) if self.kind_of_scale == "log-length" else 1)
+        return self.scale * torch.einsum("bd,bld->bl", self.query(query), self.key(keys)) / math.sqrt(PROJECTED)
 
     def forward(self, query: Tensor, keys: Tensor, values: Tensor) -> Tuple[Tensor, Tensor]:
         """The output, (batch, d), and the probabilities, (batch, length)."""
