@@ -47,13 +47,13 @@ class Recipe(NamedTuple):
     Attributes:
         options: of its own: name → default and help.
         files: what is downloaded otherwise: name → SHA-256, or None; that of the text in a .gz.
-        urls: where the files are; a file called NAME is at URL/NAME.
+        urls: where the files are, between blanks; a file called NAME is at URL/NAME.
         folder: of $MULTIMAX_DATA, the source if there is none.
     """
 
     options: dict[str, tuple[Any, str]] = {}
     files: dict[str, str | None] = {}
-    urls: tuple[str, ...] = ()
+    urls: str = ""
     folder: str | None = None
 
 
@@ -71,29 +71,14 @@ WIKITEXT = {
 }
 RECIPES = {
     "demo": Recipe({"seed": (1, "of the generator")}),
-    "multi30k": Recipe(
-        {"vocab-size": (6000, "SentencePiece pieces, joint for both languages")},
-        MULTI30K,
-        ("https://raw.githubusercontent.com/multi30k/dataset/master/data/task1/raw",),
-        "multi30k",
-    ),
-    "iwslt14": Recipe(
-        {"merges": (10000, "of joint BPE")},
-        {"de-en.tgz": None},  # fairseq publishes no checksum
-        ("http://dl.fbaipublicfiles.com/fairseq/data/iwslt14",),
-    ),
-    "wikitext103": Recipe(
-        {"corpus": (("wikitext-103", "wikitext-2"), "the large one, or its small sister")},
-        WIKITEXT,
-        ("https://wikitext.smerity.com", "https://s3.amazonaws.com/research.metamind.io/wikitext"),
-    ),
-    "text_lm": Recipe(
-        {
-            "min-count": (0, "words seen fewer times in the training text become <unk>; WikiText has its own <unk>"),
-            "max-vocab": (-1, "entries of the dictionary, for the most frequent words; -1: all"),
-        },
-        folder="brown",
-    ),
+    "multi30k": Recipe({"vocab-size": (6000, "SentencePiece pieces, joint for both languages")}, MULTI30K,
+                       "https://raw.githubusercontent.com/multi30k/dataset/master/data/task1/raw", "multi30k"),
+    "iwslt14": Recipe({"merges": (10000, "of joint BPE")}, {"de-en.tgz": None},  # fairseq publishes no checksum
+                      "http://dl.fbaipublicfiles.com/fairseq/data/iwslt14"),
+    "wikitext103": Recipe({"corpus": (("wikitext-103", "wikitext-2"), "the large one, or its small sister")}, WIKITEXT,
+                          "https://wikitext.smerity.com https://s3.amazonaws.com/research.metamind.io/wikitext"),
+    "text_lm": Recipe({"min-count": (0, "words seen fewer times in the training text become <unk>; WikiText has its "
+                                     "own <unk>")}, folder="brown"),
 }
 
 
@@ -114,7 +99,7 @@ def parse_options(script: Path, arguments: tuple[str, ...]) -> tuple[str, argpar
                              help=f"the files, in a folder, tar or zip{usual}")
     if recipe.urls:
         sources.add_argument("--url", help="download from there: the addresses of an archive, between blanks, or "
-                             f"that of a folder with several files (default: {' '.join(recipe.urls)})")
+                             f"that of a folder with several files (default: {recipe.urls})")
     for option, (default, text) in recipe.options.items():
         kind = {"choices": default} if isinstance(default, tuple) else {"type": positive, "metavar": "N"}
         first = default[0] if isinstance(default, tuple) else default
@@ -142,7 +127,7 @@ def run(file: str, *arguments: str) -> None:
         source = source.resolve()
         settings["source"] = digests(source)
     elif recipe.urls:
-        settings["source"] = args.url or " ".join(recipe.urls)
+        settings["source"] = args.url or recipe.urls
         files = [f"{args.corpus}-v1.zip"] if name == "wikitext103" else recipe.files
         whole = args.url and len(files) == 1  # the address of the archive itself
         addresses = {file: [url if whole else f"{url.rstrip('/')}/{file}" for url in settings["source"].split()]
@@ -255,9 +240,9 @@ def is_prepared(out: Path, settings: dict[str, Any]) -> bool:
         there, files = dict(made["settings"]), dict(made["files"])
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{out / MARKER} is damaged, so nobody knows what {out} holds: remove the folder") from None
-    different = [key for key in {**settings, **there} if settings.get(key) != there.get(key)]
+    different = [key for key in settings if settings[key] != there.get(key)]
     if different:
-        said = "; ".join(f"{key}: there {there.get(key)}, asked for {settings.get(key)}" for key in different)
+        said = "; ".join(f"{key}: there {there.get(key)}, asked for {settings[key]}" for key in different)
         raise UserError(f"{out} was prepared with other settings or another source ({said}): choose another --out, "
                         "or remove the folder")
     found = files_of(out)

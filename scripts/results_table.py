@@ -53,20 +53,14 @@ class Run:
 
     folder: Path
     content: dict[str, Any]
+    experiment: str
+    seed: int
     row: str = ""
-
-    @property
-    def experiment(self) -> str:
-        return self.content["experiment"]
 
     @property
     def setting(self) -> str:
         """All that makes a row, but for the seed."""
         return json.dumps([self.content["mapping"], self.content["settings"]], sort_keys=True)
-
-    @property
-    def seed(self) -> int:
-        return self.content["seed"]
 
     def lines(self, which: str, kind: str) -> list[str]:
         """The ``hypotheses`` or ``references`` of the score ``which``."""
@@ -134,7 +128,7 @@ def load_run(path: Path) -> Run:
         name_of_mapping(content["mapping"])
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is not, or no longer, a file of record_run.py ({error}): evaluate again") from error
-    run = Run(path.parent, content)
+    run = Run(path.parent, content, content["experiment"], content["seed"])
     for name, score in content["scores"].items():
         if "bleu" in score:
             check_bleu(run, name)

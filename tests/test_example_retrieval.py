@@ -13,7 +13,7 @@ from conftest import ROOT, call, rows_of
 from multimax_fairseq import mappings
 
 SCRIPT = ROOT / "examples" / "retrieval" / "run.py"
-QUICK = ["--updates", 20, "--length", 12, "--test-lengths", "12,24", "--processes", 1]
+QUICK = ["--updates", 20, "--test-lengths", "12,64", "--processes", 1]
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +89,7 @@ def test_a_run_is_resumed_and_has_a_table_and_figures(retrieval, tmp_path, monke
     assert (tmp_path / "table.md").read_text() in second.stdout
     for name in ("errors", "modulators", "rows"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-    with pytest.raises(retrieval.tools.UserError, match="has results of other lengths or updates"):
+    with pytest.raises(retrieval.tools.UserError, match="has results of another number of updates"):
         call(retrieval, *QUICK, "--updates", 30, "--out", tmp_path)
 
 
@@ -99,7 +99,7 @@ def test_a_run_is_resumed_and_has_a_table_and_figures(retrieval, tmp_path, monke
     (["--mappings", "multimax:order"], "options are written name=value"),
     (["--mappings", "softmax:scale=sqrt"], "there is no scale 'sqrt'; choose from"),
     (["--seeds", "0"], "argument --seeds: '0' is not a whole number above 0"),
-    (["--test-lengths", "64,7"], "--length and --test-lengths begin at 8, as so many keys may match"),
+    (["--test-lengths", "64,7"], "--test-lengths begin at 8, as so many keys may match"),
 ])  # fmt: skip
 def test_bad_input_is_refused_before_any_training(options, message, retrieval, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["run.py", *options, "--out", str(tmp_path / "new")])

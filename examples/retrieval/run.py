@@ -10,7 +10,7 @@ distractors; the layer is to return the mean of the k values::
     score_j = (W_q q + b_q) · (W_k key_j + b_k) / √32             output = Σ_j mapping(scores)_j value_j
 
 The values are normal, N(0, I_d). A good row of attention is multi-modal (all k matches have a share) and sparse
-(nothing else has one). Softmax has to choose. Each layer is trained with one number of keys, and tested with others.
+(nothing else has one). Softmax has to choose. Each layer is trained with 64 keys, and tested with other numbers.
 
 --mappings takes names of mappings, each with options after colons: those of the mapping itself (order, init, terms of
 multimax; alpha of entmax), scale=learned (--attention-scale), and lr_scale=10 (--modulator-lr-scale). DIR/models has
@@ -44,7 +44,7 @@ from multimax_fairseq.analysis import style  # noqa: E402
 from multimax_fairseq.mappings import BUILT_IN, MAPPINGS, arguments_of, build_mapping, parse_options  # noqa: E402
 
 DIMENSIONS, PROJECTED = 16, 32  # numbers of a query or key, before and after the projection
-MATCHES, NOISE = 8, 0.6  # how many keys match at most, and how far they are off
+LENGTH, MATCHES, NOISE = 64, 8, 0.6  # keys in training; how many match at most, and how far they are off
 UPDATES, BATCH, LEARNING_RATE = 1_500, 128, 3e-3
 TEST_BATCHES = 16
 DEFAULT_ROWS = (
@@ -113,7 +113,7 @@ class Batch(NamedTuple):
     target: Tensor
 
 
-def draw(generator: torch.Generator, length: int) -> Batch:
+def draw(generator: torch.Generator, length: int = LENGTH) -> Batch:
     """BATCH questions with ``length`` keys."""
     query = normalize(torch.randn(BATCH, DIMENSIONS, generator=generator), dim=-1)
     keys, values = torch.randn(2, BATCH, length, DIMENSIONS, generator=generator)
@@ -126,7 +126,7 @@ def draw(generator: torch.Generator, length: int) -> Batch:
     return Batch(query, keys, values, matches, target)
 
 
-def train(row: str, seed: int, length: int, updates: int) -> Layer:
+def train(row: str, seed: int, updates: int) -> Layer:
     """A layer, trained on its own stream of questions, which is the same for all rows of a seed."""
     torch.manual_seed(seed)
     layer = Layer(row)
@@ -134,7 +134,7 @@ def train(row: str, seed: int, length: int, updates: int) -> Layer:
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, updates)
     generator = torch.Generator().manual_seed(seed)
     for _ in range(updates):
-        batch = draw(generator, length)
+        batch = draw(generator)
         output, _ = layer(batch.query, batch.keys, batch.values)
         loss = (output - batch.target).square().mean()
         optimizer.zero_grad()
@@ -168,15 +168,11 @@ def model_file(out: Path, row: str, seed: int) -> Path:
     return out / "models" / f"{row}-seed{seed}.pt".replace(":", "-").replace("=", "_")
 
 
-def run(same: Dict[str, int], lengths: List[int], out: Path, job: Tuple[str, int]) -> None:
-    """Trains and tests a row with a seed; its file has the parameters and the records.
-
-    Args:
-        same: the length and the updates of all trainings.
-    """
+def run(updates: int, lengths: List[int], out: Path, job: Tuple[str, int]) -> None:
+    """Trains and tests a row with a seed; its file has the parameters and the records."""
     (row, seed), (mapping, options) = job, parse_row(job[0])
-    layer = train(row, seed, **same)
-    about = {"row": row, "mapping": mapping, "options": options, "seed": seed, **same}
+    layer = train(row, seed, updates)
+    about = {"row": row, "mapping": mapping, "options": options, "seed": seed, "updates": updates}
     records = [{**about, **test(layer, length)} for length in lengths]
     with tools.replacing(model_file(out, row, seed)) as file:
         torch.save({"layer": layer.state_dict(), "records": records}, file)
@@ -223,7 +219,7 @@ def label_of(row: str, width: int = 80) -> str:
     return textwrap.fill(row.translate(str.maketrans(":=_", "   ")), width)
 
 
-def draw_errors(results: List[Dict[str, Any]], rows: List[str], lengths: List[int], trained: int) -> Figure:
+def draw_errors(results: List[Dict[str, Any]], rows: List[str], lengths: List[int]) -> Figure:
     """The error over the number of keys, and over the number of matches among as many keys as in training."""
     figure = Figure(figsize=(style.TWO_COLUMNS, 3.2), layout="constrained")
     by_length, by_matches = figure.subplots(1, 2, sharey=True)
@@ -232,12 +228,12 @@ def draw_errors(results: List[Dict[str, Any]], rows: List[str], lengths: List[in
                 "linestyle": style.LINES[number % 8], "fillstyle": "full" if number < 8 else "none"}  # fmt: skip
         means = [of_seeds(results, row, length).mean() for length in lengths]
         by_length.plot(lengths, means, label=label_of(row), **look)
-        if trained in lengths:
-            by_matches.plot(range(1, MATCHES + 1), of_seeds(results, row, trained, "mse_by_matches").mean(0), **look)
+        if LENGTH in lengths:
+            by_matches.plot(range(1, MATCHES + 1), of_seeds(results, row, LENGTH, "mse_by_matches").mean(0), **look)
     by_length.set(xscale="log", yscale="log", xlabel="keys", ylabel="mean squared error")
     by_length.set_xticks(lengths, [str(length) for length in lengths], minor=False)
     by_length.minorticks_off()
-    by_matches.set(xlabel=f"matches among {trained} keys")
+    by_matches.set(xlabel=f"matches among {LENGTH} keys")
     figure.legend(loc="outside right center")
     return figure
 
@@ -249,10 +245,10 @@ def load(row: str, seed: int, out: Path) -> Layer:
 
 
 @torch.no_grad()
-def draw_modulators(rows: List[str], seed: int, length: int, out: Path) -> Figure:
+def draw_modulators(rows: List[str], seed: int, out: Path) -> Figure:
     """σ of each MultiMax over the histograms of the scores of matches and of distractors."""
     figure = Figure(figsize=(min(style.TWO_COLUMNS, 2.2 * len(rows) + 0.4), 2.5), layout="constrained")
-    batch = draw(torch.Generator().manual_seed(10_000), length)
+    batch = draw(torch.Generator().manual_seed(10_000))
     for axes, row in zip(figure.subplots(1, len(rows), squeeze=False)[0], rows):
         layer = load(row, seed, out)
         scores = layer.scores(batch.query, batch.keys)
@@ -272,9 +268,9 @@ def draw_modulators(rows: List[str], seed: int, length: int, out: Path) -> Figur
 
 
 @torch.no_grad()
-def draw_rows(rows: List[str], seed: int, length: int, out: Path) -> Figure:
+def draw_rows(rows: List[str], seed: int, out: Path) -> Figure:
     """The probabilities of one question by each mapping, matches first, the largest of each kind first."""
-    batch = draw(torch.Generator().manual_seed(10_001), length)
+    batch = draw(torch.Generator().manual_seed(10_001))
     question = int((batch.matches.sum(-1) - 5).abs().argmin())
     count = int(batch.matches[question].sum())
     columns = min(5, len(rows))
@@ -282,16 +278,16 @@ def draw_rows(rows: List[str], seed: int, length: int, out: Path) -> Figure:
     figure = Figure(figsize=(style.TWO_COLUMNS, 1.5 * lines + 0.3), layout="constrained")
     for axes, row in zip(figure.subplots(lines, columns, squeeze=False, sharey=True).flat, rows):
         probabilities = load(row, seed, out)(batch.query, batch.keys, batch.values)[1][question]
-        kinds = probabilities.split([count, length - count])
+        kinds = probabilities.split([count, LENGTH - count])
         matches, others = (kind.sort(descending=True).values for kind in kinds)
         axes.bar(range(count), matches, color=style.VERMILLION, width=1.0)
-        axes.bar(range(count, length), others, color=style.GREY, width=1.0)
+        axes.bar(range(count, LENGTH), others, color=style.GREY, width=1.0)
         axes.axhline(1 / count, color=style.BLACK, lw=0.6, ls=":")
         axes.set_title(label_of(row, 22), fontsize=6.5)
         axes.set_xticks([])
     for axes in figure.axes[len(rows) :]:
         axes.set_axis_off()
-    figure.supxlabel(f"{length} keys: {count} matches, then distractors (dotted: 1 / {count})", fontsize=8)
+    figure.supxlabel(f"{LENGTH} keys: {count} matches, then distractors (dotted: 1 / {count})", fontsize=8)
     figure.supylabel("probability", fontsize=8)
     return figure
 
@@ -308,15 +304,14 @@ def parse_arguments() -> argparse.Namespace:
     parser = tools.ArgumentParser(__doc__)
     parser.add_argument("--mappings", default=DEFAULT_ROWS, help="rows of the table (default: %(default)s)")
     parser.add_argument("--seeds", type=numbers, default="1,2,3,4,5", help="default: %(default)s")
-    parser.add_argument("--length", type=tools.positive, default=64, help="keys in training (default: %(default)s)")
     parser.add_argument("--test-lengths", type=numbers, default="64,256,1024", help="default: %(default)s")
     parser.add_argument("--updates", type=tools.positive, default=UPDATES, help="default: %(default)s")
     parser.add_argument("--processes", type=tools.positive, default=os.cpu_count(), help="default: as many as cores")
     parser.add_argument("--user-dir", type=Path, help="a folder with mappings of your own")
     parser.add_argument("--out", type=Path, required=True, help="folder for results.json, the table and the figures")
     arguments = parser.parse_args()
-    if min(arguments.length, *arguments.test_lengths) < MATCHES:
-        parser.error(f"--length and --test-lengths begin at {MATCHES}, as so many keys may match")
+    if min(arguments.test_lengths) < MATCHES:
+        parser.error(f"--test-lengths begin at {MATCHES}, as so many keys may match")
     arguments.rows = [row.strip() for row in arguments.mappings.split(",")]
     try:
         tools.import_user_dir(arguments.user_dir)
@@ -331,16 +326,15 @@ def main() -> None:
     arguments = parse_arguments()
     logging.getLogger().setLevel(logging.WARNING)  # importing fairseq sets it to DEBUG
     rows, lengths, out = arguments.rows, arguments.test_lengths, arguments.out
-    same = {"length": arguments.length, "updates": arguments.updates}
     (out / "models").mkdir(parents=True, exist_ok=True)
     jobs = []
     for job in ((row, seed) for seed in arguments.seeds for row in rows):
         records = load_records(model_file(out, *job))
-        if any(record[name] != value for record in records for name, value in same.items()):
-            raise tools.UserError(f"{out} has results of other lengths or updates: choose another --out")
+        if any(record["updates"] != arguments.updates for record in records):
+            raise tools.UserError(f"{out} has results of another number of updates: choose another --out")
         if not {record["test_length"] for record in records} >= set(lengths):
             jobs.append(job)
-    work = partial(run, same, lengths, out)
+    work = partial(run, arguments.updates, lengths, out)
     processes = max(min(arguments.processes, len(jobs)), 1)
     with multiprocessing.get_context("spawn").Pool(processes, begin, [arguments.user_dir]) as pool:
         for _ in tqdm(pool.imap_unordered(work, jobs), total=len(jobs), desc="trainings", disable=None):
@@ -352,12 +346,11 @@ def main() -> None:
     text = table(results, rows, lengths)
     (out / "table.md").write_text(text, encoding="utf-8")
     with matplotlib.rc_context(style.STYLE):
-        draw_errors(results, rows, lengths, arguments.length).savefig(out / "errors.png")
-        of_seed = arguments.seeds[0], arguments.length, out
-        draw_rows(rows, *of_seed).savefig(out / "rows.png")
+        draw_errors(results, rows, lengths).savefig(out / "errors.png")
+        draw_rows(rows, arguments.seeds[0], out).savefig(out / "rows.png")
         with_modulators = [row for row in rows if row.split(":")[0] == "multimax"]
         if with_modulators:
-            draw_modulators(with_modulators, *of_seed).savefig(out / "modulators.png")
+            draw_modulators(with_modulators, arguments.seeds[0], out).savefig(out / "modulators.png")
     print(f"{text}\nMean squared error ± standard deviation, {len(arguments.seeds)} seeds; in brackets the ratio to "
           f"softmax's, and the largest ratio in a seed. {out} has results.json and the figures.")  # fmt: skip
 
