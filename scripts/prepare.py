@@ -75,7 +75,7 @@ RECIPES = {
                        "https://raw.githubusercontent.com/multi30k/dataset/master/data/task1/raw", "multi30k"),
     "iwslt14": Recipe({"merges": (10000, "of joint BPE")}, {"de-en.tgz": None},  # fairseq publishes no checksum
                       "http://dl.fbaipublicfiles.com/fairseq/data/iwslt14"),
-    "wikitext103": Recipe({"corpus": (("wikitext-103", "wikitext-2"), "the large one, or its small sister")}, WIKITEXT,
+    "wikitext103": Recipe({"corpus": (("wikitext-103", "wikitext-2"), "the large one, or the small one")}, WIKITEXT,
                           "https://wikitext.smerity.com https://s3.amazonaws.com/research.metamind.io/wikitext"),
     "text_lm": Recipe({"min-count": (0, "words seen fewer times in the training text become <unk>; WikiText has its "
                                      "own <unk>")}, folder="brown"),
