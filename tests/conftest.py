@@ -81,9 +81,9 @@ def digest(folder):
 
 
 def load_script(name):
-    """A file of scripts/ or benchmarks/ as a module, by its name without .py; it finds the files beside it."""
-    path = next(ROOT / folder / f"{name}.py" for folder in ("scripts", "benchmarks")
-                if (ROOT / folder / f"{name}.py").is_file())
+    """A file of scripts/, benchmarks/ or examples/*/ as a module, by its name; it finds the files beside it."""
+    folders = ("scripts", "benchmarks", "examples/*")
+    path = next(path for folder in folders for path in ROOT.glob(f"{folder}/{name}.py"))
     if str(path.parent) not in sys.path:
         sys.path.append(str(path.parent))
     spec = importlib.util.spec_from_file_location(name, path)

@@ -1,37 +1,25 @@
 """examples/huggingface: transformers' models with a mapping of this package in their attention."""
 
 import copy
-import importlib.util
 import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import load_script
 
 # Beside a torch for CPUs PyPI's torchvision and torchaudio do not load; transformers can do without them.
 with pytest.MonkeyPatch.context() as patch:
     for name in ("torchvision", "torchaudio"):
         patch.setitem(sys.modules, name, None)
-    pytest.importorskip("transformers", minversion="5.0", reason="needs transformers 5: pip install transformers")
-    from transformers import (
-        BertConfig,
-        BertForMaskedLM,
-        GPT2Config,
-        GPT2LMHeadModel,
-        LlamaConfig,
-        LlamaForCausalLM,
-    )  # fmt: skip
-
-spec = importlib.util.spec_from_file_location("mapped", ROOT / "examples" / "huggingface" / "mapped.py")
-example = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(example)
+    hf = pytest.importorskip("transformers", minversion="5.0", reason="needs transformers 5")
+    example = load_script("mapped")
 
 SIZES = {"vocab_size": 50, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 32, **SIZES}
 MODELS = {
-    "gpt2": (GPT2LMHeadModel, GPT2Config(n_embd=32, n_layer=2, n_head=2, n_positions=32, **SIZES)),
-    "bert": (BertForMaskedLM, BertConfig(**SMALL)),
-    "llama": (LlamaForCausalLM, LlamaConfig(num_key_value_heads=2, **SMALL)),  # its heads share keys
+    "gpt2": (hf.GPT2LMHeadModel, hf.GPT2Config(n_embd=32, n_layer=2, n_head=2, n_positions=32, **SIZES)),
+    "bert": (hf.BertForMaskedLM, hf.BertConfig(**SMALL)),
+    "llama": (hf.LlamaForCausalLM, hf.LlamaConfig(num_key_value_heads=2, **SMALL)),  # its heads share keys
 }
 TOKENS = torch.randint(1, 50, (3, 20), generator=torch.Generator().manual_seed(1))
 PRESENT = (torch.arange(20) >= torch.tensor([[0], [3], [9]])).long()  # padding stands on the left
@@ -91,12 +79,11 @@ def test_it_trains_hides_padding_and_is_saved(stock, mapping, tmp_path):
     model.eval()
     logits = model(TOKENS, attention_mask=PRESENT).logits
     others = TOKENS.where(PRESENT.bool(), 49 - TOKENS % 7)
-    torch.testing.assert_close(
-        model(others, attention_mask=PRESENT).logits[PRESENT.bool()], logits[PRESENT.bool()], atol=0, rtol=0
-    )
+    found = model(others, attention_mask=PRESENT).logits
+    assert torch.equal(found[PRESENT.bool()], logits[PRESENT.bool()])
     model.save_pretrained(tmp_path)
     loaded = example.mapped(type(stock)).from_pretrained(tmp_path).eval()
-    torch.testing.assert_close(loaded(TOKENS, attention_mask=PRESENT).logits, logits, atol=0, rtol=0)
+    assert torch.equal(loaded(TOKENS, attention_mask=PRESENT).logits, logits)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])

@@ -1,27 +1,21 @@
 """examples/retrieval/run.py: the task, the table and the figures, through the command."""
 
-import importlib.util
 import json
-import sys
 from argparse import Namespace
 from multiprocessing.pool import ThreadPool
 
 import pytest
 import torch
-from conftest import ROOT, call, rows_of
+from conftest import call, load_script, rows_of
 
 from multimax_fairseq import mappings
 
-SCRIPT = ROOT / "examples" / "retrieval" / "run.py"
 QUICK = ["--updates", 20, "--test-lengths", "12,64", "--processes", 1]
 
 
 @pytest.fixture(scope="module")
 def retrieval():
-    spec = importlib.util.spec_from_file_location("retrieval", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("run")
 
 
 def test_a_perfect_layer_has_no_error(retrieval):
@@ -45,17 +39,17 @@ def test_modulators_have_a_learning_rate_of_their_own(retrieval):
     assert modulators["lr"] == 10 * others["lr"] and len(others["params"]) == 5  # weights, biases and the scale
 
 
+class PerHead(torch.nn.Module):
+    def __init__(self, num_heads: int = 4):
+        super().__init__()
+        self.log_temperature = torch.nn.Parameter(torch.zeros(num_heads, 1, 1))
+
+    def forward(self, scores):
+        return mappings.softmax(scores * (-self.log_temperature).exp())
+
+
 def test_a_mapping_of_the_users_own_may_have_a_number_per_head(retrieval, monkeypatch):
     """As the command in docs/own-mapping.md says, with a module for scores of attention."""
-
-    class PerHead(torch.nn.Module):
-        def __init__(self, num_heads: int = 4):
-            super().__init__()
-            self.log_temperature = torch.nn.Parameter(torch.zeros(num_heads, 1, 1))
-
-        def forward(self, scores):
-            return mappings.softmax(scores * (-self.log_temperature).exp())
-
     monkeypatch.setitem(mappings.MAPPINGS, "per_head", PerHead)
     layer = retrieval.Layer("per_head")
     query, keys, values = torch.randn(3, 16), torch.randn(3, 7, 16), torch.randn(3, 7, 2)
@@ -101,9 +95,7 @@ def test_a_run_is_resumed_and_has_a_table_and_figures(retrieval, tmp_path, monke
     (["--seeds", "0"], "argument --seeds: '0' is not a whole number above 0"),
     (["--test-lengths", "64,7"], "--test-lengths begin at 8, as so many keys may match"),
 ])  # fmt: skip
-def test_bad_input_is_refused_before_any_training(options, message, retrieval, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["run.py", *options, "--out", str(tmp_path / "new")])
-    with pytest.raises(SystemExit) as stop:
-        retrieval.main()
-    assert stop.value.code == 2 and message in capsys.readouterr().err
+def test_bad_input_is_refused_before_any_training(options, message, retrieval, tmp_path):
+    refused = call(retrieval, *options, "--out", tmp_path / "new", check=False)
+    assert refused.returncode == 2 and message in refused.stderr
     assert not (tmp_path / "new").exists()

@@ -241,7 +241,6 @@ def of_hypotheses(content):
     (of_record(lambda _, best: best.pop("bleu")), "(perplexity is None)"),
     (of_record(lambda record, _: record.pop("seed")), "(seed is None)"),
     (of_record(lambda record, _: record["mapping"].clear()), "('attention_mapping')"),
-    (of_record(lambda record, _: record["validation"].update(ppl=float("inf"))), "(there is Infinity in it)"),
 ])
 def test_a_faulty_folder_is_an_error_that_names_it(fault, message, tmp_path):
     write_run(tmp_path / "softmax", hypotheses=translations(0.1, 1), attention_mapping="softmax")
