@@ -110,7 +110,7 @@ def test_softmax_is_stock_timm_to_the_last_bit(vit):
 @pytest.mark.slow
 def test_digits_from_training_to_the_table(vit, tmp_path, capsys):
     """Every mapping trains; what is there is not trained again."""
-    train, options = load_script("train"), ["--epochs", 1, "--out", tmp_path]
+    train, options = load_script("train"), ["--epochs", 3, "--out", tmp_path]
     rows = rows_of(call(train, *options).stdout)
     assert list(rows)[0] == "attention" and len(rows) == 7
     assert all(float(cells[1]) > 20 for name, cells in rows.items() if name != "attention")  # chance is 10 %

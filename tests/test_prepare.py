@@ -29,8 +29,8 @@ from multimax_fairseq.tools import UserError
 
 SPLITS = {"train": "train", "valid": "val", "test": "test_2016_flickr"}  # fairseq's names, and Multi30k's
 TEST_SETS = ("TED.dev2010", "TEDX.dev2012", "TED.tst2010", "TED.tst2011", "TED.tst2012")
-WORDS = {  # umlauts, quotes, no-break and double spaces, as the real text has them
-    "de": "Ein Mädchen Hund läuft über große Straße „Halt“ – grün, rot. Nummer\xa028 am  Strand",
+WORDS = {  # umlauts, quotes, other white space, as the real text has them
+    "de": "Ein Mädchen Hund läuft über große Straße „Halt“ – grün, rot. Nummer\xa028\x85am  Strand",
     "en": 'A girl dog runs across wide street "Stop" and - green, red. number 28 at the beach',
 }
 

@@ -5,7 +5,7 @@ from unittest.mock import ANY
 
 import pytest
 import torch
-from conftest import PLUGIN, load_script, parse
+from conftest import PLUGIN, load_script, parse, save_checkpoint
 
 from multimax_fairseq.tools import UserError
 
@@ -60,8 +60,13 @@ def test_hardware_names_no_machine():
     assert platform.node() not in text.split() and "cores" in text
 
 
-def test_a_run_without_scores_has_no_record(tmp_path):
-    for name in ("checkpoint_best.pt", "checkpoint_last.pt"):
-        torch.save({"model": {"a": torch.ones(1)}, "cfg": {"model": {"arch": "transformer"}}}, tmp_path / name)
+def test_validation_is_of_the_best_checkpoint_and_length_of_the_last(build, tmp_path):
+    best = save_checkpoint(build("multimax_transformer"), tmp_path / "checkpoint_best.pt")
+    state = torch.load(best, weights_only=False)
+    state["optimizer_history"][-1]["num_updates"] = 7
+    torch.save(state, tmp_path / "checkpoint_last.pt")
     with pytest.raises(UserError, match="has no scores"):
         record_run.record(tmp_path)
+    (tmp_path / "test.context-0.eval").write_text(EVAL.format(loss="4.9", perplexity="30.00"))
+    found = record_run.record(tmp_path)
+    assert (found["validation"]["updates"], found["updates"]) == (1, 7)

@@ -176,6 +176,7 @@ def test_the_record_says_what_the_run_was(done, made_up):
         assert bleu.score == pytest.approx(score["bleu"], abs=0.005) and "case:lc" in score["signature"]
         assert not re.search(r"@@|&\w+;| [,.]", hypotheses)
     assert list(record["scores"]) == ["best", "average"]
+    assert load_script("average_checkpoints").last_epochs(folder, 1) == [folder / "checkpoint2.pt"]
     log = (folder / "train.log").read_text()
     logged = re.findall(r"valid on 'valid' subset \| loss (\S+) .* ppl (\S+) \| bleu (\S+) .* num_updates (\d+)", log)
     loss, ppl, bleu, updates = max(logged[::-1], key=lambda line: float(line[2]))  # the last of the best by BLEU
