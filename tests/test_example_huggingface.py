@@ -11,15 +11,17 @@ from conftest import load_script
 with pytest.MonkeyPatch.context() as patch:
     for name in ("torchvision", "torchaudio"):
         patch.setitem(sys.modules, name, None)
-    hf = pytest.importorskip("transformers", minversion="5.0", reason="needs transformers 5")
-    example = load_script("mapped")
+    pytest.importorskip("transformers", minversion="5.0", reason="needs transformers 5: pip install transformers")
+    from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+example = load_script("mapped")
 
 SIZES = {"vocab_size": 50, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 32, **SIZES}
 MODELS = {
-    "gpt2": (hf.GPT2LMHeadModel, hf.GPT2Config(n_embd=32, n_layer=2, n_head=2, n_positions=32, **SIZES)),
-    "bert": (hf.BertForMaskedLM, hf.BertConfig(**SMALL)),
-    "llama": (hf.LlamaForCausalLM, hf.LlamaConfig(num_key_value_heads=2, **SMALL)),  # its heads share keys
+    "gpt2": (GPT2LMHeadModel, GPT2Config(n_embd=32, n_layer=2, n_head=2, n_positions=32, **SIZES)),
+    "bert": (BertForMaskedLM, BertConfig(**SMALL)),
+    "llama": (LlamaForCausalLM, LlamaConfig(num_key_value_heads=2, **SMALL)),  # its heads share keys
 }
 TOKENS = torch.randint(1, 50, (3, 20), generator=torch.Generator().manual_seed(1))
 PRESENT = (torch.arange(20) >= torch.tensor([[0], [3], [9]])).long()  # padding stands on the left

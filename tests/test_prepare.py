@@ -16,7 +16,7 @@ import tarfile
 import threading
 import time
 import zipfile
-from functools import partial
+from functools import cache, partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -146,14 +146,12 @@ def lines_of(path):
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """made(recipe) → its options, result and output of one run."""
-    done = {}
 
+    @cache
     def once(recipe):
-        if recipe not in done:
-            folder = tmp_path_factory.mktemp(recipe)
-            arguments = make(recipe, folder)
-            done[recipe] = arguments, folder / "out", prepare(recipe, *arguments, "--out", folder / "out")
-        return done[recipe]
+        folder = tmp_path_factory.mktemp(recipe)
+        arguments = make(recipe, folder)
+        return arguments, folder / "out", prepare(recipe, *arguments, "--out", folder / "out")
 
     return once
 
