@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import torch
-from settings import LENGTH, mapping_of, settings_of
+from settings import LENGTH, UPDATES, mapping_of, settings_of
 
 from multimax_fairseq.models.options import MappingChoice  # imports fairseq quietly
 from multimax_fairseq.tools import UserError, entry, errors_in_a_line, read_checkpoint, replacing
@@ -59,6 +59,10 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, Any]:
     precision = [name for name in ("fp16", "bf16", "amp") if cfg.common[name]]
     if precision and not (torch.cuda.is_available() or cfg.common.cpu):
         raise UserError(f"--{precision[0]} needs a GPU, and torch sees none: without it the CPU trains")
+    updates, warmup = cfg.optimization.max_update, getattr(cfg.lr_scheduler, "warmup_updates", 0)
+    if 0 < updates < warmup:
+        print(f"WARNING: the learning rate still rises at the end: {updates} updates of {warmup} that warm up",
+              file=sys.stderr)
     return args, cfg
 
 
@@ -83,9 +87,8 @@ def mend(run: Path) -> tuple[Progress, dict[str, Any]] | None:
         try:
             state = read_checkpoint(path)
             extra = entry(state, path, "extra_state")
-            updates = entry(state, path, "optimizer_history", -1, "num_updates")
-            epoch = entry(extra, path, "train_iterator", "epoch")
-            progress = Progress(updates, epoch, extra.get("val_loss"), extra.get("best"))
+            progress = Progress(entry(state, path, *UPDATES), entry(extra, path, "train_iterator", "epoch"),
+                                extra.get("val_loss"), extra.get("best"))
             whole[path] = progress, entry(state, path, "cfg")
         except UserError as problem:
             wrong[path] = problem
@@ -115,12 +118,10 @@ def copy(source: Path, target: Path) -> None:
 
 def check_settings(run: Path, asked: Any, there: dict[str, Any]) -> None:
     """Raise UserError if a run that is there has other settings than asked for, but for its length."""
-    pairs = [(settings_of(there), settings_of(asked)), (mapping_of(there["model"]), mapping_of(asked.model)),
-             ({"seed": there["common"]["seed"]}, {"seed": asked.common.seed})]
-    different = []
-    for old, new in pairs:
-        different += [f"{key}: there {old.get(key)}, asked for {new[key]}" for key in sorted(new)
-                      if old.get(key) != new[key] and key not in LENGTH and (key in old or key != "dictionary")]
+    old, new = ({**settings_of(cfg), **mapping_of(cfg["model"]), "seed": cfg["common"]["seed"]}
+                for cfg in (there, asked))
+    different = [f"{key}: there {old.get(key)}, asked for {new[key]}" for key in sorted(new)
+                 if old.get(key) != new[key] and key not in LENGTH and (key in old or key != "dictionary")]
     if different:
         raise UserError(f"{run} holds a run with other settings ({'; '.join(different)}): choose another folder")
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Dict
 
 import torch
-from fairseq import utils
 from fairseq.models import BaseFairseqModel
 from torch import Tensor
 
@@ -24,7 +23,7 @@ MAX_TOKENS = 600  # in a batch
 
 def log_softmax(logits: Tensor) -> Tensor:
     """In fp32, as in fairseq; in fp64 for fp64 logits."""
-    return logits.log_softmax(-1) if logits.dtype == torch.float64 else utils.log_softmax(logits, dim=-1)
+    return logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
 
 
 @torch.no_grad()

@@ -12,10 +12,13 @@ def split_checkpoints(names: str) -> list[Path]:
     """The files of an ensemble, joined by ':'.
 
     Raises:
-        UserError: one has no name.
+        UserError: one has no name, or is not there.
     """
     if not all(names.split(":")):
         raise UserError(f"--checkpoint {names!r} has an empty name")
+    for path in map(Path, names.split(":")):
+        if not path.is_file():
+            raise UserError(f"{path}: there is no such file")
     return list(map(Path, names.split(":")))
 
 

@@ -14,24 +14,14 @@ suitable() {
         "$1" -c 'import ensurepip, sys, venv; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null
 }
 
-find_python() {
-    local candidate
-    for candidate in ${PYTHON_FOR_VENV:+"$PYTHON_FOR_VENV"} python3 python python3.12 python3.11 python3.10; do
-        if suitable "$candidate"; then
-            echo "$candidate"
-            return
-        fi
-    done
-    die "this needs Python 3.10, 3.11 or 3.12 with the venv module: install one, or name it:" \
-        "PYTHON_FOR_VENV=/path/to/python"
-}
-
 use_environment() {
     local root=$1 extra=${2:-} target python wanted stamp
     target=.${extra:+[$extra]}
     if [[ -z ${VIRTUAL_ENV:-}${CONDA_PREFIX:-} ]]; then
         if [[ ! -f $root/.venv/bin/activate ]]; then
-            python=$(find_python)
+            for python in python3 python python3.12 python3.11 python3.10; do ! suitable "$python" || break; done
+            suitable "$python" || die "this needs Python 3.10, 3.11 or 3.12 with the venv module: install one," \
+                "or activate an environment that has it"
             echo "making the virtual environment .venv with $("$python" --version)"
             "$python" -m venv "$root/.venv"
         fi

@@ -13,18 +13,19 @@ learn joint BPE on the others, both languages together.
 
 from __future__ import annotations
 
-import argparse
 import re
-import sys
 from collections.abc import Callable, Iterable, Iterator
-from itertools import chain, zip_longest
+from itertools import chain
 from pathlib import Path
 
 import regex
 import sacremoses
 from subword_nmt.apply_bpe import BPE
 from subword_nmt.learn_bpe import learn_bpe
+from texts import read_lines
 from tqdm import tqdm
+
+from multimax_fairseq.tools import ArgumentParser, UserError, errors_in_a_line, positive
 
 LANGUAGES = ("de", "en")
 SPLITS = ("train", "valid", "test")
@@ -100,60 +101,43 @@ def is_clean(german: str, english: str) -> bool:
 # ---------------------------------------------------------------------- the published files
 
 
-def read_lines(path: Path) -> Iterator[str]:
-    """The lines of a file, which end only at "\\n"."""
-    with path.open(encoding="utf-8", newline="\n") as file:
-        for line in file:
-            yield line.removesuffix("\n")
-
-
-def training_sentences(path: Path) -> Iterator[str]:
+def training_sentences(lines: Iterable[str]) -> Iterator[str]:
     """The text of train.tags.de-en.*: sentences, titles and descriptions."""
-    for line in read_lines(path):
-        if not any(tag in line for tag in LINES_WITHOUT_TEXT):
-            yield TAGS_AROUND_TEXT.sub("", line)
+    return (TAGS_AROUND_TEXT.sub("", line) for line in lines if not any(tag in line for tag in LINES_WITHOUT_TEXT))
 
 
-def segments(path: Path) -> Iterator[str]:
+def segments(lines: Iterable[str]) -> Iterator[str]:
     """The sentences of a test set's XML, with straight apostrophes for curly ones."""
-    for line in read_lines(path):
-        if "<seg id" in line:
-            yield SEGMENT_TAGS.sub("", line).replace("’", "'")
+    return (SEGMENT_TAGS.sub("", line).replace("’", "'") for line in lines if "<seg id" in line)
 
 
-def in_pairs(german: Iterable[str], english: Iterable[str], names: str) -> Iterator[tuple[str, str]]:
-    """Zip two texts of the same length.
+def published_pairs(source: Path, name: str, sentences: Callable) -> Iterator[tuple[str, str]]:
+    """German and English of what ``sentences`` finds in the lines of a pair of files.
 
     Raises:
-        ValueError: one side has more sentences.
+        UserError: one language has more of them.
     """
-    for number, (left, right) in enumerate(zip_longest(german, english)):
-        if left is None or right is None:
-            longer = "German" if right is None else "English"
-            raise ValueError(f"{names}: more sentences in {longer} than the other language's {number}")
-        yield left, right
+    paths = [source / name.format(language) for language in LANGUAGES]
+    german, english = (list(sentences(read_lines(path))) for path in paths)
+    if len(german) != len(english):
+        raise UserError(f"{name.format('*')}: {len(german)} sentences of German and {len(english)} of English")
+    return zip(german, english)
 
 
 # ---------------------------------------------------------------------- prepare
 
 
 def all_pairs(source: Path) -> Iterator[tuple[str, tuple[str, str], tuple[str, str]]]:
-    """The split, the two sentences as published, and their tokens, of each pair that is kept.
-
-    Raises:
-        ValueError: the two languages do not match.
-    """
+    """The split, the two sentences as published, and their tokens, of each pair that is kept."""
     german, english = (MosesTokenizer(language) for language in LANGUAGES)
-    paths = (source / f"train.tags.de-en.{language}" for language in LANGUAGES)
     kept = 0
-    for raw in in_pairs(*map(training_sentences, paths), "train.tags.de-en"):
+    for raw in published_pairs(source, "train.tags.de-en.{}", training_sentences):
         tokens = german(raw[0]).strip(), english(raw[1]).strip()
         if is_clean(*tokens):
             kept += 1
             yield "train" if kept % EVERY_NTH_IS_VALID else "valid", raw, tokens
     for name in TEST_SETS:
-        paths = (source / f"IWSLT14.{name}.de-en.{language}.xml" for language in LANGUAGES)
-        for raw in in_pairs(*map(segments, paths), f"IWSLT14.{name}.de-en"):
+        for raw in published_pairs(source, f"IWSLT14.{name}.de-en.{{}}.xml", segments):
             yield "test", raw, (german(raw[0]), english(raw[1]))
 
 
@@ -161,13 +145,13 @@ def learn_codes(lines: Iterable[str], codes: Path, merges: int) -> BPE:
     """Learn joint BPE, at most `merges` merges, and write it to `codes`.
 
     Raises:
-        ValueError: there is nothing to merge.
+        UserError: there is nothing to merge.
     """
     with codes.open("w", encoding="utf-8", newline="\n") as file:
         try:
             learn_bpe(lines, file, merges)
         except ValueError as error:  # the maximum of an empty sequence
-            raise ValueError(f"no training text is left to learn subword units from ({error})") from error
+            raise UserError(f"no training text is left to learn subword units from ({error})") from error
     return load_codes(codes)
 
 
@@ -209,15 +193,13 @@ def decoder(language: str) -> Callable[[str], str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(__doc__)
     parser.add_argument("--from", dest="source", type=Path, required=True, help="folder with the published files")
     parser.add_argument("--out", type=Path, required=True, help="a folder that is there already")
-    parser.add_argument("--merges", type=int, default=10000, help="of BPE (default: %(default)s)")
+    parser.add_argument("--merges", type=positive, default=10000, help="of BPE (default: %(default)s)")
     args = parser.parse_args()
-    try:
+    with errors_in_a_line():
         prepare(args.source, args.out, args.merges)
-    except (OSError, ValueError) as error:  # no file or a full disk; not UTF-8 or unequal languages
-        sys.exit(f"ERROR: {error}")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
 #!/usr/bin/env python
 """What the recipes prepare_*.sh need beside fairseq-preprocess.
 
-    python scripts/prepare.py run prepare_NAME.sh OPTION …   # each recipe begins with it
-    python scripts/prepare.py take SOURCE TARGET=NAME …      # files of a folder, tar or zip, checked
-    python scripts/prepare.py pairs text/train … --published 29000 …
-    python scripts/prepare.py tokens data-bin --published 103227021 … --types 267744
+    python scripts/prepare.py run prepare_NAME.sh OPTION …         # each recipe begins with it
+    python scripts/prepare.py take SOURCE TARGET=NAME …            # files of a folder, tar or zip, checked
+    python scripts/prepare.py pairs text/train=29000 …             # beside what is published
+    python scripts/prepare.py tokens data-bin train=103227021 … types=267744
 
 `run` finds or downloads the source, then runs the recipe in the folder OUT.partial, which becomes OUT in one rename:
-so OUT is complete or absent, whatever kills it. OUT/.complete has the settings and the files that were made; any
-other file is the user's, and never deleted. The recipe finds its options in its environment: $SOURCE, $WORKERS, …
+so OUT is complete or absent, whatever kills it. What is in OUT is never changed or deleted; OUT/.complete has the
+settings and the files that were made. The recipe finds its options in its environment: $SOURCE, $WORKERS, …
 """
 
 from __future__ import annotations
@@ -37,9 +37,7 @@ from typing import Any, NamedTuple, NoReturn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # fairseq may not be installed yet: this says so
 from multimax_fairseq.tools import ArgumentParser, UserError, errors_in_a_line, positive  # noqa: E402
 
-SPLITS = ("train", "valid", "test")
 MARKER = ".complete"
-WEB_PAGE = re.compile(rb"<!doctype html|<html", re.I)
 UNREADABLE = (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError)
 
 
@@ -48,16 +46,14 @@ class Recipe(NamedTuple):
 
     Attributes:
         options: of its own: name → default and help.
-        source: the option that names a local source: "archive", "from", or None.
         files: what is downloaded otherwise: name → SHA-256, or None; that of the text in a .gz.
-        urls: where the files are; a file called NAME is at URL/NAME.
+        urls: where the files are, between blanks; a file called NAME is at URL/NAME.
         folder: of $MULTIMAX_DATA, the source if there is none.
     """
 
     options: dict[str, tuple[Any, str]] = {}
-    source: str | None = None
     files: dict[str, str | None] = {}
-    urls: tuple[str, ...] = ()
+    urls: str = ""
     folder: str | None = None
 
 
@@ -75,100 +71,82 @@ WIKITEXT = {
 }
 RECIPES = {
     "demo": Recipe({"seed": (1, "of the generator")}),
-    "multi30k": Recipe(
-        {"vocab-size": (6000, "SentencePiece pieces, joint for both languages")},
-        "from",
-        MULTI30K,
-        ("https://raw.githubusercontent.com/multi30k/dataset/master/data/task1/raw",),
-        "multi30k",
-    ),
-    "iwslt14": Recipe(
-        {"merges": (10000, "of joint BPE")},
-        "archive",
-        {"de-en.tgz": None},  # fairseq publishes no checksum
-        ("http://dl.fbaipublicfiles.com/fairseq/data/iwslt14",),
-    ),
-    "wikitext103": Recipe(
-        {"corpus": (("wikitext-103", "wikitext-2"), "the large one, or its small sister")},
-        "archive",
-        WIKITEXT,
-        ("https://wikitext.smerity.com", "https://s3.amazonaws.com/research.metamind.io/wikitext"),
-    ),
-    "text_lm": Recipe(
-        {
-            "min-count": (0, "words seen fewer times in the training text become <unk>; WikiText has its own <unk>"),
-            "max-vocab": (-1, "entries of the dictionary, for the most frequent words; -1: all"),
-        },
-        "from",
-        folder="brown",
-    ),
+    "multi30k": Recipe({"vocab-size": (6000, "SentencePiece pieces, joint for both languages")}, MULTI30K,
+                       "https://raw.githubusercontent.com/multi30k/dataset/master/data/task1/raw", "multi30k"),
+    "iwslt14": Recipe({"merges": (10000, "of joint BPE")}, {"de-en.tgz": None},  # fairseq publishes no checksum
+                      "http://dl.fbaipublicfiles.com/fairseq/data/iwslt14"),
+    "wikitext103": Recipe({"corpus": (("wikitext-103", "wikitext-2"), "the large one, or the small one")}, WIKITEXT,
+                          "https://wikitext.smerity.com https://s3.amazonaws.com/research.metamind.io/wikitext"),
+    "text_lm": Recipe({"min-count": (0, "words seen fewer times in the training text become <unk>; WikiText has its "
+                                     "own <unk>")}, folder="brown"),
 }
 
 
 # ---------------------------------------------------------------------- run: from the command line to a folder
 
 
-def parse_options(script: Path, arguments: list[str]) -> tuple[str, argparse.Namespace]:
+def parse_options(script: Path, arguments: tuple[str, ...]) -> tuple[str, argparse.Namespace]:
     name = script.stem.removeprefix("prepare_")
     recipe = RECIPES[name]
     header = [line[2:] for line in script.read_text(encoding="utf-8").split("\n\n")[0].splitlines()[1:]]
     parser = ArgumentParser("\n".join(header), prog=script.name, allow_abbrev=False)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the result goes")
-    if recipe.source == "archive":
-        parser.add_argument("--archive", type=Path, metavar="FILE", help="what is published, instead of a download")
-    if recipe.source == "from":
-        parser.add_argument("--from", type=Path, metavar="DIR", dest="archive",
-                            help=f"a folder with the files (default: $MULTIMAX_DATA/{recipe.folder}, if it is there)")
+    parser.set_defaults(source=None, url=None)
+    sources = parser.add_mutually_exclusive_group()
+    usual = f" (default: $MULTIMAX_DATA/{recipe.folder}, if it is there)" if recipe.folder else ""
+    if recipe.urls or recipe.folder:
+        sources.add_argument("--from", "--archive", type=Path, metavar="PATH", dest="source",
+                             help=f"the files, in a folder, tar or zip{usual}")
     if recipe.urls:
-        where = "the archive's address, or several" if recipe.source == "archive" else "the folder's address"
-        parser.add_argument("--url", help=f"download from there: {where} (default: {' '.join(recipe.urls)})")
+        sources.add_argument("--url", help="download from there: the addresses of an archive, between blanks, or "
+                             f"that of a folder with several files (default: {recipe.urls})")
     for option, (default, text) in recipe.options.items():
         kind = {"choices": default} if isinstance(default, tuple) else {"type": positive, "metavar": "N"}
         first = default[0] if isinstance(default, tuple) else default
         parser.add_argument(f"--{option}", default=first, help=f"{text} (default: %(default)s)", **kind)
     parser.add_argument("--workers", type=positive, default=2, metavar="N", help="processes (default: 2)")
-    parser.add_argument("--force", action="store_true", help="rebuild a folder that this script made")
-    args = parser.parse_args(arguments)
-    if recipe.source and args.archive and getattr(args, "url", None):
-        parser.error(f"--{recipe.source} and --url exclude each other")
-    return name, args
+    return name, parser.parse_args(arguments)
 
 
-def run(script: Path, arguments: list[str]) -> None:
+def run(file: str, *arguments: str) -> None:
     """Make --out by the recipe, unless it is there.
 
     Raises:
         UserError: the options, the source or the folder do not allow it.
     """
+    script = Path(file)
     name, args = parse_options(script, arguments)
     recipe, out = RECIPES[name], Path(os.path.realpath(args.out))
     need_commands(name)
-    source, addresses = args.archive if recipe.source else None, {}
+    source, addresses = args.source, {}
     settings = {"recipe": name, **{option: getattr(args, option.replace("-", "_")) for option in recipe.options}}
     usual = Path(os.environ.get("MULTIMAX_DATA") or "/nowhere", recipe.folder or "")
-    if recipe.folder and source is None and not getattr(args, "url", None) and usual.is_dir():
+    if recipe.folder and not source and not args.url and usual.is_dir():
         source = usual
     if source:
         source = source.resolve()
-        settings["source"] = digests(source, f"--{recipe.source}")
+        settings["source"] = digests(source)
     elif recipe.urls:
-        settings["source"] = args.url or " ".join(recipe.urls)
+        settings["source"] = args.url or recipe.urls
         files = [f"{args.corpus}-v1.zip"] if name == "wikitext103" else recipe.files
-        whole = args.url and recipe.source == "archive"  # the address of the archive itself
+        whole = args.url and len(files) == 1  # the address of the archive itself
         addresses = {file: [url if whole else f"{url.rstrip('/')}/{file}" for url in settings["source"].split()]
                      for file in files}
-    elif recipe.source:
-        raise UserError(f"--{recipe.source} DIR is required; see --help")
+    elif recipe.folder:
+        raise UserError("--from PATH is required; see --help")
 
-    if not is_prepared(out, settings, args.force):
+    if not is_prepared(out, settings):
         with partial_folder(out) as (build, lock):
-            if not is_prepared(out, settings, args.force):  # by the run that we have waited for
+            if not is_prepared(out, settings):  # by the run that we have waited for
                 if addresses:
                     source = fetch(addresses, build / "download", recipe)
                 options = {option.upper().replace("-", "_"): str(value) for option, value in vars(args).items()}
                 run_recipe(script, build, lock, {**options, "SOURCE": str(source)})
                 shutil.rmtree(build / "download", ignore_errors=True)
-                publish(build, out, settings, args.force)
+                made = {"settings": settings, "files": files_of(build)}
+                (build / MARKER).write_text(json.dumps(made, indent=1) + "\n")
+                os.sync()
+                os.rename(build, out)  # unlike mv, never into a folder
                 print(f"done: {args.out} (train with: fairseq-train {args.out}/data-bin …)")
                 return
     print(f"already prepared: {args.out}")
@@ -200,14 +178,13 @@ def run_recipe(script: Path, build: Path, lock: int, variables: dict[str, str]) 
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-    log = build / "log"
-    if status == 1:  # one of our tools, which has said why
-        sys.exit(1)
+    log = build / "log"  # of fairseq-preprocess; all others say themselves what is wrong
+    if status and not log.exists():
+        sys.exit(status)
     if status:
-        lines = log.read_text(errors="replace").splitlines()[-15:] if log.exists() else []
-        print(*lines, sep="\n", file=sys.stderr)
+        print(*log.read_text(errors="replace").splitlines()[-15:], sep="\n", file=sys.stderr)
         raise UserError(f"{script.name} failed (exit status {status}): its last lines are above")
-    log.unlink(missing_ok=True)
+    log.unlink()
 
 
 # ---------------------------------------------------------------------- complete or absent
@@ -248,27 +225,12 @@ def files_of(folder: Path) -> dict[str, int]:
             if not path.is_dir() and path != folder / MARKER}
 
 
-def publish(build: Path, out: Path, settings: dict[str, Any], force: bool) -> None:
-    """Turn `build` into `out`; with `force` in the place of an older one."""
-    (build / MARKER).write_text(json.dumps({"settings": settings, "files": files_of(build)}, indent=1) + "\n")
-    os.sync()
-    old = build.with_name(f"{build.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if force and out.exists():
-        os.rename(out, old)
-    os.rename(build, out)  # unlike mv, never into a folder
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def is_prepared(out: Path, settings: dict[str, Any], force: bool) -> bool:
+def is_prepared(out: Path, settings: dict[str, Any]) -> bool:
     """Whether `out` was made with these settings, and is as it was made.
 
     Raises:
         UserError: it is something else, which is not to be touched.
     """
-    old = out.with_name(f"{out.name}.partial.old")
-    if old.exists() and not out.exists():  # killed between the two renames of --force
-        os.rename(old, out)
     if not out.exists() or out.is_dir() and not any(out.iterdir()):
         return False
     if not (out / MARKER).is_file():
@@ -278,22 +240,16 @@ def is_prepared(out: Path, settings: dict[str, Any], force: bool) -> bool:
         there, files = dict(made["settings"]), dict(made["files"])
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{out / MARKER} is damaged, so nobody knows what {out} holds: remove the folder") from None
-    found = files_of(out)
-    if force:
-        foreign = sorted(found.keys() - files.keys())
-        if foreign:
-            raise UserError(f"--force would delete files in {out} that this script did not make "
-                            f"({', '.join(foreign[:3])}): move them, or choose another --out")
-        return False
-    different = [key for key in {**settings, **there} if settings.get(key) != there.get(key)]
+    different = [key for key in settings if settings[key] != there.get(key)]
     if different:
-        said = "; ".join(f"{key}: there {there.get(key)}, asked for {settings.get(key)}" for key in different)
+        said = "; ".join(f"{key}: there {there.get(key)}, asked for {settings[key]}" for key in different)
         raise UserError(f"{out} was prepared with other settings or another source ({said}): choose another --out, "
-                        "or rebuild it with --force")
+                        "or remove the folder")
+    found = files_of(out)
     changed = sorted(name for name, size in files.items() if found.get(name) != size)
     if changed:
-        raise UserError(f"files in {out} are missing or not as they were made ({', '.join(changed[:3])}): rebuild it "
-                        "with --force")
+        raise UserError(f"files in {out} are missing or not as they were made ({', '.join(changed[:3])}): remove the "
+                        "folder, and prepare it again")
     return True
 
 
@@ -308,14 +264,12 @@ def sha256(path: Path, uncompressed: bool = False) -> str:
     return digest.hexdigest()
 
 
-def digests(source: Path, option: str) -> dict[str, str] | str:
+def digests(source: Path) -> dict[str, str] | str:
     """SHA-256 of an archive, or of each text of a folder by name."""
-    if option == "--from" and source.is_dir():
-        texts = (path for path in sorted(source.iterdir()) if re.search(r"\.(de|en|tokens)(\.gz)?$", path.name))
+    if source.is_dir():
+        texts = (path for path in sorted(source.iterdir()) if re.search(r"\.(de|en|tokens|xml)(\.gz)?$", path.name))
         return {path.name: sha256(path) for path in texts if path.is_file()}
-    if option == "--archive" and source.is_file():
-        return sha256(source)
-    raise UserError(f"{option} {source}: there is no such {'folder' if option == '--from' else 'file'}")
+    return sha256(source)
 
 
 def fetch(addresses: dict[str, list[str]], folder: Path, recipe: Recipe) -> Path:
@@ -329,7 +283,7 @@ def fetch(addresses: dict[str, list[str]], folder: Path, recipe: Recipe) -> Path
 
     pooch.get_logger().setLevel("WARNING")
     get = pooch.HTTPDownloader(progressbar=sys.stderr.isatty(), timeout=60)
-    instead = f"or use --{recipe.source} with a copy of yours"
+    instead = "or use --from with a copy of yours"
     for name, urls in addresses.items():
         known, is_gz = recipe.files[name], name.endswith(".gz")
         for url in urls:
@@ -343,17 +297,16 @@ def fetch(addresses: dict[str, list[str]], folder: Path, recipe: Recipe) -> Path
                 print(f"WARNING: could not download {url} ({type(error).__name__})", file=sys.stderr)
         else:
             raise UserError(f"could not download {name}: run it again, {instead}")
-        refuse_web_page(path, url)
         with readable(url):
             if is_gz and sha256(path, uncompressed=True) != known:
                 raise UserError(f"{url} is not the text that this script knows: choose another --url, {instead}")
-    return folder if recipe.source == "from" else path
+    return folder if len(addresses) > 1 else path
 
 
 # ---------------------------------------------------------------------- take: files of a source, checked
 
 
-def take(source: Path, wanted: list[str]) -> None:
+def take(place: str, *wanted: str) -> None:
     """Copy files of a folder (plain or .gz), a tar or a zip, and check that each is text.
 
     Args:
@@ -362,6 +315,7 @@ def take(source: Path, wanted: list[str]) -> None:
     Raises:
         UserError: the source is none, damaged, or lacks a file; or a file is no UTF-8 text.
     """
+    source = Path(place)
     targets = {Path(target): [name or Path(target).name for name in names.split(",")]
                for target, _, names in (word.partition("=") for word in wanted)}
     with readable(source), opened(source) as members:
@@ -396,7 +350,6 @@ def opened(source: Path) -> Iterator[dict[str, Any]]:
         yield {path.name.removesuffix(".gz"):  # plain before .gz
                lambda path=path: gzip.open(path) if path.suffix == ".gz" else path.open("rb") for path in files}
         return
-    refuse_web_page(source, str(source))
     if zipfile.is_zipfile(source):
         with zipfile.ZipFile(source) as archive:
             yield {Path(info.filename).name: lambda info=info: archive.open(info)
@@ -411,15 +364,8 @@ def opened(source: Path) -> Iterator[dict[str, Any]]:
                for info in members if info.isfile()}
 
 
-def refuse_web_page(path: Path, name: str) -> None:
-    with path.open("rb") as file:
-        if WEB_PAGE.search(file.read(512)):
-            raise UserError(f"{name} is a web page: put a good copy in its place")
-
-
 def check_text(path: Path, name: str) -> None:
     """Raise UserError unless a file is UTF-8 text, and not empty."""
-    refuse_web_page(path, name)
     empty = True
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
@@ -437,17 +383,17 @@ def check_text(path: Path, name: str) -> None:
 
 def count_lines(path: Path) -> int:
     """Like fairseq, and unlike wc -l, with a last line that has no newline."""
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         return sum(1 for _ in file)
 
 
-def pairs(prefixes: list[str], published: list[int]) -> None:
-    """Compare the lines of PREFIX.de and PREFIX.en with each other, and with the published number of pairs.
+def pairs(*published: str) -> None:
+    """Compare the lines of PREFIX.de and PREFIX.en with each other, and with the number of pairs in PREFIX=NUMBER.
 
     Raises:
         UserError: the languages differ, or there is no pair.
     """
-    for prefix, expected in zip(prefixes, published):
+    for prefix, expected in (word.split("=") for word in published):
         german, english = (count_lines(Path(f"{prefix}.{language}")) for language in ("de", "en"))
         split = Path(prefix).name
         if german != english or not german:
@@ -456,19 +402,17 @@ def pairs(prefixes: list[str], published: list[int]) -> None:
         compare(split, german, expected, "sentence pairs")
 
 
-def tokens(data_bin: Path, published: list[int], types: int) -> None:
-    """Compare fairseq-preprocess's counts, with line ends, with the published ones."""
-    log = (data_bin / "preprocess.log").read_text(encoding="utf-8")
-    for split, expected in zip(SPLITS, published):
-        found = re.search(rf"text/{split}\.tokens: .* sents, (\d+) tokens", log)
-        compare(split, int(found[1]) if found else 0, expected, "tokens")
-    found = re.search(r"Dictionary: (\d+) types", log)
-    compare("dictionary", int(found[1]) if found else 0, types, "entries")
+def tokens(data_bin: str, *published: str) -> None:
+    """Compare fairseq-preprocess's counts, with line ends, with the published ones: SPLIT=NUMBER, types=NUMBER."""
+    log = Path(data_bin, "preprocess.log").read_text(encoding="utf-8")
+    for what, expected in (word.split("=") for word in published):
+        unit = r"Dictionary: (\d+) types" if what == "types" else rf"text/{what}\.tokens: .* sents, (\d+) tokens"
+        compare(what, int(re.search(unit, log)[1]), expected, "entries" if what == "types" else "tokens")
 
 
-def compare(what: str, found: int, published: int, unit: str) -> None:
+def compare(what: str, found: int, published: str, unit: str) -> None:
     print(f"{what}: {found:,} {unit}")
-    if found != published:
+    if found != int(published):
         print(f"WARNING: {what}: {found} {unit}; the published corpus has {published}", file=sys.stderr)
 
 
@@ -483,23 +427,11 @@ def main() -> None:
     for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
             signal.signal(number, stop)
+    commands = {"run": run, "take": take, "pairs": pairs, "tokens": tokens}
+    if len(sys.argv) < 3 or sys.argv[1] not in commands:
+        sys.exit(__doc__)
     with errors_in_a_line():
-        if sys.argv[1:2] == ["run"]:  # whose options are the recipe's
-            run(Path(sys.argv[2]), sys.argv[3:])
-            return
-        parser = ArgumentParser(__doc__)
-        parser.add_argument("command", choices=["run", "take", "pairs", "tokens"])
-        parser.add_argument("source")
-        parser.add_argument("words", nargs="*")
-        parser.add_argument("--published", type=int, nargs="+")
-        parser.add_argument("--types", type=int)
-        args = parser.parse_args()
-        if args.command == "take":
-            take(Path(args.source), args.words)
-        elif args.command == "pairs":
-            pairs([args.source, *args.words], args.published)
-        else:
-            tokens(Path(args.source), args.published, args.types)
+        commands[sys.argv[1]](*sys.argv[2:])
 
 
 if __name__ == "__main__":

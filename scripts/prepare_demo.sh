@@ -20,4 +20,4 @@ for file in text/*.{de,en}; do
 done
 
 fairseq-preprocess --source-lang de --target-lang en --trainpref text/train --validpref text/valid \
-    --testpref text/test --destdir data-bin --workers "$WORKERS" >log 2>&1 || exit 3
+    --testpref text/test --destdir data-bin --workers "$WORKERS" >log 2>&1

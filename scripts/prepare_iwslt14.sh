@@ -24,7 +24,7 @@ done
 # remove markup, tokenise, keep pairs of 1 to 175 tokens and a ratio up to 1.5, lower case, subwords: some minutes
 "$PYTHON" "$scripts/iwslt14_text.py" --from archive --out . --merges "$MERGES"
 rm -r archive
-"$PYTHON" "$scripts/prepare.py" pairs text/{train,valid,test} --published 160239 7283 6750
+"$PYTHON" "$scripts/prepare.py" pairs text/train=160239 text/valid=7283 text/test=6750
 
 fairseq-preprocess --source-lang de --target-lang en --trainpref text/train --validpref text/valid \
-    --testpref text/test --destdir data-bin --workers "$WORKERS" >log 2>&1 || exit 3
+    --testpref text/test --destdir data-bin --workers "$WORKERS" >log 2>&1

@@ -18,7 +18,7 @@ for language in de en; do
     "$PYTHON" "$scripts/prepare.py" take "$SOURCE" raw/train.$language= \
         raw/valid.$language=val.$language raw/test.$language=test_2016_flickr.$language
 done
-"$PYTHON" "$scripts/prepare.py" pairs raw/{train,valid,test} --published 29000 1014 1000
+"$PYTHON" "$scripts/prepare.py" pairs raw/train=29000 raw/valid=1014 raw/test=1000
 
 pieces=("$PYTHON" "$scripts/sentencepiece_bpe.py")
 "${pieces[@]}" train --model sentencepiece.bpe.model --vocab-size "$VOCAB_SIZE" raw/train.{de,en}
@@ -28,4 +28,4 @@ for file in raw/*; do
 done
 
 fairseq-preprocess --source-lang de --target-lang en --joined-dictionary --trainpref text/train \
-    --validpref text/valid --testpref text/test --destdir data-bin --workers "$WORKERS" >log 2>&1 || exit 3
+    --validpref text/valid --testpref text/test --destdir data-bin --workers "$WORKERS" >log 2>&1

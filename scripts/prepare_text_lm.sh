@@ -17,9 +17,8 @@ scripts=$(cd "$(dirname "$0")" >/dev/null && pwd)
     text/valid.tokens=,wiki.valid.tokens text/test.tokens=,wiki.test.tokens
 
 # Words of validation and test that training lacks become <unk>; if training has none, its probability is never learned.
-((MIN_COUNT > 1 || MAX_VOCAB > 0)) || grep -qw '<unk>' text/train.tokens ||
+((MIN_COUNT > 1)) || grep -qw '<unk>' text/train.tokens ||
     echo "WARNING: the training text has no <unk>, so new words cannot be scored: consider --min-count 2" >&2
 
 fairseq-preprocess --only-source --trainpref text/train.tokens --validpref text/valid.tokens \
-    --testpref text/test.tokens --destdir data-bin --workers "$WORKERS" \
-    --thresholdsrc "$MIN_COUNT" --nwordssrc "$MAX_VOCAB" >log 2>&1 || exit 3
+    --testpref text/test.tokens --destdir data-bin --workers "$WORKERS" --thresholdsrc "$MIN_COUNT" >log 2>&1

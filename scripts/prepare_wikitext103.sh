@@ -18,10 +18,10 @@ scripts=$(cd "$(dirname "$0")" >/dev/null && pwd)
     text/valid.tokens=wiki.valid.tokens text/test.tokens=wiki.test.tokens
 
 fairseq-preprocess --only-source --trainpref text/train.tokens --validpref text/valid.tokens \
-    --testpref text/test.tokens --destdir data-bin --workers "$WORKERS" >log 2>&1 || exit 3
+    --testpref text/test.tokens --destdir data-bin --workers "$WORKERS" >log 2>&1
 
 # The tokens, with line ends, are those of the paper's table 1. Its 267,735 and 33,278 types include the line end and
 # <unk>; fairseq adds two more, and fills up to a multiple of 8.
-published=(103227021 217646 245569 --types 267744)
-[[ $CORPUS == wikitext-103 ]] || published=(2088628 217646 245569 --types 33280)
-"$PYTHON" "$scripts/prepare.py" tokens data-bin --published "${published[@]}"
+published=(train=103227021 types=267744)
+[[ $CORPUS == wikitext-103 ]] || published=(train=2088628 types=33280)
+"$PYTHON" "$scripts/prepare.py" tokens data-bin "${published[@]}" valid=217646 test=245569

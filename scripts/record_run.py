@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import json
-import math
 import os
 import platform
 import re
@@ -22,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from settings import mapping_of, plain, settings_of
+from settings import UPDATES, mapping_of, settings_of
+from texts import read_text
 from torch import Tensor
 
 import multimax_fairseq
@@ -31,41 +31,25 @@ from multimax_fairseq import tools
 FORMAT = 2  # of run.json; results_table.py refuses another one
 DISTRIBUTIONS = ("torch", "fairseq", "ve-fairseq", "numpy", "entmax", "sacrebleu", "sentencepiece", "sacremoses",
                  "subword-nmt")
+NUMBER = r"\d+(?:\.\d+)?"
 SPARSE = ("sparsemax", "entmax15", "entmax")
-
-
-def read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise tools.UserError(f"{path} is damaged: it is not UTF-8. Remove it, and evaluate again") from None
-
-
-def updates_of(checkpoint: dict[str, Any], path: Path) -> int:
-    """The number of updates before the checkpoint was saved."""
-    return tools.entry(checkpoint, path, "optimizer_history", -1, "num_updates")
 
 
 def validation(folder: Path, checkpoint: dict[str, Any]) -> dict[str, Any]:
     """The best checkpoint on validation: its criterion, number of updates, and perplexity."""
     path = folder / "checkpoint_best.pt"
-    updates = updates_of(checkpoint, path)
+    updates = tools.entry(checkpoint, path, *UPDATES)
     found = {
         "updates": updates,
         "metric": tools.entry(checkpoint, path, "cfg", "checkpoint", "best_checkpoint_metric"),
         "value": float(tools.entry(checkpoint, path, "extra_state", "val_loss")),
     }
     log = folder / "train.log"
-    for line in read_text(log).splitlines() if log.is_file() else ():
-        # "epoch 001 | valid on 'valid' subset | loss 4.302 | nll_loss 2.744 | ppl 6.7 | … | num_updates 130 | …"
-        fields = dict(part.split(" ", 1) for part in line.split(" | ") if part.count(" ") == 1)
-        if " | valid on " in line and fields.get("num_updates") == str(updates):
-            found.update({name: float(fields[name]) for name in ("loss", "ppl") if is_number(fields.get(name))})
+    # "epoch 001 | valid on 'valid' subset | loss 4.302 | nll_loss 2.744 | ppl 6.7 | … | num_updates 130 | …"
+    of_valid = rf"^.* \| valid on .*? \| loss ({NUMBER}) .*? \| ppl ({NUMBER}) .*\| num_updates {updates}\b"
+    for loss, ppl in re.findall(of_valid, read_text(log), re.M) if log.is_file() else ():
+        found.update(loss=float(loss), ppl=float(ppl))
     return found
-
-
-def is_number(text: str | None) -> bool:
-    return re.fullmatch(r"\d+(\.\d*)?(e[+-]?\d+)?", text or "") is not None and math.isfinite(float(text))
 
 
 def bleu_scores(folder: Path) -> dict[str, dict[str, Any]]:
@@ -73,7 +57,7 @@ def bleu_scores(folder: Path) -> dict[str, dict[str, Any]]:
     scores = {}
     for path in sorted(folder.glob("*.bleu"), key=lambda path: (path.stem != "best", path.stem)):
         text = read_text(path).strip()
-        match = re.match(r"(BLEU\|\S+) = (\d+(?:\.\d+)?) ", text)
+        match = re.match(rf"(BLEU\|\S+) = ({NUMBER}) ", text)
         if match is None:
             raise tools.UserError(f"{path} is not what sacrebleu prints: {text[:80]!r}")
         scores[path.stem] = {"bleu": float(match[2]), "signature": match[1], "details": text,
@@ -92,15 +76,15 @@ def perplexities(folder: Path, is_sparse: bool) -> dict[str, dict[str, Any]]:
     for name in sorted(filter(None, names), key=lambda name: (name[1], -int(name[2]))):
         path = folder / name[0]
         text = read_text(path)
-        loss = re.search(r"Loss \(base 2\): (\S+), Perplexity: (\S+)", text)
+        loss = re.search(rf"Loss \(base 2\): {NUMBER}, Perplexity: ({NUMBER})\s", text)
         tokens = re.search(r"Evaluated ([\d,]+) tokens", text)
-        if loss is None or tokens is None or not (is_number(loss[1]) and is_number(loss[2])):
+        if loss is None or tokens is None:
             raise tools.UserError(f"{path} is not what fairseq-eval-lm prints of a finite perplexity")
         number = int(tokens[1].replace(",", ""))
         if not number:
             raise tools.UserError(f"{path}: no token was evaluated: is the split empty?")
         kind = "epsilon_perplexity" if is_sparse else "perplexity"
-        scores[f"{name[1]}, context {name[2]}"] = {kind: float(loss[2]), "tokens": number, "output": name[0]}
+        scores[f"{name[1]}, context {name[2]}"] = {kind: float(loss[1]), "tokens": number, "output": name[0]}
     return scores
 
 
@@ -147,20 +131,14 @@ def record(folder: Path) -> dict[str, Any]:
         "mapping": mapping,
         "settings": settings_of(cfg),
         "seed": tools.entry(cfg, best_path, "common", "seed"),
-        "parameters": sum(tensor.numel() for tensor in unique_storage(best["model"])),
+        "parameters": count_parameters(best["model"]),
     }
     del best  # one checkpoint at a time: they can be large
     last = tools.read_checkpoint(last_path)
-    asked = plain(tools.entry(last, last_path, "cfg", "optimization"))
-    updates = updates_of(last, last_path)
-    # the iterator's epoch is the next one
-    epochs = tools.entry(last, last_path, "extra_state", "train_iterator", "epoch") - 1
     return {
         **found,
-        "updates": updates,
-        "whole_epochs": epochs,
-        "is_complete": (folder / "trained").exists() or 0 < asked.get("max_update", 0) <= updates
-        or 0 < asked.get("max_epoch", 0) <= epochs,
+        "updates": tools.entry(last, last_path, *UPDATES),
+        "whole_epochs": tools.entry(last, last_path, "extra_state", "train_iterator", "epoch") - 1,  # it is the next
         # from fairseq's checkpoint, so summed over resumed runs, without lost work; of processes, a tensor
         "training_seconds": round(float(tools.entry(last, last_path, "extra_state", "previous_training_time")), 1),
         "versions": versions(),
@@ -168,12 +146,10 @@ def record(folder: Path) -> dict[str, Any]:
     }
 
 
-def unique_storage(state: dict[str, Tensor]) -> list[Tensor]:
-    """The parameters, shared ones (embeddings and output) counted once, without fairseq's own marks."""
-    by_storage = {
-        tensor.data_ptr(): tensor for name, tensor in state.items() if not name.endswith(("version", "_float_tensor"))
-    }
-    return list(by_storage.values())
+def count_parameters(state: dict[str, Tensor]) -> int:
+    """Shared ones (embeddings and output) count once, fairseq's own marks do not."""
+    parameters = (tensor for name, tensor in state.items() if not name.endswith(("version", "_float_tensor")))
+    return sum({tensor.data_ptr(): tensor.numel() for tensor in parameters}.values())
 
 
 def main() -> None:

@@ -26,6 +26,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from texts import read_lines, read_text
+
 from multimax_fairseq.tools import ArgumentParser, UserError, errors_in_a_line, positive
 
 FORMAT = 2  # of run.json, as record_run.py writes it
@@ -40,8 +42,8 @@ DEFAULTS = {
 BASELINE = "softmax"
 KINDS = {"bleu": "BLEU, {}", "perplexity": "{}", "epsilon_perplexity": "{}, ε-perplexity"}  # names of columns
 # What a run.json has to have, and the scores in it.
-ENTRIES = {"experiment": str, "seed": int, "updates": int, "is_complete": bool, "mapping": dict, "settings": dict,
-           "validation": dict, "scores": dict}
+ENTRIES = {"experiment": str, "seed": int, "updates": int, "mapping": dict, "settings": dict, "validation": dict,
+           "scores": dict}
 ENTRIES_OF_BLEU = {"bleu": float, "signature": str, "hypotheses": str, "references": str}
 
 
@@ -51,38 +53,18 @@ class Run:
 
     folder: Path
     content: dict[str, Any]
+    experiment: str
+    seed: int
     row: str = ""
-
-    @property
-    def experiment(self) -> str:
-        return self.content["experiment"]
 
     @property
     def setting(self) -> str:
         """All that makes a row, but for the seed."""
-        length = None if self.content["is_complete"] else self.content["updates"]
-        return json.dumps([self.content["mapping"], self.content["settings"], length], sort_keys=True)
-
-    @property
-    def seed(self) -> int:
-        return self.content["seed"]
+        return json.dumps([self.content["mapping"], self.content["settings"]], sort_keys=True)
 
     def lines(self, which: str, kind: str) -> list[str]:
         """The ``hypotheses`` or ``references`` of the score ``which``."""
-        return self.text(self.content["scores"][which][kind]).removesuffix("\n").split("\n")
-
-    def text(self, name: str) -> str:
-        """A file beside run.json.
-
-        Raises:
-            UserError: it is missing or not text.
-        """
-        try:
-            return (self.folder / name).read_text(encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"{self.folder / 'run.json'} needs {name} beside it: {error.strerror}") from error
-        except UnicodeDecodeError as error:
-            raise UserError(f"{self.folder / name} is damaged: it is not UTF-8") from error
+        return read_lines(self.folder / self.content["scores"][which][kind])
 
 
 def name_of_mapping(mapping: dict[str, Any]) -> str:
@@ -107,7 +89,7 @@ def name_rows(runs: list[Run]) -> None:
         for key in sorted(every):
             value = as_text(run.content["settings"].get(key))
             name += "" if value == usual[key] else f", {key} {value}"
-        run.row = name + ("" if run.content["is_complete"] else f", stopped after {run.content['updates']:,} updates")
+        run.row = name
 
 
 def as_text(value: Any) -> str:
@@ -144,15 +126,13 @@ def load_run(path: Path) -> Run:
             check_entries(score, ENTRIES_OF_BLEU if kind == "bleu" else {kind: float, "tokens": int, "output": str})
         check_entries({"ppl": 1, **content["validation"]}, {"ppl": float})
         name_of_mapping(content["mapping"])
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is not, or no longer, a file of record_run.py ({error}): evaluate again") from error
-    run = Run(path.parent, content)
+    run = Run(path.parent, content, content["experiment"], content["seed"])
     for name, score in content["scores"].items():
         if "bleu" in score:
             check_bleu(run, name)
-        elif f"Perplexity: {score[kind_of(score)]:.2f}" not in run.text(score["output"]):
+        elif f"Perplexity: {score[kind_of(score)]:.2f}" not in read_text(run.folder / score["output"]):
             raise UserError(f"{path.parent / score['output']} has another perplexity than run.json: evaluate again")
     return run
 
@@ -354,8 +334,6 @@ def main() -> None:
     parser.add_argument("--samples", type=positive, default=1000, metavar="N",
                         help="of the bootstrap (default: %(default)s)")
     args = parser.parse_args()
-    if args.samples > 1_000_000:
-        parser.error("--samples takes no more than a million")
     logging.getLogger("sacrebleu").setLevel(logging.WARNING)  # it logs each system that it resamples
     with errors_in_a_line():
         found = load_runs(args.folders)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import struct
 import subprocess
 import tempfile
@@ -19,6 +18,7 @@ from pathlib import Path
 
 from check_model import explain, split_checkpoints
 from sacrebleu.metrics import BLEU
+from texts import read_lines
 
 from multimax_fairseq.tools import ArgumentParser, UserError, errors_in_a_line, positive
 
@@ -36,13 +36,6 @@ def count_sentences(data_bin: Path, split: str) -> int:
     if len(head) < 26 or head[:9] != b"MMIDIDX\0\0":
         raise UserError(f"{index} is damaged: prepare the data again")
     return struct.unpack("<Q", head[18:])[0]
-
-
-def read_lines(path: Path) -> list[str]:
-    try:
-        return path.read_bytes().decode("utf-8").removesuffix("\n").split("\n")
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not UTF-8") from None
 
 
 def main() -> None:
@@ -65,9 +58,9 @@ def main() -> None:
                         help="scores are divided by length to the power X (default: %(default)s)")
     args = parser.parse_args()
     with errors_in_a_line():
-        for path in (*split_checkpoints(args.checkpoint), args.reference, *filter(None, [args.sentencepiece])):
-            if not path.is_file():
-                raise UserError(f"{path}: there is no such file")
+        split_checkpoints(args.checkpoint)
+        if args.sentencepiece and not args.sentencepiece.is_file():
+            raise UserError(f"{args.sentencepiece}: there is no such file")
         references, sentences = read_lines(args.reference), count_sentences(args.data_bin, args.split)
         if len(references) != sentences:
             raise UserError(f"{len(references)} lines in {args.reference} for the {sentences} sentences of "
@@ -87,8 +80,6 @@ def score(args, references: list[str], folder: Path) -> str:
                "--required-batch-size-multiple", 1, "--num-workers", 0]
     if args.sentencepiece:
         command += ["--bpe", "sentencepiece", "--sentencepiece-model", args.sentencepiece]
-    if shutil.which("fairseq-generate") is None:
-        raise UserError("fairseq-generate was not found: activate the environment that holds fairseq")
     with (folder / "generate").open("wb") as output, (folder / "log").open("wb") as log:
         status = subprocess.run([*map(str, command)], stdout=output, stderr=log).returncode
     if status:

@@ -10,13 +10,15 @@ compatibility forms (SentencePiece's default normalisation, nmt_nfkc).
 
 from __future__ import annotations
 
-import argparse
 import io
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import sentencepiece
+from texts import read_lines
+
+from multimax_fairseq.tools import ArgumentParser, UserError, errors_in_a_line, positive
 
 
 def normalise_space(line: str) -> str:
@@ -28,23 +30,16 @@ def normalise_space(line: str) -> str:
     return " ".join(line.split())
 
 
-def read_lines(path: Path) -> Iterator[str]:
-    """The lines of a file, which end only at "\\n", so that two languages stay aligned line by line."""
-    with path.open(encoding="utf-8", newline="\n") as file:
-        for line in file:
-            yield normalise_space(line)
-
-
 def train(texts: list[Path], model: Path, vocab_size: int) -> None:
     """Learn one vocabulary of `vocab_size` pieces from all `texts`: the same bytes on any number of cores.
 
     Raises:
-        ValueError: `vocab_size` does not fit the texts; the message says which sizes do.
+        UserError: `vocab_size` does not fit the texts; the message says which sizes do.
     """
     serialised = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=(line for text in texts for line in read_lines(text)),
+            sentence_iterator=(normalise_space(line) for text in texts for line in read_lines(text)),
             model_writer=serialised,
             model_type="bpe",
             vocab_size=vocab_size,
@@ -54,7 +49,7 @@ def train(texts: list[Path], model: Path, vocab_size: int) -> None:
     except RuntimeError as error:
         # "INTERNAL: src/trainer_interface.cc(744) [condition] The sentence for the user."
         reason = str(error).rpartition("] ")[2]
-        raise ValueError(f"cannot learn {vocab_size} pieces from this text: {reason}") from error
+        raise UserError(f"cannot learn {vocab_size} pieces from this text: {reason}") from error
     model.write_bytes(serialised.getvalue())
 
 
@@ -71,22 +66,23 @@ def decoder(model: Path) -> Callable[[str], str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(__doc__)
     parser.add_argument("command", choices=["train", "encode"])
     parser.add_argument("texts", type=Path, nargs="*", metavar="TEXT", help="to learn from, one sentence a line")
     parser.add_argument("--model", type=Path, required=True, help="the file to write or to read")
-    parser.add_argument("--vocab-size", type=int, default=8000, help="default: %(default)s pieces")
+    parser.add_argument("--vocab-size", type=positive, default=8000, help="default: %(default)s pieces")
     args = parser.parse_intermixed_args()
-    try:
-        if args.command == "train":
-            train(args.texts, args.model, args.vocab_size)
-            return
-        encode = encoder(args.model)
-        sys.stdout.reconfigure(encoding="utf-8", newline="\n", line_buffering=True)
-        for line in sys.stdin.buffer:
-            print(encode(line.decode("utf-8")))
-    except (OSError, RuntimeError, ValueError) as error:  # no file; no model; not UTF-8, bad size
-        sys.exit(f"ERROR: sentencepiece_bpe.py {args.command}: {error}")
+    with errors_in_a_line():
+        try:
+            if args.command == "train":
+                train(args.texts, args.model, args.vocab_size)
+                return
+            encode = encoder(args.model)
+            sys.stdout.reconfigure(encoding="utf-8", newline="\n", line_buffering=True)
+            for line in sys.stdin.buffer:
+                print(encode(line.decode("utf-8")))
+        except (RuntimeError, UnicodeDecodeError) as error:
+            raise UserError(f"{args.command}: no model, or not UTF-8: {error}") from error
 
 
 if __name__ == "__main__":

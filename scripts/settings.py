@@ -18,6 +18,7 @@ WITHOUT_EFFECT = {
 CHECKPOINT = ("best_checkpoint_metric", "maximize_best_checkpoint_metric", "patience", "finetune_from_model",
               "restore_file")
 NAMES_OF_PARTS = ("task", "criterion", "optimizer", "lr_scheduler")
+UPDATES = ("optimizer_history", -1, "num_updates")  # where a checkpoint has them
 LENGTH = ("max_update", "max_epoch", "stop_time_hours")
 MAPPING = ("attention_mapping", "mapping_options", "attention_mapping_sites", "attention_scale", "output_mapping",
            "multimax_order", "multimax_terms", "multimax_init", "entmax_alpha", "modulator_lr_scale")

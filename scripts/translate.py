@@ -10,7 +10,6 @@ Each sentence is translated as it comes, so this works at a terminal too.
 from __future__ import annotations
 
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -32,11 +31,11 @@ def languages_of(data_bin: Path) -> tuple[str, str]:
     Raises:
         UserError: there are none.
     """
-    for path in sorted(data_bin.glob("*.idx")):
-        found = re.fullmatch(r"\w+\.(\w+)-(\w+)\.\w+\.idx", path.name)
-        if found:
-            return found[1], found[2]
-    raise UserError(f"{data_bin} has no data of a pair of languages: give what fairseq-preprocess has made")
+    index = next(data_bin.glob("*.*-*.*.idx"), None)  # test.de-en.de.idx
+    if index is None:
+        raise UserError(f"{data_bin} has no data of a pair of languages: give what fairseq-preprocess has made")
+    source, _, target = index.name.split(".")[1].partition("-")
+    return source, target
 
 
 def units_of(args: Namespace, source: str, target: str) -> tuple[Convert, Convert]:
@@ -81,9 +80,7 @@ def main() -> None:
         args.data_bin = args.data_bin or args.data and args.data / "data-bin"
         if not args.checkpoint or not args.data_bin:
             raise UserError("--run or --checkpoint, and --data or --data-bin, are required; see --help")
-        for path in split_checkpoints(args.checkpoint):
-            if not path.is_file():
-                raise UserError(f"{path}: there is no such file")
+        split_checkpoints(args.checkpoint)
         source, target = languages_of(args.data_bin)
         args.source_lang, args.target_lang = args.source_lang or source, args.target_lang or target
         try:

@@ -62,10 +62,13 @@ def run(*command, check=True, env=None, **kwargs):
     return result
 
 
+# Parameters that fairseq 0.12.2's encoder layers have twice, and use in evaluation.
+TWICE = re.compile(r"encoder\.layers\.\d+\.(in_proj|out_proj|fc1|fc2)_(weight|bias)")
+
+
 def trained_parameters(model):
-    """Names and parameters, but for those that fairseq 0.12.2's encoder layers have twice, and use in evaluation."""
-    twice = re.compile(r"encoder\.layers\.\d+\.(in_proj|out_proj|fc1|fc2)_(weight|bias)")
-    return [(name, parameter) for name, parameter in model.named_parameters() if not twice.fullmatch(name)]
+    """Names and parameters, but for those that some encoder layers have twice."""
+    return [(name, parameter) for name, parameter in model.named_parameters() if not TWICE.fullmatch(name)]
 
 
 def digest(folder):
@@ -78,9 +81,9 @@ def digest(folder):
 
 
 def load_script(name):
-    """A file of scripts/ or benchmarks/ as a module, by its name without .py; it finds the files beside it."""
-    path = next(ROOT / folder / f"{name}.py" for folder in ("scripts", "benchmarks")
-                if (ROOT / folder / f"{name}.py").is_file())
+    """A file of scripts/, benchmarks/ or examples/*/ as a module, by its name; it finds the files beside it."""
+    folders = ("scripts", "benchmarks", "examples/*")
+    path = next(path for folder in folders for path in ROOT.glob(f"{folder}/{name}.py"))
     if str(path.parent) not in sys.path:
         sys.path.append(str(path.parent))
     spec = importlib.util.spec_from_file_location(name, path)

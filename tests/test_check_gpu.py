@@ -33,16 +33,16 @@ def test_what_goes_without_a_gpu(tmp_path):
 def test_what_is_wrong_is_said(monkeypatch, tmp_path, capsys):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     check_gpu = load_script("check_gpu")
-    rows = [{"check": "a", "figure": "", "right": True}, {"check": "b", "figure": "", "right": False}]
 
-    def fails(_):
-        yield rows[0]
-        raise RuntimeError("no such kernel")
+    def rows(*verdicts, fails=False):
+        for right in verdicts:
+            yield {"check": "a", "figure": "", "right": right}
+        if fails:
+            raise RuntimeError("no such kernel")
 
-    monkeypatch.setattr(check_gpu, "check_attention", lambda _: iter(rows))
-    monkeypatch.setattr(check_gpu, "check_compiled", fails)
-    monkeypatch.setattr(check_gpu, "check_training", lambda _: iter(()))
-    monkeypatch.setattr(check_gpu, "check_speed", lambda _: iter(()))
+    for name, found in (("attention", rows(True, False)), ("compiled", rows(True, fails=True)), ("training", ()),
+                        ("speed", ())):  # fmt: skip
+        monkeypatch.setattr(check_gpu, f"check_{name}", lambda _, found=found: found)
     gpu = [] if torch.cuda.is_available() else ["--without-gpu"]
     monkeypatch.setattr("sys.argv", ["check_gpu", "--out", str(tmp_path / "figures.json"), *gpu])
     assert check_gpu.main() == 1

@@ -1,30 +1,20 @@
 """examples/huggingface: transformers' models with a mapping of this package in their attention."""
 
 import copy
-import importlib.util
 import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import load_script
 
 # Beside a torch for CPUs PyPI's torchvision and torchaudio do not load; transformers can do without them.
 with pytest.MonkeyPatch.context() as patch:
     for name in ("torchvision", "torchaudio"):
         patch.setitem(sys.modules, name, None)
     pytest.importorskip("transformers", minversion="5.0", reason="needs transformers 5: pip install transformers")
-    from transformers import (
-        BertConfig,
-        BertForMaskedLM,
-        GPT2Config,
-        GPT2LMHeadModel,
-        LlamaConfig,
-        LlamaForCausalLM,
-    )  # fmt: skip
+    from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-spec = importlib.util.spec_from_file_location("mapped", ROOT / "examples" / "huggingface" / "mapped.py")
-example = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(example)
+example = load_script("mapped")
 
 SIZES = {"vocab_size": 50, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 32, **SIZES}
@@ -91,12 +81,11 @@ def test_it_trains_hides_padding_and_is_saved(stock, mapping, tmp_path):
     model.eval()
     logits = model(TOKENS, attention_mask=PRESENT).logits
     others = TOKENS.where(PRESENT.bool(), 49 - TOKENS % 7)
-    torch.testing.assert_close(
-        model(others, attention_mask=PRESENT).logits[PRESENT.bool()], logits[PRESENT.bool()], atol=0, rtol=0
-    )
+    found = model(others, attention_mask=PRESENT).logits
+    assert torch.equal(found[PRESENT.bool()], logits[PRESENT.bool()])
     model.save_pretrained(tmp_path)
     loaded = example.mapped(type(stock)).from_pretrained(tmp_path).eval()
-    torch.testing.assert_close(loaded(TOKENS, attention_mask=PRESENT).logits, logits, atol=0, rtol=0)
+    assert torch.equal(loaded(TOKENS, attention_mask=PRESENT).logits, logits)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])

@@ -1,14 +1,13 @@
 """examples/vision: timm's Vision Transformers with mappings beside the formula, timm's own and the authors' files."""
 
-import importlib
 import importlib.util
 import math
-import sys
 
 import pytest
 import reference
 import torch
-from conftest import ROOT, call, rows_of
+from conftest import ROOT, call, load_script, rows_of
+from torch.nn import functional as F
 
 from multimax_fairseq.compat import trust_plain_records
 
@@ -21,10 +20,8 @@ TINY = dict(img_size=16, patch_size=4, embed_dim=12, depth=2, num_heads=3, num_c
 
 @pytest.fixture(scope="module")
 def vit():
-    sys.path.insert(0, str(ROOT / "examples" / "vision"))
-    yield importlib.import_module("multimax_vit")
+    yield load_script("multimax_vit")
     trust_plain_records()  # timm takes from torch's list what others have put there
-    sys.path.remove(str(ROOT / "examples" / "vision"))
 
 
 def authors_weights(model):
@@ -43,12 +40,10 @@ def written_out(w, pictures):
     """Logits of pictures, (count, 3, 16, 16), by the formulas: block by block, head by head, query by query."""
 
     def linear(name, x):
-        y = x @ w[f"{name}.weight"].T
-        return y + w[f"{name}.bias"] if f"{name}.bias" in w else y
+        return F.linear(x, w[f"{name}.weight"], w.get(f"{name}.bias"))
 
     def normalise(name, x):
-        centred = x - x.mean(-1, keepdim=True)
-        return centred / ((centred**2).mean(-1, keepdim=True) + 1e-6).sqrt() * w[f"{name}.weight"] + w[f"{name}.bias"]
+        return F.layer_norm(x, x.shape[-1:], w[f"{name}.weight"], w[f"{name}.bias"], eps=1e-6)
 
     def sigma(prefix, scores):
         if f"{prefix}ranges" not in w:
@@ -58,9 +53,8 @@ def written_out(w, pictures):
 
     logits = []
     for picture in pictures:
-        corners = [(row, column) for row in range(0, 16, 4) for column in range(0, 16, 4)]
-        patches = torch.stack([picture[:, row : row + 4, column : column + 4].flatten() for row, column in corners])
-        x = patches @ w["patch_embed.proj.weight"].flatten(1).T + w["patch_embed.proj.bias"] + w["pos_embed"][0]
+        patches = F.conv2d(picture, w["patch_embed.proj.weight"], w["patch_embed.proj.bias"], stride=4)
+        x = patches.flatten(1).T + w["pos_embed"][0]
         for block in ("blocks.0.", "blocks.1."):
             queries, keys, values = linear(f"{block}attn.qkv", normalise(f"{block}norm1", x)).chunk(3, dim=-1)
             heads = []
@@ -68,8 +62,7 @@ def written_out(w, pictures):
                 rows = [sigma(f"{block}attn.", k @ query / math.sqrt(len(query))).exp() for query in q]
                 heads.append(torch.stack([row / row.sum() @ v for row in rows]))
             x = x + linear(f"{block}attn.proj", torch.cat(heads, dim=-1))
-            hidden = linear(f"{block}mlp.fc1", normalise(f"{block}norm2", x))
-            x = x + linear(f"{block}mlp.fc2", hidden * (1 + torch.erf(hidden / math.sqrt(2))) / 2)
+            x = x + linear(f"{block}mlp.fc2", F.gelu(linear(f"{block}mlp.fc1", normalise(f"{block}norm2", x))))
         logits.append(sigma("", linear("head", normalise("norm", x).mean(0))))
     return torch.stack(logits)
 
@@ -117,7 +110,7 @@ def test_softmax_is_stock_timm_to_the_last_bit(vit):
 @pytest.mark.slow
 def test_digits_from_training_to_the_table(vit, tmp_path, capsys):
     """Every mapping trains; what is there is not trained again."""
-    train, options = importlib.import_module("train"), ["--epochs", 1, "--out", tmp_path]
+    train, options = load_script("train"), ["--epochs", 3, "--out", tmp_path]
     rows = rows_of(call(train, *options).stdout)
     assert list(rows)[0] == "attention" and len(rows) == 7
     assert all(float(cells[1]) > 20 for name, cells in rows.items() if name != "attention")  # chance is 10 %

@@ -1,44 +1,26 @@
 """scripts/record_run.py on files as the commands write them. Whole runs: test_run_experiments.py."""
 
 import platform
+from unittest.mock import ANY
 
 import pytest
 import torch
-from conftest import PLUGIN, load_script, parse
+from conftest import PLUGIN, load_script, parse, save_checkpoint
 
 from multimax_fairseq.tools import UserError
 
-BLEU = "BLEU|nrefs:1|case:lc|eff:no|tok:13a|smooth:exp|version:2.6.0 = 34.56 66.1/41.2/28.0/19.4 (BP = 0.98 …)\n"
+record_run = load_script("record_run")
+
 EVAL = """\
 INFO:fairseq_cli.eval_lm:num. model params: 156,000,000
 INFO:fairseq_cli.eval_lm:Evaluated 245,569 tokens in 9.1s (26985.60 tokens/s)
 INFO:fairseq_cli.eval_lm:Loss (base 2): {loss}, Perplexity: {perplexity}
 """
-LOG = """\
-epoch 001 | valid on 'valid' subset | loss 7.413 | nll_loss 7.103 | ppl 137.45 | wps 1 | num_updates 59
-epoch 001 | loss 8.326 | nll_loss 8.169 | ppl 287.84 | wps 2 | num_updates 59 | lr 0.004
-epoch 002 | valid on 'valid' subset | loss 6.53 | nll_loss 6.064 | ppl 66.91 | wps 3 | num_updates 118 | best_loss 7
-epoch 003 | valid on 'valid' subset | loss 6.6 | nll_loss 6.1 | ppl 68.6 | wps 3 | num_updates 177 | best_loss 6.53
-"""
 
 
-@pytest.fixture(scope="module")
-def record_run():
-    return load_script("record_run")
-
-
-def checkpoint(metric="loss", value=6.53):
-    """As much of one as the validation of a run is read from."""
-    return {"optimizer_history": [{"num_updates": 3}, {"num_updates": 118}], "extra_state": {"val_loss": value},
-            "cfg": {"checkpoint": {"best_checkpoint_metric": metric}}}
-
-
-def test_scores_are_read_from_what_the_commands_print(record_run, tmp_path):
-    (tmp_path / "best.bleu").write_text(BLEU)
+def test_perplexities_are_read_from_what_the_command_prints(tmp_path):
     for window, loss, perplexity in ((0, "4.9069", "30.00"), (400, "4.8580", "29.00"), (80, "4.8", "27.86")):
         (tmp_path / f"test.context-{window}.eval").write_text(EVAL.format(loss=loss, perplexity=perplexity))
-    (bleu,) = record_run.bleu_scores(tmp_path).values()
-    assert (bleu["bleu"], bleu["signature"]) == (34.56, BLEU.split(" = ")[0])
     scores = record_run.perplexities(tmp_path, is_sparse=False)
     assert list(scores) == ["test, context 400", "test, context 80", "test, context 0"]
     expected = {"tokens": 245569, "output": "test.context-400.eval"}
@@ -47,57 +29,44 @@ def test_scores_are_read_from_what_the_commands_print(record_run, tmp_path):
         "epsilon_perplexity": 29.0, **expected}
 
 
-def test_the_validation_of_the_best_checkpoint_is_found_in_the_log(record_run, tmp_path):
-    (tmp_path / "train.log").write_text(LOG)
-    assert record_run.validation(tmp_path, checkpoint()) == {
-        "updates": 118, "metric": "loss", "value": 6.53, "loss": 6.53, "ppl": 66.91
-    }
-    absent = record_run.validation(tmp_path / "elsewhere", checkpoint(metric="bleu", value=3.5))
-    assert absent == {"updates": 118, "metric": "bleu", "value": 3.5}
-
-
 def test_settings_are_all_that_can_change_a_result(corpus):
     """Each of these options is one setting more or another; those of machines, paths and logs are none."""
-    settings_of = load_script("settings").settings_of
-    command = [corpus / "data-bin", "--user-dir", PLUGIN, "--arch", "multimax_transformer",
-               "--optimizer", "adam", "--lr", "1e-3"]
-    usual = settings_of(parse(command)[1])
-    assert (usual["arch"], usual["lr"], usual["dropout"], usual["task"]) == (
-        "multimax_transformer", [0.001], 0.1, "translation")
-    expected, flags = dict(usual), []
-    for option, key, value in (
-        ("--lr 2e-3", "lr", [0.002]), ("--fp16", "fp16", True), ("--dropout 0.2", "dropout", 0.2),
-        ("--max-tokens 9", "max_tokens", 9), ("--clip-norm 1", "clip_norm", 1.0),
-        ("--update-freq 2", "update_freq", [2]),
-        ("--adam-betas (0.9,0.98)", "adam_betas", "(0.9,0.98)"), ("--label-smoothing 0.1 --criterion "
-         "label_smoothed_cross_entropy", "label_smoothing", 0.1), ("--encoder-layers 2", "encoder_layers", 2),
-        ("--patience 3", "patience", 3), ("--max-update 7", "max_update", 7),
-        ("--no-epoch-checkpoints --seed 3 --save-dir x --log-interval 5 --num-workers 0", "dropout", 0.2),
-        ("--attention-mapping softmax", "dropout", 0.2),
-    ):
-        assert str(value) != str(usual.get(key))
-        expected[key] = value
-        flags += option.split()
-    expected |= {"criterion": "label_smoothed_cross_entropy", "ignore_prefix_size": 0, "report_accuracy": False,
-                 "max_tokens_valid": 9}  # fmt: skip
-    found = settings_of(parse([*command, *flags])[1])
-    assert {name: str(found[name]) for name in found} == {name: str(expected[name]) for name in expected}
+    command = [corpus / "data-bin", "--user-dir", PLUGIN, "--arch", "multimax_transformer", "--optimizer", "adam"]
+    flags = """--lr 2e-3 --fp16 --dropout 0.2 --max-tokens 9 --clip-norm 1 --update-freq 2 --adam-betas (0.9,0.98)
+        --criterion label_smoothed_cross_entropy --label-smoothing 0.1 --encoder-layers 2 --patience 3 --max-update 7
+        --no-epoch-checkpoints --seed 3 --save-dir x --log-interval 5 --num-workers 0 --attention-mapping softmax"""
+    usual, found = (load_script("settings").settings_of(parse([*command, *more])[1]) for more in ([], flags.split()))
+    expected = {
+        "lr": [0.002], "fp16": True, "dropout": 0.2, "max_tokens": 9, "max_tokens_valid": 9, "clip_norm": 1.0,
+        "update_freq": [2], "adam_betas": "(0.9,0.98)", "criterion": "label_smoothed_cross_entropy",
+        "label_smoothing": 0.1, "ignore_prefix_size": 0, "report_accuracy": False, "encoder_layers": 2, "patience": 3,
+        "max_update": 7,
+    }
+    assert all(str(usual.get(name)) != str(value) for name, value in expected.items())
+    assert {name: str(value) for name, value in found.items()} == {
+        name: str(value) for name, value in (usual | expected).items()}
+    assert (usual["arch"], usual["task"], usual["dictionary"]) == ("multimax_transformer", "translation", ANY)
 
 
-def test_shared_parameters_count_once(record_run):
+def test_shared_parameters_count_once():
     embedding = torch.zeros(10, 4)
     state = {"encoder.version": torch.tensor([3.0]), "decoder.embed_tokens.weight": embedding,
              "decoder.output_projection.weight": embedding, "encoder.mapping.gains": torch.zeros(2, 2)}
-    assert sum(tensor.numel() for tensor in record_run.unique_storage(state)) == 40 + 4
+    assert record_run.count_parameters(state) == 40 + 4
 
 
-def test_hardware_names_no_machine(record_run):
+def test_hardware_names_no_machine():
     text = str(record_run.hardware())
     assert platform.node() not in text.split() and "cores" in text
 
 
-def test_a_run_without_scores_has_no_record(record_run, tmp_path):
-    for name in ("checkpoint_best.pt", "checkpoint_last.pt"):
-        torch.save({"model": {"a": torch.ones(1)}, "cfg": {"model": {"arch": "transformer"}}}, tmp_path / name)
+def test_validation_is_of_the_best_checkpoint_and_length_of_the_last(build, tmp_path):
+    best = save_checkpoint(build("multimax_transformer"), tmp_path / "checkpoint_best.pt")
+    state = torch.load(best, weights_only=False)
+    state["optimizer_history"][-1]["num_updates"] = 7
+    torch.save(state, tmp_path / "checkpoint_last.pt")
     with pytest.raises(UserError, match="has no scores"):
         record_run.record(tmp_path)
+    (tmp_path / "test.context-0.eval").write_text(EVAL.format(loss="4.9", perplexity="30.00"))
+    found = record_run.record(tmp_path)
+    assert (found["validation"]["updates"], found["updates"]) == (1, 7)

@@ -45,8 +45,8 @@ def write_run(folder, seed=1, hypotheses=None, references=REFERENCES, perplexiti
     for name, perplexity in (perplexities or {}).items():
         scores[name] = {kind: perplexity, "tokens": 1000, "output": f"{name}.eval"}
         (folder / f"{name}.eval").write_text(f"Loss (base 2): 1.0, Perplexity: {perplexity:.2f}\n")
-    record = {"format": 2, "experiment": experiment, "scores": scores, "seed": seed, "is_complete": True,
-              "updates": updates, "validation": {"ppl": 5.0 + seed},
+    record = {"format": 2, "experiment": experiment, "scores": scores, "seed": seed, "updates": updates,
+              "validation": {"ppl": 5.0 + seed},
               "mapping": load_script("settings").mapping_of({**DEFAULT, **mapping}),
               "settings": {"lr": [0.003], **dict(settings)}}
     (folder / "run.json").write_text(json.dumps(record))
@@ -169,14 +169,6 @@ def test_runs_that_differ_in_a_setting_are_two_rows_that_say_in_what(tmp_path):
     assert list(rows) == ["mapping", "softmax", "MultiMax", "MultiMax, fp16 True, lr 0.001",
                           "topk_softmax, mapping_options k=4"]
     assert [cells[0] for cells in rows.values()] == ["seeds", "1 2", "1 2", "1 2", "1"]
-    unfinished = json.loads((tmp_path / "a1" / "run.json").read_text()) | {"is_complete": False, "updates": 50}
-    (tmp_path / "a1" / "run.json").write_text(json.dumps(unfinished))
-    assert rows_of(results_table(tmp_path).stdout)["MultiMax, stopped after 50 updates"][0] == "1"
-
-
-def test_case_counts_if_the_signature_says_so(tmp_path):
-    write_run(tmp_path, hypotheses=[line.upper() for line in REFERENCES], signature=SIGNATURE.replace("mixed", "lc"))
-    assert rows_of(results_table(tmp_path).stdout)["MultiMax"][2] == "100.00"
 
 
 def test_formats(translation):
@@ -191,7 +183,8 @@ def test_formats(translation):
 
 def test_what_cannot_be_compared_is_said(tmp_path):
     write_run(tmp_path / "a", 1, translations(0.1, 1), updates=100)
-    write_run(tmp_path / "b", 2, translations(0.1, 2), updates=2000, signature=SIGNATURE.replace("mixed", "lc"))
+    capitals = [line.upper() for line in translations(0.1, 2)]  # which count only if the signature says so
+    write_run(tmp_path / "b", 2, capitals, updates=2000, signature=SIGNATURE.replace("mixed", "lc"))
     text = results_table(tmp_path).stdout
     assert "WARNING: not all runs are equally long" in text and "100 or 2,000 updates" in text
     assert "WARNING: scored in different ways" in text
@@ -232,7 +225,7 @@ def of_hypotheses(content):
      "are scored in different ways"),
     (lambda run: write_run(run.with_name("again"), hypotheses=translations(0.1, 3)),
      "are both iwslt14_de_en, MultiMax, seed 1"),
-    (lambda run: (run / "best.hypotheses").unlink(), "needs best.hypotheses beside it: No such file"),
+    (lambda run: (run / "best.hypotheses").unlink(), "multimax/best.hypotheses: No such file"),
     (with_another_perplexity, "has another perplexity than run.json"),
     (of_hypotheses(b"a\n" * 10), "multimax/best.hypotheses has 10 lines for 120 references"),
     (of_hypotheses("\n".join(REFERENCES).encode()), "has BLEU 100.00, and run.json says"),
@@ -244,7 +237,6 @@ def of_hypotheses(content):
     (of_record(lambda _, best: best.pop("bleu")), "(perplexity is None)"),
     (of_record(lambda record, _: record.pop("seed")), "(seed is None)"),
     (of_record(lambda record, _: record["mapping"].clear()), "('attention_mapping')"),
-    (of_record(lambda record, _: record["validation"].update(ppl=float("inf"))), "(there is Infinity in it)"),
 ])
 def test_a_faulty_folder_is_an_error_that_names_it(fault, message, tmp_path):
     write_run(tmp_path / "softmax", hypotheses=translations(0.1, 1), attention_mapping="softmax")
@@ -258,6 +250,5 @@ def test_a_faulty_folder_is_an_error_that_names_it(fault, message, tmp_path):
 def test_an_empty_folder_and_wrong_options_are_errors_in_a_line(tmp_path):
     result = results_table(tmp_path, check=False)
     assert result.returncode == 1 and f"there is no run.json below {tmp_path}" in result.stderr
-    for options in (["--samples", "0"], ["--samples", "1000001"]):
-        result = results_table(tmp_path, *options, check=False)
-        assert result.returncode == 2 and re.fullmatch(r"ERROR: .*see --help.*\n", result.stderr)
+    result = results_table(tmp_path, "--samples", "0", check=False)
+    assert result.returncode == 2 and re.fullmatch(r"ERROR: .*see --help.*\n", result.stderr)

@@ -17,7 +17,7 @@ import fork_server
 import pytest
 import sacrebleu
 import torch
-from conftest import PLUGIN, ROOT, environment, load_script, parse, rows_of, run, train_command
+from conftest import PLUGIN, ROOT, TINY, TWICE, environment, load_script, parse, rows_of, run, train_command
 from fairseq import options
 from fairseq.dataclass.configs import FairseqConfig
 from fairseq.dataclass.initialize import add_defaults
@@ -30,8 +30,6 @@ from multimax_fairseq.tools import UserError
 
 EXAMPLES = ROOT / "examples"
 EXPERIMENTS = ("iwslt14_de_en", "wikitext103", "multi30k_de_en", "brown_lm")
-TINY = "--{0}-layers 1 --{0}-embed-dim 32 --{0}-ffn-embed-dim 32 --{0}-attention-heads 2"
-TINY = [*TINY.format("encoder").split(), *TINY.format("decoder").split()]
 
 
 def recipe(experiment, *arguments, data="data", **kwargs):
@@ -67,8 +65,7 @@ def test_the_hydra_config_is_the_recipe(experiment, tmp_path):
     models = []
     for cfg in (by_flags, config):
         # all that a model can ask for: what was given, then what its architecture leaves open
-        is_config = OmegaConf.is_config(cfg.model)
-        model = Namespace(**(OmegaConf.to_container(cfg, resolve=True)["model"] if is_config else vars(cfg.model)))
+        model = Namespace(**load_script("settings").plain(cfg.model))
         ARCH_CONFIG_REGISTRY.get(config.model._name, lambda _: None)(model)
         models.append(model)
     expected, found = (dataclasses.asdict(TransformerConfig.from_namespace(model)) for model in models)
@@ -84,14 +81,10 @@ def test_without_a_folder_it_says_what_it_takes(experiment):
         assert result.returncode == 1 and f"/{experiment}/run.sh RUN [OPTION OF fairseq-train" in result.stderr
 
 
-@pytest.mark.parametrize("experiment, name", [
-    ("multi30k_de_en", "multi30k_de_en/mappings.txt"), ("multi30k_de_en", "multi30k_de_en/rows.txt"),
-    ("iwslt14_de_en", "mappings.txt"), ("iwslt14_de_en", "ablation.txt"), ("iwslt14_de_en", "sites.txt"),
-    ("wikitext103", "wikitext103/rows.txt"),
-])
-def test_the_lines_of_the_lists_are_options(experiment, name, tmp_path):
-    command = train_command(experiment, tmp_path)
-    lines = [line for line in (EXAMPLES / name).read_text().splitlines() if not line.startswith("#")]
+@pytest.mark.parametrize("path", sorted(EXAMPLES.rglob("*.txt")), ids=lambda path: str(path.relative_to(EXAMPLES)))
+def test_the_lines_of_the_lists_are_options(path, tmp_path):
+    command = train_command("iwslt14_de_en" if path.parent == EXAMPLES else path.parent.name, tmp_path)
+    lines = [line for line in path.read_text().splitlines() if not line.startswith("#")]
     mapping_of, found = load_script("settings").mapping_of, set()
     for line in lines:
         args = options.parse_args_and_arch(options.get_training_parser(), [*command, *line.split()])
@@ -127,6 +120,11 @@ def test_a_wrong_option_is_said_before_any_work(words, message, begin, tmp_path)
     with pytest.raises(UserError, match=re.escape(message)):
         begin(*words)
     assert not list(tmp_path.iterdir())
+
+
+def test_an_end_within_the_warm_up_is_said(begin, capsys):
+    begin("--lr-scheduler", "inverse_sqrt", "--warmup-updates", 5)
+    assert "WARNING: the learning rate still rises at the end: 4 updates of 5" in capsys.readouterr().err
 
 
 def test_a_damaged_folder_of_data_is_said(begin, tmp_path):
@@ -165,28 +163,28 @@ def done(made_up):
 def test_the_record_says_what_the_run_was(done, made_up):
     folder, printed = done
     record = json.loads((folder / "run.json").read_text())
-    assert (record["experiment"], record["seed"], record["is_complete"]) == ("iwslt14_de_en", 1, True)
+    assert (record["experiment"], record["seed"]) == ("iwslt14_de_en", 1)
     assert record["mapping"] | {"attention_scale": "none"} == {
         "attention_mapping": "topk_softmax", "mapping_options": "k=3",
         "attention_mapping_sites": "cross,decoder,encoder", "attention_scale": "none", "output_mapping": "softmax"}
-    assert record["settings"]["lr"] == [0.005] and record["settings"]["encoder_layers"] == 1
+    assert record["settings"]["lr"] == [0.005] and record["settings"]["encoder_layers"] == 2
     for name, score in record["scores"].items():
         assert score["details"] in printed and f" = {score['bleu']:.2f} " in score["details"]
-        hypotheses = (folder / score["hypotheses"]).read_text().splitlines()
-        references = (folder / score["references"]).read_text().splitlines()
-        assert len(hypotheses) == len(references) > 0, name
-        lower_case = [[line.lower() for line in lines] for lines in (hypotheses, references)]
-        bleu = sacrebleu.corpus_bleu(lower_case[0], [lower_case[1]])
+        hypotheses, references = ((folder / score[kind]).read_text() for kind in ("hypotheses", "references"))
+        assert references == (made_up / "iwslt14_de_en" / "raw" / "test.en").read_text(), name
+        bleu = sacrebleu.corpus_bleu(hypotheses.lower().splitlines(), [references.lower().splitlines()])
         assert bleu.score == pytest.approx(score["bleu"], abs=0.005) and "case:lc" in score["signature"]
-        assert "@@" not in "".join(hypotheses) and not re.search(r"&\w+;| [,.]", "".join(hypotheses))
+        assert not re.search(r"@@|&\w+;| [,.]", hypotheses)
     assert list(record["scores"]) == ["best", "average"]
+    assert load_script("average_checkpoints").last_epochs(folder, 1) == [folder / "checkpoint2.pt"]
     log = (folder / "train.log").read_text()
     logged = re.findall(r"valid on 'valid' subset \| loss (\S+) .* ppl (\S+) \| bleu (\S+) .* num_updates (\d+)", log)
     loss, ppl, bleu, updates = max(logged[::-1], key=lambda line: float(line[2]))  # the last of the best by BLEU
     assert record["validation"] == {
         "updates": int(updates), "metric": "bleu", "value": float(bleu), "loss": float(loss), "ppl": float(ppl)}
     assert record["whole_epochs"] == 2 and record["updates"] == int(re.findall(r"num_updates (\d+)", log)[-1])
-    assert record["versions"]["torch"] == torch.__version__ and record["training_seconds"] > 0
+    assert torch.__version__.startswith(record["versions"]["torch"])  # which may leave out "+cu121"
+    assert record["training_seconds"] > 0
     text = run(sys.executable, ROOT / "scripts" / "results_table.py", folder.parent / "own").stdout
     assert list(rows_of(text)) == ["mapping", "topk_softmax, mapping_options k=3"]
 
@@ -225,7 +223,9 @@ def test_a_run_that_is_killed_goes_on_to_the_same_end(made_up, tmp_path):
             time.sleep(0.2)
     recipe("multi30k_de_en", killed, *arguments, data=made_up / "multi30k_de_en")
     found, expected = (torch.load(folder / "checkpoint_last.pt")["model"] for folder in (killed, whole))
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    different = {name for name in expected if not torch.equal(found[name], expected[name])}
+    # fairseq 0.12.2 leaves the copies of parameters and a mark of its own as the process has begun with them
+    assert {name for name in different if not (TWICE.fullmatch(name) or name.endswith("._float_tensor"))} == set()
     scores = [json.loads((folder / "run.json").read_text())["scores"] for folder in (killed, whole)]
     assert scores[0] == scores[1]
 

@@ -2,6 +2,7 @@
 
 import re
 
+import fairseq
 import pytest
 import torch
 from conftest import PLUGIN, TINY, call, run, save_checkpoint
@@ -23,6 +24,10 @@ def translation(corpus, tmp_path_factory):
     return path, folder / "stock.pt"
 
 
+# Without the plugin 0.12.2 leaves padding to a kernel of PyTorch's in a way that torch 2 refuses.
+stock_translates = pytest.mark.skipif(fairseq.__version__ == "0.12.2", reason="Mask Type should be defined")
+
+
 def generate(corpus, path, *options, split="test", **kwargs):
     """(score, hypothesis) of each sentence of the data, in their order."""
     printed = run("fairseq-generate", corpus / "data-bin", "--path", path, "--gen-subset", split, "--beam", 4,
@@ -33,6 +38,7 @@ def generate(corpus, path, *options, split="test", **kwargs):
 
 
 @pytest.mark.slow
+@stock_translates
 def test_fairseq_translates_the_same_without_the_plugin(corpus, translation):
     path, stock = translation
     ours, theirs = generate(corpus, path, "--user-dir", PLUGIN), generate(corpus, stock, env=TRUSTED)
@@ -52,6 +58,7 @@ def test_fairseq_validates_a_language_model_without_the_plugin(build, corpus, tm
 
 
 @pytest.mark.slow
+@stock_translates
 def test_ctranslate2_translates_the_same(corpus, translation, tmp_path):
     ctranslate2 = pytest.importorskip("ctranslate2", reason="needs ctranslate2: pip install ctranslate2")
     converter = ctranslate2.converters.FairseqConverter(
