@@ -21,9 +21,9 @@ from conftest import ROOT, call, parse, run, save_checkpoint
 from fairseq import checkpoint_utils, tasks
 from PIL import Image
 
-from multimax_fairseq.analysis import collect, figures, metrics, page
+from multimax_fairseq.analysis import ScoreHistogram, collect, figures, metrics, page
 from multimax_fairseq.analysis.cli import main
-from multimax_fairseq.analysis.measure import ILLUSTRATION, Measurement, common_reference
+from multimax_fairseq.analysis.measure import ILLUSTRATION, Measurement, common_reference, numbers_of_module
 from multimax_fairseq.mappings import MAPPINGS, MultiMax
 
 SENTENCES = 12
@@ -200,9 +200,9 @@ def test_the_output_layer_of_a_language_model(checkpoints, corpus, tmp_path, mon
     (ours,), _, task = checkpoint_utils.load_model_ensemble_and_task([str(checkpoints["lm"])])
     task.load_dataset("test")
     dataset = task.dataset("test")
-    outputs = [collect(ours, dataset.collater([dataset[index]])).output for index in range(6)]
+    outputs = [collect(ours, dataset.collater([dataset[index]])).at("output")[0] for index in range(6)]
     (numbers,) = where(model["sites"], site="output")
-    check_numbers(numbers, [(output.scores[0], output.probabilities[0]) for output in outputs])
+    check_numbers(numbers, [(output.scores[0, 0], output.probabilities[0, 0]) for output in outputs])
     # of one model, the common s is the mean of its own irrelevant probabilities
     assert numbers["common_reference"] == pytest.approx(numbers["tail"])
     assert numbers["support"] == pytest.approx(outputs[0].scores.size(-1))  # softmax gives something to every word
@@ -443,11 +443,11 @@ class Tempered(torch.nn.Module):
 def test_what_a_mapping_has_learned_is_in_the_report(make, learned, monkeypatch):
     """One's own too; a term that is not learned has no gain."""
     monkeypatch.setitem(MAPPINGS, "tempered", Tempered)
-    mapping, measurement, scores = make(), Measurement(Namespace(model=torch.nn.Identity())), torch.randn(2, 5, 4)
+    mapping, histogram = make(), ScoreHistogram()
+    histogram.update(torch.randn(2, 5, 4))
     if isinstance(mapping, MultiMax):
         torch.nn.init.constant_(mapping.gains, 0.5)
-    measurement.add_rows(("cross", 0), "cross layer 1", mapping, scores, scores.softmax(-1))
-    module = measurement._module(("cross", 0))
+    module = {"site": "cross", "layer": 0, **numbers_of_module(mapping, histogram)}
     assert module["mapping"] == ("tempered" if type(mapping) is Tempered else "multimax")
     assert module["learned"] == learned
     (row,) = page._modules({"one": [{"modules": [module]}]})
@@ -473,14 +473,14 @@ def changed_data(corpus, folder, pattern, change):
 # the corpus' {text}; what is said.
 @pytest.mark.parametrize("others, data, options, message", [
     ([], lambda corpus, folder: folder / "absent", "", "there is no folder"),
-    ([], lambda corpus, folder: corpus / "data-bin-lm", "", "its model cannot be built with the data in"),
-    ([], lambda *where: changed_data(*where, "dict.de.txt", None), "", "has no dictionary dict.de.txt"),
+    ([], lambda corpus, folder: corpus / "data-bin-lm", "", "cannot be built with the data in"),
+    ([], lambda *where: changed_data(*where, "dict.de.txt", None), "", "/dict.de.txt')"),
     ([], lambda *where: changed_data(*where, "dict.*", lambda text: b"".join(text.splitlines(keepends=True)[:50])),
-     "", "the vocabulary of"),
+     "", "size mismatch for encoder.embed_tokens.weight"),
     ([], lambda *where: changed_data(*where, "valid.de-en.en.bin", lambda content: content[:900]), "",
      "the split 'valid' of"),
     ([], lambda *where: changed_data(*where, "valid.de-en.de.bin", lambda c: c[:40] + b"\xff\x7f\x00\x00" + c[44:]),
-     "", "has words that its dictionary lacks"),
+     "", "is damaged, cut short, or not of the fairseq-preprocess that made its dictionary: sentence 1"),
     ([], None, "--split dev", "has no split 'dev' for this model; --split takes one of: test, train, valid"),
     (["lstm"], None, "", "LSTMModel has no attention to analyse"),
     (["multimax"], None, "--labels one", "2 checkpoints need as many --labels"),
@@ -489,7 +489,7 @@ def changed_data(corpus, folder, pattern, change):
     ([], None, "--alignments {text}/test.align", "there are 40 gold alignments for the 60 sentence pairs"),
     ([], None, "--alignments {folder}/valid.align", "a gold alignment in line 2 is outside of its sentences"),
     ([], None, "--alignments {folder}/absent.align", "absent.align: No such file or directory"),
-    ([], None, "--out {folder}/valid.align/out", "is not a folder: choose another"),
+    ([], None, "--out {folder}/valid.align/out", "valid.align is no folder that can be written to"),
 ])  # fmt: skip
 def test_errors_before_any_work(others, data, options, message, checkpoints, corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(Measurement, "run", None)  # not reached

@@ -136,7 +136,7 @@ def test_a_checkpoint_that_is_none(what, tool, folder, corpus, monkeypatch):
     ("average_checkpoints", ["--last", "0"], None),
     ("average_checkpoints", ["--output", "-x.pt"], None),
     ("check_decoding", ["--split", "dev"], "has no split 'dev' for this model; --split takes one of: test, train"),
-    ("multimax-analyze", ["--out", "{run}/best.bleu"], "is a file; --out takes a folder"),
+    ("multimax-analyze", ["--out", "{run}/best.bleu"], "best.bleu is no folder that can be written to"),
     ("multimax-analyze", ["--out", "/proc/report"], "could not write /proc/report: "),
     ("score_translation", ["--checkpoint", "a::b"], "--checkpoint 'a::b' has an empty name"),
     ("score_translation", ["--checkpoint", "{run}/none.pt"], "none.pt: there is no such file"),
