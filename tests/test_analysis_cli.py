@@ -67,9 +67,13 @@ def report(checkpoints, corpus, tmp_path_factory):
                    "--alignments", corpus / "text" / "valid.align")  # fmt: skip
 
 
+def read(out):
+    return json.loads((out / "results.json").read_text())
+
+
 @pytest.fixture(scope="module")
 def document(report):
-    return json.loads((report / "results.json").read_text())
+    return read(report)
 
 
 @pytest.fixture(scope="module")
@@ -81,13 +85,17 @@ def where(rows, /, **values):
     return [row for row in rows if all(row[name] == value for name, value in values.items())]
 
 
+def collect_each(path, split, count):
+    """Each sentence by itself, so without padding: what a report's numbers are computed from once more."""
+    (model,), _, task = checkpoint_utils.load_model_ensemble_and_task([str(path)])
+    task.load_dataset(split)
+    dataset = task.dataset(split)
+    return [collect(model, dataset.collater([dataset[index]])) for index in range(count)]
+
+
 @pytest.fixture(scope="module")
-def collected(checkpoints, corpus):
-    """Each sentence by itself, so without padding: what the report's numbers are computed from once more."""
-    (model,), _, task = checkpoint_utils.load_model_ensemble_and_task([str(checkpoints["multimax"])])
-    task.load_dataset("valid")
-    dataset = task.dataset("valid")
-    return [collect(model, dataset.collater([dataset[index]])) for index in range(SENTENCES)]
+def collected(checkpoints):
+    return collect_each(checkpoints["multimax"], "valid", SENTENCES)
 
 
 def check_numbers(numbers, rows):
@@ -195,17 +203,13 @@ def test_the_output_layer_of_a_language_model(checkpoints, corpus, tmp_path, mon
     monkeypatch.setattr(metrics, "CHUNK_SIZE", 1000)  # so rows are measured in several parts
     lm_report = analyze([checkpoints["lm"]], corpus / "data-bin-lm", tmp_path / "out", "--split", "test",
                         "--max-sentences", 6, "--max-tokens", 70, "--labels", "ours", "--show", 0)  # fmt: skip
-    (model,) = json.loads((lm_report / "results.json").read_text())["models"]["ours"]
+    (model,) = read(lm_report)["models"]["ours"]
     assert {row["site"] for row in model["heads"]} == {"decoder"}
-    (ours,), _, task = checkpoint_utils.load_model_ensemble_and_task([str(checkpoints["lm"])])
-    task.load_dataset("test")
-    dataset = task.dataset("test")
-    outputs = [collect(ours, dataset.collater([dataset[index]])).at("output")[0] for index in range(6)]
+    outputs = [one.at("output")[0] for one in collect_each(checkpoints["lm"], "test", 6)]
     (numbers,) = where(model["sites"], site="output")
     check_numbers(numbers, [(output.scores[0, 0], output.probabilities[0, 0]) for output in outputs])
     # of one model, the common s is the mean of its own irrelevant probabilities
     assert numbers["common_reference"] == pytest.approx(numbers["tail"])
-    assert numbers["support"] == pytest.approx(outputs[0].scores.size(-1))  # softmax gives something to every word
     assert model["modules"][-1]["site"] == "output" and "b1" in model["modules"][-1]["learned"]
     assert ">output<" not in (lm_report / "report.html").read_text().partition("The output layer")[0]
 
@@ -347,7 +351,8 @@ def test_drawn_again_from_the_file_alone(report, tmp_path):
     """Without the models, fairseq and torch; figures that are not asked for stay."""
     out = shutil.copytree(report, tmp_path / "report")
     before = {path.name: path.read_bytes() for path in out.rglob("*.png")}
-    code = "from multimax_fairseq.analysis.cli import main, sys; main(); print({'torch', 'fairseq'} & {*sys.modules})"
+    code = ("import runpy, sys; runpy.run_module('multimax_fairseq.analysis', run_name='__main__'); "
+            "print({'torch', 'fairseq'} & {*sys.modules})")  # fmt: skip
     names = "over-smoothing,sentence3-cross-layer?-head2"
     result = run(sys.executable, "-c", code, "--redraw", out, "--figures", names, "--width", "8.4", cwd=ROOT)
     assert result.stdout.splitlines()[-1] == "set()"
@@ -359,10 +364,6 @@ def test_drawn_again_from_the_file_alone(report, tmp_path):
             assert abs(image.width - 8.4 / 2.54 * 200) < 1
         assert name[:-4] in (out / "report.html").read_text()
     assert (out / "results.json").read_bytes() == (report / "results.json").read_bytes()
-
-
-def read(out):
-    return json.loads((out / "results.json").read_text())
 
 
 def entropies(out):
@@ -516,14 +517,14 @@ def test_scores_that_no_trained_model_has_are_an_error(factor, checkpoints, corp
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["--redraw", "{folder}"], "is no report: there is no results.json in it"),
-    (["--redraw", "{report}", "x.pt"], "--redraw needs no checkpoints"),
-    (["--redraw", "{report}", "--figures", "other"], "there is no other; choose from: sparsity-multimodality, "),
-    (["--out", "{folder}/out", "x.pt"], "give checkpoints and --data, or --redraw"),
+    ("--redraw {folder}", "is no report: there is no results.json in it"),
+    ("--redraw {report} x.pt", "--redraw needs no checkpoints"),
+    ("--redraw {report} --figures other", "there is no other; choose from: sparsity-multimodality, "),
+    ("--out {folder}/out x.pt", "give checkpoints and --data, or --redraw"),
 ])  # fmt: skip
 def test_wrong_ways_to_draw(arguments, message, report, tmp_path):
     with pytest.raises(SystemExit, match=message):
-        main([argument.format(folder=tmp_path, report=report) for argument in arguments])
+        main(arguments.format(folder=tmp_path, report=report).split())
 
 
 @pytest.mark.parametrize("name, data", [("multimax", "data-bin"), ("lm", "data-bin-lm")])
@@ -536,7 +537,3 @@ def test_the_example(name, data, checkpoints, corpus, tmp_path, monkeypatch, cap
     assert re.search(rf"{site} +layer 1:  M \d\.\d{{3}}  S \d", capsys.readouterr().out)
     with Image.open(picture) as image:
         assert image.width > 3 * image.height / 2
-
-
-def test_as_a_command():
-    assert "--max-sentences" in run(sys.executable, "-m", "multimax_fairseq.analysis", "--help", cwd=ROOT).stdout
