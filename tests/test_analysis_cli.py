@@ -154,16 +154,14 @@ def coefficients_of(module):
     return ([[numbers[f"{a}{n}"], numbers[f"{b}{n}"]] for n in (1, 2)] for a, b in (("b", "d"), ("g_b", "g_d")))
 
 
-def test_modules_and_the_scores_that_they_saw(results, document, collected, checkpoints, report):
+def test_modules_and_the_scores_that_they_saw(results, document, collected, report):
     """Their parameters, the histogram of the scores, and σ over it: in the results and in the figure's table."""
-    parameters = torch.load(checkpoints["multimax"])["model"]
     of_figure = table(report / "figures" / "modulators2-multimax.csv")
     for module in results["multimax"]["modules"]:
-        attention = {"encoder": "encoder.layers.{}.self_attn", "decoder": "decoder.layers.{}.self_attn",
-                     "cross": "decoder.layers.{}.encoder_attn"}[module["site"]].format(module["layer"])  # fmt: skip
-        expected = [parameters[f"{attention}.mapping.{kind}"].flatten().tolist() for kind in ("thresholds", "gains")]
-        assert [sum(pairs, []) for pairs in coefficients_of(module)] == [*map(pytest.approx, expected)]
-        scores = torch.cat([sentence.at(module["site"])[module["layer"]].scores.flatten() for sentence in collected])
+        attentions = [sentence.at(module["site"])[module["layer"]] for sentence in collected]
+        for numbers, expected in zip(coefficients_of(module), attentions[0].mapping.parameters()):
+            torch.testing.assert_close(torch.tensor(numbers), expected.data)
+        scores = torch.cat([attention.scores.flatten() for attention in attentions])
         scores = scores[scores.isfinite()]
         edges, counts = module["histogram"]["edges"], module["histogram"]["counts"]
         assert 0.998 * len(scores) <= sum(counts) <= len(scores)  # without the outermost
@@ -248,23 +246,21 @@ def test_a_sentence_to_be_drawn(document, collected, corpus):
 
     # a head of both models side by side
     rows, figure = drawn(document, "sentence3-cross-layer2-head1")
-    assert [axes.get_title() for axes in figure.axes[:2]] == ["stock", "multimax"]
-    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == english
-    assert [label.get_text() for label in figure.axes[1].get_xticklabels()] == german
-    expected = attention["cross"][1][0, 0]
-    picture = torch.tensor(figure.axes[1].images[0].get_array().data).float()
-    torch.testing.assert_close(picture, expected, atol=2e-5, rtol=0)
-    assert [row["share"] for row in rows if row["model"] == "multimax"] == pytest.approx(expected.flatten(), abs=2e-5)
+    left, right = figure.axes[:2]
+    assert [left.get_title(), right.get_title()] == ["stock", "multimax"]
+    assert [label.get_text() for label in left.get_yticklabels()] == english
+    assert [label.get_text() for label in right.get_xticklabels()] == german
+    expected = attention["cross"][1][0, 0].flatten()
+    assert right.images[0].get_array().flatten().tolist() == pytest.approx(expected.tolist(), abs=2e-5)
+    assert [row["share"] for row in where(rows, model="multimax")] == pytest.approx(expected, abs=2e-5)
 
 
 def test_what_is_drawn_are_the_numbers_of_the_table(report, results, document):
     rows, figure = drawn(document, "sparsity-multimodality")
+    expected = [(label, row["head"], row["sparsity"]) for label, model in results.items() for row in model["heads"]]
+    assert [(row["model"], row["head"], row["sparsity"]) for row in rows] == expected
     of_file = table(report / "figures" / "sparsity-multimodality.csv")
-    heads = [(label, row) for label, model in results.items() for row in model["heads"]]
-    assert [(row["model"], row["head"], row["sparsity"]) for row in rows] == [
-        (label, row["head"], row["sparsity"]) for label, row in heads
-    ]
-    assert [float(row["sparsity"]) for row in of_file] == [row["sparsity"] for _, row in heads]
+    assert [(row["model"], int(row["head"]), float(row["sparsity"])) for row in of_file] == expected
     for number, axes in enumerate(figure.axes):
         site, names = ("encoder", "decoder", "cross")[number // 2], figures.METRICS[number % 2]
         for points, means, label in zip(axes.collections, axes.containers, results):
@@ -272,9 +268,8 @@ def test_what_is_drawn_are_the_numbers_of_the_table(report, results, document):
             of_model = [[row[name] for name in names] for row in here]
             assert points.get_offsets().tolist() == of_model
             assert [*zip(*means[0].get_data())] == [pytest.approx([fmean(axis) for axis in zip(*of_model)])]
-    for row in table(report / "figures" / "over-smoothing.csv"):
-        (layer,) = where(results[row["model"]]["layers"], side=row["side"], layer=int(row["layer"]))
-        assert float(row["mad"]) == layer["mad"]
+    layers = [row["mad"] for model in results.values() for row in model["layers"]]
+    assert [float(row["mad"]) for row in table(report / "figures" / "over-smoothing.csv")] == layers
 
 
 def test_the_simplex_shows_what_mappings_make_of_three_scores(report):
@@ -291,21 +286,21 @@ def test_the_simplex_shows_what_mappings_make_of_three_scores(report):
 def test_a_mapping_has_one_colour(document):
     """In whatever place; models with the same mapping differ in shade."""
     models = document["models"]
-    first, turned = (figures._looks({"models": models}) for models in (
-        models, {"multimax": models["multimax"], "stock": models["stock"], "again": models["stock"]}))
+    first = figures._looks(document)
+    turned = figures._looks({"models": {**dict(reversed(models.items())), "again": models["stock"]}})
     assert all(turned[name]["color"] == first[name]["color"] for name in models)
     assert len({look["color"] for look in turned.values()}) == 3
 
 
 def test_seeds_of_one_model_are_a_mean_with_its_deviation(document):
     seeds = copy.deepcopy(document)
-    seeds["models"]["multimax"].append(copy.deepcopy(seeds["models"]["multimax"][0]))
-    for row in itertools.chain(*(seeds["models"]["multimax"][1][kind] for kind in ("layers", "heads"))):
+    second = copy.deepcopy(seeds["models"]["multimax"][0])
+    for row in second["layers"] + second["heads"]:
         row["mad" if "mad" in row else "sparsity"] += 0.1
+    seeds["models"]["multimax"].append(second)
     rows, figure = drawn(seeds, "over-smoothing")
-    one, two = where(rows, model="multimax", side="encoder", layer=1)
+    one, _ = where(rows, model="multimax", side="encoder", layer=1)
     (lines, _, (bars,)) = figure.axes[0].containers[1]
-    assert two["mad"] == pytest.approx(one["mad"] + 0.1)
     assert lines.get_ydata()[1] == pytest.approx(one["mad"] + 0.05)
     ends = bars.get_segments()[1][:, 1]
     assert ends[1] - ends[0] == pytest.approx(2 * 0.1 / math.sqrt(2))  # twice the standard deviation
@@ -338,10 +333,8 @@ def test_the_files_of_a_report(report, results):
 
     tables = {"heads.csv", "sites.csv", "modules.csv", "layers.csv", "alignment.csv"}
     assert {path.name for path in report.glob("*.csv")} == tables
-    rows = table(report / "heads.csv")
-    assert [(row["model"], float(row["entropy"])) for row in rows] == [
-        (label, row["entropy"]) for label, model in results.items() for row in model["heads"]
-    ]
+    rows, heads = table(report / "heads.csv"), [row for model in results.values() for row in model["heads"]]
+    assert [float(row["entropy"]) for row in rows] == [row["entropy"] for row in heads]
     # both models saw the same sentences: none of fairseq's own layers has got around its attention module
     assert len({(row["site"], row["rows"]) for row in rows}) == 3 and int(rows[0]["rows"]) > SENTENCES
     assert {"b1", "g_d2"} <= table(report / "modules.csv")[-1].keys()
@@ -388,10 +381,10 @@ def test_a_report_is_replaced_when_asked_and_a_failure_leaves_nothing(checkpoint
         analyze(*arguments)
     analyze(*arguments, "--force", "--max-tokens", 30)
     assert entropies(out) == pytest.approx(first, abs=1e-5)  # whatever the size of batches
-    (out / "notes.txt").write_text("mine")
+    (out / "notes.txt").touch()
     with pytest.raises(SystemExit, match="choose another, or empty it"):
         analyze(*arguments, "--force")
-    assert (out / "notes.txt").read_text() == "mine"
+    assert (out / "notes.txt").exists()
 
 
 # ---------------------------------------------------------------------- other models
@@ -507,9 +500,7 @@ def test_errors_before_any_work(others, data, options, message, checkpoints, cor
 @pytest.mark.parametrize("factor", [1e12, 1e36])
 def test_scores_that_no_trained_model_has_are_an_error(factor, checkpoints, corpus, tmp_path):
     state = torch.load(checkpoints["multimax"])
-    for name, tensor in state["model"].items():
-        if "k_proj.weight" in name:
-            tensor *= factor
+    state["model"]["encoder.layers.0.self_attn.k_proj.weight"] *= factor
     torch.save(state, tmp_path / "huge.pt")
     with pytest.raises(SystemExit, match="ERROR: .*huge.pt: scores of encoder layer 1 are NaN, infinite or beyond"):
         analyze([tmp_path / "huge.pt"], corpus / "data-bin", tmp_path / "out")

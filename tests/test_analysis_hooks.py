@@ -92,15 +92,11 @@ def test_outputs_of_the_layers(build, batch):
     collected = collect(built.model, sample)
     numbers = [(layer.side, layer.layer) for layer in collected.layers]
     assert numbers == [*itertools.product(("encoder", "decoder"), (0, 1, 2))]
-    source = sample["net_input"]["src_tokens"], sample["net_input"]["src_lengths"]
+    net_input, model = sample["net_input"], built.model
     with torch.no_grad():
-        states = built.model.encoder(*source, return_all_hiddens=True)["encoder_states"]
-    real = collected.masks["encoder"]
-    assert not real.all()  # there is padding
-    for layer, expected in zip(collected.layers, states):
+        encoder_out = model.encoder(net_input["src_tokens"], net_input["src_lengths"], return_all_hiddens=True)
+        _, extra = model.decoder(net_input["prev_output_tokens"], encoder_out=encoder_out)
+    assert not all(mask.all() for mask in collected.masks.values())  # there is padding
+    for layer, expected in zip(collected.layers, encoder_out["encoder_states"] + extra["inner_states"]):
+        real = collected.masks[layer.side]
         torch.testing.assert_close(layer.hidden[real], expected.transpose(0, 1)[real], atol=1e-5, rtol=1e-5)
-
-
-def test_a_model_without_attention_is_refused(build):
-    with pytest.raises(ValueError, match="Embedding has no attention to analyse"):
-        attention_modules(build("multimax_transformer_lm").model.decoder.embed_tokens)
