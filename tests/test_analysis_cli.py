@@ -432,20 +432,18 @@ class Tempered(torch.nn.Module):
         self.temperature = torch.nn.Parameter(torch.tensor([0.5, 2.0]).view(2, 1, 1))
 
 
-@pytest.mark.parametrize("make, learned", [(Tempered, {"temperature": [0.5, 2.0]}), (
-    lambda: MultiMax(order=1, terms=["above"], init="identity"), {"b1": 0, "d1": 0, "g_b1": 0, "g_d1": 0.5})])
-def test_what_a_mapping_has_learned_is_in_the_report(make, learned, monkeypatch):
+def test_what_a_mapping_has_learned_is_in_the_report(monkeypatch):
     """One's own too; a term that is not learned has no gain."""
     monkeypatch.setitem(MAPPINGS, "tempered", Tempered)
-    mapping, histogram = make(), ScoreHistogram()
+    histogram, fixed = ScoreHistogram(), MultiMax(order=1, terms=["above"], init="identity")
     histogram.update(torch.randn(2, 5, 4))
-    if isinstance(mapping, MultiMax):
-        torch.nn.init.constant_(mapping.gains, 0.5)
-    module = {"site": "cross", "layer": 0, **numbers_of_module(mapping, histogram)}
-    assert module["mapping"] == ("tempered" if type(mapping) is Tempered else "multimax")
-    assert module["learned"] == learned
-    (row,) = page._modules({"one": [{"modules": [module]}]})
-    assert row["layer"] == 1 and row.get("temperature", "0.500, 2.000") == "0.500, 2.000"
+    torch.nn.init.constant_(fixed.gains, 0.5)
+    for mapping, name, learned in ((Tempered(), "tempered", {"temperature": [0.5, 2.0]}),
+                                   (fixed, "multimax", {"b1": 0, "d1": 0, "g_b1": 0, "g_d1": 0.5})):  # fmt: skip
+        module = {"site": "cross", "layer": 0, **numbers_of_module(mapping, histogram)}
+        assert (module["mapping"], module["learned"]) == (name, learned)
+        (row,) = page._modules({"one": [{"modules": [module]}]})
+        assert row["layer"] == 1 and row.get("temperature", "0.500, 2.000") == "0.500, 2.000"
 
 
 # ---------------------------------------------------------------------- errors
