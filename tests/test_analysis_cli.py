@@ -340,6 +340,18 @@ def test_the_files_of_a_report(report, results):
     assert {"b1", "g_d2"} <= table(report / "modules.csv")[-1].keys()
 
 
+def test_what_the_pages_tables_say(document, results):
+    """The best head has the least error; which share of the rows has no M."""
+    ours = results["multimax"]
+    (row,) = where(page._alignments(document["models"]), model="multimax", rows="reading")
+    errors = [head["aer"] for head in where(ours["alignment"], rows="reading") if head["head"].isdigit()]
+    assert row["best head"] == [min(errors)] and row["mean of all heads' AER"] == [pytest.approx(fmean(errors))]
+    (row,) = where(page._metrics(document["models"], 5, is_output=False), model="multimax", site="decoder")
+    (site,) = where(ours["sites"], site="decoder")
+    assert row["M"] == [site["multimodality"]]
+    assert row["no M (%)"] == pytest.approx(100 * site["multimodality_undefined"] / site["rows"])
+
+
 def test_drawn_again_from_the_file_alone(report, tmp_path):
     """Without the models, fairseq and torch; figures that are not asked for stay."""
     out = shutil.copytree(report, tmp_path / "report")
