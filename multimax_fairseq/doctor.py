@@ -9,7 +9,7 @@ import importlib.metadata
 import logging
 import platform
 import sys
-from typing import List, Tuple
+from typing import Iterator, Tuple
 
 from .tools import ArgumentParser
 
@@ -19,44 +19,41 @@ TOLERANCE = {"float32": 2e-5, "bfloat16": 2e-2, "float16": 3e-3}  # of probabili
 Finding = Tuple[bool, str]  # (is it well, line to print)
 
 
-def check_packages() -> List[Finding]:
-    """Compare Python and the installed packages with the requirements in this package's metadata."""
+def check_packages() -> Iterator[Finding]:
+    """Compare the installed packages with the requirements in this package's metadata."""
     from packaging.requirements import Requirement
 
+    yield True, f"Python {platform.python_version()}"
     try:
-        metadata = importlib.metadata.metadata(PACKAGE)
+        requirements = importlib.metadata.requires(PACKAGE)
     except importlib.metadata.PackageNotFoundError:
-        return [(False, f"{PACKAGE} is not installed, only importable: pip install it (README.md, Install)")]
-    findings = []
-    for text in (f"Python {metadata['Requires-Python']}", *metadata.get_all("Requires-Dist", ())):
-        wanted = Requirement(text)
-        if wanted.marker is not None and not wanted.marker.evaluate({"extra": ""}):
-            continue
-        try:
-            is_python = wanted.name == "Python"
-            version = platform.python_version() if is_python else importlib.metadata.version(wanted.name)
-            fits = wanted.specifier.contains(version, prereleases=True)
-        except importlib.metadata.PackageNotFoundError:
-            version, fits = "is missing", False
-        advice = "" if fits else f": install '{wanted.name}{wanted.specifier}'"
-        findings.append((fits, f"{wanted.name} {version}{advice}"))
-    return findings
+        yield False, f"{PACKAGE} is not installed, only importable: pip install it (README.md, Install)"
+        return
+    for wanted in map(Requirement, requirements):
+        if wanted.marker is None or wanted.marker.evaluate({"extra": ""}):
+            try:
+                version = importlib.metadata.version(wanted.name)
+                fits = wanted.specifier.contains(version, prereleases=True)
+            except importlib.metadata.PackageNotFoundError:
+                version, fits = "is missing", False
+            yield fits, f"{wanted.name} {version}" + ("" if fits else f": install '{wanted.name}{wanted.specifier}'")
 
 
-def check_fairseq() -> List[Finding]:
+def check_fairseq() -> Iterator[Finding]:
     """Without fairseq all is well where it cannot be had; where it can, :func:`check_packages` misses it."""
     from .without_fairseq import advice, has_fairseq
 
     if not has_fairseq():
-        return [(True, advice())]
+        yield True, advice()
+        return
     try:
         models = importlib.import_module(f"{PACKAGE}.models")
+        yield True, f"fairseq imports, and has {models.MultimaxTransformerModel.__name__}"
     except Exception as error:  # anything that fairseq imports can raise
-        return [(False, f"fairseq does not import ({type(error).__name__}: {error}): install what README.md says")]
-    return [(True, f"fairseq imports, and has {models.MultimaxTransformerModel.__name__}")]
+        yield False, f"fairseq does not import ({type(error).__name__}: {error}): install what README.md says"
 
 
-def check_backends() -> List[Finding]:
+def check_backends() -> Iterator[Finding]:
     """Which code computes here. A missing backend is no fault: another takes its place, and the log says why."""
     import torch
 
@@ -64,22 +61,21 @@ def check_backends() -> List[Finding]:
     from .kernels.rows import cpu
 
     kind = "no C++" if cpu.LIBRARY.functions is None else "C++"
-    findings = [(True, f"backend: {backend.backend()} ({backend.ENVIRONMENT_VARIABLE})"),
-                (True, f"CPU, {torch.backends.cpu.get_cpu_capability()}: fp32 in {kind}")]  # fmt: skip
+    yield True, f"backend: {backend.backend()} ({backend.ENVIRONMENT_VARIABLE})"
+    yield True, f"CPU, {torch.backends.cpu.get_cpu_capability()}: fp32 in {kind}"
     try:
         triton = f"Triton {importlib.import_module('triton').__version__}"
     except ImportError:
         triton = "no Triton"
     if not torch.cuda.is_available():
-        return [*findings, (True, f"GPU: none that torch {torch.__version__} sees; {triton}")]
+        yield True, f"GPU: none that torch {torch.__version__} sees; {triton}"
     for number in range(torch.cuda.device_count()):
         major, minor = torch.cuda.get_device_capability(number)
         name = torch.cuda.get_device_name(number)
-        findings.append((triton != "no Triton", f"GPU {number}: {name}, capability {major}.{minor}; {triton}"))
-    return findings
+        yield triton != "no Triton", f"GPU {number}: {name}, capability {major}.{minor}; {triton}"
 
 
-def check_mappings() -> List[Finding]:
+def check_mappings() -> Iterator[Finding]:
     """Compare every mapping, over rows and in attention, and its gradients with their formulas in float64."""
     import torch
 
@@ -96,7 +92,6 @@ def check_mappings() -> List[Finding]:
     places = [("cpu", torch.float32), ("cpu", torch.bfloat16)]
     if torch.cuda.is_available():
         places += [("cuda", dtype) for dtype in (torch.float32, torch.float16, torch.bfloat16)]
-    findings = []
     for name in MAPPINGS:
         torch.manual_seed(1)
         mapping = build_mapping(name)
@@ -116,8 +111,7 @@ def check_mappings() -> List[Finding]:
             except Exception as failure:  # whatever a compiler or a driver raises
                 well = False
                 texts.append(f"{device} {kind}: {type(failure).__name__}: {str(failure).splitlines()[0]}")
-        findings.append((well, f"{name}: error {', '.join(texts)}"))
-    return findings
+        yield well, f"{name}: error {', '.join(texts)}"
 
 
 def main() -> int:
@@ -129,12 +123,12 @@ def main() -> int:
     well = True
     for check in (check_packages, check_fairseq, check_backends, check_mappings):
         try:
-            findings = check()
+            for is_well, line in check():
+                print(f"{'ok     ' if is_well else 'PROBLEM'} {line}", flush=True)
+                well &= is_well
         except ImportError as error:  # an earlier check has reported the cause
-            findings = [(False, f"{check.__name__}: {error}")]
-        for is_well, line in findings:
-            print(f"{'ok     ' if is_well else 'PROBLEM'} {line}", flush=True)
-            well &= is_well
+            print(f"PROBLEM {check.__name__}: {error}")
+            well = False
     print("All is well." if well else "Not all is well: see the lines that start with PROBLEM.")
     return 0 if well else 1
 

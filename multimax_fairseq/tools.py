@@ -163,16 +163,10 @@ def check_output(path: Path) -> None:
 
 
 def check_output_folder(path: Path) -> None:
-    """The same for a folder, which need not exist yet.
-
-    Raises:
-        UserError: it cannot be made or written to.
-    """
+    """The same for a folder, which need not exist yet."""
     there = next(folder for folder in (path, *path.absolute().parents) if os.path.lexists(folder))
-    if not there.is_dir():
-        raise UserError(f"{there} is not a folder: choose another")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise UserError(f"the folder {there} cannot be written to: choose another, or change its permissions")
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"{there} is no folder that can be written to: choose another")
 
 
 @contextmanager

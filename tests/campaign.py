@@ -3,13 +3,11 @@
     python tests/campaign.py --minutes 60 --seed 1
     python tests/campaign.py --repeat kill:123456
 
-An attack is a function of the table ``ATTACKS`` that draws what it does from a generator and raises ``Failure`` where
-something is not as it should be: a traceback, a success on damaged files, something left behind, other bytes after a
-kill than without. A line is printed for each failure, with the word that repeats it, and at the end how often each
-attack was made. The exit status is 1 if there was a failure.
+An attack is a function of the table ``ATTACKS`` that draws what it does from a generator and fails where something is
+not as it should be: a traceback, a success on damaged files, something left behind, other bytes after a kill than
+without. A line is printed for each failure, with the word that repeats it, and at the end how often each attack was
+made. The exit status is 1 if there was a failure.
 """
-
-# ruff: noqa: E402
 
 import argparse
 import os
@@ -25,74 +23,39 @@ from collections import Counter
 from functools import cache
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+from conftest import ROOT, TINY, demo_corpus, digest, environment, parse, run  # before torch: it sets the threads
 
+import multimax_fairseq.models  # noqa: F401  before fairseq, which it imports quietly; torch takes its checkpoints then
+
+# isort: split
 import torch
-from conftest import ROOT, TINY, call, demo_corpus, digest, environment, load_script, parse, run, save_checkpoint
 from fairseq import tasks
-
-import multimax_fairseq.models  # noqa: F401  torch.load then takes checkpoints of fairseq
-from multimax_fairseq.analysis import cli as analysis_cli
+from test_tools import TOOLS, error_of, evaluated_run
 
 SCRIPTS = ROOT / "scripts"
-
-
-class Failure(Exception):
-    """Something is not as it should be."""
-
-
-def expect(holds, *words):
-    if not holds:
-        raise Failure(" ".join(map(str, words)))
-
 
 # ---------------------------------------------------------------------- what is attacked: made once, then copied
 
 
 @cache
 def workplace():
+    """A folder with the data of the scripts; the demo's text, and that binarised; and an evaluated run of it."""
     folder = Path(tempfile.mkdtemp(prefix="campaign-"))
     run("bash", SCRIPTS / "make_smoke_data.sh", folder)
     text = demo_corpus(folder, train=200, valid=20, test=20)
     for split in ("train", "valid", "test"):
         shutil.copy(text / f"{split}.en", text / f"{split}.tokens")
-    return folder
+    return with_a_run(folder)
 
 
-@cache
-def trained_run():
-    """As an evaluated run leaves it, but for the training."""
-    _, cfg = parse([workplace() / "data-bin", "--arch", "multimax_transformer", *TINY])
-    folder = workplace() / "run"
+def with_a_run(folder):
+    _, cfg = parse([folder / "data-bin", "--arch", "multimax_transformer", *TINY])
     torch.manual_seed(1)  # or an attack could not be repeated
-    model = tasks.setup_task(cfg.task).build_model(cfg.model)
-    path = save_checkpoint(Namespace(model=model, cfg=cfg), folder / "checkpoint_best.pt")
-    shutil.copy(path, folder / "checkpoint_last.pt")
+    place = evaluated_run(Namespace(model=tasks.setup_task(cfg.task).build_model(cfg.model), cfg=cfg), folder / "run")
     for name in ("best.hypotheses", "best.references"):
-        shutil.copy(workplace() / "text" / "test.en", folder / name)
-    details = "BLEU|nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:2.6.0 = 100.00 100.0/100.0 (BP = 1.000)"
-    (folder / "best.bleu").write_text(details + "\n")
-    message = in_process("record_run", [folder, "--experiment", "x"])
-    expect(message is None, message)
+        shutil.copy(folder / "text" / "test.en", place / name)
+    assert error_of("record_run", TOOLS["record_run"](place, folder)) is None
     return folder
-
-
-def in_process(tool, arguments):
-    """A tool of Python: None if it succeeds, or its one line of error; a traceback is a failure."""
-    try:
-        result = call(analysis_cli if tool == "multimax-analyze" else script(tool), *arguments, check=False)
-    except Exception as error:
-        raise Failure(f"{tool}: traceback: {type(error).__name__}: {error}") from error
-    if not result.returncode:
-        return None
-    message = result.stderr.strip().splitlines()[-1]
-    expect(message.startswith("ERROR: "), tool, "ends with", repr(message))
-    return message
-
-
-@cache
-def script(name):
-    return load_script(name)
 
 
 # ---------------------------------------------------------------------- attacks
@@ -112,28 +75,29 @@ def damage(rng, path):
     return f"{how} at {where} of {path.name}"
 
 
+# tool → what begins the names of files that have to be intact, and how often it is drawn
+READ = {
+    "average_checkpoints": ("checkpoint_best", 4),
+    "check_decoding": ("checkpoint_best", 6),
+    "record_run": ("checkpoint_", 4),
+    "results_table": ("none", 4),
+    "multimax-analyze": ("checkpoint_best", 1),  # its figures take seconds
+}
+
+
 def damaged(rng, folder):
     """A damaged file of a run or its data: no tool has a traceback; a damaged checkpoint is never a success."""
-    place = shutil.copytree(trained_run(), folder / "run")
+    intact = workplace() / "run"
+    place = shutil.copytree(intact, folder / "run")
     data = shutil.copytree(workplace() / "data-bin", folder / "data-bin")
-    best, split = place / "checkpoint_best.pt", rng.choice(["valid", "test"])
-    tools = {  # and what begins the names of files that have to be intact
-        "average_checkpoints": ([best, place / "checkpoint_last.pt", "--output", place / "a.pt"], "checkpoint_"),
-        "check_decoding": ([data, "--path", best, "--sentences", 2, "--split", split], "checkpoint_best"),
-        "record_run": ([place, "--experiment", "x"], "checkpoint_"),
-        "results_table": ([place, "--samples", 1], "none"),
-        "multimax-analyze": ([best, "--data", data, "--split", split, "--out", place / "out", "--max-sentences", 2,
-                              "--no-progress-bar", "--show", "--cpu"], "checkpoint_best"),
-    }
-    tool = rng.choices(list(tools), [4, 6, 4, 4, 1])[0]  # the figures of the last take seconds
-    arguments, reads = tools[tool]
+    tool = rng.choices(list(READ), [often for _, often in READ.values()])[0]
     attacked = data if tool in ("check_decoding", "multimax-analyze") and rng.random() < 0.7 else place
     victim = rng.choice(sorted(attacked.iterdir()))
     how, before = damage(rng, victim), set(place.iterdir())
-    message = in_process(tool, arguments)
-    if message is None and victim.name.startswith(reads):
-        expect(is_intact(victim, trained_run() / victim.name), tool, "succeeds after", how)
-    expect(message is None or set(place.iterdir()) == before, tool, "leaves something after", how)
+    message = error_of(tool, [place, "--samples", 1] if tool == "results_table" else TOOLS[tool](place, folder))
+    if message is None and victim.name.startswith(READ[tool][0]):
+        assert is_intact(victim, intact / victim.name), f"{tool} succeeds after {how}"
+    assert message is None or set(place.iterdir()) == before, f"{tool} leaves something after {how}"
 
 
 def is_intact(path, original):
@@ -167,7 +131,7 @@ def killed(rng, folder):
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, rng.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGINT]))
             process.wait()
-    expect(whole(name, folder) == expected, name, "has another result after a kill")
+    assert whole(name, folder) == expected, f"{name} has another result after a kill"
 
 
 @cache
@@ -180,7 +144,6 @@ def uninterrupted(name):
 
 
 def start(name, folder):
-    trained_run()
     options = [workplace() / str(option) for option in KILLED[name]]
     options = [path if path.exists() else option for path, option in zip(options, KILLED[name])]
     with open(folder / "log", "wb") as log:
@@ -191,7 +154,7 @@ def start(name, folder):
 def whole(name, folder):
     """What a script makes that runs to its end."""
     status, said = start(name, folder).wait(), (folder / "log").read_text(errors="replace")
-    expect(status == 0 and "Traceback" not in said, name, "fails:", said[-500:])
+    assert status == 0 and "Traceback" not in said, f"{name} fails: {said[-500:]}"
     outputs = [folder / f"out.{kind}" for kind in ("hypotheses", "bleu")]
     return digest(folder / "out") if (folder / "out").exists() else [path.read_bytes() for path in outputs]
 
@@ -208,8 +171,7 @@ def attack(name, seed):
     try:
         ATTACKS[name][0](random.Random(seed), folder)
     except Exception as error:
-        said = " ".join(str(error).split())[:400]
-        return said if isinstance(error, Failure) else f"{type(error).__name__}: {said}"
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -174,25 +174,3 @@ def mean_average_distance(vectors):
     """The mean of 1 − cos(h_i, h_j) over the pairs i ≠ j  (Chen et al. 2020)."""
     pairs = [(i, j) for i in range(len(vectors)) for j in range(len(vectors)) if i != j]
     return math.fsum(1 - cosine(vectors[i], vectors[j]) for i, j in pairs) / len(pairs)
-
-
-def matrix_product(a, b):
-    """a · b, of lists of rows."""
-    columns = list(zip(*b))
-    return [[math.fsum(x * y for x, y in zip(row, column)) for column in columns] for row in a]
-
-
-def residual_step(attention):
-    """½ A + ½ I of one layer's attention, (heads, length, length), averaged over heads, each row made to sum to 1."""
-    step = []
-    for i in range(len(attention[0])):
-        row = [math.fsum(head[i][j] for head in attention) / len(attention) for j in range(len(attention[0]))]
-        row = [x / 2 + (0.5 if j == i else 0.0) for j, x in enumerate(row)]
-        step.append([x / math.fsum(row) for x in row])
-    return step
-
-
-def attention_rollout(layers):
-    """Π over layers of ½ A + ½ I  (Abnar & Zuidema 2020)."""
-    return functools.reduce(lambda rollout, layer: matrix_product(residual_step(layer), rollout), layers[1:],
-                            residual_step(layers[0]))  # fmt: skip

@@ -18,7 +18,7 @@ from multimax_fairseq.tools import UserError
 def test_another_format_is_an_error_that_names_the_line(line, tmp_path):
     path = tmp_path / "test.align"
     path.write_bytes(b"0-0\n" + line)
-    with pytest.raises(UserError, match="test.align, line 2: .* is not a link of Pharaoh format"):
+    with pytest.raises(UserError, match="test.align, line 2 is not of Pharaoh format"):
         read_alignments(path)
 
 

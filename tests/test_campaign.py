@@ -12,9 +12,9 @@ def place(corpus, tmp_path_factory):
     folder = tmp_path_factory.mktemp("campaign")
     for name in ("data-bin", "text"):
         (folder / name).symlink_to(corpus / name)
-    before, campaign.workplace = campaign.workplace, lambda: folder
-    yield folder
-    campaign.workplace = before
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(campaign, "workplace", lambda: folder)
+        yield campaign.with_a_run(folder)
 
 
 def rounds(number):
@@ -28,15 +28,11 @@ def test_a_short_campaign_finds_nothing(place):
     assert not list(place.glob("attack-*"))
 
 
-def test_what_fails_is_a_line_that_repeats_it(place, monkeypatch, capsys):
+@pytest.mark.parametrize("result, said", [(lambda *_: None, "succeeds after"), (lambda *_: 1 / 0, "ZeroDivision")])
+def test_what_fails_is_a_line_that_repeats_it(result, said, monkeypatch, capsys):
     """A tool that takes everything for intact, and one that falls over, are found out."""
-    monkeypatch.setattr(campaign, "in_process", lambda tool, arguments: None)
-    counts, failures = campaign.campaign(1, rounds(20), ["damage"])
-    assert counts["damage"] == 20 and 0 < len(failures) < 20
-    assert capsys.readouterr().out.splitlines() == [f"FAILED {failure}" for failure in failures]
-    name, number, said = failures[0].split(":", 2)
-    assert campaign.attack(name, int(number)) == said.strip()
-    monkeypatch.undo()
-    monkeypatch.setattr(campaign, "script", lambda name: type("tool", (), {"main": lambda: 1 / 0}))
-    with pytest.raises(campaign.Failure, match="record_run: traceback: ZeroDivisionError"):
-        campaign.in_process("record_run", [])
+    monkeypatch.setattr(campaign, "error_of", result)
+    _, failures = campaign.campaign(1, rounds(20), ["damage"])
+    assert failures and capsys.readouterr().out.splitlines() == [f"FAILED {failure}" for failure in failures]
+    name, number, text = failures[0].split(":", 2)
+    assert said in text and campaign.attack(name, int(number)) == text.strip()

@@ -41,18 +41,12 @@ def test_the_example_of_a_mapping_is_the_one_in_the_examples():
 
 def test_the_tree_has_every_file_of_the_package_in_its_folder():
     page = (ROOT / "docs" / "how-it-is-built.md").read_text()
-    (tree,) = re.findall(r"```\n(multimax_fairseq/\n.*?)```", page, flags=re.S)
-    folders, shown = [], set()  # folders: (indentation, path) from the outermost to the one that a line is in
+    (tree,) = re.findall(r"```\n(multimax_fairseq/\n.*?)\nscripts/", page, flags=re.S)
+    folders, shown = [], set()
     for line in tree.splitlines():
-        indentation = len(line) - len(line.lstrip())
-        while folders and folders[-1][0] >= indentation:
-            folders.pop()
-        first = line.split()[0]
-        if first.endswith("/"):
-            folders.append((indentation, (folders[-1][1] if folders else "") + first))
-        shown |= {folders[-1][1] + name for name in re.findall(r"[\w.]+\.(?:py|cpp|hpp)\b", line)}
-    files = [path for path in (ROOT / "multimax_fairseq").rglob("*.*") if path.suffix in (".py", ".cpp", ".hpp")]
-    files = {str(path.relative_to(ROOT)) for path in files if path.name not in ("__init__.py", "__main__.py")}
-    assert sorted(files - shown) == []
-    inside = {name for name in shown if name.startswith("multimax_fairseq/") and not name.endswith("__init__.py")}
-    assert sorted(inside - files) == []
+        depth, first = (len(line) - len(line.lstrip())) // 2, line.split()[0]
+        folders[depth:] = [first] if first.endswith("/") else []
+        shown |= {"".join(folders) + name for name in re.findall(r"[\w.]+\.(?:py|cpp|hpp)\b", line)}
+    files = {str(path.relative_to(ROOT)) for path in (ROOT / "multimax_fairseq").rglob("*.*")
+             if path.suffix in (".py", ".cpp", ".hpp")}  # fmt: skip
+    assert {name for name in shown ^ files if not name.endswith(("__init__.py", "__main__.py"))} == set()

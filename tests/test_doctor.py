@@ -2,7 +2,6 @@
 
 import importlib.metadata
 import sys
-from email.message import Message
 
 import pytest
 import torch
@@ -33,13 +32,9 @@ def test_a_mapping_that_is_wrong_in_single_precision(monkeypatch, capsys):
 
 
 def test_packages_that_are_missing_or_do_not_fit(monkeypatch):
-    metadata = Message()
-    metadata["Requires-Python"] = "<3.0"
-    for requirement in ("torch>=99", "no-such-package>=1.0", "numpy; extra == 'test'", "tqdm"):
-        metadata["Requires-Dist"] = requirement
-    monkeypatch.setattr(importlib.metadata, "metadata", lambda name: metadata)
-    python, too_old, missing, present = doctor.check_packages()
-    assert not python[0] and python[1].endswith(": install 'Python<3.0'")
+    requirements = ["torch>=99", "no-such-package>=1.0", "numpy; extra == 'test'", "tqdm"]
+    monkeypatch.setattr(importlib.metadata, "requires", lambda name: requirements)
+    _, too_old, missing, present = doctor.check_packages()
     assert too_old == (False, f"torch {importlib.metadata.version('torch')}: install 'torch>=99'")
     assert missing == (False, "no-such-package is missing: install 'no-such-package>=1.0'")
     assert present[0] and present[1].startswith("tqdm ")

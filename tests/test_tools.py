@@ -7,21 +7,24 @@ import shutil
 
 import pytest
 import torch
-from conftest import load_script, save_checkpoint
+from conftest import call, load_script, save_checkpoint
 
-from multimax_fairseq.analysis.cli import main as analyze
+from multimax_fairseq.analysis import cli
 from multimax_fairseq.tools import UserError, read_checkpoint, replacing
 
 
-@pytest.fixture(scope="module")
-def intact(build, corpus, tmp_path_factory):
+def evaluated_run(built, folder):
     """A folder as an evaluated run leaves it, of an untrained model."""
-    folder = tmp_path_factory.mktemp("run")
-    path = save_checkpoint(build("multimax_transformer"), folder / "checkpoint_best.pt")
-    shutil.copy(path, folder / "checkpoint_last.pt")
-    shutil.copy(path, folder / "checkpoint1.pt")
+    path = save_checkpoint(built, folder / "checkpoint_best.pt")
+    for name in ("checkpoint_last.pt", "checkpoint1.pt"):
+        shutil.copy(path, folder / name)
     (folder / "best.bleu").write_text("BLEU|nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:2.6.0 = 1.00 1/1 (")
     return folder
+
+
+@pytest.fixture(scope="module")
+def intact(build, tmp_path_factory):
+    return evaluated_run(build("multimax_transformer"), tmp_path_factory.mktemp("run"))
 
 
 @pytest.fixture
@@ -104,14 +107,12 @@ TRANSLATORS = {
 }  # fmt: skip
 
 
-def start(tool, arguments, monkeypatch):
-    """A tool in this process: the message that it ends with; None where it succeeds."""
-    main = analyze if tool == "multimax-analyze" else load_script(tool).main
-    monkeypatch.setattr("sys.argv", [tool, *map(str, arguments)])
-    try:
-        main()
-    except SystemExit as stopped:
-        return str(stopped.code)
+def error_of(tool, arguments):
+    """The line that a tool ends with, called in this process; None where it succeeds."""
+    result = call(cli if tool == "multimax-analyze" else tool, *arguments, check=False)
+    message = result.stderr.strip().splitlines()[-1] if result.returncode else None
+    assert message is None or message.startswith("ERROR: "), f"{tool} ends with {message!r}"
+    return message
 
 
 @pytest.mark.parametrize("tool", TOOLS)
@@ -122,8 +123,7 @@ def test_a_checkpoint_that_is_none(what, tool, folder, corpus, monkeypatch):
     damage, message = CHECKPOINTS[what]
     damage(folder / "checkpoint_best.pt")
     before = set(folder.rglob("*"))
-    error = start(tool, TOOLS[tool](folder, corpus), monkeypatch)
-    assert error.startswith("ERROR: ") and re.search(message, error) and "\n" not in error
+    assert re.search(message, error_of(tool, TOOLS[tool](folder, corpus)))
     assert set(folder.rglob("*")) == before
 
 
@@ -133,10 +133,10 @@ def test_a_checkpoint_that_is_none(what, tool, folder, corpus, monkeypatch):
     ("average_checkpoints", ["--output", "{run}/no/average.pt"], "there is no folder {run}/no to write"),
     ("average_checkpoints", ["--output", "/proc/average.pt"], "could not write /proc/average.pt: "),
     ("average_checkpoints", ["--last", "2"], "--last goes with one folder"),
-    ("average_checkpoints", ["--last", "0"], None),
-    ("average_checkpoints", ["--output", "-x.pt"], None),
+    ("average_checkpoints", ["--last", "0"], "'0' is not a whole number above 0; see --help"),
+    ("average_checkpoints", ["--output", "-x.pt"], "see --help. A file whose name begins with a dash"),
     ("check_decoding", ["--split", "dev"], "has no split 'dev' for this model; --split takes one of: test, train"),
-    ("multimax-analyze", ["--out", "{run}/best.bleu"], "is a file; --out takes a folder"),
+    ("multimax-analyze", ["--out", "{run}/best.bleu"], "best.bleu is no folder that can be written to"),
     ("multimax-analyze", ["--out", "/proc/report"], "could not write /proc/report: "),
     ("score_translation", ["--checkpoint", "a::b"], "--checkpoint 'a::b' has an empty name"),
     ("score_translation", ["--checkpoint", "{run}/none.pt"], "none.pt: there is no such file"),
@@ -150,16 +150,11 @@ def test_a_checkpoint_that_is_none(what, tool, folder, corpus, monkeypatch):
     ("translate", ["--sentencepiece", "{run}/none"], "none: there is neither"),
     ("translate", ["--data-bin", "{run}"], "has no data of a pair of languages"),
 ])
-def test_options_that_cannot_be(tool, options, message, folder, corpus, monkeypatch, capsys):
-    """Without a message: argparse's, in a line, and exit status 2."""
+def test_options_that_cannot_be(tool, options, message, folder, corpus):
     options = [option.format(run=folder, corpus=corpus) for option in options]
     before = set(folder.rglob("*"))
-    error = start(tool, [*(TOOLS | TRANSLATORS)[tool](folder, corpus), *options], monkeypatch)
-    if message is None:
-        assert error == "2" and re.fullmatch(r"ERROR: .*see --help.*\n", capsys.readouterr().err)
-    else:
-        assert error.startswith("ERROR: ") and message.format(run=folder, corpus=corpus) in error
-        assert "\n" not in error
+    error = error_of(tool, [*(TOOLS | TRANSLATORS)[tool](folder, corpus), *options])
+    assert message.format(run=folder, corpus=corpus) in error
     assert set(folder.rglob("*")) == before
 
 
@@ -173,42 +168,39 @@ def test_options_that_cannot_be(tool, options, message, folder, corpus, monkeypa
     ("checkpoint_best.pt", saved(lambda state: state.update(optimizer_history=[])),
      "has no entry 'optimizer_history.-1.num_updates'"),
 ])
-def test_what_a_record_needs(name, content, message, folder, corpus, monkeypatch):
-    if callable(content):
-        content(folder / name)
-    else:
-        (folder / name).write_bytes(content)
-    error = start("record_run", TOOLS["record_run"](folder, corpus), monkeypatch)
-    assert error.startswith("ERROR: ") and message in error and not (folder / "run.json").exists()
+def test_what_a_record_needs(name, content, message, folder, corpus):
+    content(folder / name) if callable(content) else (folder / name).write_bytes(content)
+    assert message in error_of("record_run", TOOLS["record_run"](folder, corpus))
+    assert not (folder / "run.json").exists()
 
 
-def test_intact_files_are_no_error(folder, corpus, monkeypatch):
+def test_intact_files_are_no_error(folder, corpus):
     seconds = torch.tensor(2.5)  # as several processes leave it
     saved(lambda state: state["extra_state"].update(previous_training_time=seconds))(folder / "checkpoint_last.pt")
     for tool in ("average_checkpoints", "check_decoding", "record_run"):
-        assert start(tool, TOOLS[tool](folder, corpus), monkeypatch) is None
+        assert error_of(tool, TOOLS[tool](folder, corpus)) is None
     assert json.loads((folder / "run.json").read_text())["training_seconds"] == 2.5
     assert (folder / "average.pt").is_file()
 
 
-def test_models_and_data_that_do_not_serve(build, folder, corpus, tmp_path, monkeypatch):
+def test_models_and_data_that_do_not_serve(build, folder, corpus, tmp_path):
     """Finite parameters whose products are not; a language model; a split without its target language."""
     lm, output = save_checkpoint(build("multimax_transformer_lm"), tmp_path / "lm.pt"), ["--output", tmp_path / "a"]
-    error = start("average_checkpoints", [lm, folder / "checkpoint1.pt", *output], monkeypatch)
-    assert "checkpoint1.pt is of another model than" in error
-    error = start("average_checkpoints", [corpus, "--last", 9, *output], monkeypatch)
-    assert "has no checkpoint of a whole epoch" in error
-    error = start("check_decoding", [corpus / "data-bin-lm", "--path", lm], monkeypatch)
-    assert error.endswith("is no translation model: there is no beam search to compare with")
     shutil.copytree(corpus / "data-bin", tmp_path / "data-bin")
     for path in (tmp_path / "data-bin").glob("*.de-en.en.*"):
         path.unlink()
-    for tool in ("check_decoding", "multimax-analyze"):
-        error = start(tool, TOOLS[tool](folder, tmp_path), monkeypatch)
-        assert re.search("of .* has no text in the target language: files of it are missing$", error or "")
-    filled("decoder.layers.0.fc1.weight", 3e38, rows=slice(None))(folder / "checkpoint_best.pt")
-    error = start("check_decoding", TOOLS["check_decoding"](folder, corpus), monkeypatch)
-    assert "computes NaN or infinity on sentences of 'test'" in error
+    filled("decoder.layers.0.fc1.weight", 3e38, rows=slice(None))(folder / "checkpoint1.pt")
+    for tool, arguments, message in [
+        ("average_checkpoints", [lm, folder / "checkpoint1.pt", *output], "checkpoint1.pt is of another model than"),
+        ("average_checkpoints", [corpus, "--last", 9, *output], "has no checkpoint of a whole epoch"),
+        ("check_decoding", [corpus / "data-bin-lm", "--path", lm],
+         "is no translation model: there is no beam search to compare with"),
+        ("check_decoding", TOOLS["check_decoding"](folder, tmp_path), "has no text in the target language: files of"),
+        ("multimax-analyze", TOOLS["multimax-analyze"](folder, tmp_path), "has no text in the target language"),
+        ("check_decoding", [corpus / "data-bin", "--path", folder / "checkpoint1.pt"],
+         "computes NaN or infinity on sentences of 'test'"),
+    ]:  # fmt: skip
+        assert message in error_of(tool, arguments)
 
 
 # ---------------------------------------------------------------------- going on

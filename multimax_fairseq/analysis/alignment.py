@@ -35,13 +35,11 @@ def read_alignments(path: Union[str, Path]) -> List[GoldAlignment]:
     """
     alignments = []
     for number, line in enumerate(Path(path).read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
-        links = [(link, re.fullmatch(r"(\d+)([-?])(\d+)", link)) for link in line.split()]
-        for link, match in links:
-            if not match:
-                text = f"{link!r} is not a link of Pharaoh format, such as 3-4 (sure) or 3?4 (possible)"
-                raise UserError(f"{path}, line {number}: {text}")
-        possible = {(int(match[1]), int(match[3])) for _, match in links}
-        sure = {(int(match[1]), int(match[3])) for _, match in links if match[2] == "-"}
+        links = [re.fullmatch(r"(\d+)([-?])(\d+)", link) for link in line.split()]
+        if not all(links):
+            raise UserError(f"{path}, line {number} is not of Pharaoh format, such as 3-4 (sure) 3?5 (possible)")
+        possible = {(int(link[1]), int(link[3])) for link in links}
+        sure = {(int(link[1]), int(link[3])) for link in links if link[2] == "-"}
         alignments.append(GoldAlignment(sure, possible))
     return alignments
 
@@ -109,6 +107,5 @@ def hard_alignment(attention: Tensor) -> Links:
     Args:
         attention: (target words, source words). A row of zeros has no link.
     """
-    links = {(int(source), target) for target, source in enumerate(attention.argmax(-1))}
-    empty = (attention.amax(-1) == 0).tolist()
-    return {(source, target) for source, target in links if not empty[target]}
+    shares, sources = (each.tolist() for each in attention.max(-1))
+    return {(source, target) for target, source in enumerate(sources) if shares[target] > 0}

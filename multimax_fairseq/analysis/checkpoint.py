@@ -2,7 +2,7 @@
 
 from functools import partial
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import numpy
 import torch
@@ -16,38 +16,6 @@ from fairseq.tasks import FairseqTask
 from torch import nn
 
 from ..tools import UserError, read_checkpoint
-from .hooks import attention_modules
-
-
-class LoadedModel(NamedTuple):
-    """A model in evaluation mode, and the data to analyse it with; checkpoints of one label are its seeds."""
-
-    label: str
-    path: Path
-    architecture: str  # --arch
-    model: nn.Module
-    task: FairseqTask
-    dataset: FairseqDataset
-
-    @property
-    def is_translation(self) -> bool:
-        return hasattr(self.model, "encoder") and hasattr(self.model, "decoder")
-
-
-def load(path: Path, label: str, data: Path, split: str, max_sentences: int, device: torch.device) -> LoadedModel:
-    """Load a checkpoint of fairseq or of this plugin, and a split of the data.
-
-    Raises:
-        UserError: a file is missing or damaged, the data does not fit the model, or that has no attention.
-    """
-    model, cfg, task = load_model(path, data)
-    try:
-        attention_modules(model)
-    except ValueError as error:
-        raise UserError(f"{path}: {error}") from None
-    dataset = load_split(task, data, split, max_sentences)
-    architecture = str(getattr(cfg.model, "arch", None) or getattr(cfg.model, "_name", None) or type(model).__name__)
-    return LoadedModel(label, path, architecture, model.to(device), task, dataset)
 
 
 def load_model(path: Path, data: Path) -> Tuple[nn.Module, Any, FairseqTask]:
@@ -62,19 +30,10 @@ def load_model(path: Path, data: Path) -> Tuple[nn.Module, Any, FairseqTask]:
     state = read_checkpoint(path, read)  # with checks that fairseq does not make
     try:
         (model,), cfg, task = checkpoint_utils.load_model_ensemble_and_task([str(path)], state=state)
-    except FileNotFoundError as error:
-        raise UserError(
-            f"{data} has no dictionary {Path(str(error.filename or error)).name}, which {path} needs: "
-            "give the folder that fairseq-preprocess made for this model"
-        ) from error
     except Exception as error:
-        if "size mismatch" in str(error):
-            raise UserError(
-                f"the vocabulary of {path} is another one than that of {data}: give the folder that it was trained "
-                f"on ({_first_line(error, 'size mismatch')})"
-            ) from error
         raise UserError(
-            f"{path}: its model cannot be built with the data in {data}: {type(error).__name__}: {_first_line(error)}"
+            f"the model of {path} cannot be built with the data in {data}: give the folder that fairseq-preprocess "
+            f"made for it ({_reason(error)})"
         ) from error
     return model.eval(), cfg, task
 
@@ -94,7 +53,7 @@ def load_split(task: FairseqTask, data: Path, split: str, most: Optional[int] = 
             f"{data} has no split {split!r} for this model; --split takes one of: {', '.join(splits) or 'none'}"
         ) from error
     except Exception as error:
-        raise UserError(f"{where} cannot be read: {type(error).__name__}: {_first_line(error)}") from error
+        raise UserError(f"{where} cannot be read: {_reason(error)}") from error
     dataset = task.dataset(split)
     if not len(dataset):
         raise UserError(f"{where} is empty: there is nothing in it")
@@ -106,12 +65,12 @@ def load_split(task: FairseqTask, data: Path, split: str, most: Optional[int] = 
             item = dataset[index]
             sides = {side: item[side] for side in words if item[side] is not None}
             are_known = all(tokens.min() >= 0 and tokens.max() < words[side] for side, tokens in sides.items())
-        except Exception as error:  # numpy's, from a memory map
-            raise UserError(f"{where} is damaged or cut short: sentence {index} cannot be read") from error
+        except Exception:  # numpy's, from a memory map
+            are_known = False
         if not are_known:
             raise UserError(
-                f"{where} has words that its dictionary lacks (in sentence {index}): the two are not of one "
-                "fairseq-preprocess, or damaged"
+                f"{where} is damaged, cut short, or not of the fairseq-preprocess that made its dictionary: sentence "
+                f"{index} cannot be read"
             )
     return dataset
 
@@ -131,9 +90,10 @@ def fitting(
     return taken.tolist()
 
 
-def _first_line(error: Exception, containing: str = "") -> str:
-    lines = [line.strip() for line in str(error).splitlines() if containing in line and line.strip()]
-    return lines[0] if lines else ""
+def _reason(error: Exception) -> str:
+    """Its type and its first line, or that about a tensor of another size, which says whose."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+    return f"{type(error).__name__}: {next((line for line in lines if 'size mismatch' in line), lines[0])}"
 
 
 def batches(

@@ -11,7 +11,6 @@ Checkpoints with the same label are seeds of one model: --labels softmax softmax
 
 import argparse
 import json
-import logging
 import re
 import shlex
 import shutil
@@ -77,10 +76,8 @@ def analyze(args: argparse.Namespace, command: str) -> None:
     from .page import render_page
 
     out = args.redraw or args.out
-    if args.redraw:
-        results = _read(args)
-    else:
-        results = {"command": command, **_measure(args)}
+    check_output_folder(out)
+    results = _read(args) if args.redraw else {"command": command, **_measure(args)}
     plans = figures.plans_of(results)
     drawn, unknown = figures.chosen(plans, args.figures)
     if unknown:
@@ -102,27 +99,21 @@ def analyze(args: argparse.Namespace, command: str) -> None:
 
 
 def _measure(args: argparse.Namespace) -> Dict[str, Any]:
-    out = args.out
     if not args.checkpoints or not args.data:
         raise UserError("give checkpoints and --data, or --redraw with the folder of a report")
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out} is a file; --out takes a folder")
-    there = {path.name for path in out.iterdir()} if out.is_dir() else set()
+    there = {path.name for path in args.out.iterdir()} if args.out.is_dir() else set()
     is_report = PAGE in there and there <= {PAGE, "figures", "results.json", *(f"{name}.csv" for name in TABLES)}
     if there and not (args.force and is_report):
         hint = "--force replaces it" if is_report else "choose another, or empty it"
-        raise UserError(f"the folder {out} is not empty: {hint}")
-    check_output_folder(out)
+        raise UserError(f"the folder {args.out} is not empty: {hint}")
     labels = args.labels or [path.absolute().parent.name for path in args.checkpoints]
     if not args.labels and len(set(labels)) < len(labels):
         labels = list(map(str, args.checkpoints))
     if len(labels) != len(args.checkpoints):
         raise UserError(f"{len(args.checkpoints)} checkpoints need as many --labels")
-    logging.getLogger("fairseq").setLevel(logging.WARNING)
     tools.import_user_dir(args.user_dir)
     from .measure import measure  # here, since it imports fairseq, which takes seconds
 
-    logging.getLogger().setLevel(logging.WARNING)  # fairseq has set it to DEBUG
     return measure(args, labels)
 
 
@@ -139,7 +130,6 @@ def _read(args: argparse.Namespace) -> Dict[str, Any]:
         raise UserError(f"{args.redraw} is no report: there is no results.json in it") from None
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path} is damaged, or of an earlier version: measure again with --out") from None
-    check_output_folder(args.redraw)
     return results
 
 

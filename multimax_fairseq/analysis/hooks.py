@@ -8,7 +8,7 @@ import inspect
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Dict, List, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
 from unittest.mock import patch
 
 import torch
@@ -21,10 +21,10 @@ from ..models.attach import attention_sites
 
 
 class Attention(NamedTuple):
-    """What an attention module did on a batch.
+    """What an attention module, or the output layer, did on a batch.
 
     Attributes:
-        site: ``"encoder"``, ``"decoder"`` (self-attention) or ``"cross"``.
+        site: ``"encoder"``, ``"decoder"`` (self-attention), ``"cross"`` or ``"output"``, whose keys are the words.
         layer: from 0, within its site.
         scores: (bsz, num_heads, tgt_len, src_len), scaled and masked (−inf), before the mapping (and so before σ).
         probabilities: (bsz, num_heads, tgt_len, src_len), fp32, without dropout.
@@ -52,31 +52,17 @@ class LayerOutput(NamedTuple):
     hidden: Tensor
 
 
-class Output(NamedTuple):
-    """The distribution over the vocabulary at each position of the decoder.
-
-    Attributes:
-        scores: (bsz, tgt_len, vocabulary), the logits, before an output mapping's σ.
-        probabilities: (bsz, tgt_len, vocabulary).
-    """
-
-    scores: Tensor
-    probabilities: Tensor
-
-
 @dataclass
 class Collected:
     """Everything collected on one batch, in model order.
 
     Attributes:
         masks: bool (bsz, length) by site, true where a query is a token, false at padding.
-        output: None with an adaptive softmax, which never has all scores.
     """
 
+    masks: Dict[str, Tensor]
     attention: List[Attention] = field(default_factory=list)
     layers: List[LayerOutput] = field(default_factory=list)
-    masks: Dict[str, Tensor] = field(default_factory=dict)
-    output: Optional[Output] = None
 
     def at(self, site: str) -> List[Attention]:
         """The attention of each layer of a site."""
@@ -99,48 +85,65 @@ def attention_modules(model: nn.Module) -> List[Tuple[str, int, MultiheadAttenti
     return found
 
 
-def collect(model: nn.Module, sample: Dict[str, Any], with_output: bool = True) -> Collected:
+def collect(
+    model: nn.Module,
+    sample: Dict[str, Any],
+    with_output: bool = True,
+    keep: Optional[Callable[[Attention, Tensor], Any]] = None,
+) -> Collected:
     """Collect a model's attention, layer outputs and output distribution on one batch.
 
     ``collect(model, sample).at("cross")[0].probabilities`` are the probabilities of the first decoder layer's
-    cross-attention, (bsz, num_heads, tgt_len, src_len). All of the batch is kept: over many batches, take what you
-    need of each, as :class:`MeanMetrics` does.
+    cross-attention, (bsz, num_heads, tgt_len, src_len). All of the batch is kept, unless ``keep`` takes what it needs
+    of each layer as it is made.
 
     Args:
         model: of this plugin or of fairseq, in any mode (it runs in evaluation mode).
         sample: a fairseq batch: ``task.dataset("valid").collater([...])``.
-        with_output: whether to collect the output distribution, which is large.
+        with_output: whether to collect the output distribution, (bsz, 1, tgt_len, words), which is large. There is
+            none with an adaptive softmax, which never has all scores.
+        keep: called with each :class:`Attention` and the mask of its queries; it is collected where that is true.
 
     Raises:
         ValueError: the model has no attention that can be looked at.
     """
-    found, collected, logits = attention_modules(model), Collected(masks=_token_masks(model, sample)), []
+    found, collected, logits = attention_modules(model), Collected(_token_masks(model, sample)), []
     layers = {module: (site, layer + 1) for site, layer, module in found if site != "cross"}
     projection = getattr(getattr(model, "decoder", None), "output_projection", None)
+
+    def take(attention: Attention) -> None:
+        mask = collected.masks["decoder" if attention.site == "output" else attention.site]
+        if keep is None or keep(attention, mask):
+            collected.attention.append(attention)
+
+    def look(site: str, layer: int, module: nn.Module, args: Tuple, kwargs: Dict[str, Any], _: Any) -> None:
+        take(Attention(site, layer, *_recomputed(module, args, kwargs)))
+
+    hooks: Dict[nn.Module, Callable] = {module: partial(look, site, layer) for site, layer, module in found}
+    for module in model.modules():
+        if getattr(module, "self_attn", None) in layers:
+            hooks[module] = partial(_keep_layer, collected.layers, *layers[module.self_attn])
+    if with_output and projection is not None:
+        hooks[projection] = lambda *args: logits.append(args[-1])
     was_training = model.training
     model.eval()
     try:
         with torch.no_grad(), ExitStack() as stack:
-            for site, layer, attention in found:
-                keep = partial(_keep_attention, collected.attention, site, layer)
-                stack.callback(attention.register_forward_hook(keep, with_kwargs=True).remove)
-            for module in model.modules():
-                if getattr(module, "self_attn", None) in layers:
-                    keep = partial(_keep_layer, collected.layers, *layers[module.self_attn])
-                    stack.callback(module.register_forward_hook(keep, with_kwargs=True).remove)
-            if with_output and projection is not None:
-                stack.callback(projection.register_forward_hook(lambda *args: logits.append(args[-1])).remove)
+            for module, hook in hooks.items():
+                stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
             result = model(**sample["net_input"])
             if logits:
-                collected.output = Output(logits[0], model.get_normalized_probs(result, log_probs=False))
+                both = logits[0], model.get_normalized_probs(result, log_probs=False)
+                take(Attention("output", 0, *(each.unsqueeze(1) for each in both), output_mapping(model)))
     finally:
         model.train(was_training)
     return collected
 
 
-def _keep_attention(
-    kept: List[Attention], site: str, layer: int, module: nn.Module, args: Tuple, kwargs: Dict[str, Any], _: Any
-) -> None:
+def _recomputed(
+    module: MultiheadAttention, args: Tuple, kwargs: Dict[str, Any]
+) -> Tuple[Tensor, Tensor, Optional[nn.Module]]:
+    """The scores of an attention module that is called in this way, their probabilities, and its mapping."""
     arguments = {**inspect.signature(module.forward).bind(*args, **kwargs).arguments, "before_softmax": True}
     if isinstance(arguments.get("attn_mask"), Tensor):
         arguments["attn_mask"] = additive_mask(arguments["attn_mask"], arguments["query"].dtype)
@@ -148,7 +151,7 @@ def _keep_attention(
     with patch.object(module, "skip_embed_dim_check", True):
         scores, _ = module.forward(**arguments)
     scores, mapping = scores.unflatten(0, (-1, module.num_heads)), getattr(module, "mapping", None)
-    kept.append(Attention(site, layer, scores, probabilities_by(mapping or Softmax())(scores).float(), mapping))
+    return scores, probabilities_by(mapping or Softmax())(scores).float(), mapping
 
 
 def _keep_layer(

@@ -4,17 +4,18 @@ The dictionary is what ``results.json`` holds, and all that figures and the page
 from 0 in it.
 """
 
-import os
+import math
 from argparse import Namespace
-from statistics import geometric_mean, mean
+from pathlib import Path
+from statistics import fmean, geometric_mean
 from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple
-from unittest.mock import patch
 
 import torch
 import tqdm
 from torch import Tensor, nn
 
-from ..mappings import MAPPINGS, MultiMax, build_mapping, modulate, multimax, softmax
+from ..mappings import MAPPINGS, MultiMax, build_mapping, multimax, softmax
+from ..mappings.multimax import modulate_formula
 from ..tools import UserError
 from .alignment import (
     AlignmentError,
@@ -25,8 +26,8 @@ from .alignment import (
     word_attention,
     words_of_tokens,
 )
-from .checkpoint import LoadedModel, batches, fitting, load
-from .hooks import Collected, attention_modules, collect, output_mapping
+from .checkpoint import batches, fitting, load_model, load_split
+from .hooks import Attention, Collected, attention_modules, collect, output_mapping
 from .metrics import (
     TOP_K,
     MeanMetrics,
@@ -67,35 +68,36 @@ def measure(args: Namespace, labels: Sequence[str]) -> Dict[str, Any]:
         UserError: something that the user can fix; before long work, but for scores that no trained model has.
     """
     gold = read_alignments(args.alignments) if args.alignments else None
-    device = torch.device("cuda" if torch.cuda.is_available() and not args.cpu else "cpu")
-    split = args.data, args.split, args.max_sentences
-    loaded = [load(path, label, *split, device) for path, label in zip(args.checkpoints, labels)]
-    first, show, where = loaded[0], args.show, f"the split {args.split!r}"
-    there = range(min(len(model.dataset) for model in loaded))[: args.max_sentences]
-    indices = fitting(first.task, first.dataset, there, [model.model for model in loaded], where)
+    measurements = [Measurement(path, args, gold) for path in args.checkpoints]
+    first, show, where = measurements[0], args.show, f"the split {args.split!r}"
+    there = range(min(len(measurement.dataset) for measurement in measurements))[: args.max_sentences]
+    indices = fitting(first.task, first.dataset, there, [of.model for of in measurements], where)
     if show is None:  # long enough to be interesting, short enough to read
         show = [min(indices, key=lambda index: abs(first.dataset.num_tokens(index) - 12))]
     absent = [index for index in show if index not in indices]
     if absent:
         why = "is too long for a model" if absent[0] in there else f"sentences 0 to {there[-1]} are analysed"
         raise UserError(f"--show {absent[0]}: {why}")
-    _check_seeds(loaded)
-    measurements = [Measurement(model, gold) for model in loaded]
-    for measurement in measurements if gold is not None else ():
-        measurement.check_gold(indices)
-    with_output = any(not model.is_translation or output_mapping(model.model) is not None for model in loaded)
-    for measurement in measurements:
-        measurement.run(indices, args.max_tokens, device, with_output, not args.no_progress_bar)
+    models: Dict[str, List[Measurement]] = {}
+    for label, measurement in zip(labels, measurements):
+        models.setdefault(label, []).append(measurement)
+        if measurement.kind() != models[label][0].kind():  # their numbers are averaged
+            raise UserError(f"models called {label!r} differ in more than the seed: give them other --labels")
+        if gold is not None:
+            measurement.check_gold(indices)
+    with_output = any(not of.is_translation or output_mapping(of.model) is not None for of in measurements)
+    for label, measurement in zip(labels, measurements):
+        measurement.run(indices, with_output, label)
     tails: Dict[str, List[Optional[float]]] = {}
-    for row in (row for measurement in measurements for row in measurement.sites({})):
+    for row in (row for measurement in measurements for row in means_of_sites(measurement.heads({}))):
         tails.setdefault(row["site"], []).append(row["tail"])
     references = {site: common_reference(of_models) for site, of_models in tails.items()}
-    models: Dict[str, List[Dict[str, Any]]] = {}
-    for model, measurement in zip(loaded, measurements):
-        examples = [_example(model, index, device) for index in show]
-        models.setdefault(model.label, []).append({**measurement.results(references), "examples": examples})
-    skipped = len(there) - len(indices)
-    return {"top_k": TOP_K, "skipped": skipped, "models": models, "simplex": _simplex()}
+    return {
+        "top_k": TOP_K,
+        "skipped": len(there) - len(indices),
+        "models": {label: [seed.results(references, show) for seed in seeds] for label, seeds in models.items()},
+        "simplex": _simplex(),
+    }
 
 
 def common_reference(tails: Iterable[Optional[float]]) -> Optional[float]:
@@ -107,74 +109,67 @@ def common_reference(tails: Iterable[Optional[float]]) -> Optional[float]:
     return geometric_mean(counted) if counted else None
 
 
-def _check_seeds(loaded: Sequence[LoadedModel]) -> None:
-    """Models of one label are to have the same attention: their numbers are averaged."""
-    kinds: Dict[str, List] = {}
-    for model in loaded:
-        kind = [
-            (site, layer, attention.num_heads, type(getattr(attention, "mapping", None)))
-            for site, layer, attention in attention_modules(model.model)
-        ]
-        if kinds.setdefault(model.label, kind) != kind:
-            raise UserError(f"models called {model.label!r} differ in more than the seed: give them other --labels")
-
-
 class Measurement:
-    """What one model does, summed batch by batch; with gold alignments, the errors of its cross-attention."""
+    """What one model does, summed batch by batch; with gold alignments, the errors of its cross-attention.
 
-    def __init__(self, loaded: LoadedModel, gold: Optional[Sequence[GoldAlignment]] = None):
-        self.loaded, self.gold, self.sentences, self.tokens = loaded, gold, 0, 0
-        self._subwords = guess_subwords(loaded.task.target_dictionary.symbols) if gold else "none"
-        self.heads: Dict[Site, MeanMetrics] = {}
-        self.histograms: Dict[Site, ScoreHistogram] = {}
-        self.mappings: Dict[Site, Optional[nn.Module]] = {}
-        # (side, layer) → sum of MADs, sentences with a MAD, all sentences
-        self._distances: Dict[Site, List[float]] = {}
+    Raises:
+        UserError: a file is missing or damaged, the data does not fit the model, or that has no attention.
+    """
+
+    def __init__(self, path: Path, args: Namespace, gold: Optional[Sequence[GoldAlignment]]):
+        self.path, self.args, self.gold = path, args, gold
+        self.model, cfg, self.task = load_model(path, args.data)
+        try:
+            attention_modules(self.model)
+        except ValueError as error:
+            raise UserError(f"{path}: {error}") from None
+        self.dataset = load_split(self.task, args.data, args.split, args.max_sentences)
+        self.device = torch.device("cuda" if torch.cuda.is_available() and not args.cpu else "cpu")
+        self.model.to(self.device)
+        self.architecture = str(getattr(cfg.model, "arch", None) or getattr(cfg.model, "_name", type(self.model)))
+        self.is_translation = hasattr(self.model, "encoder") and hasattr(self.model, "decoder")
+        self.sentences = self.tokens = 0
+        self._subwords = guess_subwords(self.task.target_dictionary.symbols)
+        self._sites: Dict[Site, Tuple[Optional[nn.Module], MeanMetrics, ScoreHistogram]] = {}
+        self._distances: Dict[Site, List[float]] = {}  # (side, layer) → MAD of each sentence
         self._errors: Dict[Tuple[int, str, str], AlignmentError] = {}
 
-    def run(
-        self, indices: Sequence[int], max_tokens: int, device: torch.device, with_output: bool, progress: bool
-    ) -> None:
+    def kind(self) -> List[Tuple]:
+        """What seeds of one model have in common: their attention."""
+        modules = attention_modules(self.model)
+        return [(*place, module.num_heads, type(getattr(module, "mapping", None))) for *place, module in modules]
+
+    def run(self, indices: Sequence[int], with_output: bool, label: str) -> None:
         """Measure these sentences."""
-        with tqdm.tqdm(total=len(indices), desc=self.loaded.label, unit="sentence", disable=not progress) as bar:
-            for sample in batches(self.loaded.dataset, indices, max_tokens, device):
-                self._add_batch(sample, collect(self.loaded.model, sample, with_output))
+        is_silent = self.args.no_progress_bar
+        with tqdm.tqdm(total=len(indices), desc=label, unit="sentence", disable=is_silent) as bar:
+            for sample in batches(self.dataset, indices, self.args.max_tokens, self.device):
+                collected = collect(self.model, sample, with_output, self._add)
+                for side, layer, hidden in collected.layers:
+                    distances = mean_average_distance(hidden, collected.masks[side])
+                    self._distances.setdefault((side, layer), []).extend(distances.tolist())
+                if self.gold is not None:
+                    self._add_alignments(sample, collected)
+                self.sentences += len(sample["id"])
+                self.tokens += sample["ntokens"]
                 bar.update(len(sample["id"]))
 
-    def _add_batch(self, sample: Dict[str, Any], collected: Collected) -> None:
-        self.sentences += len(sample["id"])
-        self.tokens += sample["ntokens"]
-        masks = collected.masks
-        for site, layer, scores, probabilities, mapping in collected.attention:
-            # (num_heads, rows, src_len), without padding rows
-            rows = (each.transpose(1, 2)[masks[site]].transpose(0, 1) for each in (scores, probabilities))
-            self.add_rows((site, layer), f"{site} layer {layer + 1}", mapping, *rows)
-        if collected.output:
-            rows = (each[masks["decoder"]].unsqueeze(0) for each in collected.output)
-            self.add_rows(("output", 0), "the output layer", output_mapping(self.loaded.model), *rows)
-        for side, layer, hidden in collected.layers:
-            distance = mean_average_distance(hidden, masks[side]).double()
-            new = distance.nansum().item(), int((~distance.isnan()).sum()), len(distance)
-            before = self._distances.get((side, layer), (0, 0, 0))
-            self._distances[side, layer] = [old + added for old, added in zip(before, new)]
-        if self.gold is not None:
-            self._add_alignments(sample, collected)
-
-    def add_rows(
-        self, site: Site, name: str, mapping: Optional[nn.Module], scores: Tensor, probabilities: Tensor
-    ) -> None:
-        """Add rows of a site, (num_heads, rows, K) each."""
+    def _add(self, attention: Attention, mask: Tensor) -> bool:
+        """Add the rows of a layer that are no padding; says whether its attention is needed once more."""
+        site, layer, scores, probabilities, mapping = attention
+        scores, probabilities = (each.transpose(1, 2)[mask].transpose(0, 1) for each in (scores, probabilities))
         are_there = (scores.abs() < LARGEST_SCORE) | (scores == float("-inf"))
         if not (are_there.all() and probabilities.isfinite().all()):
+            name = "the output layer" if site == "output" else f"{site} layer {layer + 1}"
             raise UserError(
-                f"{self.loaded.path}: scores of {name} are NaN, infinite or beyond {LARGEST_SCORE:g} on these data: "
+                f"{self.path}: scores of {name} are NaN, infinite or beyond {LARGEST_SCORE:g} on these data: "
                 "its parameters are too large, so its training has diverged; take an earlier checkpoint"
             )
-        if site not in self.heads:
-            self.mappings[site], self.histograms[site] = mapping, ScoreHistogram()
-            self.heads[site] = MeanMetrics(len(scores))
-        self.heads[site].update(scores, probabilities)
-        self.histograms[site].update(scores)
+        new = mapping, MeanMetrics(len(scores)), ScoreHistogram()
+        _, means, histogram = self._sites.setdefault((site, layer), new)
+        means.update(scores, probabilities)  # (num_heads, rows, src_len)
+        histogram.update(scores)
+        return self.gold is not None and site != "output"
 
     def _add_alignments(self, sample: Dict[str, Any], collected: Collected) -> None:
         """Link words by each cross-attention head, by each layer's mean, and by the rollout."""
@@ -185,7 +180,7 @@ class Measurement:
         if "cross" in rollouts:
             maps[len(cross) - 1, "rollout"] = rollouts["cross"]
         stacked = torch.stack(list(maps.values()), dim=1).float().cpu()  # (bsz, maps, tgt_len, src_len)
-        are_words = (collected.masks["encoder"] & (source != self.loaded.task.source_dictionary.eos())).cpu()
+        are_words = (collected.masks["encoder"] & (source != self.task.source_dictionary.eos())).cpu()
         are_queries = collected.masks["cross"].cpu()
         for row, index in enumerate(sample["id"].tolist()):
             src_words, tgt_words = self._words_of(index)
@@ -200,7 +195,7 @@ class Measurement:
 
     def _words_of(self, index: int) -> List[List[int]]:
         """The word of each token of a sentence, source and target, without ``</s>``."""
-        pair, task = self.loaded.dataset[index], self.loaded.task
+        pair, task = self.dataset[index], self.task
         sides = (pair["source"], task.source_dictionary), (pair["target"], task.target_dictionary)
         symbols = ([words[token] for token in tokens.tolist() if token != words.eos()] for tokens, words in sides)
         return [words_of_tokens(tokens, self._subwords) for tokens in symbols]
@@ -211,10 +206,10 @@ class Measurement:
         Raises:
             UserError: the number of sentences differs, or a link is to a word that its sentence does not have.
         """
-        if not any(site == "cross" for site, _, _ in attention_modules(self.loaded.model)):
-            raise UserError(f"{self.loaded.path} has no cross-attention: it has nothing to align")
-        if len(self.gold) != len(self.loaded.dataset):
-            there = f"there are {len(self.gold)} gold alignments for the {len(self.loaded.dataset)} sentence pairs"
+        if not any(site == "cross" for site, _, _ in attention_modules(self.model)):
+            raise UserError(f"{self.path} has no cross-attention: it has nothing to align")
+        if len(self.gold) != len(self.dataset):
+            there = f"there are {len(self.gold)} gold alignments for the {len(self.dataset)} sentence pairs"
             raise UserError(f"{there} of the split: give those of the same split, a line a pair")
         for index in indices:
             numbers = [words[-1] + 1 if words else 0 for words in self._words_of(index)]
@@ -224,121 +219,121 @@ class Measurement:
                     f"{numbers[1]} words (from 0): it is of other text, or of pieces of words"
                 )
 
-    def results(self, references: Dict[str, Optional[float]]) -> Dict[str, Any]:
-        """All numbers; ``references``: the common s of each site."""
+    def results(self, references: Dict[str, Optional[float]], show: Sequence[int]) -> Dict[str, Any]:
+        """All numbers; ``references``: the common s of each site; ``show``: sentences to draw."""
+        heads = self.heads(references)
         return {
-            "checkpoint": str(self.loaded.path),
-            "architecture": self.loaded.architecture,
-            "is_translation": self.loaded.is_translation,
-            "parameters": sum(parameter.numel() for parameter in self.loaded.model.parameters()),
+            "checkpoint": str(self.path),
+            "architecture": self.architecture,
+            "is_translation": self.is_translation,
+            "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
             "sentences": self.sentences,
             "target_tokens": self.tokens,
-            "heads": [row for row in self._heads(references) if row["site"] != "output"],
-            "sites": self.sites(references),
-            "modules": [self._module(site) for site in self.heads],
+            "heads": [row for row in heads if row["site"] != "output"],
+            "sites": means_of_sites(heads),
+            "modules": [
+                {"site": site, "layer": layer, **numbers_of_module(mapping, histogram)}
+                for (site, layer), (mapping, _, histogram) in self._sites.items()
+            ],
             "layers": self._layers(),
             "alignment": [
                 {"layer": layer, "head": head, "rows": rows, "aer": error.rate()}
                 for (layer, head, rows), error in self._errors.items()
             ],
+            "examples": [self._example(index) for index in show],
         }
 
-    def sites(self, references: Dict[str, Optional[float]]) -> List[Dict[str, Any]]:
-        """Means over each site's heads, and how many rows they leave out."""
-        sites: Dict[str, List[Dict[str, Any]]] = {}
-        for row in self._heads(references):
-            sites.setdefault(row["site"], []).append(row)
-        return [{"site": site, "heads": len(rows), **_mean_of_rows(rows)} for site, rows in sites.items()]
-
-    def _heads(self, references: Dict[str, Optional[float]]) -> List[Dict[str, Any]]:
+    def heads(self, references: Dict[str, Optional[float]]) -> List[Dict[str, Any]]:
+        """The numbers of each head, and of the output layer as one."""
         rows = []
-        for (site, layer), means in self.heads.items():
+        for (site, layer), (_, means, _) in self._sites.items():
             s = references.get(site)
             for head, (numbers, sparsity) in enumerate(zip(means.result(), means.sparsity_at(s or 1.0))):
                 place = {"site": site, "layer": layer, "head": head}
                 rows.append({**place, **numbers, "common_sparsity": sparsity, "common_reference": s})
         return rows
 
-    def _module(self, site: Site) -> Dict[str, Any]:
-        """An attention module (or the output layer): its mapping, the scores it saw, and what it has learned."""
-        mapping, histogram = self.mappings[site], self.histograms[site]
-        edges, counts = histogram.bins(OUTERMOST)
-        module = {
-            "site": site[0],
-            "layer": site[1],
-            "mapping": next((name for name, kind in MAPPINGS.items() if type(mapping) is kind), "softmax"),
-            "lowest_score": histogram.low,
-            "highest_score": histogram.high,
-            "learned": {},
-            "histogram": {"edges": edges.tolist(), "counts": counts.tolist()},
-        }
-        if isinstance(mapping, MultiMax):
-            # as σ uses them: the gains of fixed terms are 0
-            thresholds, gains = (tensor.detach().double().cpu() for tensor in mapping.coefficients())
-            with patch.dict(os.environ, MULTIMAX_BACKEND="eager"):  # a few numbers are not worth compiling for
-                sigma = modulate(edges, thresholds, gains)
-            for n, ((b, d), (gain_b, gain_d)) in enumerate(zip(thresholds.tolist(), gains.tolist()), start=1):
-                module["learned"] |= {f"b{n}": b, f"d{n}": d, f"g_b{n}": gain_b, f"g_d{n}": gain_d}
-            falling = counts[sigma.diff() < 0].sum() / counts.sum()  # the share of scores over which σ falls
-            module |= {"sigma": sigma.tolist(), "falling_share": falling.item()}
-        elif module["mapping"] == "entmax":
-            module["learned"]["alpha"] = torch.as_tensor(mapping.alpha, dtype=torch.float64).flatten().tolist()
-        elif mapping is not None:  # one's own
-            few = {name: p for name, p in mapping.named_parameters() if p.numel() <= MOST_NUMBERS}
-            module["learned"] = {name: p.detach().double().flatten().tolist() for name, p in few.items()}
-        return module
-
     def _layers(self) -> List[Dict[str, Any]]:
         """MAD and mean cosine similarity of each layer's output; layer 0 is the first layer's input."""
         rows = []
-        for (side, layer), (total, count, sentences) in self._distances.items():
-            mad = total / count if count else None
-            row = {"side": side, "layer": layer, "mad": mad, "cosine_similarity": 1 - mad if count else None}
-            rows.append({**row, "sentences": sentences, "undefined": sentences - count})
+        for (side, layer), distances in self._distances.items():
+            defined = [distance for distance in distances if not math.isnan(distance)]
+            mad = fmean(defined) if defined else None
+            row = {"side": side, "layer": layer, "mad": mad, "cosine_similarity": 1 - mad if defined else None}
+            rows.append({**row, "sentences": len(distances), "undefined": len(distances) - len(defined)})
         return rows
 
+    def _example(self, index: int) -> Dict[str, Any]:
+        """A sentence by itself: the tokens along each site's axes, the attention of each layer and its rollouts.
 
-def _mean_of_rows(rows: Sequence[Dict[str, Any]]) -> Dict[str, Any]:
-    means: Dict[str, Any] = {}
-    for name in list(rows[0])[3:]:  # after site, layer and head
-        values = [row[name] for row in rows if row[name] is not None]
-        is_count = name == "rows" or name.endswith("_undefined")
-        means[name] = sum(values) if is_count else mean(values) if values else None
+        A cross-attention row is named by the token that it predicts. All is cut to what can be read.
+        """
+        (sample,) = batches(self.dataset, [index], 1, self.device)
+        collected, source = collect(self.model, sample, with_output=False), self.task.source_dictionary
+
+        def symbols(tokens: Tensor, dictionary: Any) -> List[str]:
+            return [dictionary[token] for token in tokens[0].tolist()]
+
+        read = symbols(sample["net_input"]["src_tokens"], source)
+        tokens = {site: (read, read) for site in collected.masks}
+        if self.is_translation:
+            written = symbols(sample["net_input"]["prev_output_tokens"], self.task.target_dictionary)
+            attends_to_both = collected.at("decoder")[0].probabilities.size(-1) > len(written)
+            tokens["decoder"] = written, [*read, *written] if attends_to_both else written
+            tokens["cross"] = symbols(sample["target"], self.task.target_dictionary), read
+        maps = [(attention.site, attention.layer, attention.probabilities[0]) for attention in collected.attention]
+        maps += [(site, "rollout", rollout) for site, rollout in _rollouts(collected).items()]
+        cut = [(site, layer, heads[:, :MOST_TOKENS, :MOST_TOKENS].double()) for site, layer, heads in maps]
+        return {
+            "sentence": index,
+            "is_cut": any(len(axis) > MOST_TOKENS for axes in tokens.values() for axis in axes),
+            "tokens": {site: [axis[:MOST_TOKENS] for axis in axes] for site, axes in tokens.items()},
+            "maps": [
+                {"site": site, "layer": layer, "heads": heads.round(decimals=5).tolist()}
+                for site, layer, heads in cut
+            ],
+        }
+
+
+def means_of_sites(heads: Sequence[Dict[str, Any]]) -> List[Dict[str, Any]]:
+    """Means over each site's heads, and how many rows they leave out."""
+    sites: Dict[str, List[Dict[str, Any]]] = {}
+    for row in heads:
+        sites.setdefault(row["site"], []).append(row)
+    means = []
+    for site, rows in sites.items():
+        means.append({"site": site, "heads": len(rows)})
+        for name in list(rows[0])[3:]:  # after site, layer and head
+            values = [row[name] for row in rows if row[name] is not None]
+            is_count = name == "rows" or name.endswith("_undefined")
+            means[-1][name] = sum(values) if is_count else fmean(values) if values else None
     return means
 
 
-# ---------------------------------------------------------------------- single sentences
-
-
-def _example(loaded: LoadedModel, index: int, device: torch.device) -> Dict[str, Any]:
-    """A sentence by itself: the tokens along each site's axes, the attention of each layer and rollouts over them.
-
-    A cross-attention row is named by the token that it predicts. All is cut to what can be read.
-    """
-    (sample,), task = batches(loaded.dataset, [index], 1, device), loaded.task
-    collected = collect(loaded.model, sample)
-
-    def symbols(tokens: Tensor, dictionary: Any) -> List[str]:
-        return [dictionary[token] for token in tokens[0].tolist()]
-
-    read = symbols(sample["net_input"]["src_tokens"], task.source_dictionary)
-    tokens = {site: (read, read) for site in collected.masks}
-    if loaded.is_translation:
-        written = symbols(sample["net_input"]["prev_output_tokens"], task.target_dictionary)
-        attends_to_both = collected.at("decoder")[0].probabilities.size(-1) > len(written)
-        tokens["decoder"] = written, [*read, *written] if attends_to_both else written
-        tokens["cross"] = symbols(sample["target"], task.target_dictionary), read
-    maps = [(attention.site, attention.layer, attention.probabilities[0]) for attention in collected.attention]
-    maps += [(site, "rollout", rollout) for site, rollout in _rollouts(collected).items()]
-    cut = [(site, layer, heads[:, :MOST_TOKENS, :MOST_TOKENS].double()) for site, layer, heads in maps]
-    return {
-        "sentence": index,
-        "is_cut": any(len(axis) > MOST_TOKENS for axes in tokens.values() for axis in axes),
-        "tokens": {site: [axis[:MOST_TOKENS] for axis in axes] for site, axes in tokens.items()},
-        "maps": [
-            {"site": site, "layer": layer, "heads": heads.round(decimals=5).tolist()} for site, layer, heads in cut
-        ],
+def numbers_of_module(mapping: Optional[nn.Module], histogram: ScoreHistogram) -> Dict[str, Any]:
+    """The mapping of an attention module or the output layer, the scores it saw, and what it has learned."""
+    edges, counts = histogram.bins(OUTERMOST)
+    module = {
+        "mapping": next((name for name, kind in MAPPINGS.items() if type(mapping) is kind), "softmax"),
+        "lowest_score": histogram.low,
+        "highest_score": histogram.high,
+        "learned": {},
+        "histogram": {"edges": edges.tolist(), "counts": counts.tolist()},
     }
+    if isinstance(mapping, MultiMax):
+        # as σ uses them: the gains of fixed terms are 0
+        thresholds, gains = (tensor.detach().double().cpu() for tensor in mapping.coefficients())
+        sigma = modulate_formula(edges, thresholds, gains)
+        for n, ((b, d), (gain_b, gain_d)) in enumerate(zip(thresholds.tolist(), gains.tolist()), start=1):
+            module["learned"] |= {f"b{n}": b, f"d{n}": d, f"g_b{n}": gain_b, f"g_d{n}": gain_d}
+        falling = counts[sigma.diff() < 0].sum() / counts.sum()  # the share of scores over which σ falls
+        module |= {"sigma": sigma.tolist(), "falling_share": falling.item()}
+    elif module["mapping"] == "entmax":
+        module["learned"]["alpha"] = torch.as_tensor(mapping.alpha, dtype=torch.float64).flatten().tolist()
+    elif mapping is not None:  # one's own
+        few = {name: p for name, p in mapping.named_parameters() if p.numel() <= MOST_NUMBERS}
+        module["learned"] = {name: p.detach().double().flatten().tolist() for name, p in few.items()}
+    return module
 
 
 def _rollouts(collected: Collected) -> Dict[str, Tensor]:

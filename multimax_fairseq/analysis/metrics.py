@@ -159,14 +159,12 @@ class MeanMetrics:
 
     def result(self) -> List[Dict[str, Optional[float]]]:
         """For each group: its rows, each mean (None if no row defines it), and the rows that M and S leave out."""
-        results = []
+        results: List[Dict[str, Optional[float]]] = []
         for sums, defined in zip(self._sums.t().tolist(), self._defined.t().tolist()):
-            result: Dict[str, Optional[float]] = {"rows": self.rows}
-            result |= {name: s / n if n else None for name, s, n in zip(RowMetrics._fields, sums, defined)}
-            left_out = {name: self.rows - int(n) for name, n in zip(RowMetrics._fields, defined)}
-            for name in ("multimodality", "top_multimodality", "sparsity"):
-                result[f"{name}_undefined"] = left_out[name]
-            results.append(result)
+            metrics = list(zip(RowMetrics._fields, sums, defined))
+            means = {name: total / n if n else None for name, total, n in metrics}
+            left_out = {f"{name}_undefined": self.rows - int(n) for name, _, n in metrics[:3]}  # of M and S
+            results.append({"rows": self.rows, **means, **left_out})
         return results
 
     def sparsity_at(self, reference: float) -> List[Optional[float]]:

@@ -127,19 +127,18 @@ def _text(value: Any) -> str:
 # ---------------------------------------------------------------------- tables
 
 
-def _names(k: int) -> Dict[str, str]:
-    return {
-        "multimodality": "M",
-        "top_multimodality": f"M of {k}",
-        "sparsity": "S",
-        "common_sparsity": "S at s",
-        "common_reference": "s",
-        "entropy": "entropy",
-        "support": "support",
-        "effective_support": "effective support",
-        "top_share": "top share",
-        "top_k_share": f"top-{k} share",
-    }
+NAMES = {
+    "multimodality": "M",
+    "top_multimodality": "M of {k}",
+    "sparsity": "S",
+    "common_sparsity": "S at s",
+    "common_reference": "s",
+    "entropy": "entropy",
+    "support": "support",
+    "effective_support": "effective support",
+    "top_share": "top share",
+    "top_k_share": "top-{k} share",
+}
 
 
 def _model(label: str, seeds: List[Row]) -> Row:
@@ -163,7 +162,8 @@ def _metrics(models: Dict[str, List[Row]], k: int, is_output: bool) -> List[Row]
         for site in dict.fromkeys(row["site"] for row in seeds[0]["sites"] if (row["site"] == "output") == is_output):
             of_seeds = [row for model in seeds for row in model["sites"] if row["site"] == site]
             row = {"model": label, "site": site}
-            for key, name in _names(k).items():
+            for key, name in NAMES.items():
+                name = name.format(k=k)
                 row[name] = of_seeds[0][key] if key == "common_reference" else [numbers[key] for numbers in of_seeds]
                 if key in ("multimodality", "sparsity"):
                     left_out = mean(numbers[f"{key}_undefined"] / numbers["rows"] for numbers in of_seeds)
@@ -176,9 +176,8 @@ def _modules(models: Dict[str, List[Row]]) -> List[Row]:
     """Modules that have learned something: their numbers, and the scores that they saw."""
     rows = []
     for label, seeds in models.items():
-        modules = [(seed, module) for seed, model in enumerate(seeds, start=1) for module in model["modules"]]
-        for seed, module in modules:
-            if module["learned"]:
+        for seed, model in enumerate(seeds, start=1):
+            for module in (module for module in model["modules"] if module["learned"]):
                 row = {"model": label, "seed": seed, "site": module["site"], "layer": module["layer"] + 1}
                 for name, value in module["learned"].items():
                     row[name] = ", ".join(map(_text, value)) if isinstance(value, list) else value
