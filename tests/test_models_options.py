@@ -8,14 +8,24 @@ from hydra._internal.utils import run_and_report
 from omegaconf import OmegaConf
 
 from multimax_fairseq.mappings import MAPPINGS
-from multimax_fairseq.models import MappingChoice
 from multimax_fairseq.models.multimax_transformer import MultimaxTransformerModel
 from multimax_fairseq.models.multimax_transformer_lm import MultimaxTransformerLanguageModel
-from multimax_fairseq.models.options import SITES, describe, with_defaults
+from multimax_fairseq.models.options import (
+    SITES,
+    check_options,
+    chosen_arguments,
+    completed,
+    describe,
+    mapped_sites,
+    with_defaults,
+)
 
 
 def choose(**options):
-    return MappingChoice.from_options(Namespace(**{"encoder_layers": 6, **options}))
+    """The options as the model has them, checked."""
+    args = Namespace(**{"encoder_layers": 6, **options})
+    check_options(args)
+    return args
 
 
 def in_words(**options):
@@ -23,10 +33,9 @@ def in_words(**options):
 
 
 def test_the_defaults_are_those_of_the_documentation():
-    choice = choose()
-    arguments = {"order": 2, "init": "normal", "terms": "below,above", "lr_scale": 1.0}
-    assert choice.attention == ("multimax", arguments)
-    assert choice.sites == SITES and choice.output == ("softmax", {})
+    options, arguments = completed(choose()), {"order": 2, "init": "normal", "terms": "below,above", "lr_scale": 1.0}
+    assert (options.attention_mapping, options.output_mapping) == ("multimax", "softmax")
+    assert chosen_arguments("multimax", options) == arguments and mapped_sites(choose()) == SITES
 
 
 @pytest.mark.parametrize("options, message", [
@@ -64,8 +73,7 @@ def lays_seven(args):
 ], ids=str)  # fmt: skip
 def test_other_sites_have_softmax_and_choosing_draws_nothing(options, chosen):
     state = torch.get_rng_state()
-    choice = choose(**options)
-    assert [site for site in SITES if not choice.is_stock_at(site)] == chosen
+    assert mapped_sites(choose(**options)) == tuple(chosen)
     assert torch.equal(torch.get_rng_state(), state)
 
 
