@@ -88,15 +88,6 @@ def test_a_checkpointed_layer_draws_the_same_dropout_again(arch, options, build,
     torch.testing.assert_close(gradients[1], gradients[0], atol=1e-3, rtol=1e-3)
 
 
-@pytest.mark.parametrize("mapping, scale", [("softmax", "learned"), ("multimax", "log-length")])
-def test_a_scale_is_learned_at_every_site(mapping, scale, build, batch):
-    built = build("multimax_transformer", "--attention-mapping", mapping, "--attention-scale", scale)
-    built.model.train()
-    logits(built, batch(built)).logsumexp(-1).sum().backward()
-    scales = [p for name, p in built.model.named_parameters() if ".scale." in name]
-    assert len(scales) == 6 and all(parameter.grad.abs().min() > 0 for parameter in scales)
-
-
 @pytest.mark.parametrize("name", ["sparsemax", "entmax15", "entmax"])
 def test_logarithms_of_a_sparse_vocabulary_are_finite_and_in_the_order_of_the_scores(name):
     scores = 4 * torch.randn(50, 40)

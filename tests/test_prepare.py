@@ -92,16 +92,17 @@ def make(recipe, folder, changes=()):
         changes: name → text or bytes instead; None: not there; a path (in a tar): a link to there.
     """
     name, texts, options = SOURCES[recipe]
-    source, inside = folder / name, folder / (f"in {name}" if "." in name else name)
+    source, is_archive = folder / name, "." in name
+    inside = folder / "inside" if is_archive else source
     for file, content in (texts | dict(changes)).items():
-        path = inside / (file if "." in name else f"{file}.gz")
+        path = inside / (file if is_archive else f"{file}.gz")
         path.parent.mkdir(parents=True, exist_ok=True)
         content = content.encode() if isinstance(content, str) else content
         if isinstance(content, Path):
             path.symlink_to(content)
         elif content is not None:
-            path.write_bytes(content if "." in name else gzip.compress(content))
-    if source != inside:
+            path.write_bytes(content if is_archive else gzip.compress(content))
+    if is_archive:
         kind = {".tgz": "gztar", ".zip": "zip"}[source.suffix]
         Path(shutil.make_archive(str(source), kind, inside)).rename(source)
         shutil.rmtree(inside)
