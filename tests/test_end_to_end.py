@@ -201,8 +201,9 @@ def test_a_config_file_trains_what_the_flags_train(corpus, tmp_path):
 
 
 def test_a_wrong_choice_ends_before_data_is_loaded(corpus, tmp_path):
-    result = run("fairseq-train", corpus / "data-bin", "--user-dir", PLUGIN, "--arch", "multimax_transformer", *TINY,
-                 *TRAINING, "--attention-mapping", "softmin", "--save-dir", tmp_path / "run", check=False)  # fmt: skip
+    result = run("fairseq-train", corpus / "data-bin", "--user-dir", PLUGIN, "--arch", "multimax_transformer",
+                 *TINY, *TRAINING, "--attention-mapping", "softmin", "--save-dir", tmp_path / "run",
+                 check=False)  # fmt: skip
     assert result.returncode and "there is no 'softmin'; choose from: softmax, multimax, sparsemax" in result.stderr
     assert not re.search(r"loaded [\d,]+ examples", result.stdout + result.stderr)
     assert not list(tmp_path.glob("run/*"))

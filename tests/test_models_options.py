@@ -105,6 +105,8 @@ def test_mappings_in_words():
     for one, other in [
         ({"entmax_alpha": "1.5"}, {"entmax_alpha": 1.5}),
         ({"attention_mapping": "multimax", "multimax_terms": "above,below"}, {"attention_mapping": "multimax"}),
+        ({"output_mapping": "multimax"}, {"output_mapping": "multimax", "multimax_init": "shaped",
+                                          "modulator_lr_scale": 10, "log_modulators": "none"}),
         ({"attention_mapping_sites": "cross,encoder,cross"}, {"attention_mapping_sites": ["encoder", "cross"]}),
     ]:
         same = [in_words(**{"attention_mapping": "entmax", **options}) for options in (one, other)]
