@@ -7,6 +7,7 @@ import json
 import random
 import re
 import statistics
+from functools import partial
 
 import pytest
 from conftest import call, load_script, rows_of, run
@@ -16,6 +17,7 @@ SIGNATURE = "BLEU|nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:2.6.0"
 DEFAULT = {"attention_mapping": "multimax", "attention_mapping_sites": "cross,decoder,encoder",
            "output_mapping": "softmax", "multimax_order": 2, "multimax_terms": "above,below",
            "multimax_init": "normal", "entmax_alpha": "1.5"}
+results_table = partial(call, "results_table")
 WORDS = "a the dog cat man woman runs sleeps sees red small street house in on near and with quickly today".split()
 
 
@@ -52,10 +54,6 @@ def write_run(folder, seed=1, hypotheses=None, references=REFERENCES, perplexiti
         fault(record)
     (folder / "run.json").write_text(json.dumps(record))
     return bleu if hypotheses else None
-
-
-def results_table(*arguments, check=True):
-    return call("results_table", *arguments, check=check)
 
 
 @pytest.fixture(scope="module")
