@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from settings import LENGTH, UPDATES, mapping_of, settings_of
 
-from multimax_fairseq.models.options import MappingChoice  # imports fairseq quietly
+from multimax_fairseq.models.options import check_options  # imports fairseq quietly
 from multimax_fairseq.tools import UserError, entry, errors_in_a_line, read_checkpoint, replacing
 
 
@@ -51,7 +51,7 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, Any]:
         args = options.parse_args_and_arch(options.get_training_parser(), arguments)
         cfg = convert_namespace_to_omegaconf(args)
         if hasattr(args, "attention_mapping"):
-            MappingChoice.from_options(args)
+            check_options(args)
     except (ValueError, FileNotFoundError) as problem:
         raise UserError(str(problem)) from problem
     except ImportError as problem:

@@ -63,10 +63,9 @@ def path():
     listener.close()
     atexit.register(process.communicate)  # which ends what it reads
     for name in COMMANDS:
-        command = folder / name
         real = str(Path(sys.executable).parent)
-        command.write_text(CLIENT.format(python=sys.executable, address=str(address), folder=real))
-        command.chmod(0o755)
+        (folder / name).write_text(CLIENT.format(python=sys.executable, address=str(address), folder=real))
+        (folder / name).chmod(0o755)
     return str(folder)
 
 

@@ -200,14 +200,11 @@ def test_a_config_file_trains_what_the_flags_train(corpus, tmp_path):
             torch.testing.assert_close(states[1][name], tensor, atol=0, rtol=0)
 
 
-@pytest.mark.parametrize("flags, message", [
-    (["--attention-mapping", "softmin"], "there is no 'softmin'; choose from: softmax, multimax, sparsemax"),
-    (["--mapping-options", "k=3"], "multimax has options of its own"),
-])  # fmt: skip
-def test_a_wrong_choice_ends_before_data_is_loaded(flags, message, corpus, tmp_path):
+def test_a_wrong_choice_ends_before_data_is_loaded(corpus, tmp_path):
     result = run("fairseq-train", corpus / "data-bin", "--user-dir", PLUGIN, "--arch", "multimax_transformer",
-                 *TINY, *TRAINING, *flags, "--save-dir", tmp_path / "run", check=False)  # fmt: skip
-    assert result.returncode != 0 and message in result.stderr
+                 *TINY, *TRAINING, "--attention-mapping", "softmin", "--save-dir", tmp_path / "run",
+                 check=False)  # fmt: skip
+    assert result.returncode and "there is no 'softmin'; choose from: softmax, multimax, sparsemax" in result.stderr
     assert not re.search(r"loaded [\d,]+ examples", result.stdout + result.stderr)
     assert not list(tmp_path.glob("run/*"))
 

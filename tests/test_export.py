@@ -7,7 +7,6 @@ import pytest
 import torch
 from conftest import ROOT, save_checkpoint
 
-TITLES = re.findall(r"^## (.+)$", (ROOT / "docs" / "export.md").read_text(), re.M)
 CLOSE = {"atol": 1e-5, "rtol": 1e-4}  # fp32, sums in another order
 
 

@@ -109,9 +109,11 @@ def test_equal_scores_are_all_kept_by_a_mean(case, dtype, length):
 def test_build_mapping_makes_the_module_of_a_name(name):
     module = build_mapping(name)
     assert type(module) is MAPPINGS[name]
-    for dtype in DTYPES if name != "multimax" else ():  # whose parameters are drawn
+    function = mappings.entmax15 if name == "entmax" else CASES[name].function
+    if name == "multimax":  # whose parameters are drawn
+        function = partial(mappings.multimax, **module.state_dict())
+    for dtype in DTYPES:
         scores = masked_scores(2, 3, 4, dtype=dtype)
-        function = mappings.entmax15 if name == "entmax" else CASES[name].function
         assert torch.equal(module.eval()(scores), function(scores))
         training = CASES["evsoftmax_training"].function if name == "evsoftmax" else function
         assert torch.equal(module.train()(scores), training(scores))

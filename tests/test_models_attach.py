@@ -24,6 +24,9 @@ def test_every_attention_is_found_whatever_is_around_its_layer(options, build):
         assert all(type(attention) is kind for *_, attention in found)
         if arch == "multimax_transformer":
             assert [attention.site for *_, attention in found] == [site for site, _ in sites]
+            has_plain_masks = "--cross-self-attention" not in options  # the others show the source, too
+            causal = [site == "decoder" and has_plain_masks for site, _ in sites]
+            assert [attention.is_causal for *_, attention in found] == causal
 
 
 @pytest.mark.parametrize("site", ["encoder", "decoder", "cross"])

@@ -64,18 +64,21 @@ def test_steps_with_reordered_beams_equal_the_full_forward(name, sites, scale, b
 
 @pytest.mark.parametrize("flag", [
     "--cross-self-attention", "--no-cross-attention", "--encoder-learned-pos", "--layernorm-embedding",
-    "--share-all-embeddings", "--encoder-normalize-before", "--quant-noise-pq=0.2",
+    "--share-all-embeddings", "--encoder-normalize-before", "--quant-noise-pq=0.2", "--attention-scale=learned",
+    "--attention-scale=log-length",
 ])  # fmt: skip
-def test_options_of_the_stock_model_work(flag, build, batch):
+def test_modulators_and_scales_learn_whatever_else_is_chosen(flag, build, batch):
     built = build("multimax_transformer", flag, *(["--no-cross-attention"] if "cross-self" in flag else []))
     model = built.model.train()
     output = model(**batch(built)["net_input"])[0]
     assert torch.isfinite(output).all()
     output.logsumexp(-1).sum().backward()
-    gains = [parameter.grad for name, parameter in model.named_parameters() if name.endswith("mapping.gains")]
-    reached = [gain.abs().sum() > 0 for gain in gains if gain is not None]
+    ours = ("mapping.gains", "scale.t", "scale.s")
+    learned = [parameter.grad for name, parameter in model.named_parameters() if name.endswith(ours)]
+    assert len(learned) >= (12 if "scale" in flag else 4)
+    reached = [grad.abs().min() > 0 for grad in learned if grad is not None]
     # without cross-attention nothing flows from the two layers of the encoder
-    assert all(reached) and len(reached) == len(gains) - (2 if flag == "--no-cross-attention" else 0)
+    assert all(reached) and len(reached) == len(learned) - (2 if flag == "--no-cross-attention" else 0)
 
 
 def test_adaptive_input_and_softmax_with_multimax_in_attention(build, batch):

@@ -8,25 +8,27 @@ from hydra._internal.utils import run_and_report
 from omegaconf import OmegaConf
 
 from multimax_fairseq.mappings import MAPPINGS
-from multimax_fairseq.models import MappingChoice
-from multimax_fairseq.models.multimax_transformer import MultimaxTransformerModel
-from multimax_fairseq.models.multimax_transformer_lm import MultimaxTransformerLanguageModel
-from multimax_fairseq.models.options import SITES, describe, with_defaults
+from multimax_fairseq.models import MultimaxTransformerLanguageModel, MultimaxTransformerModel
+from multimax_fairseq.models import options as of_models
+from multimax_fairseq.models.options import SITES, mapped_sites, with_defaults
 
 
 def choose(**options):
-    return MappingChoice.from_options(Namespace(**{"encoder_layers": 6, **options}))
+    """The options as the model has them, checked."""
+    args = Namespace(**{"encoder_layers": 6, **options})
+    of_models.check_options(args)
+    return args
 
 
 def in_words(**options):
-    return describe(Namespace(**{"encoder_layers": 6, "attention_mapping": "multimax", **options}))
+    return of_models.describe(Namespace(**{"encoder_layers": 6, "attention_mapping": "multimax", **options}))
 
 
 def test_the_defaults_are_those_of_the_documentation():
-    choice = choose()
-    arguments = {"order": 2, "init": "normal", "terms": "below,above", "lr_scale": 1.0}
-    assert choice.attention == ("multimax", arguments)
-    assert choice.sites == SITES and choice.output == ("softmax", {})
+    options, arguments = of_models.completed(choose()), {"order": 2, "init": "normal", "terms": "below,above"}
+    assert (options.attention_mapping, options.output_mapping) == ("multimax", "softmax")
+    assert of_models.chosen_arguments("multimax", options) == {**arguments, "lr_scale": 1.0}
+    assert mapped_sites(choose()) == SITES
 
 
 @pytest.mark.parametrize("options, message", [
@@ -64,8 +66,7 @@ def lays_seven(args):
 ], ids=str)  # fmt: skip
 def test_other_sites_have_softmax_and_choosing_draws_nothing(options, chosen):
     state = torch.get_rng_state()
-    choice = choose(**options)
-    assert [site for site in SITES if not choice.is_stock_at(site)] == chosen
+    assert mapped_sites(choose(**options)) == tuple(chosen)
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -90,7 +91,7 @@ def test_hydra_shows_a_wrong_choice_without_a_trace(model, capsys):
 
 def test_mappings_in_words():
     stock = {"--attention-mapping": "softmax", "--attention-scale": "none", "--output-mapping": "softmax"}
-    assert describe(Namespace(encoder_layers=6)) == stock  # fairseq's own model
+    assert of_models.describe(Namespace(encoder_layers=6)) == stock  # fairseq's own model
     for same in [{}, {"attention_mapping_sites": "decoder"}, {"multimax_init": "shaped"}, {"modulator_lr_scale": 2}]:
         assert in_words(attention_mapping="softmax", **same) == stock
     assert in_words(attention_mapping="entmax", attention_mapping_sites="cross,decoder") == {
@@ -104,6 +105,8 @@ def test_mappings_in_words():
     for one, other in [
         ({"entmax_alpha": "1.5"}, {"entmax_alpha": 1.5}),
         ({"attention_mapping": "multimax", "multimax_terms": "above,below"}, {"attention_mapping": "multimax"}),
+        ({"output_mapping": "multimax"}, {"output_mapping": "multimax", "multimax_init": "shaped",
+                                          "modulator_lr_scale": 10, "log_modulators": "none"}),
         ({"attention_mapping_sites": "cross,encoder,cross"}, {"attention_mapping_sites": ["encoder", "cross"]}),
     ]:
         same = [in_words(**{"attention_mapping": "entmax", **options}) for options in (one, other)]

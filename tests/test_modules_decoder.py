@@ -1,4 +1,4 @@
-"""The decoder's output mapping and causal mask, and what fairseq wraps around layers."""
+"""The decoder's output mapping, and what fairseq wraps around layers."""
 
 import math
 
@@ -8,7 +8,6 @@ import torch
 
 from multimax_fairseq.kernels.attention import blocks
 from multimax_fairseq.mappings import MAPPINGS, MultiMax, build_mapping
-from multimax_fairseq.modules.attention import CAUSAL
 from multimax_fairseq.modules.decoder import log_probabilities
 
 
@@ -81,29 +80,12 @@ def test_a_checkpointed_layer_draws_the_same_dropout_again(arch, options, build,
     gradients = []
     for checkpointing in ([], ["--checkpoint-activations"]):
         built = build(arch, "--attention-dropout", "0.3", "--attention-mapping", "own", *options, *checkpointing)
-        built.model.decoder.cfg.checkpoint_activations = True  # its masks have no mark
         built.model.train()
         torch.manual_seed(0)
         inputs = [tokens] if "_lm" in arch else [tokens, torch.full((2,), 100), tokens]
         built.model(*inputs)[0].square().sum().backward()
         gradients.append({name: p.grad for name, p in built.model.named_parameters()})
     torch.testing.assert_close(gradients[1], gradients[0], atol=1e-3, rtol=1e-3)
-
-
-def test_the_mask_of_a_decoder_says_that_it_is_causal(build):
-    decoder = build("multimax_transformer_lm").model.decoder
-    for length in (5, 3, 9):  # fairseq keeps one mask, and cuts it
-        mask = decoder.buffered_future_mask(torch.zeros(length, 1, 1))
-        assert getattr(mask, CAUSAL) and torch.equal(mask, torch.full((length, length), -float("inf")).triu(1))
-
-
-@pytest.mark.parametrize("mapping, scale", [("softmax", "learned"), ("multimax", "log-length")])
-def test_a_scale_is_learned_at_every_site(mapping, scale, build, batch):
-    built = build("multimax_transformer", "--attention-mapping", mapping, "--attention-scale", scale)
-    built.model.train()
-    logits(built, batch(built)).logsumexp(-1).sum().backward()
-    scales = [p for name, p in built.model.named_parameters() if ".scale." in name]
-    assert len(scales) == 6 and all(parameter.grad.abs().min() > 0 for parameter in scales)
 
 
 @pytest.mark.parametrize("name", ["sparsemax", "entmax15", "entmax"])

@@ -2,16 +2,17 @@
 
 import pytest
 import torch
-from test_modules_attention import BSZ, PADDING, additive, causal_mask, inputs, make
+from test_modules_attention import BSZ, MASKS, PADDING, additive, inputs, make
 
 from multimax_fairseq.mappings import MAPPINGS
 from multimax_fairseq.modules.scale import SCALES
 
 
 @pytest.mark.parametrize("padding", [None, PADDING, PADDING.flip(1)], ids=["whole", "right", "left"])
-@pytest.mark.parametrize("mask", [None, causal_mask(), additive(-1e4), additive(float("-inf")).roll(1, 0)])
-def test_log_length_counts_the_keys_whose_scores_are_there(mask, padding):
-    (_, mapped), x = make("multimax", "log-length"), inputs()
+@pytest.mark.parametrize("site, mask", [*MASKS[:2], ("encoder", additive(-1e4)),
+                                        ("encoder", additive(float("-inf")).roll(1, 0))])  # fmt: skip
+def test_log_length_counts_the_keys_whose_scores_are_there(site, mask, padding):
+    (_, mapped), x = make("multimax", "log-length", site), inputs()
     arguments = dict(key_padding_mask=padding, attn_mask=mask, before_softmax=True)
     scores, s = mapped(x, x, x, **arguments)[0], mapped.scale.s.detach().repeat(BSZ)[:, None, None]
     mapped.scale = None

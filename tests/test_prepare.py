@@ -4,7 +4,6 @@ Texts and archives are made up, in the published layout; fairseq-preprocess is r
 """
 
 import gzip
-import io
 import os
 import random
 import re
@@ -12,10 +11,8 @@ import shutil
 import signal
 import subprocess
 import sys
-import tarfile
 import threading
 import time
-import zipfile
 from functools import cache, partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -95,40 +92,35 @@ def make(recipe, folder, changes=()):
         changes: name → text or bytes instead; None: not there; a path (in a tar): a link to there.
     """
     name, texts, options = SOURCES[recipe]
-    source = folder / name
-    files = {name: text.encode() if isinstance(text, str) else text for name, text in (texts | dict(changes)).items()
-             if text is not None}
-    if source.suffix == ".tgz":
-        with tarfile.open(source, "w:gz") as archive:
-            for name, content in files.items():
-                info = tarfile.TarInfo(name)
-                if isinstance(content, Path):
-                    info.type, info.linkname, content = tarfile.SYMTYPE, str(content), b""
-                info.size = len(content)
-                archive.addfile(info, io.BytesIO(content))
-    elif source.suffix == ".zip":
-        with zipfile.ZipFile(source, "w", zipfile.ZIP_DEFLATED) as archive:
-            for name, content in files.items():
-                archive.writestr(name, content)
-    else:
-        source.mkdir()
-        for name, content in files.items():
-            (source / f"{name}.gz").write_bytes(gzip.compress(content))
+    source, is_archive = folder / name, "." in name
+    inside = folder / "inside" if is_archive else source
+    for file, content in (texts | dict(changes)).items():
+        path = inside / (file if is_archive else f"{file}.gz")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        content = content.encode() if isinstance(content, str) else content
+        if isinstance(content, Path):
+            path.symlink_to(content)
+        elif content is not None:
+            path.write_bytes(content if is_archive else gzip.compress(content))
+    if is_archive:
+        kind = {".tgz": "gztar", ".zip": "zip"}[source.suffix]
+        Path(shutil.make_archive(str(source), kind, inside)).rename(source)
+        shutil.rmtree(inside)
     return ["--from", source, *options]
 
 
-def variables(**changes):
-    # a Python of its own for prepare.py, which is killed here and cleans up
-    known = {"PYTHON": sys.executable, "NO_PROXY": "127.0.0.1", "MULTIMAX_DATA": ""}
-    return environment(fork_server.path()) | known | changes
+# with a Python of its own for prepare.py, which is killed here and cleans up
+SETTINGS = {"PYTHON": sys.executable, "NO_PROXY": "127.0.0.1", "MULTIMAX_DATA": ""}
 
 
 def prepare(recipe, *arguments, check=True, **changes):
     script = ROOT / "scripts" / f"prepare_{recipe}.sh"
-    command = ["bash", script, *arguments]
-    result = subprocess.run([*map(str, command)], env=variables(**changes), capture_output=True, text=True)
-    assert not check or result.returncode == 0, result.stdout + result.stderr
-    return result
+    return run("bash", script, *arguments, check=check, env={**SETTINGS, **changes})
+
+
+def begin(recipe, *arguments, **kwargs):
+    command = ["bash", ROOT / "scripts" / f"prepare_{recipe}.sh", *arguments]
+    return subprocess.Popen([*map(str, command)], env=environment(fork_server.path()) | SETTINGS, **kwargs)
 
 
 def refused(recipe, *arguments, **changes):
@@ -273,11 +265,9 @@ def test_what_is_there_is_not_lost(tmp_path):
 def test_killed_at_any_moment_it_is_absent_and_one_more_run_makes_the_same(recipe, made, tmp_path):
     arguments, whole, _ = made(recipe)
     rng, out = random.Random(recipe), tmp_path / "out"
-    command = ["bash", ROOT / "scripts" / f"prepare_{recipe}.sh", *arguments, "--out", out]
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGKILL):
-        process = subprocess.Popen([*map(str, command)], env=variables(), start_new_session=True,
-                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                                   preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+        process = begin(recipe, *arguments, "--out", out, start_new_session=True, stdout=subprocess.DEVNULL,
+                        stderr=subprocess.DEVNULL, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
         time.sleep(rng.uniform(0.2, 2))
         process.send_signal(number)
         status = process.wait()
@@ -290,9 +280,8 @@ def test_killed_at_any_moment_it_is_absent_and_one_more_run_makes_the_same(recip
 
 def test_two_at_once_make_it_once(made, tmp_path):
     arguments, whole, _ = made("wikitext103")
-    command = ["bash", ROOT / "scripts" / "prepare_wikitext103.sh", *arguments, "--out", tmp_path / "out"]
-    both = [subprocess.Popen([*map(str, command)], env=variables(), stdout=subprocess.PIPE, text=True,
-                             stderr=subprocess.DEVNULL) for _ in range(2)]
+    both = [begin("wikitext103", *arguments, "--out", tmp_path / "out", stdout=subprocess.PIPE, text=True,
+                  stderr=subprocess.DEVNULL) for _ in range(2)]
     said = [process.communicate()[0] for process in both]
     assert [process.returncode for process in both] == [0, 0]
     assert sum("already prepared" in text for text in said) == sum("done: " in text for text in said) == 1

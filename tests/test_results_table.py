@@ -6,8 +6,8 @@ import io
 import json
 import random
 import re
-import shutil
 import statistics
+from functools import partial
 
 import pytest
 from conftest import call, load_script, rows_of, run
@@ -17,6 +17,7 @@ SIGNATURE = "BLEU|nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:2.6.0"
 DEFAULT = {"attention_mapping": "multimax", "attention_mapping_sites": "cross,decoder,encoder",
            "output_mapping": "softmax", "multimax_order": 2, "multimax_terms": "above,below",
            "multimax_init": "normal", "entmax_alpha": "1.5"}
+results_table = partial(call, "results_table")
 WORDS = "a the dog cat man woman runs sleeps sees red small street house in on near and with quickly today".split()
 
 
@@ -32,8 +33,8 @@ def translations(errors, seed):
 
 
 def write_run(folder, seed=1, hypotheses=None, references=REFERENCES, perplexities=None, updates=100,
-              experiment="iwslt14_de_en", signature=SIGNATURE, settings=(), kind="perplexity", **mapping):
-    """A folder as a run leaves it; returns its BLEU."""
+              experiment="iwslt14_de_en", signature=SIGNATURE, settings=(), kind="perplexity", fault=None, **mapping):
+    """A folder as a run leaves it, or with what ``fault`` makes of the record; returns its BLEU."""
     folder.mkdir(parents=True, exist_ok=True)
     scores = {}
     if hypotheses:
@@ -49,12 +50,10 @@ def write_run(folder, seed=1, hypotheses=None, references=REFERENCES, perplexiti
               "validation": {"ppl": 5.0 + seed},
               "mapping": load_script("settings").mapping_of({**DEFAULT, **mapping}),
               "settings": {"lr": [0.003], **dict(settings)}}
+    if fault:
+        fault(record)
     (folder / "run.json").write_text(json.dumps(record))
-    return scores["best"]["bleu"] if hypotheses else None
-
-
-def results_table(*arguments, check=True):
-    return call("results_table", *arguments, check=check)
+    return bleu if hypotheses else None
 
 
 @pytest.fixture(scope="module")
@@ -193,55 +192,31 @@ def test_what_cannot_be_compared_is_said(tmp_path):
     assert "WARNING: MultiMax, seed 2, has no score test, context 400." in results_table(tmp_path / "lm").stdout
 
 
-def again(run, **options):
-    shutil.rmtree(run)
-    write_run(run, **options)
-
-
-def with_another_perplexity(run):
-    again(run, perplexities={"test, context 0": 30.0})
-    (run / "test, context 0.eval").write_text("Loss (base 2): 4.9, Perplexity: 29.00\n")
-
-
-def of_record(change):
-    """run.json with one thing wrong."""
-
-    def fault(run):
-        record = json.loads((run / "run.json").read_text())
-        change(record, record["scores"]["best"])
-        (run / "run.json").write_text(json.dumps(record))
-
-    return fault
-
-
-def of_hypotheses(content):
-    return lambda run: (run / "best.hypotheses").write_bytes(content)
-
-
-# What is done to the folder of a run beside that of softmax, and what is said.
-@pytest.mark.parametrize("fault, message", [
-    (lambda run: again(run, hypotheses=REFERENCES[::-1], references=REFERENCES[::-1]), "have different references"),
-    (lambda run: again(run, hypotheses=REFERENCES, signature=SIGNATURE.replace("mixed", "lc")),
-     "are scored in different ways"),
-    (lambda run: write_run(run.with_name("again"), hypotheses=translations(0.1, 3)),
-     "are both iwslt14_de_en, MultiMax, seed 1"),
-    (lambda run: (run / "best.hypotheses").unlink(), "multimax/best.hypotheses: No such file"),
-    (with_another_perplexity, "has another perplexity than run.json"),
-    (of_hypotheses(b"a\n" * 10), "multimax/best.hypotheses has 10 lines for 120 references"),
-    (of_hypotheses("\n".join(REFERENCES).encode()), "has BLEU 100.00, and run.json says"),
-    (of_hypotheses(b"\xff\n" * 120), "multimax/best.hypotheses is damaged: it is not UTF-8"),
-    (lambda run: (run / "run.json").write_text("{"), "is not, or no longer, a file of record_run.py"),
-    (of_record(lambda record, _: record.update(format=1)), "a file of record_run.py (format is 1)"),
-    (of_record(lambda record, _: record.update(scores={})), "(it has no scores)"),
-    (of_record(lambda _, best: best.update(bleu=float("nan"))), "(there is NaN in it)"),
-    (of_record(lambda _, best: best.pop("bleu")), "(perplexity is None)"),
-    (of_record(lambda record, _: record.pop("seed")), "(seed is None)"),
-    (of_record(lambda record, _: record["mapping"].clear()), "('attention_mapping')"),
+# Of a run beside that of softmax: how it is written, what is then written into its folder, and what is said.
+@pytest.mark.parametrize("options, files, message", [
+    ({"hypotheses": REFERENCES, "references": REFERENCES[::-1]}, {}, "have different references"),
+    ({"signature": SIGNATURE.replace("mixed", "lc")}, {}, "are scored in different ways"),
+    ({"attention_mapping": "softmax"}, {}, "are both iwslt14_de_en, softmax, seed 1"),
+    ({"hypotheses": None, "perplexities": {"test": 30.0}}, {"test.eval": b"Loss (base 2): 4.9, Perplexity: 29.00\n"},
+     "has another perplexity than run.json"),
+    ({}, {"best.hypotheses": None}, "multimax/best.hypotheses: No such file"),
+    ({}, {"best.hypotheses": b"a\n" * 10}, "multimax/best.hypotheses has 10 lines for 120 references"),
+    ({}, {"best.hypotheses": "\n".join(REFERENCES).encode()}, "has BLEU 100.00, and run.json says"),
+    ({}, {"best.hypotheses": b"\xff\n" * 120}, "multimax/best.hypotheses is damaged: it is not UTF-8"),
+    ({}, {"run.json": b"{"}, "is not, or no longer, a file of record_run.py"),
+    ({"fault": lambda record: record.update(format=1)}, {}, "a file of record_run.py (format is 1)"),
+    ({"fault": lambda record: record.update(scores={})}, {}, "(it has no scores)"),
+    ({"fault": lambda record: record["scores"]["best"].update(bleu=float("nan"))}, {}, "(there is NaN in it)"),
+    ({"fault": lambda record: record["scores"]["best"].pop("bleu")}, {}, "(perplexity is None)"),
+    ({"fault": lambda record: record.pop("seed")}, {}, "(seed is None)"),
+    ({"fault": lambda record: record["mapping"].clear()}, {}, "('attention_mapping')"),
 ])
-def test_a_faulty_folder_is_an_error_that_names_it(fault, message, tmp_path):
+def test_a_faulty_folder_is_an_error_that_names_it(options, files, message, tmp_path):
     write_run(tmp_path / "softmax", hypotheses=translations(0.1, 1), attention_mapping="softmax")
-    write_run(tmp_path / "multimax", hypotheses=translations(0.1, 2))
-    fault(tmp_path / "multimax")
+    write_run(tmp_path / "multimax", **{"hypotheses": translations(0.1, 2), **options})
+    for name, content in files.items():
+        path = tmp_path / "multimax" / name
+        path.unlink() if content is None else path.write_bytes(content)
     result = results_table(tmp_path, check=False)
     assert result.returncode == 1 and not result.stdout
     assert message in result.stderr and str(tmp_path) in result.stderr and "Traceback" not in result.stderr

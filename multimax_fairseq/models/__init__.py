@@ -16,7 +16,7 @@ from .. import criterions  # noqa: E402, F401
 from .checkpoints import checks_mappings  # noqa: E402
 from .multimax_transformer import MultimaxTransformerModel  # noqa: E402
 from .multimax_transformer_lm import MultimaxTransformerLanguageModel  # noqa: E402
-from .options import MappingChoice, MappingOptions  # noqa: E402
+from .options import MappingOptions  # noqa: E402
 from .sparse_search import smooths_zeros  # noqa: E402
 
 # With those of compat.apply, all that is replaced in fairseq: docs/how-it-is-built.md says why.
@@ -24,7 +24,6 @@ Trainer.load_checkpoint = checks_mappings(Trainer.load_checkpoint)
 SequenceScorer.generate = smooths_zeros(SequenceScorer.generate)
 
 __all__ = [
-    "MappingChoice",
     "MappingOptions",
     "MultimaxTransformerLanguageModel",
     "MultimaxTransformerModel",

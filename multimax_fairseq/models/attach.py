@@ -1,6 +1,6 @@
 """The walk over a model that fairseq has built: where its attention is, and what it maps with from then on."""
 
-from typing import Dict, Iterator, Tuple
+from typing import Any, Dict, Iterator, Tuple
 
 import torch
 from fairseq.distributed import FullyShardedDataParallel
@@ -10,7 +10,7 @@ from torch import nn
 from ..mappings import MAPPINGS, arguments_of, build_mapping
 from ..modules import MappedDecoder, MappedMultiheadAttention
 from ..modules.scale import SCALES
-from .options import MappingChoice
+from .options import chosen_arguments, completed, mapped_sites
 
 
 def attention_sites(model: nn.Module) -> Iterator[Tuple[str, int, MultiheadAttention]]:
@@ -28,8 +28,8 @@ def attention_sites(model: nn.Module) -> Iterator[Tuple[str, int, MultiheadAtten
             yield site, count[site], module
 
 
-def attach(model: nn.Module, choice: MappingChoice) -> None:
-    """Give a Transformer the mappings of ``choice``, with parameters drawn last, from torch's state, which stays.
+def attach(model: nn.Module, args: Any) -> None:
+    """Give a Transformer the chosen mappings, with parameters drawn last, from torch's state, which stays.
 
     So models with other mappings start from the same projections under the same seed, and go on drawing alike.
 
@@ -37,17 +37,19 @@ def attach(model: nn.Module, choice: MappingChoice) -> None:
         TypeError: attention is of a class that attends in its own way.
         ValueError: FSDP has already spread the layers over processes.
     """
-    parameters = sum(1 for _ in model.parameters())
+    options, sites, parameters = completed(args), mapped_sites(args), sum(1 for _ in model.parameters())
     with torch.random.fork_rng(devices=[]):
         for site, _, attention in list(attention_sites(model)):
-            if not choice.is_stock_at(site):
-                name, options = choice.attention
+            if site in sites:
+                name = options.attention_mapping
+                arguments = chosen_arguments(name, options)
                 if "num_heads" in arguments_of(MAPPINGS[name]):
-                    options = {**options, "num_heads": attention.num_heads}
-                scale = SCALES[choice.scale](attention.num_heads)
-                MappedMultiheadAttention.adopt(attention, build_mapping(name, **options), site, scale)
-        name, options = choice.output
-        MappedDecoder.adopt(model.decoder, None if name == "softmax" else build_mapping(name, **options))
+                    arguments["num_heads"] = attention.num_heads
+                scale = SCALES[options.attention_scale](attention.num_heads)
+                MappedMultiheadAttention.adopt(attention, build_mapping(name, **arguments), site, scale)
+        name = options.output_mapping
+        output = None if name == "softmax" else build_mapping(name, **chosen_arguments(name, options))
+        MappedDecoder.adopt(model.decoder, output)
     is_sharded = any(isinstance(module, FullyShardedDataParallel) for module in model.modules())
     if is_sharded and sum(1 for _ in model.parameters()) > parameters:
         raise ValueError(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..mappings import SPARSE, MultiMax
 from .attach import attach, attention_sites
 from .checkpoints import OF_MAPPINGS, warn_of_what_is_gone
-from .options import MappingChoice, option_errors
+from .options import check_options, completed, mapped_sites, option_errors
 from .sparse_search import build_sparse_generator
 
 logger = logging.getLogger(__name__)
@@ -32,9 +32,10 @@ class MappedModelMixin:
         Raises:
             ValueError: a choice that does not exist, or that does not go with this model.
         """
-        choice = MappingChoice.from_options(args)
-        mapping, has_alignments = choice.attention[0], getattr(getattr(task, "cfg", None), "load_alignments", False)
-        if has_alignments and mapping in SPARSE and "cross" in choice.sites:
+        check_options(args)
+        mapping = completed(args).attention_mapping
+        has_alignments = getattr(getattr(task, "cfg", None), "load_alignments", False)
+        if has_alignments and mapping in SPARSE and "cross" in mapped_sites(args):
             raise ValueError(
                 "guided alignment (--load-alignments) is the logarithm of cross-attention's probabilities, and "
                 f"{mapping} makes most of them 0: leave cross out of --attention-mapping-sites, or drop "
@@ -42,7 +43,7 @@ class MappedModelMixin:
             )
         warn_of_what_is_gone(args)
         model = super().build_model(args, task)
-        attach(model, choice)
+        attach(model, args)
         model.logged_modulators = getattr(args, "log_modulators", "site")
         if model.decoder.is_sparse:
             task.build_generator = functools.partial(build_sparse_generator, task.build_generator)

@@ -18,8 +18,6 @@ SITES = ("encoder", "decoder", "cross")
 OUTPUT_MAPPINGS = ("softmax", "multimax", *SPARSE)
 LOG_MODULATORS = ("site", "module", "none")
 
-Mapping = Tuple[str, Dict[str, Any]]  # the arguments of build_mapping
-
 
 class OptionError(CompactHydraException, ValueError):
     """A ValueError that ``fairseq-hydra-train`` shows without fifty lines of traceback."""
@@ -38,52 +36,46 @@ def option_errors() -> Iterator[None]:
 OWN_OPTIONS = {name: getattr(MAPPINGS[name], "options", {}) for name in MAPPINGS}
 
 
+def option(default: Any, text: str) -> Any:
+    """A dataclass's field, of which fairseq makes a flag with this help."""
+    return field(default=default, metadata={"help": text})
+
+
 def _own_fields() -> Iterator[Tuple[str, type, Any]]:
     """The fields of a dataclass for ``OWN_OPTIONS``; an argument that also takes words is a string."""
     for mapping, options in OWN_OPTIONS.items():
         for name, (argument, text) in options.items():
             known = arguments_of(MAPPINGS[mapping])[argument]
             kind = known.annotation if known.annotation in (int, float, str) else str
-            yield name, kind, field(default=kind(known.default), metadata={"help": text})
+            yield name, kind, option(kind(known.default), text)
 
 
 @dataclass
 class MappingOptions(make_dataclass("OwnOptions", _own_fields(), bases=(FairseqDataclass,))):
     """Each field is a field of a Hydra config and, with dashes, an option of ``fairseq-train``."""
 
-    attention_mapping: str = field(
-        default="multimax",
-        metadata={"help": f"mapping of attention scores to probabilities: {', '.join(MAPPINGS)}"},
+    attention_mapping: str = option(
+        "multimax", f"mapping of attention scores to probabilities: {', '.join(MAPPINGS)}"
     )
-    mapping_options: str = field(
-        default="",
-        metadata={"help": "of a mapping added by @register_mapping: arguments of its class, such as k=8,p=0.5"},
+    mapping_options: str = option(
+        "", "of a mapping added by @register_mapping: arguments of its class, such as k=8,p=0.5"
     )
-    attention_mapping_sites: str = field(
-        default=",".join(SITES),
-        metadata={
-            "help": "comma-separated attention modules that use --attention-mapping "
-            f"({', '.join(SITES)}); the others use softmax"
-        },
+    attention_mapping_sites: str = option(
+        ",".join(SITES),
+        f"comma-separated attention modules that use --attention-mapping ({', '.join(SITES)}); the others use "
+        "softmax",
     )
-    attention_scale: str = field(
-        default="none",
-        metadata={
-            "help": "what scores are multiplied with at --attention-mapping-sites, whatever the mapping: none, "
-            "learned (one number a module), or log-length (a number a head, times log of the visible keys)"
-        },
+    attention_scale: str = option(
+        "none",
+        "what scores are multiplied with at --attention-mapping-sites, whatever the mapping: none, learned (one "
+        "number a module), or log-length (a number a head, times log of the visible keys)",
     )
-    output_mapping: str = field(
-        default="softmax",
-        metadata={
-            "help": f"mapping of logits to the vocabulary: {', '.join(OUTPUT_MAPPINGS)}; the last three are trained "
-            "with --criterion entmax_loss"
-        },
+    output_mapping: str = option(
+        "softmax",
+        f"mapping of logits to the vocabulary: {', '.join(OUTPUT_MAPPINGS)}; the last three are trained with "
+        "--criterion entmax_loss",
     )
-    log_modulators: str = field(
-        default="site",
-        metadata={"help": f"thresholds and gains in the log, of each of: {', '.join(LOG_MODULATORS)}"},
-    )
+    log_modulators: str = option("site", f"thresholds and gains in the log, of each of: {', '.join(LOG_MODULATORS)}")
 
 
 MAPPING_OPTIONS = tuple(option for option in fields(MappingOptions) if not option.name.startswith("_"))
@@ -110,7 +102,7 @@ def with_defaults(architecture: Callable[[Any], None]) -> Callable[[Any], None]:
                     raise ValueError(f"model.{name}: there is no such field; the nearest one is model.{option}")
             namespace = Namespace(**{name: value for name, value in given.items() if value is not None})
             namespace.base_layers = getattr(namespace, "base_layers", 0)  # its trainer asks whether this is > 0
-        vars(namespace).update(vars(_completed(namespace)))
+        vars(namespace).update(vars(completed(namespace)))
         architecture(namespace)
         for name, value in vars(namespace).items():
             setattr(args, name, value)
@@ -118,76 +110,43 @@ def with_defaults(architecture: Callable[[Any], None]) -> Callable[[Any], None]:
     return architecture_with_mappings
 
 
-@dataclass(frozen=True)
-class MappingChoice:
-    """:class:`MappingOptions`, in the form that the modules use.
+def check_options(args: Any) -> None:
+    """Check the user's choices; draws no random numbers that anybody else would see.
 
-    Attributes:
-        attention: the mapping of the attention modules at ``sites``.
-        sites: some of ``SITES``; all others have softmax.
-        output: the mapping of the output layer.
-        scale: the ``--attention-scale`` at ``sites``.
+    Args:
+        args: fairseq's namespace or config of the model, with the attributes of :class:`MappingOptions`; a missing
+            one has its default.
+
+    Raises:
+        ValueError: a choice does not exist, or this model cannot honour it; says what to do instead.
     """
-
-    attention: Mapping
-    sites: Tuple[str, ...]
-    output: Mapping
-    scale: str = "none"
-
-    @classmethod
-    def from_options(cls, args: Any) -> "MappingChoice":
-        """Check the user's choices; draws no random numbers that anybody else would see.
-
-        Args:
-            args: fairseq's namespace or config of the model, with the attributes of :class:`MappingOptions`; a
-                missing one has its default.
-
-        Raises:
-            ValueError: a choice does not exist, or this model cannot honour it; says what to do instead.
-        """
-        options, available = _completed(args), available_sites(args)
-        sites = _split(options.attention_mapping_sites)
-        for flag, names, choices in (
-            ("attention-mapping", [options.attention_mapping], MAPPINGS),
-            ("attention-mapping-sites", sites, SITES),
-            ("attention-scale", [options.attention_scale], SCALES),
-            ("output-mapping", [options.output_mapping], OUTPUT_MAPPINGS),
-            ("log-modulators", [options.log_modulators], LOG_MODULATORS),
-        ):
-            for name in names:
-                if name not in choices:
-                    raise ValueError(f"--{flag}: there is no {name!r}; choose from: {', '.join(choices)}")
-        if options.output_mapping != "softmax" and getattr(args, "adaptive_softmax_cutoff", None) is not None:
-            raise ValueError(
-                f"--output-mapping {options.output_mapping}: an adaptive softmax never has the scores of all words; "
-                "drop --adaptive-softmax-cutoff (and --criterion adaptive_loss; take another --arch if it has one "
-                "built in), or use --output-mapping softmax"
-            )
-        is_stock = (options.attention_mapping, options.attention_scale) == ("softmax", "none")
-        if not is_stock and not set(sites) & set(available):
-            raise ValueError(
-                f"--attention-mapping-sites {','.join(sites)}: this model has none of these; "
-                f"choose from: {', '.join(available)}"
-            )
-        if options.modulator_lr_scale != 1 and "multimax" not in (options.attention_mapping, options.output_mapping):
-            raise ValueError(
-                f"--modulator-lr-scale {options.modulator_lr_scale}: this model has no modulators; use "
-                "--attention-mapping multimax or --output-mapping multimax, or drop it"
-            )
-        parse_options(options.attention_mapping, options.mapping_options)
-        with torch.random.fork_rng(devices=[]):
-            for name in {*BUILT_IN, options.attention_mapping}:  # a wrong option is an error even if it is not used
-                build_mapping(name, **_mapping(name, options)[1])
-        return cls(
-            attention=_mapping(options.attention_mapping, options),
-            sites=tuple(site for site in available if site in sites),
-            scale=options.attention_scale,
-            output=_mapping(options.output_mapping, options),
+    options = completed(args)
+    for flag, names, choices in (
+        ("attention-mapping", [options.attention_mapping], MAPPINGS),
+        ("attention-mapping-sites", _split(options.attention_mapping_sites), SITES),
+        ("attention-scale", [options.attention_scale], SCALES),
+        ("output-mapping", [options.output_mapping], OUTPUT_MAPPINGS),
+        ("log-modulators", [options.log_modulators], LOG_MODULATORS),
+    ):
+        for name in names:
+            if name not in choices:
+                raise ValueError(f"--{flag}: there is no {name!r}; choose from: {', '.join(choices)}")
+    if options.output_mapping != "softmax" and getattr(args, "adaptive_softmax_cutoff", None) is not None:
+        raise ValueError(
+            f"--output-mapping {options.output_mapping}: an adaptive softmax never has the scores of all words; "
+            "drop --adaptive-softmax-cutoff (and --criterion adaptive_loss; take another --arch if it has one "
+            "built in), or use --output-mapping softmax"
         )
-
-    def is_stock_at(self, site: str) -> bool:
-        """Whether the attention modules at ``site`` stay fairseq's own."""
-        return site not in self.sites or (self.attention[0], self.scale) == ("softmax", "none")
+    mapped_sites(args)  # for its error
+    if options.modulator_lr_scale != 1 and "multimax" not in (options.attention_mapping, options.output_mapping):
+        raise ValueError(
+            f"--modulator-lr-scale {options.modulator_lr_scale}: this model has no modulators; use "
+            "--attention-mapping multimax or --output-mapping multimax, or drop it"
+        )
+    parse_options(options.attention_mapping, options.mapping_options)
+    with torch.random.fork_rng(devices=[]):
+        for name in {*BUILT_IN, options.attention_mapping}:  # a wrong option is an error even if it is not used
+            build_mapping(name, **chosen_arguments(name, options))
 
 
 def describe(args: Any) -> Dict[str, str]:
@@ -198,43 +157,57 @@ def describe(args: Any) -> Dict[str, str]:
     """
     if getattr(args, "attention_mapping", None) is None:
         args = Namespace(attention_mapping="softmax")
-    options = _completed(args)
+    options = completed(args)
 
     def words(name: str) -> str:
         if name not in BUILT_IN:
             return f"{name} {options.mapping_options}".strip()
         may_change = getattr(MAPPINGS[name], "may_change", ())
-        fixed = {argument: _split(value) for argument, value in _mapping(name, options)[1].items()
+        fixed = {argument: _split(value) for argument, value in chosen_arguments(name, options).items()
                  if argument not in may_change}  # fmt: skip
         return " ".join([name, *(f"{argument}={','.join(sorted(value))}" for argument, value in fixed.items())])
 
-    sites = _split(options.attention_mapping_sites)
-    sites = sorted(site for site in available_sites(args) if site in sites)
-    is_stock = (options.attention_mapping, options.attention_scale) == ("softmax", "none") or not sites
+    sites = sorted(mapped_sites(args))
     return {
-        "--attention-mapping": "softmax" if is_stock else f"{words(options.attention_mapping)} in {', '.join(sites)}",
-        "--attention-scale": "none" if is_stock else options.attention_scale,
+        "--attention-mapping": f"{words(options.attention_mapping)} in {', '.join(sites)}" if sites else "softmax",
+        "--attention-scale": options.attention_scale,
         "--output-mapping": words(options.output_mapping),
     }
 
 
-def available_sites(args: Any) -> Tuple[str, ...]:
-    """The sites of the model that has these options."""
+def mapped_sites(args: Any) -> Tuple[str, ...]:
+    """The sites at which the model that has these options does not have fairseq's own attention.
+
+    Raises:
+        ValueError: the model has none of the sites that were chosen.
+    """
+    options, available = completed(args), SITES
+    if (options.attention_mapping, options.attention_scale) == ("softmax", "none"):
+        return ()
     if getattr(args, "encoder_layers", None) is None:
-        return ("decoder",)
-    return SITES[:2] if getattr(args, "no_cross_attention", False) else SITES
+        available = ("decoder",)
+    elif getattr(args, "no_cross_attention", False):
+        available = SITES[:2]
+    chosen = _split(options.attention_mapping_sites)
+    sites = tuple(site for site in available if site in chosen)
+    if not sites:
+        raise ValueError(
+            f"--attention-mapping-sites {','.join(chosen)}: this model has none of these; "
+            f"choose from: {', '.join(available)}"
+        )
+    return sites
 
 
-def _completed(args: Any) -> Namespace:
+def completed(args: Any) -> Namespace:
     """The mapping options of ``args``; those that it has not have their defaults."""
     return Namespace(**{name: getattr(args, name, default) for name, default in DEFAULTS.items()})
 
 
-def _mapping(name: str, options: Any) -> Mapping:
-    """The mapping of a name, with the arguments that ``options`` give it."""
+def chosen_arguments(name: str, options: Any) -> Dict[str, Any]:
+    """The arguments that ``options`` give the mapping of a name."""
     if name not in BUILT_IN:
-        return name, parse_options(name, options.mapping_options)
-    return name, {argument: getattr(options, option) for option, (argument, _) in OWN_OPTIONS[name].items()}
+        return parse_options(name, options.mapping_options)
+    return {argument: getattr(options, option) for option, (argument, _) in OWN_OPTIONS[name].items()}
 
 
 def _split(names: Union[str, Sequence[str]]) -> Sequence[str]:

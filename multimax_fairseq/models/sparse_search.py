@@ -109,9 +109,8 @@ def smooths_zeros(generate: Callable) -> Callable:
         starts = sample.get("start_indices", [0] * len(table))
         for row, start, (hypo,) in zip(table, starts, hypos):
             logs = hypo["positional_scores"]
-            scorer.sparse_scores.update(logs, row[start : start + len(logs)])
-            hypo["positional_scores"] = scorer.sparse_scores.smoothed(logs)
-            hypo["score"] = hypo["positional_scores"].sum() / len(logs)
+            hypo["positional_scores"] = scorer.sparse_scores.smoothed(logs, row[start : start + len(logs)])
+            hypo["score"] = hypo["positional_scores"].mean()
         return hypos
 
     return generate_scores
@@ -133,21 +132,19 @@ class SparseScores:
     """
 
     def __init__(self, vocabulary: int):
-        self.vocabulary, self.epsilon = vocabulary, SMOOTHING / vocabulary
+        self.epsilon = SMOOTHING / vocabulary
         self.tokens, self.sums = 0, torch.zeros(4, dtype=torch.float64)
 
-    def smoothed(self, logs: Tensor) -> Tensor:
-        """log((p_y + ε) / (1 + ε V)), from log p_y."""
-        return ((logs.exp() + self.epsilon) / (1 + SMOOTHING)).log()
-
-    def update(self, logs: Tensor, squares: Tensor) -> None:
-        """Add log p_y and Σ p² of some words, (words,) each."""
+    def smoothed(self, logs: Tensor, squares: Tensor) -> Tensor:
+        """Count log p_y and Σ p² of some words, (words,) each; returns log((p_y + ε) / (1 + ε V))."""
         p = logs.double().exp()
+        smoothed = ((p + self.epsilon) / (1 + SMOOTHING)).log()
         m = (1 + p) / 2  # where the two distributions meet; elsewhere their mean is half of p
         divergence = ((1 - p) * math.log(2) + torch.xlogy(p, p / m) - m.log()) / 2
-        terms = (self.smoothed(logs).double(), p + (1 - squares.double()) / 2, divergence, (p == 0).double())
+        terms = (smoothed, p + (1 - squares.double()) / 2, divergence, (p == 0).double())
         self.tokens += len(p)
         self.sums += torch.stack(terms).sum(1).cpu()
+        return smoothed.to(logs.dtype)
 
     def results(self) -> Dict[str, float]:
         """Means over words, and the percentage of words of probability 0."""

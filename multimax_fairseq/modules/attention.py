@@ -11,8 +11,6 @@ from ..mappings import additive_mask, is_absent
 from ..mappings.masking import probabilities_by
 from .scale import LogLengthScale, visible_keys
 
-CAUSAL = "is_causal"  # attribute of a decoder's mask that hides what comes after a query, and nothing else
-
 
 class MappedMultiheadAttention(MultiheadAttention):
     """fairseq's attention with another mapping in place of softmax.
@@ -31,6 +29,8 @@ class MappedMultiheadAttention(MultiheadAttention):
         mapping: module over the last dimension, from :func:`multimax_fairseq.mappings.build_mapping`.
         site: which attention of the model this is: ``"encoder"``, ``"decoder"`` or ``"cross"``.
         scale: the factor of the scores, from ``SCALES`` of :mod:`.scale`, or None.
+        is_causal: whether it is a decoder's self-attention, to which fairseq gives no other mask than the one that
+            hides what comes after a query: that one is then not read, and what it hides is not computed.
     """
 
     @classmethod
@@ -43,18 +43,21 @@ class MappedMultiheadAttention(MultiheadAttention):
         version of fairseq.
 
         Raises:
-            TypeError: it attends in its own way, which would be lost: a subclass, or xFormers.
+            TypeError: it attends in its own way, which would be lost: a subclass, xFormers, keys of its own.
         """
-        if type(attention) not in (MultiheadAttention, cls) or getattr(attention, "use_xformers", False):
+        has_own_keys = attention.bias_k is not None or attention.add_zero_attn
+        is_other = has_own_keys or getattr(attention, "use_xformers", False)
+        if is_other or type(attention) not in (MultiheadAttention, cls):
             raise TypeError(
-                "only fairseq's MultiheadAttention itself, without xFormers, can be given a mapping; this "
-                f"{type(attention).__name__} attends in its own way, which would be lost: leave {site} out of "
+                "only fairseq's MultiheadAttention itself, without xFormers or keys of its own, can have a mapping; "
+                f"this {type(attention).__name__} attends in its own way, which would be lost: leave {site} out of "
                 "--attention-mapping-sites"
             )
         attention.__class__ = cls
         attention.mapping = mapping
         attention.site = site
         attention.scale = scale
+        attention.is_causal = site == "decoder" and attention.self_attention
         # Keeps forward() out of F.multi_head_attention_forward, where softmax is built in.
         attention._set_skip_embed_dim_check()
         return attention
@@ -90,7 +93,8 @@ class MappedMultiheadAttention(MultiheadAttention):
         """
         if incremental_state is None:
             queries, keys, values = self._project(query, key, value)
-            mask, is_causal = self._mask(keys, key_padding_mask, attn_mask)
+            is_causal = self.is_causal and attn_mask is not None
+            mask = self._mask(key_padding_mask, None if is_causal else attn_mask)
             if self.scale is not None:
                 seen = queries.new_zeros(1, 1, 1, keys.size(2)) if mask is None else mask
                 queries = (queries * self._factor(seen, is_causal, queries.size(2))).to(queries.dtype)
@@ -122,49 +126,20 @@ class MappedMultiheadAttention(MultiheadAttention):
         elif self.encoder_decoder_attention:
             value = key
         queries, keys, values = self.q_proj(query).mul_(self.scaling), self.k_proj(key), self.v_proj(value)
-        if self.bias_k is not None:
-            keys = torch.cat([keys, self.bias_k.to(keys).expand(1, keys.size(1), -1)])
-            values = torch.cat([values, self.bias_v.to(values).expand(1, values.size(1), -1)])
-        if self.add_zero_attn:
-            keys, values = (torch.cat([tensor, tensor.new_zeros(1, *tensor.shape[1:])]) for tensor in (keys, values))
-        bsz = query.size(1)
-        heads = bsz, self.num_heads, self.head_dim
+        heads = query.size(1), self.num_heads, self.head_dim
         return tuple(tensor.view(tensor.size(0), *heads).permute(1, 2, 0, 3) for tensor in (queries, keys, values))
 
-    def _mask(
-        self, keys: Tensor, key_padding_mask: Optional[Tensor], attn_mask: Optional[Tensor]
-    ) -> Tuple[Optional[Tensor], bool]:
-        """What to add to scores, (bsz | 1, num_heads | 1, tgt_len | 1, src_len), and whether to mask causally too.
+    def _mask(self, key_padding_mask: Optional[Tensor], attn_mask: Optional[Tensor]) -> Optional[Tensor]:
+        """What to add to scores, (bsz | 1, num_heads | 1, tgt_len | 1, src_len)."""
+        mask = None if attn_mask is None else self._by_head(additive_mask(attn_mask, torch.float32))
+        if key_padding_mask is None:
+            return mask
+        padding = additive_mask(key_padding_mask.bool(), torch.float32)[:, None, None]
+        return padding if mask is None else mask + padding
 
-        Keys that belong to no token (``add_bias_kv``, ``add_zero_attn``) come last, and are always seen.
-        """
-        bsz, _, src_len, _ = keys.shape
-        extra = int(self.bias_k is not None) + int(self.add_zero_attn)
-        is_causal = getattr(attn_mask, CAUSAL, False) and not extra
-        mask = None
-        if attn_mask is not None and not is_causal:
-            mask = self._by_head(additive_mask(attn_mask, torch.float32), bsz)
-        if key_padding_mask is not None and key_padding_mask.dim():
-            padding = additive_mask(key_padding_mask.bool(), torch.float32)[:, None, None]
-            mask = padding if mask is None else mask + padding
-        if extra and mask is not None:
-            mask = torch.nn.functional.pad(mask, (0, extra))
-        return mask, is_causal
-
-    def _by_head(self, mask: Tensor, bsz: int) -> Tensor:
-        """A mask of :meth:`forward`, with dimensions for sentences and heads.
-
-        Raises:
-            ValueError: its first dimension is of another size than bsz · num_heads.
-        """
-        if mask.dim() == 2:
-            return mask[None, None]
-        if mask.dim() != 3 or mask.size(0) != bsz * self.num_heads:
-            raise ValueError(
-                f"attn_mask is (tgt_len, src_len), or ({bsz * self.num_heads}, tgt_len, src_len) for {bsz} sentences "
-                f"of {self.num_heads} heads; got {tuple(mask.shape)}"
-            )
-        return mask.unflatten(0, (bsz, self.num_heads))
+    def _by_head(self, mask: Tensor) -> Tensor:
+        """A mask of :meth:`forward`, with dimensions for sentences and heads."""
+        return mask[None, None] if mask.dim() == 2 else mask.unflatten(0, (-1, self.num_heads))
 
     def _factor(self, seen: Tensor, is_causal: bool, tgt_len: int) -> Tensor:
         """What ``scale`` makes of the keys that are seen, as :func:`.scale.visible_keys` counts them."""
@@ -174,7 +149,7 @@ class MappedMultiheadAttention(MultiheadAttention):
 
     def _scaled_and_masked(self, scores: Tensor, attn_mask: Optional[Tensor]) -> Tensor:
         """Scores of fairseq, −inf at padding, (bsz, num_heads, tgt_len, src_len), times ``scale``, plus the mask."""
-        added = 0.0 if attn_mask is None else self._by_head(additive_mask(attn_mask, scores.dtype), scores.size(0))
+        added = 0.0 if attn_mask is None else self._by_head(additive_mask(attn_mask, scores.dtype))
         if self.scale is not None:
             absent = is_absent(scores)
             factor = self._factor(scores + added, False, scores.size(2))

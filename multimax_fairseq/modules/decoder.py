@@ -1,4 +1,4 @@
-"""fairseq's decoder with an output mapping, which marks its causal masks."""
+"""fairseq's decoder with an output mapping."""
 
 import math
 from typing import Dict, List, Optional, Tuple
@@ -8,7 +8,6 @@ from fairseq.models.transformer import TransformerDecoderBase
 from torch import Tensor, nn
 
 from ..mappings import MultiMax, compute_dtype
-from .attention import CAUSAL
 
 # What stands for the logarithm of 0 is between LOG_ZERO − DEPTH and LOG_ZERO, by the word's score. Twice that is
 # still the logarithm of an fp32 number, so that sampling can draw such a word where nothing else is allowed, also
@@ -86,17 +85,6 @@ class MappedDecoder(TransformerDecoderBase):
             with torch.no_grad():
                 c = float(self.output_mapping.alpha) - 1
                 norm.weight.mul_(min(1 / (c * math.log(len(self.dictionary))), 1))
-
-    def buffered_future_mask(self, tensor: Tensor) -> Tensor:
-        """As the stock decoder's, marked as hiding what comes after each query, and nothing else.
-
-        ``--checkpoint-activations`` copies tensors without their marks: with one, the recomputed attention would take
-        another path, and draw other dropout than the forward pass had.
-        """
-        mask = super().buffered_future_mask(tensor)
-        if not self.cfg.checkpoint_activations:
-            setattr(mask, CAUSAL, True)
-        return mask
 
     @torch.jit.unused  # tracing compiles what fairseq exports, and that calls this
     def get_normalized_probs(
