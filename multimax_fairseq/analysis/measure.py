@@ -15,7 +15,7 @@ import tqdm
 from torch import Tensor, nn
 
 from ..mappings import MAPPINGS, MultiMax, build_mapping, multimax, softmax
-from ..mappings.multimax import modulate_formula
+from ..mappings.modulator import modulate_formula
 from ..tools import UserError
 from .alignment import (
     AlignmentError,
