@@ -12,7 +12,7 @@ import tempfile
 import zipfile
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, Callable, Dict, Iterator, NoReturn, Optional, Sequence
+from typing import IO, Any, Callable, Dict, Iterable, Iterator, List, NoReturn, Optional, Sequence
 
 
 class UserError(Exception):
@@ -212,6 +212,14 @@ def replacing_folder(path: Path, replace: bool = False) -> Iterator[Path]:
             os.replace(build, path)
     except OSError as error:
         raise UserError(f"could not write {path}: {error.strerror or error}") from error
+
+
+def grouped(rows: Iterable[Dict[str, Any]], name: str) -> Dict[Any, List[Dict[str, Any]]]:
+    """The rows of a table by what they have in this column, in order."""
+    groups: Dict[Any, List[Dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(row[name], []).append(row)
+    return groups
 
 
 def write_table(path: Path, rows: Sequence[Dict[str, Any]], without: Sequence[str] = ()) -> None:

@@ -346,7 +346,7 @@ def test_what_the_pages_tables_say(document, results):
     (row,) = where(page._alignments(document["models"]), model="multimax", rows="reading")
     errors = [head["aer"] for head in where(ours["alignment"], rows="reading") if head["head"].isdigit()]
     assert row["best head"] == [min(errors)] and row["mean of all heads' AER"] == [pytest.approx(fmean(errors))]
-    (row,) = where(page._metrics(document["models"], 5, is_output=False), model="multimax", site="decoder")
+    (row,) = where(page._metrics(document["models"], 5), model="multimax", site="decoder")
     (site,) = where(ours["sites"], site="decoder")
     assert row["M"] == [site["multimodality"]]
     assert row["no M (%)"] == pytest.approx(100 * site["multimodality_undefined"] / site["rows"])

@@ -22,23 +22,6 @@ from multimax_fairseq.mappings import build_mapping
 ABSENT = -math.inf
 
 
-def row(*numbers):
-    return torch.tensor(numbers, dtype=torch.float64)
-
-
-# ---------------------------------------------------------------------- by hand
-
-
-def test_a_row_by_hand():
-    scores, probabilities = row(5.0, 4.0, 3.0, 1.0, 0.0, ABSENT), row(0.5, 0.25, 0.15, 0.1, 0.0, 0.0)
-    found = row_metrics(scores, probabilities, threshold=2.0, reference=0.2)
-    assert found.multimodality == pytest.approx(1 - (0.25 + 0.35) / 2)  # 4 and 3 are relevant
-    assert found.top_multimodality == pytest.approx(1 - (0.25 + 0.35 + 0.4 + 0.5) / 4)  # all of five
-    assert found.sparsity == pytest.approx((math.exp(-0.5) + 1) / 2)  # below ε there are 1 and 0, with 0.1 and 0
-    # by default s = 1/5, as the absent score does not count
-    assert row_metrics(scores, probabilities, threshold=2.0).sparsity == pytest.approx(found.sparsity)
-
-
 def test_a_uniform_row():
     scores = torch.full((7,), 3.7)
     result = row_metrics(scores, scores.softmax(-1))
@@ -83,6 +66,7 @@ def test_all_metrics_are_those_of_the_oracle(scores, name):
     for computed, expected in [
         (result.multimodality, reference.multimodality(scores, p.tolist(), threshold)),
         (result.sparsity, reference.sparsity(scores, p.tolist(), threshold, 1 / sum(x != ABSENT for x in scores))),
+        (row_metrics(x, p, reference=0.1).sparsity, reference.sparsity(scores, p.tolist(), threshold, 0.1)),
         (result.top_multimodality, reference.multimodality(scores, p.tolist(), below_the_largest(scores))),
         (result.tail, reference.mean_below(scores, p.tolist(), threshold)),
         (result.entropy, reference.entropy(p.tolist())),

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from ..mappings import MAPPINGS, MultiMax, build_mapping, multimax, softmax
 from ..mappings.modulator import modulate_formula
-from ..tools import UserError
+from ..tools import UserError, grouped
 from .alignment import (
+    WORD_BEGINS,
     AlignmentError,
     GoldAlignment,
-    guess_subwords,
     hard_alignment,
     read_alignments,
     word_attention,
@@ -88,10 +88,8 @@ def measure(args: Namespace, labels: Sequence[str]) -> Dict[str, Any]:
     with_output = any(not of.is_translation or output_mapping(of.model) is not None for of in measurements)
     for label, measurement in zip(labels, measurements):
         measurement.run(indices, with_output, label)
-    tails: Dict[str, List[Optional[float]]] = {}
-    for row in (row for measurement in measurements for row in means_of_sites(measurement.heads({}))):
-        tails.setdefault(row["site"], []).append(row["tail"])
-    references = {site: common_reference(of_models) for site, of_models in tails.items()}
+    sites = grouped((row for measurement in measurements for row in means_of_sites(measurement.heads({}))), "site")
+    references = {site: common_reference(row["tail"] for row in rows) for site, rows in sites.items()}
     return {
         "top_k": TOP_K,
         "skipped": len(there) - len(indices),
@@ -129,7 +127,8 @@ class Measurement:
         self.architecture = str(getattr(cfg.model, "arch", None) or getattr(cfg.model, "_name", type(self.model)))
         self.is_translation = hasattr(self.model, "encoder") and hasattr(self.model, "decoder")
         self.sentences = self.tokens = 0
-        self._subwords = guess_subwords(self.task.target_dictionary.symbols)
+        symbols = self.task.target_dictionary.symbols
+        self._is_sentencepiece = any(symbol.startswith(WORD_BEGINS) for symbol in symbols)
         self._sites: Dict[Site, Tuple[Optional[nn.Module], MeanMetrics, ScoreHistogram]] = {}
         self._distances: Dict[Site, List[float]] = {}  # (side, layer) → MAD of each sentence
         self._errors: Dict[Tuple[int, str, str], AlignmentError] = {}
@@ -198,7 +197,7 @@ class Measurement:
         pair, task = self.dataset[index], self.task
         sides = (pair["source"], task.source_dictionary), (pair["target"], task.target_dictionary)
         symbols = ([words[token] for token in tokens.tolist() if token != words.eos()] for tokens, words in sides)
-        return [words_of_tokens(tokens, self._subwords) for tokens in symbols]
+        return [words_of_tokens(tokens, self._is_sentencepiece) for tokens in symbols]
 
     def check_gold(self, indices: Sequence[int]) -> None:
         """Check that the gold alignments fit these sentences.
@@ -268,7 +267,7 @@ class Measurement:
 
         A cross-attention row is named by the token that it predicts. All is cut to what can be read.
         """
-        (sample,) = batches(self.dataset, [index], 1, self.device)
+        (sample,), most = batches(self.dataset, [index], 1, self.device), slice(MOST_TOKENS)
         collected, source = collect(self.model, sample, with_output=False), self.task.source_dictionary
 
         def symbols(tokens: Tensor, dictionary: Any) -> List[str]:
@@ -283,25 +282,21 @@ class Measurement:
             tokens["cross"] = symbols(sample["target"], self.task.target_dictionary), read
         maps = [(attention.site, attention.layer, attention.probabilities[0]) for attention in collected.attention]
         maps += [(site, "rollout", rollout) for site, rollout in _rollouts(collected).items()]
-        cut = [(site, layer, heads[:, :MOST_TOKENS, :MOST_TOKENS].double()) for site, layer, heads in maps]
         return {
             "sentence": index,
             "is_cut": any(len(axis) > MOST_TOKENS for axes in tokens.values() for axis in axes),
-            "tokens": {site: [axis[:MOST_TOKENS] for axis in axes] for site, axes in tokens.items()},
+            "tokens": {site: [axis[most] for axis in axes] for site, axes in tokens.items()},
             "maps": [
-                {"site": site, "layer": layer, "heads": heads.round(decimals=5).tolist()}
-                for site, layer, heads in cut
+                {"site": site, "layer": layer, "heads": heads[:, most, most].double().round(decimals=5).tolist()}
+                for site, layer, heads in maps
             ],
         }
 
 
 def means_of_sites(heads: Sequence[Dict[str, Any]]) -> List[Dict[str, Any]]:
     """Means over each site's heads, and how many rows they leave out."""
-    sites: Dict[str, List[Dict[str, Any]]] = {}
-    for row in heads:
-        sites.setdefault(row["site"], []).append(row)
     means = []
-    for site, rows in sites.items():
+    for site, rows in grouped(heads, "site").items():
         means.append({"site": site, "heads": len(rows)})
         for name in list(rows[0])[3:]:  # after site, layer and head
             values = [row[name] for row in rows if row[name] is not None]
