@@ -11,7 +11,7 @@ import platform
 import sys
 from typing import Iterator, Tuple
 
-from .tools import ArgumentParser
+from .tools import ArgumentParser, reason_of
 
 PACKAGE = "multimax_fairseq"
 TOLERANCE = {"float32": 2e-5, "bfloat16": 2e-2, "float16": 3e-3}  # of probabilities and gradients of a few scores
@@ -46,11 +46,9 @@ def check_fairseq() -> Iterator[Finding]:
     if not has_fairseq():
         yield True, advice()
         return
-    try:
-        models = importlib.import_module(f"{PACKAGE}.models")
-        yield True, f"fairseq imports, and has {models.MultimaxTransformerModel.__name__}"
-    except Exception as error:  # anything that fairseq imports can raise
-        yield False, f"fairseq does not import ({type(error).__name__}: {error}): install what README.md says"
+    from .models import MultimaxTransformerModel
+
+    yield True, f"fairseq imports, and has {MultimaxTransformerModel.__name__}"
 
 
 def check_backends() -> Iterator[Finding]:
@@ -110,7 +108,7 @@ def check_mappings() -> Iterator[Finding]:
                 texts.append(f"{device} {kind} {error:.0e}")
             except Exception as failure:  # whatever a compiler or a driver raises
                 well = False
-                texts.append(f"{device} {kind}: {type(failure).__name__}: {str(failure).splitlines()[0]}")
+                texts.append(f"{device} {kind}: {reason_of(failure)}")
         yield well, f"{name}: error {', '.join(texts)}"
 
 
@@ -126,8 +124,8 @@ def main() -> int:
             for is_well, line in check():
                 print(f"{'ok     ' if is_well else 'PROBLEM'} {line}", flush=True)
                 well &= is_well
-        except ImportError as error:  # an earlier check has reported the cause
-            print(f"PROBLEM {check.__name__}: {error}")
+        except Exception as error:  # an import can raise anything; an earlier check may have reported the cause
+            print(f"PROBLEM {check.__name__}: {reason_of(error)}: install what README.md says")
             well = False
     print("All is well." if well else "Not all is well: see the lines that start with PROBLEM.")
     return 0 if well else 1

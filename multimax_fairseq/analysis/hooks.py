@@ -108,7 +108,8 @@ def collect(
     """
     places = {module: (site, layer) for site, layer, module in attention_modules(model)}
     collected, logits = Collected(_token_masks(model, sample)), []
-    projection = getattr(getattr(model, "decoder", None), "output_projection", None)
+    decoder = getattr(model, "decoder", None)
+    projection = getattr(decoder, "output_projection", None)
 
     def take(attention: Attention) -> None:
         mask = collected.masks["decoder" if attention.site == "output" else attention.site]
@@ -138,7 +139,8 @@ def collect(
             result = model(**sample["net_input"])
             if logits:
                 both = logits[0], model.get_normalized_probs(result, log_probs=False)
-                take(Attention("output", 0, *(each.unsqueeze(1) for each in both), output_mapping(model)))
+                mapping = getattr(decoder, "output_mapping", None)
+                take(Attention("output", 0, *(each.unsqueeze(1) for each in both), mapping))
     finally:
         model.train(was_training)
     return collected
@@ -166,8 +168,3 @@ def _token_masks(model: nn.Module, sample: Dict[str, Any]) -> Dict[str, Tensor]:
         return {"encoder": source.ne(model.encoder.dictionary.pad()), "decoder": decoder, "cross": decoder}
     side = "decoder" if hasattr(model, "decoder") else "encoder"
     return {side: source.ne(getattr(model, side).dictionary.pad())}
-
-
-def output_mapping(model: nn.Module) -> Optional[nn.Module]:
-    """The mapping of a model's output layer; None for softmax."""
-    return getattr(getattr(model, "decoder", None), "output_mapping", None)

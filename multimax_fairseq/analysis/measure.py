@@ -27,7 +27,7 @@ from .alignment import (
     words_of_tokens,
 )
 from .checkpoint import batches, fitting, load_model, load_split
-from .hooks import Attention, Collected, attention_modules, collect, output_mapping
+from .hooks import Attention, Collected, attention_modules, collect
 from .metrics import (
     TOP_K,
     MeanMetrics,
@@ -85,7 +85,9 @@ def measure(args: Namespace, labels: Sequence[str]) -> Dict[str, Any]:
             raise UserError(f"models called {label!r} differ in more than the seed: give them other --labels")
         if gold is not None:
             measurement.check_gold(indices)
-    with_output = any(not of.is_translation or output_mapping(of.model) is not None for of in measurements)
+    with_output = any(
+        not of.is_translation or getattr(of.model.decoder, "output_mapping", None) is not None for of in measurements
+    )
     for label, measurement in zip(labels, measurements):
         measurement.run(indices, with_output, label)
     sites = grouped((row for measurement in measurements for row in means_of_sites(measurement.heads({}))), "site")
