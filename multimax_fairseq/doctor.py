@@ -4,7 +4,6 @@ Prints one line per check. Exit status: 0 if all is well, 1 otherwise.
 """
 
 import copy
-import importlib
 import importlib.metadata
 import logging
 import platform
@@ -56,21 +55,19 @@ def check_backends() -> Iterator[Finding]:
     import torch
 
     from .kernels import backend
+    from .kernels.attention import gpu
     from .kernels.rows import cpu
 
     kind = "no C++" if cpu.LIBRARY.functions is None else "C++"
     yield True, f"backend: {backend.backend()} ({backend.ENVIRONMENT_VARIABLE})"
     yield True, f"CPU, {torch.backends.cpu.get_cpu_capability()}: fp32 in {kind}"
-    try:
-        triton = f"Triton {importlib.import_module('triton').__version__}"
-    except ImportError:
-        triton = "no Triton"
+    triton = f"Triton {gpu.version()}" if gpu.version() else "no Triton that fits"
     if not torch.cuda.is_available():
         yield True, f"GPU: none that torch {torch.__version__} sees; {triton}"
     for number in range(torch.cuda.device_count()):
         major, minor = torch.cuda.get_device_capability(number)
         name = torch.cuda.get_device_name(number)
-        yield triton != "no Triton", f"GPU {number}: {name}, capability {major}.{minor}; {triton}"
+        yield gpu.version() is not None, f"GPU {number}: {name}, capability {major}.{minor}; {triton}"
 
 
 def check_mappings() -> Iterator[Finding]:
@@ -125,7 +122,7 @@ def main() -> int:
                 print(f"{'ok     ' if is_well else 'PROBLEM'} {line}", flush=True)
                 well &= is_well
         except Exception as error:  # an import can raise anything; an earlier check may have reported the cause
-            print(f"PROBLEM {check.__name__}: {reason_of(error)}: install what README.md says")
+            print(f"PROBLEM {check.__name__}: {reason_of(error)} (README.md, Install)")
             well = False
     print("All is well." if well else "Not all is well: see the lines that start with PROBLEM.")
     return 0 if well else 1

@@ -181,35 +181,27 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
     Raises:
         UserError: it cannot be written: a full disk, say.
     """
-    with _beside(path) as part, open(part, "xb") as file:
+    with replacing_path(path) as part, open(part, "xb") as file:
         yield file
         file.flush()
         os.fsync(file.fileno())
 
 
 @contextmanager
-def replacing_folder(path: Path, replace: bool = False) -> Iterator[Path]:
-    """An empty folder to fill; it becomes ``path`` once it is whole, and is removed on failure.
+def replacing_path(path: Path, replace: bool = False) -> Iterator[Path]:
+    """A name for a file or folder to make; it becomes ``path`` once it is whole, and is removed on failure.
 
     Args:
-        path: absent or empty, unless ``replace``.
+        replace: also a folder that is not empty.
 
     Raises:
         UserError: it cannot be written.
     """
-    with _beside(path, replace) as build:
-        build.mkdir()
-        yield build
-
-
-@contextmanager
-def _beside(path: Path, replace: bool = True) -> Iterator[Path]:
-    """A name for what becomes ``path`` once it is whole, and is removed on failure."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name[:100]}.") as staging:
             yield Path(staging, "new")
-            if replace and path.is_dir():  # a file gives way by itself
+            if replace and path.exists():
                 os.replace(path, Path(staging, "old"))
             os.replace(Path(staging, "new"), path)
     except (OSError, RuntimeError) as error:

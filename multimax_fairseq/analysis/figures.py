@@ -37,7 +37,7 @@ AXIS_NAMES = {  # of heat maps: rows, columns
     "decoder": ("attending target token", "attended target token"),
     "cross": ("target token to be predicted", "attended source token"),
 }
-MAPPING_NAMES = {"entmax15": "1.5-entmax", "evsoftmax": "EvSoftMax", "multimax": "MultiMax"}
+MAPPING_NAMES = {"entmax15": "1.5-entmax", "evsoftmax": "EvSoftMax"}
 
 # White to dark blue, even in lightness, so also readable in grey.
 PROBABILITY_COLOURS = LinearSegmentedColormap.from_list("probability", ["white", "#9ECAE1", "#3182BD", "#08306B"])

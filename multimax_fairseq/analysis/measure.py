@@ -6,6 +6,7 @@ from 0 in it.
 
 import math
 from argparse import Namespace
+from collections import defaultdict
 from pathlib import Path
 from statistics import fmean, geometric_mean
 from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple
@@ -17,25 +18,10 @@ from torch import Tensor, nn
 from ..mappings import MAPPINGS, MultiMax, build_mapping, multimax, softmax
 from ..mappings.modulator import modulate_formula
 from ..tools import UserError, grouped
-from .alignment import (
-    WORD_BEGINS,
-    AlignmentError,
-    GoldAlignment,
-    hard_alignment,
-    read_alignments,
-    word_attention,
-    words_of_tokens,
-)
+from . import alignment
 from .checkpoint import batches, fitting, load_model, load_split
 from .hooks import Attention, Collected, attention_modules, collect
-from .metrics import (
-    TOP_K,
-    MeanMetrics,
-    ScoreHistogram,
-    attention_rollout,
-    mean_average_distance,
-    translation_rollout,
-)
+from .metrics import TOP_K, MeanMetrics, ScoreHistogram, attention_rollout, mean_average_distance, translation_rollout
 
 # Trained models have no score this large: attention would be on one key, and means would lose their digits.
 LARGEST_SCORE = 1e6
@@ -67,7 +53,7 @@ def measure(args: Namespace, labels: Sequence[str]) -> Dict[str, Any]:
     Raises:
         UserError: something that the user can fix; before long work, but for scores that no trained model has.
     """
-    gold = read_alignments(args.alignments) if args.alignments else None
+    gold = alignment.read_alignments(args.alignments) if args.alignments else None
     measurements = [Measurement(path, args, gold) for path in args.checkpoints]
     first, show, where = measurements[0], args.show, f"the split {args.split!r}"
     there = range(min(len(measurement.dataset) for measurement in measurements))[: args.max_sentences]
@@ -116,7 +102,7 @@ class Measurement:
         UserError: a file is missing or damaged, the data does not fit the model, or that has no attention.
     """
 
-    def __init__(self, path: Path, args: Namespace, gold: Optional[Sequence[GoldAlignment]]):
+    def __init__(self, path: Path, args: Namespace, gold: Optional[Sequence[alignment.GoldAlignment]]):
         self.path, self.args, self.gold = path, args, gold
         self.model, cfg, self.task = load_model(path, args.data)
         try:
@@ -130,10 +116,10 @@ class Measurement:
         self.is_translation = hasattr(self.model, "encoder") and hasattr(self.model, "decoder")
         self.sentences = self.tokens = 0
         symbols = self.task.target_dictionary.symbols
-        self._is_sentencepiece = any(symbol.startswith(WORD_BEGINS) for symbol in symbols)
+        self._is_sentencepiece = any(symbol.startswith(alignment.WORD_BEGINS) for symbol in symbols)
         self._sites: Dict[Site, Tuple[Optional[nn.Module], MeanMetrics, ScoreHistogram]] = {}
-        self._distances: Dict[Site, List[float]] = {}  # (side, layer) → MAD of each sentence
-        self._errors: Dict[Tuple[int, str, str], AlignmentError] = {}
+        self._distances: Dict[Site, List[float]] = defaultdict(list)  # (side, layer) → MAD of each sentence
+        self._errors: Dict[Tuple[int, str, str], alignment.AlignmentError] = defaultdict(alignment.AlignmentError)
 
     def kind(self) -> List[Tuple]:
         """What seeds of one model have in common: their attention."""
@@ -147,8 +133,7 @@ class Measurement:
             for sample in batches(self.dataset, indices, self.args.max_tokens, self.device):
                 collected = collect(self.model, sample, with_output, self._add)
                 for side, layer, hidden in collected.layers:
-                    distances = mean_average_distance(hidden, collected.masks[side])
-                    self._distances.setdefault((side, layer), []).extend(distances.tolist())
+                    self._distances[side, layer] += mean_average_distance(hidden, collected.masks[side]).tolist()
                 if self.gold is not None:
                     self._add_alignments(sample, collected)
                 self.sentences += len(sample["id"])
@@ -189,17 +174,16 @@ class Measurement:
                 continue
             of_words = stacked[row][:, are_queries[row]][:, :, are_words[row]]
             for shift, name in enumerate(ROWS):
-                rows = word_attention(of_words[:, shift : shift + len(tgt_words)], tgt_words, src_words)
+                rows = alignment.word_attention(of_words[:, shift : shift + len(tgt_words)], tgt_words, src_words)
                 for place, attention in zip(maps, rows):
-                    error = self._errors.setdefault((*place, name), AlignmentError())
-                    error.update(hard_alignment(attention), self.gold[index])
+                    self._errors[(*place, name)].update(alignment.hard_alignment(attention), self.gold[index])
 
     def _words_of(self, index: int) -> List[List[int]]:
         """The word of each token of a sentence, source and target, without ``</s>``."""
         pair, task = self.dataset[index], self.task
         sides = (pair["source"], task.source_dictionary), (pair["target"], task.target_dictionary)
         symbols = ([words[token] for token in tokens.tolist() if token != words.eos()] for tokens, words in sides)
-        return [words_of_tokens(tokens, self._is_sentencepiece) for tokens in symbols]
+        return [alignment.words_of_tokens(tokens, self._is_sentencepiece) for tokens in symbols]
 
     def check_gold(self, indices: Sequence[int]) -> None:
         """Check that the gold alignments fit these sentences.
@@ -362,7 +346,7 @@ def _simplex() -> List[Dict[str, Any]]:
     paths = [("softmax of (1.5, t, 0) / T", f"T = {T:g}", "softmax", softmax(scores / T)) for T in (0.25, 0.5, 1, 2)]
     for name in ("softmax", "entmax15", "sparsemax", "evsoftmax"):
         paths.append(("mappings of (1.5, t, 0)", name, name, build_mapping(name).eval()(scores)))
-    example = multimax(scores, *(torch.tensor(numbers, dtype=torch.float64) for numbers in ILLUSTRATION))
+    example = multimax(scores, *torch.tensor(ILLUSTRATION, dtype=torch.float64))
     paths.append(("mappings of (1.5, t, 0)", "MultiMax, for example", "multimax", example))
     return [
         {"panel": panel, "name": name, "mapping": mapping, "probabilities": probabilities.tolist()}

@@ -21,9 +21,7 @@ dt { font-weight: 600 } dd { margin: 0 0 .5rem 1.2rem } code { font-size: .9em }
 
 OUTPUT_NOTE = """
 <p>Means over target tokens. Here M and S as the paper defines them tell models hardly apart: where one word has most,
-M is 1 − top share, and s = 1/K is so large that S is near 1. M of {k} and S at s, one s for all models, measure more.
-<b>Support</b> is the mean number of words with a probability above 0: all of them with softmax, few with a sparse
-mapping.</p>
+M is 1 − top share, and s = 1/K is so large that S is near 1. M of {k}, and S at one s for all models, say more.</p>
 """
 
 DEFINITIONS = """
