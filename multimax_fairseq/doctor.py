@@ -4,14 +4,13 @@ Prints one line per check. Exit status: 0 if all is well, 1 otherwise.
 """
 
 import copy
-import importlib
 import importlib.metadata
 import logging
 import platform
 import sys
 from typing import Iterator, Tuple
 
-from .tools import ArgumentParser
+from .tools import ArgumentParser, reason_of
 
 PACKAGE = "multimax_fairseq"
 TOLERANCE = {"float32": 2e-5, "bfloat16": 2e-2, "float16": 3e-3}  # of probabilities and gradients of a few scores
@@ -46,11 +45,9 @@ def check_fairseq() -> Iterator[Finding]:
     if not has_fairseq():
         yield True, advice()
         return
-    try:
-        models = importlib.import_module(f"{PACKAGE}.models")
-        yield True, f"fairseq imports, and has {models.MultimaxTransformerModel.__name__}"
-    except Exception as error:  # anything that fairseq imports can raise
-        yield False, f"fairseq does not import ({type(error).__name__}: {error}): install what README.md says"
+    from .models import MultimaxTransformerModel
+
+    yield True, f"fairseq imports, and has {MultimaxTransformerModel.__name__}"
 
 
 def check_backends() -> Iterator[Finding]:
@@ -58,21 +55,19 @@ def check_backends() -> Iterator[Finding]:
     import torch
 
     from .kernels import backend
+    from .kernels.attention import gpu
     from .kernels.rows import cpu
 
     kind = "no C++" if cpu.LIBRARY.functions is None else "C++"
     yield True, f"backend: {backend.backend()} ({backend.ENVIRONMENT_VARIABLE})"
     yield True, f"CPU, {torch.backends.cpu.get_cpu_capability()}: fp32 in {kind}"
-    try:
-        triton = f"Triton {importlib.import_module('triton').__version__}"
-    except ImportError:
-        triton = "no Triton"
+    triton = f"Triton {gpu.version()}" if gpu.version() else "no Triton that fits"
     if not torch.cuda.is_available():
         yield True, f"GPU: none that torch {torch.__version__} sees; {triton}"
     for number in range(torch.cuda.device_count()):
         major, minor = torch.cuda.get_device_capability(number)
         name = torch.cuda.get_device_name(number)
-        yield triton != "no Triton", f"GPU {number}: {name}, capability {major}.{minor}; {triton}"
+        yield gpu.version() is not None, f"GPU {number}: {name}, capability {major}.{minor}; {triton}"
 
 
 def check_mappings() -> Iterator[Finding]:
@@ -110,7 +105,7 @@ def check_mappings() -> Iterator[Finding]:
                 texts.append(f"{device} {kind} {error:.0e}")
             except Exception as failure:  # whatever a compiler or a driver raises
                 well = False
-                texts.append(f"{device} {kind}: {type(failure).__name__}: {str(failure).splitlines()[0]}")
+                texts.append(f"{device} {kind}: {reason_of(failure)}")
         yield well, f"{name}: error {', '.join(texts)}"
 
 
@@ -126,8 +121,8 @@ def main() -> int:
             for is_well, line in check():
                 print(f"{'ok     ' if is_well else 'PROBLEM'} {line}", flush=True)
                 well &= is_well
-        except ImportError as error:  # an earlier check has reported the cause
-            print(f"PROBLEM {check.__name__}: {error}")
+        except Exception as error:  # an import can raise anything; an earlier check may have reported the cause
+            print(f"PROBLEM {check.__name__}: {reason_of(error)} (README.md, Install)")
             well = False
     print("All is well." if well else "Not all is well: see the lines that start with PROBLEM.")
     return 0 if well else 1

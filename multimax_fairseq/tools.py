@@ -12,7 +12,7 @@ import tempfile
 import zipfile
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, Callable, Dict, Iterator, NoReturn, Optional, Sequence
+from typing import IO, Any, Callable, Dict, Iterable, Iterator, List, NoReturn, Optional, Sequence
 
 
 class UserError(Exception):
@@ -60,7 +60,7 @@ def import_user_dir(folder: Optional[Path]) -> None:
     try:
         import_user_module(argparse.Namespace(user_dir=str(folder)))
     except Exception as error:  # the file can raise anything
-        raise UserError(f"--user-dir {folder}: {type(error).__name__}: {error}") from error
+        raise UserError(f"--user-dir {folder}: {reason_of(error)}") from error
 
 
 @contextmanager
@@ -72,6 +72,12 @@ def errors_in_a_line() -> Iterator[None]:
         sys.exit(f"ERROR: {_printable(error)}")
     except OSError as error:
         sys.exit(f"ERROR: {_printable(error.filename or 'a file')}: {error.strerror or error}")
+
+
+def reason_of(error: Exception) -> str:
+    """Its type and its first line, or that about a tensor of another size, which says whose."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+    return f"{type(error).__name__}: {next((line for line in lines if 'size mismatch' in line), lines[0])}"
 
 
 def _printable(text: object) -> str:
@@ -107,8 +113,7 @@ def read_checkpoint(path: Path, load: Optional[Callable[[], Any]] = None) -> Dic
         raise UserError(f"the checkpoint {path} cannot be read: {error.strerror or error}") from error
     except Exception as error:  # unpickling can raise anything
         what = "cannot be read as a checkpoint of fairseq (damaged, cut off, or something else)"
-        reason = ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
-        raise UserError(f"{path} {what}: {reason}") from error
+        raise UserError(f"{path} {what}: {reason_of(error)}") from error
     parameters = entry(state, path, "model")
     if not isinstance(parameters, dict) or not parameters:
         raise UserError(f"{path} holds no parameters: it is not a checkpoint of a model")
@@ -176,26 +181,18 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
     Raises:
         UserError: it cannot be written: a full disk, say.
     """
-    part = path.with_name(f".{path.name[:100]}.{os.getpid()}.part")
-    try:
-        with open(part, "xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError where the system has refused
-        refusal = error if isinstance(error, OSError) else error.__context__
-        raise UserError(f"could not write {path}: {getattr(refusal, 'strerror', None) or error}") from error
-    finally:
-        part.unlink(missing_ok=True)
+    with replacing_path(path) as part, open(part, "xb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
 
 
 @contextmanager
-def replacing_folder(path: Path, replace: bool = False) -> Iterator[Path]:
-    """An empty folder to fill; it becomes ``path`` once it is whole, and is removed on failure.
+def replacing_path(path: Path, replace: bool = False) -> Iterator[Path]:
+    """A name for a file or folder to make; it becomes ``path`` once it is whole, and is removed on failure.
 
     Args:
-        path: absent or empty, unless ``replace``.
+        replace: also a folder that is not empty.
 
     Raises:
         UserError: it cannot be written.
@@ -203,15 +200,23 @@ def replacing_folder(path: Path, replace: bool = False) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name[:100]}.") as staging:
-            build = Path(staging, "new")
-            build.mkdir()
-            yield build
-            build.chmod(0o755)
+            yield Path(staging, "new")
             if replace and path.exists():
-                os.replace(path, Path(staging, "old"))  # deleted with the staging folder
-            os.replace(build, path)
-    except OSError as error:
-        raise UserError(f"could not write {path}: {error.strerror or error}") from error
+                os.replace(path, Path(staging, "old"))
+            os.replace(Path(staging, "new"), path)
+    except (OSError, RuntimeError) as error:
+        refusal = error if isinstance(error, OSError) else error.__context__  # torch's writer hides it
+        if not isinstance(refusal, OSError):
+            raise
+        raise UserError(f"could not write {path}: {refusal.strerror or refusal}") from error
+
+
+def grouped(rows: Iterable[Dict[str, Any]], name: str) -> Dict[Any, List[Dict[str, Any]]]:
+    """The rows of a table by what they have in this column, in order."""
+    groups: Dict[Any, List[Dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(row[name], []).append(row)
+    return groups
 
 
 def write_table(path: Path, rows: Sequence[Dict[str, Any]], without: Sequence[str] = ()) -> None:

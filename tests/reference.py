@@ -137,26 +137,21 @@ def relevance_threshold(row):
     return largest + math.log(math.fsum(math.exp(x - largest) for x in present)) - math.log(len(present))
 
 
+def mean_between(low, high, scores, values):
+    """The mean of the values whose scores lie between; None where there are none."""
+    between = [value for x, value in zip(scores, values) if low < x < high]
+    return math.fsum(between) / len(between) if between else None
+
+
 def multimodality(scores, probabilities, threshold):
-    """1 − (1/N) Σ_{ε < x_n < max x} (max φ − φ_n); None where N = 0  (Zhou et al. 2024, Definition 3.2)."""
-    gaps = [max(probabilities) - p for x, p in zip(scores, probabilities) if threshold < x < max(scores)]
-    return 1 - math.fsum(gaps) / len(gaps) if gaps else None
+    """(1/N) Σ_{ε < x_n < max x} (1 − (max φ − φ_n)); None where N = 0  (Zhou et al. 2024, Definition 3.2)."""
+    return mean_between(threshold, max(scores), scores, [1 - (max(probabilities) - p) for p in probabilities])
 
 
 def sparsity(scores, probabilities, threshold, reference):
     """(1/L) Σ_{x_l < ε} exp((s − φ_l)/s − 1); None where L = 0  (Zhou et al. 2024, Definition 3.3)."""
-    terms = [
-        math.exp((reference - p) / reference - 1)
-        for x, p in zip(scores, probabilities)
-        if -math.inf < x < threshold
-    ]
-    return math.fsum(terms) / len(terms) if terms else None
-
-
-def mean_below(scores, probabilities, threshold):
-    """The mean probability of the entries whose scores are there and below the threshold; None without any."""
-    tail = [p for x, p in zip(scores, probabilities) if -math.inf < x < threshold]
-    return math.fsum(tail) / len(tail) if tail else None
+    terms = [math.exp((reference - p) / reference - 1) for p in probabilities]
+    return mean_between(-math.inf, threshold, scores, terms)
 
 
 def entropy(probabilities):

@@ -346,7 +346,7 @@ def test_what_the_pages_tables_say(document, results):
     (row,) = where(page._alignments(document["models"]), model="multimax", rows="reading")
     errors = [head["aer"] for head in where(ours["alignment"], rows="reading") if head["head"].isdigit()]
     assert row["best head"] == [min(errors)] and row["mean of all heads' AER"] == [pytest.approx(fmean(errors))]
-    (row,) = where(page._metrics(document["models"], 5, is_output=False), model="multimax", site="decoder")
+    (row,) = where(page._metrics(document["models"], 5), model="multimax", site="decoder")
     (site,) = where(ours["sites"], site="decoder")
     assert row["M"] == [site["multimodality"]]
     assert row["no M (%)"] == pytest.approx(100 * site["multimodality_undefined"] / site["rows"])
@@ -438,19 +438,14 @@ def test_sentences_longer_than_learned_positions_are_left_out(build, corpus, tmp
     assert float(checked.stdout.split()[-2]) < 1e-4
 
 
-class Tempered(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.temperature = torch.nn.Parameter(torch.tensor([0.5, 2.0]).view(2, 1, 1))
-
-
 def test_what_a_mapping_has_learned_is_in_the_report(monkeypatch):
     """One's own too; a term that is not learned has no gain."""
-    monkeypatch.setitem(MAPPINGS, "tempered", Tempered)
+    tempered = torch.nn.ParameterDict({"temperature": torch.tensor([0.5, 2.0]).view(2, 1, 1)})
+    monkeypatch.setitem(MAPPINGS, "tempered", torch.nn.ParameterDict)
     histogram, fixed = ScoreHistogram(), MultiMax(order=1, terms=["above"], init="identity")
     histogram.update(torch.randn(2, 5, 4))
     torch.nn.init.constant_(fixed.gains, 0.5)
-    for mapping, name, learned in ((Tempered(), "tempered", {"temperature": [0.5, 2.0]}),
+    for mapping, name, learned in ((tempered, "tempered", {"temperature": [0.5, 2.0]}),
                                    (fixed, "multimax", {"b1": 0, "d1": 0, "g_b1": 0, "g_d1": 0.5})):  # fmt: skip
         module = {"site": "cross", "layer": 0, **numbers_of_module(mapping, histogram)}
         assert (module["mapping"], module["learned"]) == (name, learned)

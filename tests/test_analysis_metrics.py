@@ -1,4 +1,4 @@
-"""multimax_fairseq/analysis/metrics.py against hand-computed values, and slow float64 oracles on any."""
+"""multimax_fairseq/analysis/metrics.py against slow float64 oracles."""
 
 import math
 
@@ -8,53 +8,22 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from multimax_fairseq.analysis import (
-    MeanMetrics,
-    ScoreHistogram,
-    attention_rollout,
-    mean_average_distance,
-    metrics,
-    row_metrics,
-    translation_rollout,
-)
+from multimax_fairseq.analysis import metrics
 from multimax_fairseq.mappings import build_mapping
 
 ABSENT = -math.inf
 
 
-def row(*numbers):
-    return torch.tensor(numbers, dtype=torch.float64)
-
-
-# ---------------------------------------------------------------------- by hand
-
-
-def test_a_row_by_hand():
-    scores, probabilities = row(5.0, 4.0, 3.0, 1.0, 0.0, ABSENT), row(0.5, 0.25, 0.15, 0.1, 0.0, 0.0)
-    found = row_metrics(scores, probabilities, threshold=2.0, reference=0.2)
-    assert found.multimodality == pytest.approx(1 - (0.25 + 0.35) / 2)  # 4 and 3 are relevant
-    assert found.top_multimodality == pytest.approx(1 - (0.25 + 0.35 + 0.4 + 0.5) / 4)  # all of five
-    assert found.sparsity == pytest.approx((math.exp(-0.5) + 1) / 2)  # below ε there are 1 and 0, with 0.1 and 0
-    # by default s = 1/5, as the absent score does not count
-    assert row_metrics(scores, probabilities, threshold=2.0).sparsity == pytest.approx(found.sparsity)
-
-
-def test_a_uniform_row():
-    scores = torch.full((7,), 3.7)
-    result = row_metrics(scores, scores.softmax(-1))
-    assert result.multimodality.isnan() and result.sparsity.isnan()  # every score lies exactly on the threshold
-    assert result.entropy == pytest.approx(math.log(7)) and result.effective_support == pytest.approx(7)
-    assert result.support == 7 and result.top_share == pytest.approx(1 / 7)
-
-
 def test_rows_without_a_choice_are_undefined():
-    probabilities = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
-    result = row_metrics(probabilities.log(), probabilities)
-    for name, undefined in (("multimodality", [True, True]), ("sparsity", [True, True]), ("entropy", [False, True]),
-                            ("support", [False, True]), ("top_share", [False, True])):  # fmt: skip
-        assert getattr(result, name).isnan().tolist() == undefined
+    """One score, none, and equal ones, which lie exactly on the threshold."""
+    probabilities = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.0, 0.0], [1 / 3, 1 / 3, 1 / 3]])
+    result = metrics.row_metrics(probabilities.log(), probabilities)
+    for name in ("multimodality", "top_multimodality", "sparsity", "tail"):
+        assert getattr(result, name).isnan().all()
+    for name in ("entropy", "support", "effective_support", "top_share", "top_k_share"):
+        assert getattr(result, name).isnan().tolist() == [False, True, False]
     with pytest.raises(ValueError, match="differ in shape"):
-        row_metrics(probabilities, probabilities[:, :2])
+        metrics.row_metrics(probabilities, probabilities[:, :2])
 
 
 # ---------------------------------------------------------------------- against oracles
@@ -79,12 +48,13 @@ def test_all_metrics_are_those_of_the_oracle(scores, name):
         p = mapping(x)
     threshold = reference.relevance_threshold(scores)
     assume(all(x == ABSENT or abs(x - threshold) > 2 * metrics.RESOLUTION for x in scores))
-    result = row_metrics(x, p)
+    result = metrics.row_metrics(x, p)
     for computed, expected in [
         (result.multimodality, reference.multimodality(scores, p.tolist(), threshold)),
         (result.sparsity, reference.sparsity(scores, p.tolist(), threshold, 1 / sum(x != ABSENT for x in scores))),
+        (metrics.row_metrics(x, p, reference=0.1).sparsity, reference.sparsity(scores, p.tolist(), threshold, 0.1)),
         (result.top_multimodality, reference.multimodality(scores, p.tolist(), below_the_largest(scores))),
-        (result.tail, reference.mean_below(scores, p.tolist(), threshold)),
+        (result.tail, reference.mean_between(-math.inf, threshold, scores, p.tolist())),
         (result.entropy, reference.entropy(p.tolist())),
         (result.effective_support, math.exp(reference.entropy(p.tolist()))),
         (result.support, sum(q > 0 for q in p.tolist())),
@@ -98,7 +68,7 @@ def test_all_metrics_are_those_of_the_oracle(scores, name):
 def test_precision(dtype, tolerance):
     """Half precision is computed in fp32: what is left is the rounding of the scores themselves."""
     scores = torch.randn(50, 9, dtype=torch.float64) * 3
-    exact, rounded = (row_metrics(x, scores.softmax(-1).to(x.dtype)) for x in (scores, scores.to(dtype)))
+    exact, rounded = (metrics.row_metrics(x, scores.softmax(-1).to(x.dtype)) for x in (scores, scores.to(dtype)))
     assert rounded.entropy.dtype == torch.float32
     torch.testing.assert_close(rounded.entropy.double(), exact.entropy, atol=tolerance, rtol=tolerance)
 
@@ -114,15 +84,15 @@ def test_sparsity_for_an_s_that_is_known_afterwards(rows, name, s):
     x = torch.tensor([[*scores, *[ABSENT] * (width - len(scores))] for scores in rows], dtype=torch.float64)
     with torch.no_grad():
         p = build_mapping(name).eval()(x)
-    mean = MeanMetrics(1)
+    mean = metrics.MeanMetrics(1)
     mean.update(x.unsqueeze(0), p.unsqueeze(0))
-    expected = row_metrics(x, p, reference=s).sparsity.nanmean().item()
+    expected = metrics.row_metrics(x, p, reference=s).sparsity.nanmean().item()
     (computed,) = mean.sparsity_at(s)
     assert computed is None if math.isnan(expected) else computed == pytest.approx(expected, abs=2e-5)
 
 
 def test_a_mean_of_nothing_is_none():
-    mean = MeanMetrics(1)
+    mean = metrics.MeanMetrics(1)
     mean.update(torch.tensor([[[1.0, ABSENT]]]), torch.tensor([[[1.0, 0.0]]]))
     (result,) = mean.result()
     assert result["multimodality"] is None and result["multimodality_undefined"] == 1 and result["entropy"] == 0
@@ -130,7 +100,8 @@ def test_a_mean_of_nothing_is_none():
 
 
 def test_a_histogram_has_every_finite_score_and_leaves_its_tails_out():
-    histogram, scores = ScoreHistogram(), [-1e7, -20.0, *[0.5] * 50, *[1.5] * 48, 30.0, ABSENT, math.inf, math.nan]
+    scores = [-1e7, -20.0, *[0.5] * 50, *[1.5] * 48, 30.0, ABSENT, math.inf, math.nan]
+    histogram = metrics.ScoreHistogram()
     for part in (scores[:40], scores[40:]):
         histogram.update(torch.tensor(part, dtype=torch.float64))
     assert (histogram.low, histogram.high) == (-1e7, 30) and histogram.bins()[1].sum() == len(scores) - 3
@@ -147,11 +118,11 @@ def test_mad_against_the_loop_over_pairs():
     hidden = torch.randn(4, 6, 5, dtype=torch.float64)
     mask = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 0, 1, 0, 1], [1, 0, 0, 0, 0, 1], [0, 0, 1, 0, 0, 0]]).bool()
     hidden[~mask] = 1e6  # what padding holds does not matter
-    computed = mean_average_distance(hidden, mask)
+    computed = metrics.mean_average_distance(hidden, mask)
     for sentence in range(3):
         expected = reference.mean_average_distance(hidden[sentence, mask[sentence]].tolist())
         assert computed[sentence].item() == pytest.approx(expected, abs=1e-12)
-    assert computed[3].isnan() and mean_average_distance(hidden[:, :1]).isnan().all()  # one token
+    assert computed[3].isnan() and metrics.mean_average_distance(hidden[:, :1]).isnan().all()  # one token
 
 
 # ---------------------------------------------------------------------- rollout
@@ -164,24 +135,25 @@ def attention(*shape):
 def test_rollout_is_the_product_of_the_layers():
     layers = [attention(2, 3, 5, 5) for _ in range(3)]
     steps = [(layer.mean(1) + torch.eye(5)) / 2 for layer in layers]
-    torch.testing.assert_close(attention_rollout(layers), steps[2] @ steps[1] @ steps[0])
+    torch.testing.assert_close(metrics.attention_rollout(layers), steps[2] @ steps[1] @ steps[0])
     for layer in layers:
         layer[:, :, 4] = 0  # a padded query passes its token on
-    assert attention_rollout(layers)[:, 4].tolist() == 2 * [[0, 0, 0, 0, 1]]
+    assert metrics.attention_rollout(layers)[:, 4].tolist() == 2 * [[0, 0, 0, 0, 1]]
     with pytest.raises(ValueError, match="at least one layer"):
-        attention_rollout([])
+        metrics.attention_rollout([])
 
 
 def test_rollout_of_translation_is_a_product_over_source_and_target_together():
     encoder, decoder, cross = ([attention(2, 2, *shape) for _ in range(3)] for shape in [(4, 4), (3, 3), (3, 4)])
     expected = torch.eye(7, dtype=torch.float64).repeat(2, 1, 1)  # of four source tokens, then three target tokens
-    expected[:, :4, :4] = attention_rollout(encoder)
+    expected[:, :4, :4] = metrics.attention_rollout(encoder)
     for layer in range(3):
         for weights, columns in ((decoder[layer], slice(4, 7)), (cross[layer], slice(4))):
             step = torch.eye(7, dtype=torch.float64).repeat(2, 1, 1)
             step[:, 4:, columns] += weights.mean(1)
             step[:, 4:] /= 2
             expected = step @ expected
-    torch.testing.assert_close(torch.cat(translation_rollout(decoder, cross, encoder), dim=-1), expected[:, 4:])
+    computed = torch.cat(metrics.translation_rollout(decoder, cross, encoder), dim=-1)
+    torch.testing.assert_close(computed, expected[:, 4:])
     with pytest.raises(ValueError):
-        translation_rollout(decoder, cross[:2], encoder)
+        metrics.translation_rollout(decoder, cross[:2], encoder)

@@ -67,15 +67,11 @@ def flip_a_bit(path):
     path.write_bytes(content)
 
 
-def a_folder(path):
-    path.unlink()
-    path.mkdir()
-
-
 UNREADABLE = "cannot be read as a checkpoint of fairseq (damaged, cut off, or something else)"
 CHECKPOINTS = {
     "absent": (lambda path: path.unlink(), "cannot be read: No such|no such file|has no checkpoint_best.pt: train"),
-    "a folder": (a_folder, "cannot be read: Is a directory|no such file|has no checkpoint_best.pt"),
+    "a folder": (lambda path: (path.unlink(), path.mkdir()),
+                 "cannot be read: Is a directory|no such file|has no checkpoint_best.pt"),
     "empty": (lambda path: path.write_bytes(b""), re.escape(UNREADABLE)),
     "cut": (cut, re.escape(UNREADABLE)),
     "a bit": (flip_a_bit, "the checksum of .* is wrong"),

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from conftest import PLUGIN, ROOT, needs_compiler, run
-from test_distributed import train_in_two
+from test_distributed import TRAINING, TWO_GPUS
 
 import multimax_fairseq
 
@@ -72,8 +72,14 @@ def test_it_trains_in_two_processes_with_its_own_kernels_and_the_doctor_finds_al
     assert result.stdout.endswith("All is well.\n") and "fp32 in C++" in result.stdout
     compiled = {path.name for path in (folder.parent / "extensions").rglob("*.so")}
     assert {re.sub("-.*", "", name) for name in compiled} >= {"attention", "rows"}
-    updates, _ = train_in_two(tmp_path, corpus / "data-bin", "--user-dir", folder / "multimax_fairseq", **where)
-    assert float(updates[0]["loss"]) - float(updates[-1]["loss"]) > 0.5 and os.listdir(where["cwd"]) == []
+    (tmp_path / "spawn.py").write_text(TWO_GPUS)
+    result = run(sys.executable, tmp_path / "spawn.py", corpus / "data-bin", *TRAINING, "--ddp-backend", "legacy_ddp",
+                 "--user-dir", folder / "multimax_fairseq", "--save-dir", tmp_path / "run",
+                 "--distributed-world-size", 2, "--distributed-backend", "gloo", **where)  # fmt: skip
+    log = result.stderr + result.stdout
+    assert "distributed init (rank 1)" in log
+    losses = [float(loss) for loss in re.findall(r'"loss": "([\d.]+)"', log)]
+    assert losses[0] - losses[-1] > 0.5 and os.listdir(where["cwd"]) == []
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from importlib import import_module
 
 _OFFERED = {
     "alignment": "AlignmentError hard_alignment read_alignments word_attention words_of_tokens",
-    "hooks": "Attention Collected LayerOutput Output attention_modules collect",
+    "hooks": "Attention Collected LayerOutput attention_modules collect",
     "metrics": "MeanMetrics RowMetrics ScoreHistogram attention_rollout mean_average_distance row_metrics "
     "translation_rollout",
 }

@@ -16,7 +16,7 @@ from ..tools import UserError
 
 Links = Set[Tuple[int, int]]  # (source word, target word), from 0
 
-SENTENCEPIECE_SPACE = "\u2581"
+WORD_BEGINS = "\u2581"  # in SentencePiece's pieces
 
 
 class GoldAlignment(NamedTuple):
@@ -62,28 +62,17 @@ class AlignmentError:
         return 1 - self._agreed / self._all if self._all else None
 
 
-def guess_subwords(symbols: Sequence[str]) -> str:
-    """Guess how a dictionary marks pieces of words: ``"none"``, ``"subword-nmt"`` or ``"sentencepiece"``."""
-    if any(symbol.startswith(SENTENCEPIECE_SPACE) for symbol in symbols):
-        return "sentencepiece"
-    return "subword-nmt" if any(symbol.endswith("@@") for symbol in symbols) else "none"
-
-
-def words_of_tokens(tokens: Sequence[str], subwords: str) -> List[int]:
+def words_of_tokens(tokens: Sequence[str], is_sentencepiece: bool = False) -> List[int]:
     """The number of the word, from 0, that each token belongs to.
 
     Args:
-        tokens: of one sentence, without ``</s>``.
-        subwords: ``"none"`` (a token is a word), ``"subword-nmt"`` (``Kar@@ toffel``) or ``"sentencepiece"``
-            (``▁Kar toffel``).
+        tokens: of one sentence, without ``</s>``: words, or pieces of them as subword-nmt marks them
+            (``Kar@@ toffel``).
+        is_sentencepiece: they are SentencePiece's (``▁Kar toffel``).
     """
-    begins = {
-        "none": lambda before, token: True,
-        "subword-nmt": lambda before, token: not before.endswith("@@"),
-        "sentencepiece": lambda before, token: token.startswith(SENTENCEPIECE_SPACE),
-    }[subwords]
-    numbers = accumulate((begins(*pair) for pair in zip(tokens, tokens[1:])), initial=0)
-    return list(numbers)[: len(tokens)]
+    pairs = zip(tokens, tokens[1:])
+    begins = (new.startswith(WORD_BEGINS) if is_sentencepiece else not old.endswith("@@") for old, new in pairs)
+    return list(accumulate(begins, initial=0))[: len(tokens)]
 
 
 def word_attention(attention: Tensor, tgt_words: Sequence[int], src_words: Sequence[int]) -> Tensor:

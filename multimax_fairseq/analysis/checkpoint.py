@@ -15,7 +15,7 @@ from fairseq.data import FairseqDataset
 from fairseq.tasks import FairseqTask
 from torch import nn
 
-from ..tools import UserError, read_checkpoint
+from ..tools import UserError, read_checkpoint, reason_of
 
 
 def load_model(path: Path, data: Path) -> Tuple[nn.Module, Any, FairseqTask]:
@@ -33,7 +33,7 @@ def load_model(path: Path, data: Path) -> Tuple[nn.Module, Any, FairseqTask]:
     except Exception as error:
         raise UserError(
             f"the model of {path} cannot be built with the data in {data}: give the folder that fairseq-preprocess "
-            f"made for it ({_reason(error)})"
+            f"made for it ({reason_of(error)})"
         ) from error
     return model.eval(), cfg, task
 
@@ -53,7 +53,7 @@ def load_split(task: FairseqTask, data: Path, split: str, most: Optional[int] = 
             f"{data} has no split {split!r} for this model; --split takes one of: {', '.join(splits) or 'none'}"
         ) from error
     except Exception as error:
-        raise UserError(f"{where} cannot be read: {_reason(error)}") from error
+        raise UserError(f"{where} cannot be read: {reason_of(error)}") from error
     dataset = task.dataset(split)
     if not len(dataset):
         raise UserError(f"{where} is empty: there is nothing in it")
@@ -88,12 +88,6 @@ def fitting(
     if not len(taken):
         raise UserError(f"all sentences of {where} are longer than the positions of the model, {longest}")
     return taken.tolist()
-
-
-def _reason(error: Exception) -> str:
-    """Its type and its first line, or that about a tensor of another size, which says whose."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
-    return f"{type(error).__name__}: {next((line for line in lines if 'size mismatch' in line), lines[0])}"
 
 
 def batches(

@@ -35,19 +35,14 @@ def parser() -> ArgumentParser:
     where.add_argument("--out", type=Path, help="folder for the report")
     where.add_argument("--redraw", type=Path, metavar="FOLDER", help="of a report: draw it again, without its models")
     add("--force", action="store_true", help="replace a report that is in the folder")
-    text = "names of the models (default: their folders'); the same name: seeds of one model"
-    add("--labels", nargs="+", metavar="NAME", help=text)
-    text = "only these figures, a comma list; * stands for anything (default: the usual ones)"
-    add("--figures", metavar="NAMES", help=text)
+    add("--labels", nargs="+", metavar="NAME", help="names of the models (default: their folders')")
+    add("--figures", metavar="NAMES", help="only these, a comma list; * stands for anything (default: the usual)")
     add("--width", type=_width, metavar="CM", help="of the figures (default: 8.4 to 17.8, columns of a paper)")
-    text = "analyse the first N sentences (language models: samples) of the split (default: 1000)"
-    add("--max-sentences", type=positive, default=1000, metavar="N", help=text)
+    add("--max-sentences", type=positive, default=1000, metavar="N", help="the first N of the split (default: 1000)")
     text = "tokens in a batch; fewer take less memory (default: 1024)"
     add("--max-tokens", type=positive, default=1024, metavar="N", help=text)
-    text = "sentences (from 0) to draw heat maps of (default: one of middling length; without numbers: none)"
-    add("--show", nargs="*", type=int, metavar="I", help=text)
-    text = "gold word alignments of the split, Pharaoh format (i-j), for the alignment error rate"
-    add("--alignments", type=Path, metavar="FILE", help=text)
+    add("--show", nargs="*", type=int, metavar="I", help="sentences (from 0) to draw (default: one; no number: none)")
+    add("--alignments", type=Path, metavar="FILE", help="gold word alignments (Pharaoh: i-j), for their error rate")
     add("--user-dir", type=Path, metavar="DIR", help="a folder with your own mappings, if the models have some")
     add("--cpu", action="store_true", help="do not use a GPU")
     add("--no-progress-bar", action="store_true")
@@ -85,11 +80,11 @@ def analyze(args: argparse.Namespace, command: str) -> None:
         if args.redraw:
             raise UserError(text)
         print(f"WARNING: {text}", file=sys.stderr)  # what was measured is worth more
-    with tools.replacing_folder(out, replace=args.redraw or args.force) as build:
+    with tools.replacing_path(out, replace=args.redraw or args.force) as build:
         if args.redraw:
-            shutil.copytree(out, build, dirs_exist_ok=True)
+            shutil.copytree(out, build)
         else:
-            (build / "figures").mkdir()
+            (build / "figures").mkdir(parents=True)
             _write_numbers(build, results)
         figures.draw_all(drawn, build / "figures", args.width)
         pictures = [(plan.part, plan.caption, build / "figures" / f"{plan.name}.png") for plan in plans]

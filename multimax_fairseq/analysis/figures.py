@@ -23,9 +23,8 @@ from matplotlib.colors import LinearSegmentedColormap, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from ..tools import write_table
-from . import style
-from .style import BLACK, GREY, LINES, MARKERS, ONE_COLUMN, SKY, TWO_COLUMNS, colour_of
+from ..tools import grouped, write_table
+from .style import BLACK, GREY, LINES, MARKERS, ONE_COLUMN, SKY, STYLE, TWO_COLUMNS, colour_of
 
 SITE_NAMES = {
     "encoder": "encoder self-attention",
@@ -38,10 +37,7 @@ AXIS_NAMES = {  # of heat maps: rows, columns
     "decoder": ("attending target token", "attended target token"),
     "cross": ("target token to be predicted", "attended source token"),
 }
-# Labels are any text, not mathematics; and a second font takes as long to write into a PDF as all the rest.
-STYLE = {**style.STYLE, "text.parse_math": False}
-
-MAPPING_NAMES = {"entmax15": "1.5-entmax", "evsoftmax": "EvSoftMax", "multimax": "MultiMax"}
+MAPPING_NAMES = {"entmax15": "1.5-entmax", "evsoftmax": "EvSoftMax"}
 
 # White to dark blue, even in lightness, so also readable in grey.
 PROBABILITY_COLOURS = LinearSegmentedColormap.from_list("probability", ["white", "#9ECAE1", "#3182BD", "#08306B"])
@@ -134,33 +130,24 @@ def _rows(results: Results, table: str, columns: Sequence[str]) -> List[Row]:
     ]
 
 
-def _grouped(rows: Sequence[Row], name: str) -> Dict[Any, List[Row]]:
-    """The rows by what they have in this column, in order."""
-    groups: Dict[Any, List[Row]] = {}
-    for row in rows:
-        groups.setdefault(row[name], []).append(row)
-    return groups
-
-
-def _spread(values: Sequence[float]) -> Optional[float]:
-    """The standard deviation, of several seeds."""
-    return stdev(values) if len(values) > 1 else None
+def _means(values: Sequence[Sequence[float]]) -> Tuple[List[float], Optional[List[float]]]:
+    """Means over seeds, and the standard deviations if there are several."""
+    return list(map(mean, values)), list(map(stdev, values)) if min(map(len, values), default=0) > 1 else None
 
 
 # ---------------------------------------------------------------------- what models look like
 
 
-def mapping_of(model: Row) -> str:
-    """The mapping that tells a model from softmax: the first other one, of attention before the output layer's."""
-    return next((module["mapping"] for module in model["modules"] if module["mapping"] != "softmax"), "softmax")
-
-
 def _looks(results: Results) -> Dict[str, Row]:
-    """Colour, marker and line of each model: the colour is its mapping's, paler for each further model with it."""
+    """Colour, marker and line of each model: the colour is its mapping's, paler for each further model with it.
+
+    That is the first mapping other than softmax, of attention before the output layer's.
+    """
     looks: Dict[str, Row] = {}
     seen: List[str] = []
     for number, (label, models) in enumerate(results["models"].items()):
-        mapping = mapping_of(models[0])
+        mappings = (module["mapping"] for module in models[0]["modules"])
+        mapping = next((name for name in mappings if name != "softmax"), "softmax")
         share = 0.55 ** seen.count(mapping)
         colour = tuple(1 - share * (1 - part) for part in to_rgb(colour_of(mapping)))
         looks[label] = {"color": colour, "marker": MARKERS[number % 8], "linestyle": LINES[number % 8]}
@@ -171,7 +158,6 @@ def _looks(results: Results) -> Dict[str, Row]:
 def _grid(width: float, height: float, down: int, across: int, **sharing: Any) -> Tuple[Figure, Any]:
     """A figure of this size in inch, and its panels, (down, across)."""
     figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
     return figure, figure.subplots(down, across, squeeze=False, **sharing)
 
 
@@ -207,11 +193,11 @@ METRICS = ("sparsity", "multimodality"), ("common_sparsity", "top_multimodality"
 
 def _draw_metrics(top_k: int, looks: Dict[str, Row], rows: List[Row], width: Optional[float]) -> Figure:
     """A row of panels for each site, and a column for each pair of metrics."""
-    sites = _grouped(rows, "site")
+    sites = grouped(rows, "site")
     figure, grid = _grid(width or 0.7 * TWO_COLUMNS, 2 * len(sites) + 0.7, len(sites), 2, sharex="col", sharey="col")
     for (line, (site, at_site)), pair in product(enumerate(sites.items()), (0, 1)):
         axes, s = grid[line, pair], at_site[0]["common_reference"] or 0
-        for label, of_model in _grouped(at_site, "model").items():
+        for label, of_model in grouped(at_site, "model").items():
             _draw_heads(axes, of_model, METRICS[pair], label, looks[label])
         axes.set_xlabel(f"sparsity S, s = {s:.2g}" if pair else "sparsity S, s = 1/K")
         axes.set_ylabel(f"M over the {top_k} largest" if pair else "multi-modality M")
@@ -228,23 +214,21 @@ def _draw_heads(axes: Axes, rows: List[Row], names: Sequence[str], label: str, l
         return
     style = {"color": look["color"], "marker": look["marker"]}
     axes.scatter(*([row[name] for row in rows] for name in names), s=14, alpha=0.45, linewidths=0.6, **style)
-    seeds = _grouped(rows, "seed").values()
-    x, y = ([mean(row[name] for row in of_seed) for of_seed in seeds] for name in names)
-    axes.errorbar(mean(x), mean(y), _spread(y), _spread(x), ms=8, mec=BLACK, mew=0.6, ecolor=BLACK, elinewidth=0.8,
-                  capsize=2, ls="none", label=label, **style)  # fmt: skip
+    seeds = grouped(rows, "seed").values()
+    (x, across), (y, upright) = (_means([[mean(row[name] for row in seed) for seed in seeds]]) for name in names)
+    axes.errorbar(x, y, upright, across, ms=8, mec=BLACK, mew=0.6, ecolor=BLACK, elinewidth=0.8, capsize=2, ls="none",
+                  label=label, **style)  # fmt: skip
 
 
 def _draw_smoothing(looks: Dict[str, Row], rows: List[Row], width: Optional[float]) -> Figure:
     """Each model over its layers: means over seeds, with error bars where there are several."""
-    sides = _grouped(rows, "side")
+    sides = grouped(rows, "side")
     figure, panels = _panels(len(sides), width, 2.2, sharey=True)
     for axes, (side, of_side) in zip(panels, sides.items()):
-        for label, of_model in _grouped(of_side, "model").items():
-            layers = _grouped([row for row in of_model if row["mad"] is not None], "layer")
+        for label, of_model in grouped(of_side, "model").items():
+            layers = grouped([row for row in of_model if row["mad"] is not None], "layer")
             values = [[row["mad"] for row in of_layer] for of_layer in layers.values()]
-            spread = [_spread(of_seeds) for of_seeds in values]
-            axes.errorbar(list(layers), list(map(mean, values)), None if None in spread else spread,
-                          ms=4, capsize=2, label=label, **looks[label])  # fmt: skip
+            axes.errorbar(list(layers), *_means(values), ms=4, capsize=2, label=label, **looks[label])
         axes.set(xlabel=f"{side} layer (0: its input)", title=side)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     panels[0].set_ylabel("MAD (mean cosine distance)")
@@ -269,7 +253,7 @@ def _module_rows(models: Sequence[Row]) -> List[Row]:
 
 def _draw_modulators(colour: str, rows: List[Row], width: Optional[float]) -> Figure:
     """σ of every module over the scores that it saw, above their histogram; a mapping without σ has only that."""
-    sites = {site: _grouped(at_site, "layer") for site, at_site in _grouped(rows, "site").items()}
+    sites = {site: grouped(at_site, "layer") for site, at_site in grouped(rows, "site").items()}
     most, count = max(map(len, sites.values())), sum(map(len, sites.values()))
     width = width or max(min(TWO_COLUMNS, 1.8 * most + 0.3), ONE_COLUMN)
     figure, panels = _panels(count, width, 1.65, most, 1.1)
@@ -292,7 +276,7 @@ def _draw_module(axes: Axes, rows: List[Row], colour: str) -> None:
         bottom, top = min(ends) - 0.3 * (max(ends) - min(ends)), max(ends)
         height = 0.28 * (top - bottom) / max(row["density"] or 0 for row in rows)
         axes.plot(*[[min(x), max(x)]] * 2, "--", color=GREY, lw=1, label="identity (softmax)")
-    for of_seed in _grouped(rows, "seed").values():
+    for of_seed in grouped(rows, "seed").values():
         x, density, sigma = ([row[name] for row in of_seed] for name in ("x", "density", "sigma"))
         axes.stairs([bottom + height * part for part in density[:-1]], x, baseline=bottom, color=SKY, alpha=0.6,
                     fill=True, label="histogram of the scores")  # fmt: skip
@@ -313,7 +297,7 @@ def _simplex_rows(results: Results) -> List[Row]:
 
 def _draw_simplex(rows: List[Row], width: Optional[float]) -> Figure:
     """Paths on the triangle: p₁ at the lower left, p₂ at the lower right, p₃ on top."""
-    by_panel = {panel: _grouped(of_panel, "name") for panel, of_panel in _grouped(rows, "panel").items()}
+    by_panel = {panel: grouped(of_panel, "name") for panel, of_panel in grouped(rows, "panel").items()}
     figure, panels = _panels(len(by_panel), width, 2.3 + 0.16 * max(map(len, by_panel.values())))
     for axes, (panel, paths) in zip(panels, by_panel.items()):
         axes.plot([0, 1, 0.5, 0], [0, 0, 3**0.5 / 2, 0], color=BLACK, lw=0.7)
@@ -346,16 +330,15 @@ def _plans_of_sentences(results: Results) -> List[Plan]:
     """
     # (sentence, site, what is shown) → label → its matrices, and the tokens along them
     maps: Dict[Tuple[int, str, str], Dict[str, Tuple[List, Any]]] = {}
-    sites = {row["site"] for row in _rows(results, "heads", ["site"])}
-    cut, depth, last = {}, 0, max(sites, key=list(AXIS_NAMES).index)
+    heads, cut = _rows(results, "heads", ["site", "layer"]), {}
+    last = max((row["site"] for row in heads), key=list(AXIS_NAMES).index)
+    depth = 1 + max(row["layer"] for row in heads if row["site"] == last)
     for label, models in results["models"].items():
         for example in models[0]["examples"]:
             cut[example["sentence"]] = " (cut to what can be read)" if example["is_cut"] else ""
             for shown in example["maps"]:
-                name, at, tokens = "rollout", (example["sentence"], shown["site"]), example["tokens"][shown["site"]]
-                if shown["layer"] != "rollout":
-                    name = f"layer{shown['layer'] + 1}"
-                    depth = max(depth, shown["layer"] + 1 if shown["site"] == last else 0)
+                name = "rollout" if shown["layer"] == "rollout" else f"layer{shown['layer'] + 1}"
+                at, tokens = (example["sentence"], shown["site"]), example["tokens"][shown["site"]]
                 maps.setdefault((*at, name), {})[label] = shown["heads"], tokens
                 for head, matrix in enumerate(shown["heads"] if name != "rollout" else [], start=1):
                     maps.setdefault((*at, f"{name}-head{head}"), {})[label] = [matrix], tokens
@@ -382,8 +365,8 @@ def _map_rows(maps: Dict[str, Tuple[List, Any]]) -> List[Row]:
 
 def _draw_maps(site: str, is_rollout: bool, rows: List[Row], width: Optional[float]) -> Figure:
     """Heat maps, a row for each head and a column for each model; from 0 to 1, but rollouts to their largest."""
-    models = {label: _grouped(of_model, "head") for label, of_model in _grouped(rows, "model").items()}
-    heads, values = list(_grouped(rows, "head")), [row["share"] for row in rows]
+    models = {label: grouped(of_model, "head") for label, of_model in grouped(rows, "model").items()}
+    heads, values = list(grouped(rows, "head")), [row["share"] for row in rows]
     height, across = (max(row[name] for row in rows) + 1 for name in ("row", "column"))
     width = width or (TWO_COLUMNS if len(models) > 1 else TWO_COLUMNS * 0.7)
     figure, grid = _grid(width, (0.11 * height + 0.15) * len(heads) + 1.3, len(heads), len(models))

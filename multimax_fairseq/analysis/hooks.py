@@ -7,7 +7,6 @@ hooks ask each attention module for its scores once more, and its mapping for th
 import inspect
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
 from unittest.mock import patch
 
@@ -107,22 +106,28 @@ def collect(
     Raises:
         ValueError: the model has no attention that can be looked at.
     """
-    found, collected, logits = attention_modules(model), Collected(_token_masks(model, sample)), []
-    layers = {module: (site, layer + 1) for site, layer, module in found if site != "cross"}
-    projection = getattr(getattr(model, "decoder", None), "output_projection", None)
+    places = {module: (site, layer) for site, layer, module in attention_modules(model)}
+    collected, logits = Collected(_token_masks(model, sample)), []
+    decoder = getattr(model, "decoder", None)
+    projection = getattr(decoder, "output_projection", None)
 
     def take(attention: Attention) -> None:
         mask = collected.masks["decoder" if attention.site == "output" else attention.site]
         if keep is None or keep(attention, mask):
             collected.attention.append(attention)
 
-    def look(site: str, layer: int, module: nn.Module, args: Tuple, kwargs: Dict[str, Any], _: Any) -> None:
-        take(Attention(site, layer, *_recomputed(module, args, kwargs)))
+    def look(module: nn.Module, args: Tuple, kwargs: Dict[str, Any], _: Any) -> None:
+        take(Attention(*places[module], *_recomputed(module, args, kwargs)))
 
-    hooks: Dict[nn.Module, Callable] = {module: partial(look, site, layer) for site, layer, module in found}
-    for module in model.modules():
-        if getattr(module, "self_attn", None) in layers:
-            hooks[module] = partial(_keep_layer, collected.layers, *layers[module.self_attn])
+    def keep_layer(module: nn.Module, args: Tuple, kwargs: Dict[str, Any], result: Any) -> None:
+        side, layer = places[module.self_attn]
+        if layer == 0:
+            collected.layers.append(LayerOutput(side, 0, (args[0] if args else kwargs["x"]).transpose(0, 1)))
+        hidden = result[0] if isinstance(result, tuple) else result
+        collected.layers.append(LayerOutput(side, layer + 1, hidden.transpose(0, 1)))
+
+    hooks: Dict[nn.Module, Callable] = dict.fromkeys(places, look)
+    hooks |= {module: keep_layer for module in model.modules() if getattr(module, "self_attn", None) in places}
     if with_output and projection is not None:
         hooks[projection] = lambda *args: logits.append(args[-1])
     was_training = model.training
@@ -134,7 +139,8 @@ def collect(
             result = model(**sample["net_input"])
             if logits:
                 both = logits[0], model.get_normalized_probs(result, log_probs=False)
-                take(Attention("output", 0, *(each.unsqueeze(1) for each in both), output_mapping(model)))
+                mapping = getattr(decoder, "output_mapping", None)
+                take(Attention("output", 0, *(each.unsqueeze(1) for each in both), mapping))
     finally:
         model.train(was_training)
     return collected
@@ -154,26 +160,11 @@ def _recomputed(
     return scores, probabilities_by(mapping or Softmax())(scores).float(), mapping
 
 
-def _keep_layer(
-    kept: List[LayerOutput], side: str, number: int, _: nn.Module, args: Tuple, kwargs: Dict[str, Any], result: Any
-) -> None:
-    if number == 1:
-        kept.append(LayerOutput(side, 0, (args[0] if args else kwargs["x"]).transpose(0, 1)))
-    kept.append(LayerOutput(side, number, (result[0] if isinstance(result, tuple) else result).transpose(0, 1)))
-
-
 def _token_masks(model: nn.Module, sample: Dict[str, Any]) -> Dict[str, Tensor]:
     """Masks of each site's queries: bool (bsz, length), true for tokens, false for padding."""
-    net_input = sample["net_input"]
-    source = net_input["src_tokens"]
-    if "prev_output_tokens" in net_input:
-        target = net_input["prev_output_tokens"]
+    source, target = (sample["net_input"].get(name) for name in ("src_tokens", "prev_output_tokens"))
+    if target is not None:
         decoder = target.ne(model.decoder.dictionary.pad())
         return {"encoder": source.ne(model.encoder.dictionary.pad()), "decoder": decoder, "cross": decoder}
     side = "decoder" if hasattr(model, "decoder") else "encoder"
     return {side: source.ne(getattr(model, side).dictionary.pad())}
-
-
-def output_mapping(model: nn.Module) -> Optional[nn.Module]:
-    """The mapping of a model's output layer; None for softmax."""
-    return getattr(getattr(model, "decoder", None), "output_mapping", None)

@@ -6,6 +6,7 @@ from 0 in it.
 
 import math
 from argparse import Namespace
+from collections import defaultdict
 from pathlib import Path
 from statistics import fmean, geometric_mean
 from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple
@@ -16,26 +17,11 @@ from torch import Tensor, nn
 
 from ..mappings import MAPPINGS, MultiMax, build_mapping, multimax, softmax
 from ..mappings.modulator import modulate_formula
-from ..tools import UserError
-from .alignment import (
-    AlignmentError,
-    GoldAlignment,
-    guess_subwords,
-    hard_alignment,
-    read_alignments,
-    word_attention,
-    words_of_tokens,
-)
+from ..tools import UserError, grouped
+from . import alignment
 from .checkpoint import batches, fitting, load_model, load_split
-from .hooks import Attention, Collected, attention_modules, collect, output_mapping
-from .metrics import (
-    TOP_K,
-    MeanMetrics,
-    ScoreHistogram,
-    attention_rollout,
-    mean_average_distance,
-    translation_rollout,
-)
+from .hooks import Attention, Collected, attention_modules, collect
+from .metrics import TOP_K, MeanMetrics, ScoreHistogram, attention_rollout, mean_average_distance, translation_rollout
 
 # Trained models have no score this large: attention would be on one key, and means would lose their digits.
 LARGEST_SCORE = 1e6
@@ -67,7 +53,7 @@ def measure(args: Namespace, labels: Sequence[str]) -> Dict[str, Any]:
     Raises:
         UserError: something that the user can fix; before long work, but for scores that no trained model has.
     """
-    gold = read_alignments(args.alignments) if args.alignments else None
+    gold = alignment.read_alignments(args.alignments) if args.alignments else None
     measurements = [Measurement(path, args, gold) for path in args.checkpoints]
     first, show, where = measurements[0], args.show, f"the split {args.split!r}"
     there = range(min(len(measurement.dataset) for measurement in measurements))[: args.max_sentences]
@@ -85,13 +71,13 @@ def measure(args: Namespace, labels: Sequence[str]) -> Dict[str, Any]:
             raise UserError(f"models called {label!r} differ in more than the seed: give them other --labels")
         if gold is not None:
             measurement.check_gold(indices)
-    with_output = any(not of.is_translation or output_mapping(of.model) is not None for of in measurements)
+    with_output = any(
+        not of.is_translation or getattr(of.model.decoder, "output_mapping", None) is not None for of in measurements
+    )
     for label, measurement in zip(labels, measurements):
         measurement.run(indices, with_output, label)
-    tails: Dict[str, List[Optional[float]]] = {}
-    for row in (row for measurement in measurements for row in means_of_sites(measurement.heads({}))):
-        tails.setdefault(row["site"], []).append(row["tail"])
-    references = {site: common_reference(of_models) for site, of_models in tails.items()}
+    sites = grouped((row for measurement in measurements for row in means_of_sites(measurement.heads({}))), "site")
+    references = {site: common_reference(row["tail"] for row in rows) for site, rows in sites.items()}
     return {
         "top_k": TOP_K,
         "skipped": len(there) - len(indices),
@@ -116,7 +102,7 @@ class Measurement:
         UserError: a file is missing or damaged, the data does not fit the model, or that has no attention.
     """
 
-    def __init__(self, path: Path, args: Namespace, gold: Optional[Sequence[GoldAlignment]]):
+    def __init__(self, path: Path, args: Namespace, gold: Optional[Sequence[alignment.GoldAlignment]]):
         self.path, self.args, self.gold = path, args, gold
         self.model, cfg, self.task = load_model(path, args.data)
         try:
@@ -129,10 +115,11 @@ class Measurement:
         self.architecture = str(getattr(cfg.model, "arch", None) or getattr(cfg.model, "_name", type(self.model)))
         self.is_translation = hasattr(self.model, "encoder") and hasattr(self.model, "decoder")
         self.sentences = self.tokens = 0
-        self._subwords = guess_subwords(self.task.target_dictionary.symbols)
+        symbols = self.task.target_dictionary.symbols
+        self._is_sentencepiece = any(symbol.startswith(alignment.WORD_BEGINS) for symbol in symbols)
         self._sites: Dict[Site, Tuple[Optional[nn.Module], MeanMetrics, ScoreHistogram]] = {}
-        self._distances: Dict[Site, List[float]] = {}  # (side, layer) → MAD of each sentence
-        self._errors: Dict[Tuple[int, str, str], AlignmentError] = {}
+        self._distances: Dict[Site, List[float]] = defaultdict(list)  # (side, layer) → MAD of each sentence
+        self._errors: Dict[Tuple[int, str, str], alignment.AlignmentError] = defaultdict(alignment.AlignmentError)
 
     def kind(self) -> List[Tuple]:
         """What seeds of one model have in common: their attention."""
@@ -146,8 +133,7 @@ class Measurement:
             for sample in batches(self.dataset, indices, self.args.max_tokens, self.device):
                 collected = collect(self.model, sample, with_output, self._add)
                 for side, layer, hidden in collected.layers:
-                    distances = mean_average_distance(hidden, collected.masks[side])
-                    self._distances.setdefault((side, layer), []).extend(distances.tolist())
+                    self._distances[side, layer] += mean_average_distance(hidden, collected.masks[side]).tolist()
                 if self.gold is not None:
                     self._add_alignments(sample, collected)
                 self.sentences += len(sample["id"])
@@ -188,17 +174,16 @@ class Measurement:
                 continue
             of_words = stacked[row][:, are_queries[row]][:, :, are_words[row]]
             for shift, name in enumerate(ROWS):
-                rows = word_attention(of_words[:, shift : shift + len(tgt_words)], tgt_words, src_words)
+                rows = alignment.word_attention(of_words[:, shift : shift + len(tgt_words)], tgt_words, src_words)
                 for place, attention in zip(maps, rows):
-                    error = self._errors.setdefault((*place, name), AlignmentError())
-                    error.update(hard_alignment(attention), self.gold[index])
+                    self._errors[(*place, name)].update(alignment.hard_alignment(attention), self.gold[index])
 
     def _words_of(self, index: int) -> List[List[int]]:
         """The word of each token of a sentence, source and target, without ``</s>``."""
         pair, task = self.dataset[index], self.task
         sides = (pair["source"], task.source_dictionary), (pair["target"], task.target_dictionary)
         symbols = ([words[token] for token in tokens.tolist() if token != words.eos()] for tokens, words in sides)
-        return [words_of_tokens(tokens, self._subwords) for tokens in symbols]
+        return [alignment.words_of_tokens(tokens, self._is_sentencepiece) for tokens in symbols]
 
     def check_gold(self, indices: Sequence[int]) -> None:
         """Check that the gold alignments fit these sentences.
@@ -268,7 +253,7 @@ class Measurement:
 
         A cross-attention row is named by the token that it predicts. All is cut to what can be read.
         """
-        (sample,) = batches(self.dataset, [index], 1, self.device)
+        (sample,), most = batches(self.dataset, [index], 1, self.device), slice(MOST_TOKENS)
         collected, source = collect(self.model, sample, with_output=False), self.task.source_dictionary
 
         def symbols(tokens: Tensor, dictionary: Any) -> List[str]:
@@ -283,25 +268,21 @@ class Measurement:
             tokens["cross"] = symbols(sample["target"], self.task.target_dictionary), read
         maps = [(attention.site, attention.layer, attention.probabilities[0]) for attention in collected.attention]
         maps += [(site, "rollout", rollout) for site, rollout in _rollouts(collected).items()]
-        cut = [(site, layer, heads[:, :MOST_TOKENS, :MOST_TOKENS].double()) for site, layer, heads in maps]
         return {
             "sentence": index,
             "is_cut": any(len(axis) > MOST_TOKENS for axes in tokens.values() for axis in axes),
-            "tokens": {site: [axis[:MOST_TOKENS] for axis in axes] for site, axes in tokens.items()},
+            "tokens": {site: [axis[most] for axis in axes] for site, axes in tokens.items()},
             "maps": [
-                {"site": site, "layer": layer, "heads": heads.round(decimals=5).tolist()}
-                for site, layer, heads in cut
+                {"site": site, "layer": layer, "heads": heads[:, most, most].double().round(decimals=5).tolist()}
+                for site, layer, heads in maps
             ],
         }
 
 
 def means_of_sites(heads: Sequence[Dict[str, Any]]) -> List[Dict[str, Any]]:
     """Means over each site's heads, and how many rows they leave out."""
-    sites: Dict[str, List[Dict[str, Any]]] = {}
-    for row in heads:
-        sites.setdefault(row["site"], []).append(row)
     means = []
-    for site, rows in sites.items():
+    for site, rows in grouped(heads, "site").items():
         means.append({"site": site, "heads": len(rows)})
         for name in list(rows[0])[3:]:  # after site, layer and head
             values = [row[name] for row in rows if row[name] is not None]
@@ -365,7 +346,7 @@ def _simplex() -> List[Dict[str, Any]]:
     paths = [("softmax of (1.5, t, 0) / T", f"T = {T:g}", "softmax", softmax(scores / T)) for T in (0.25, 0.5, 1, 2)]
     for name in ("softmax", "entmax15", "sparsemax", "evsoftmax"):
         paths.append(("mappings of (1.5, t, 0)", name, name, build_mapping(name).eval()(scores)))
-    example = multimax(scores, *(torch.tensor(numbers, dtype=torch.float64) for numbers in ILLUSTRATION))
+    example = multimax(scores, *torch.tensor(ILLUSTRATION, dtype=torch.float64))
     paths.append(("mappings of (1.5, t, 0)", "MultiMax, for example", "multimax", example))
     return [
         {"panel": panel, "name": name, "mapping": mapping, "probabilities": probabilities.tolist()}

@@ -6,6 +6,8 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, Dict, List, Sequence, Tuple
 
+from ..tools import grouped
+
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; max-width: 66rem; margin: 2rem auto; padding: 0 1rem }
 h1, h2, h3 { line-height: 1.2; margin-top: 2.2em } h1 { margin-top: 0 }
@@ -19,9 +21,7 @@ dt { font-weight: 600 } dd { margin: 0 0 .5rem 1.2rem } code { font-size: .9em }
 
 OUTPUT_NOTE = """
 <p>Means over target tokens. Here M and S as the paper defines them tell models hardly apart: where one word has most,
-M is 1 − top share, and s = 1/K is so large that S is near 1. M of {k} and S at s, one s for all models, measure more.
-<b>Support</b> is the mean number of words with a probability above 0: all of them with softmax, few with a sparse
-mapping.</p>
+M is 1 − top share, and s = 1/K is so large that S is near 1. M of {k}, and S at one s for all models, say more.</p>
 """
 
 DEFINITIONS = """
@@ -61,7 +61,8 @@ def render_page(results: Dict[str, Any], pictures: Sequence[Tuple[str, str, Path
         pictures: for each the part of the page that it stands in, its caption, and the PNG.
     """
     models, k = results["models"], results["top_k"]
-    output, count = _metrics(models, k, is_output=True), results["skipped"]
+    metrics, count = _metrics(models, k), results["skipped"]
+    output, others = ([row for row in metrics if (row["site"] == "output") == is_it] for is_it in (True, False))
     skipped = f"<p>{count:,} sentences are longer than a model's positions, and left out.</p>" if count else ""
 
     def show(part: str) -> str:
@@ -69,7 +70,7 @@ def render_page(results: Dict[str, Any], pictures: Sequence[Tuple[str, str, Path
 
     parts = [
         ("", _table([_model(label, seeds) for label, seeds in models.items()]) + skipped),
-        ("Sparse, multi-modal?", show("sparsity-multimodality") + _table(_metrics(models, k, is_output=False))),
+        ("Sparse, multi-modal?", show("sparsity-multimodality") + _table(others)),
         ("Over-smoothing", show("over-smoothing")),
         ("Word alignment", _table(_alignments(models))),
         ("The output layer", _table(output) + OUTPUT_NOTE.format(k=k) if output else ""),
@@ -155,13 +156,12 @@ def _model(label: str, seeds: List[Row]) -> Row:
     }
 
 
-def _metrics(models: Dict[str, List[Row]], k: int, is_output: bool) -> List[Row]:
+def _metrics(models: Dict[str, List[Row]], k: int) -> List[Row]:
     """Means over each site's heads (or the output layer), and the share of rows that M and S leave out."""
     rows = []
     for label, seeds in models.items():
-        for site in dict.fromkeys(row["site"] for row in seeds[0]["sites"] if (row["site"] == "output") == is_output):
-            of_seeds = [row for model in seeds for row in model["sites"] if row["site"] == site]
-            row = {"model": label, "site": site}
+        for of_seeds in zip(*(model["sites"] for model in seeds)):
+            row = {"model": label, "site": of_seeds[0]["site"]}
             for key, name in NAMES.items():
                 name = name.format(k=k)
                 row[name] = of_seeds[0][key] if key == "common_reference" else [numbers[key] for numbers in of_seeds]
@@ -192,9 +192,9 @@ def _alignments(models: Dict[str, List[Row]]) -> List[Row]:
     """The best head, the mean of the heads and the rollout of each model."""
     table = []
     for label, seeds in models.items():
-        for name in dict.fromkeys(row["rows"] for row in seeds[0]["alignment"]):
-            of_seeds = [[row for row in model["alignment"] if row["rows"] == name] for model in seeds]
-            heads = [[row for row in rows if row["head"].isdigit()] for rows in of_seeds]
+        ways = [grouped(model["alignment"], "rows") for model in seeds]
+        for name in ways[0]:
+            heads = [[row for row in way[name] if row["head"].isdigit()] for way in ways]
             best = [min(rows, key=lambda row: row["aer"]) for rows in heads]
             table.append({
                 "model": label,
@@ -202,6 +202,6 @@ def _alignments(models: Dict[str, List[Row]]) -> List[Row]:
                 "best head": [row["aer"] for row in best],
                 "which": ", ".join(f"layer {row['layer'] + 1}, head {int(row['head']) + 1}" for row in best),
                 "mean of all heads' AER": [mean(row["aer"] for row in rows) for rows in heads],
-                "rollout": [row["aer"] for rows in of_seeds for row in rows if row["head"] == "rollout"],
+                "rollout": [row["aer"] for way in ways for row in way[name] if row["head"] == "rollout"],
             })  # fmt: skip
     return table

@@ -36,6 +36,7 @@ STYLE = {
     "svg.fonttype": "none",  # text as text, which can be edited and searched
     "pdf.fonttype": 42,
     "svg.hashsalt": "multimax-analyze",  # the same picture gives the same file
+    "text.parse_math": False,  # labels are any text; and a second font takes as long to write into a PDF as the rest
 }
 
 
