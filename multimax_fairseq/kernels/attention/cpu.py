@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import cpp
 from ..rows.cpu import Numbers, addresses
-from .call import Call
+from .call import Call, length_first
 
 ADDRESS, INTEGER = cpp.ADDRESS, cpp.INTEGER
 
@@ -52,9 +52,7 @@ class Problem(ctypes.Structure):
 
 
 ARGUMENTS = [INTEGER, ctypes.POINTER(Problem)]
-LIBRARY = cpp.Library(
-    Path(__file__).with_name("attention.cpp"), {"attend": ARGUMENTS, "attend_backward": ARGUMENTS}
-)
+LIBRARY = cpp.Library(Path(__file__).with_name("attention.cpp"), {"attend": ARGUMENTS, "attend_backward": ARGUMENTS})
 
 
 def serves(query: Tensor, key: Tensor, value: Tensor, call: Call) -> bool:
@@ -85,7 +83,7 @@ def forward(query: Tensor, key: Tensor, value: Tensor, call: Call) -> Tuple[Tens
     Raises:
         ValueError: shapes do not match, so that foreign memory would be read.
     """
-    output = _length_first(query, query.size(-2), value.size(-1))
+    output = length_first(query, query.size(-2), value.size(-1))
     states = query.new_empty(*query.shape[:3], 3)
     _call(LIBRARY.functions.attend, query, key, value, call, output=output, states=states)
     return output, (states,)
@@ -96,7 +94,7 @@ def backward(
 ) -> Tuple[Optional[Tensor], ...]:
     """The gradients of query, key, value and ``rows.numbers``, from that of the output; None for that of an ε."""
     (states,) = saved
-    grads = [_length_first(query, *tensor.shape[-2:]) for tensor in (query, key, value)]
+    grads = [length_first(query, *tensor.shape[-2:]) for tensor in (query, key, value)]
     tensors = dict(zip(("grad_query", "grad_key", "grad_value"), grads))
     tensors.update(states=states, grad_output=grad_output)
     grads_of_numbers = _call(LIBRARY.functions.attend_backward, query, key, value, call, **tensors)
@@ -158,9 +156,3 @@ def _call(
         problem.scale = 1 / (1 - call.dropout) if call.dropout < 1 else 0
     function(numbers.kind, problem)
     return numbers.gradients(grads)
-
-
-def _length_first(query: Tensor, length: int, dim: int) -> Tensor:
-    """An empty (bsz, num_heads, length, dim) tensor, in memory with length first, as projections take it."""
-    bsz, num_heads = query.shape[:2]
-    return query.new_empty(length, bsz, num_heads, dim).permute(1, 2, 0, 3)

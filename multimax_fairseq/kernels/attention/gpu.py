@@ -23,7 +23,8 @@ from torch import Tensor
 
 from ..backend import backend
 from ..rows import Rows
-from .call import Call
+from ..scores import compute_dtype
+from .call import Call, length_first
 
 logger = logging.getLogger(__name__)
 
@@ -101,7 +102,7 @@ def forward(query: Tensor, key: Tensor, value: Tensor, call: Call) -> Tuple[Tens
     Returns:
         (batch, heads, tgt_len, head_dim), laid out with length first, and what the backward needs.
     """
-    output = _length_first(query)
+    output = length_first(query, *query.shape[-2:])
     peaks, factors = query.new_empty(2, query.size(0) * query.size(1), query.size(2), dtype=torch.float32)
     launch = _Launch(query, key, call)
     launch("forward", query=query, key=key, value=value, output=output, peaks=peaks, factors=factors)
@@ -115,7 +116,7 @@ def backward(
     peaks, factors = saved
     inputs = {"query": query, "key": key, "value": value, "grad": grad_output}
     kept = {"peaks": peaks, "factors": factors, "expecteds": torch.empty_like(peaks)}
-    grads = [_length_first(tensor) for tensor in (query, key, value)]
+    grads = [length_first(tensor, *tensor.shape[-2:]) for tensor in (query, key, value)]
     launch = _Launch(query, key, call)
     order = launch.constants["ORDER"]
     table = peaks.new_empty(launch.programs("backward_queries"), 2, order, 2)
@@ -171,12 +172,6 @@ class _Launch:
             )  # fmt: skip
 
 
-def _length_first(tensor: Tensor) -> Tensor:
-    """An empty tensor of this shape, (batch, heads, length, dim), with length first in memory, as in projections."""
-    batch, heads, length, dim = tensor.shape
-    return tensor.new_empty(length, batch, heads, dim).permute(1, 2, 0, 3)
-
-
 # ---------------------------------------------------------------- is it right here?
 
 # Of the problem that kernels are tried on: more than one block of each, and no multiple of one.
@@ -186,10 +181,11 @@ _tried = set()  # devices with the constants of kernels
 _distrusted = set()  # devices on which a kernel was wrong, or failed
 
 
-def is_right(query: Tensor, call: Call) -> bool:
+def is_right(formula: Callable[..., Tensor], query: Tensor, call: Call) -> bool:
     """Whether kernels with the constants of this call have been right on its device; tries them the first time.
 
-    If not, one warning says what was seen, and nothing runs in Triton on that device from then on.
+    If not, one warning says what was seen, and nothing runs in Triton on that device from then on. ``formula`` is
+    that of :func:`.attend_by`.
     """
     if query.device in _distrusted:
         return False
@@ -202,7 +198,7 @@ def is_right(query: Tensor, call: Call) -> bool:
         hooks = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
         try:
             with torch.inference_mode(False), torch.enable_grad(), hooks:
-                problem = _wrong(rows.formula, *key)
+                problem = _wrong(formula, rows.formula, *key)
         except Exception as error:  # whatever a compiler or a driver raises
             if backend() == "compiled":
                 raise
@@ -223,8 +219,8 @@ def is_right(query: Tensor, call: Call) -> bool:
 
 
 def _wrong(
-    formula: Callable[..., Tensor], device: torch.device, dtype: torch.dtype, head_dim: int, order: int,
-    mask_rows: int, is_causal: bool, drops: bool,
+    formula: Callable[..., Tensor], mapping: Callable[..., Tensor], device: torch.device, dtype: torch.dtype,
+    head_dim: int, order: int, mask_rows: int, is_causal: bool, drops: bool,
 ) -> str:  # fmt: skip
     """What is wrong with the kernels on a small problem; empty if nothing is."""
     generator, dropout = torch.Generator().manual_seed(0), DROPOUT if drops else 0.0
@@ -241,34 +237,31 @@ def _wrong(
         mask = mask.masked_fill(mask < -1, -math.inf)
     call = Call(Rows("multimax" if order else "softmax", numbers), mask, is_causal, dropout, seed=1)
 
-    def attend(query: Tensor, key: Tensor, value: Tensor, *numbers: Tensor, factors: Tensor) -> Tensor:
-        scores = (query @ key.mT).to(torch.promote_types(query.dtype, torch.float32))
-        scores = scores if mask is None else scores + mask
-        if is_causal:
-            scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), -math.inf)
-        return (formula(scores, *numbers) * factors).to(value.dtype) @ value
+    def attend(query: Tensor, key: Tensor, value: Tensor, *numbers: Tensor) -> Tensor:
+        def probabilities(scores: Tensor) -> Tensor:
+            return mapping(scores, *numbers) * factors
 
-    factors = torch.ones(TGT_LEN, SRC_LEN, dtype=torch.float64, device=device).expand(2, -1, -1)
-    if drops:  # equal scores, and values that show which probability is which
+        return formula(query, key, value, probabilities, mask, is_causal)
+
+    factors = 1.0
+    if drops:  # equal scores, and values that show which probability is kept
         none, eye = torch.zeros_like(inputs[0]), torch.eye(SRC_LEN, device=device, dtype=dtype)
-        columns = [F.pad(some, (0, head_dim - some.size(1))) for some in eye.split(head_dim, dim=1)]
+        columns = F.pad(eye, (0, -SRC_LEN % head_dim)).split(head_dim, dim=1)
         shown = [forward(none, inputs[1], some.expand_as(inputs[1]), call)[0] for some in columns]
-        shown = torch.cat(shown, -1)[..., :SRC_LEN].double()
-        whole = attend(*(t.double() for t in (none, inputs[1], eye, *numbers)), factors=factors)
-        kept = (shown > 0) | (whole == 0)
-        factors = kept.double() / (1 - dropout)
-        seen = kept[whole > 0].double()
+        kept = torch.cat(shown, -1)[..., :SRC_LEN] > 0
+        seen = kept[attend(none, inputs[1], eye, *numbers) > 0].double()
         share, deviation = seen.mean().item(), math.sqrt(dropout * (1 - dropout) / seen.numel())
-        if abs(share - (1 - dropout)) > 5 * deviation or (shown - factors * whole).abs().max() > 0.02 * whole.max():
+        if abs(share - (1 - dropout)) > 5 * deviation:
             return f"dropout of {dropout} kept {share:.3f}"
+        factors = kept.double() / (1 - dropout)
 
-    def results(function: Callable[..., Tensor], dtype: torch.dtype) -> List[Tensor]:
+    def results(dtype: torch.dtype) -> List[Tensor]:
         leaves = [tensor.to(dtype).requires_grad_() for tensor in inputs]
-        leaves += [number.to(torch.promote_types(dtype, torch.float32)).requires_grad_() for number in numbers]
-        output = function(*leaves, factors=factors.to(leaves[-1].dtype))
+        leaves += [number.to(compute_dtype(dtype)).requires_grad_() for number in numbers]
+        output = attend(*leaves)
         return [output.detach(), *torch.autograd.grad(output, leaves, upstream.to(dtype))]
 
-    exact, plain = results(attend, torch.float64), results(attend, dtype)
+    exact, plain = results(torch.float64), results(dtype)
     output, saved = forward(*inputs, call)
     ours = [output, *backward(*inputs, call, saved, upstream)]
     for name, a, b, right in zip(("output", "query", "key", "value", "thresholds", "gains"), ours, plain, exact):

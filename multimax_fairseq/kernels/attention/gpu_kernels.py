@@ -203,12 +203,10 @@ def _probabilities(
     ORDER: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr, BY_KEY: tl.constexpr,
 ):  # fmt: skip
     """Scores and probabilities, (queries, keys), or (keys, queries) if ``BY_KEY``."""
-    scores = tl.dot(k, tl.trans(q), input_precision="ieee") if BY_KEY else tl.dot(
-        q, tl.trans(k), input_precision="ieee"
+    scores = (
+        tl.dot(k, tl.trans(q), input_precision="ieee") if BY_KEY else tl.dot(q, tl.trans(k), input_precision="ieee")
     )
-    x = _masked(
-        scores, query, key, queries, keys, mask, mask_query, mask_key, tgt_len, src_len, CAUSAL, MASK
-    )
+    x = _masked(scores, query, key, queries, keys, mask, mask_query, mask_key, tgt_len, src_len, CAUSAL, MASK)
     return x, tl.exp(_sigma(x, thresholds, gains, ORDER) - peak) * factor
 
 
@@ -332,9 +330,5 @@ def backward_keys(
         grad_p = tl.dot(v, tl.trans(g), input_precision="ieee") * kept
         grad_x, _, _ = _sigma_backward(x, p * (grad_p - expected[None, :]), thresholds, gains, ORDER)
         grad_k = tl.dot(grad_x.to(q.dtype), q, grad_k, input_precision="ieee")
-    _write(
-        grad_k, grad_key + at * grad_key_head, start, grad_key_row, src_len, BLOCK_KEYS, HEAD_DIM, BLOCK_DIM
-    )
-    _write(
-        grad_v, grad_value + at * grad_value_head, start, grad_value_row, src_len, BLOCK_KEYS, HEAD_DIM, BLOCK_DIM
-    )
+    _write(grad_k, grad_key + at * grad_key_head, start, grad_key_row, src_len, BLOCK_KEYS, HEAD_DIM, BLOCK_DIM)
+    _write(grad_v, grad_value + at * grad_value_head, start, grad_value_row, src_len, BLOCK_KEYS, HEAD_DIM, BLOCK_DIM)

@@ -262,10 +262,7 @@ def _add_product_(
 ) -> None:
     """Adds ``left @ right / scale`` to ``total``, or overwrites it if it is the first; unrounded if others follow."""
     if left.dtype == total.dtype:
-        if is_first:
-            torch.mm(left, right, out=total)
-        else:
-            total.addmm_(left, right)
+        total.addmm_(left, right, beta=0 if is_first else 1)
         return
     is_wide = has_wide_products(total)
     is_rounded = is_one_of_many and not is_wide  # PyTorch rounds such products of half-precision matrices

@@ -84,10 +84,7 @@ def cross_entropy_rows_(
     log_total = shifted.exp().sum(-1, keepdim=True).log()  # without the peak: log p would lose its digits
     # Not the exponentials above, divided: the compiler would store them in a tensor of the size of the logits.
     upstream = ((shifted - log_total).exp() - smoothing).masked_fill(is_absent(logits), 0.0)
-    if len(gains):
-        grad, grad_parameters = sigma_backward(logits.to(log_total.dtype), upstream, thresholds, gains)
-    else:
-        grad, grad_parameters = upstream, upstream.new_zeros(2, 0, 2)
+    grad, grad_parameters = sigma_backward(logits.to(log_total.dtype), upstream, thresholds, gains)
     logits.copy_(grad)
     return peak, log_total, shifted.sum(-1, keepdim=True), grad_parameters
 

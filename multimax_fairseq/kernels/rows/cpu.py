@@ -78,9 +78,7 @@ def forward(numbers: Numbers, scores: Tensor) -> Tensor:
     return probabilities
 
 
-def backward(
-    numbers: Numbers, scores: Tensor, probabilities: Tensor, grad: Tensor
-) -> Tuple[Optional[Tensor], ...]:
+def backward(numbers: Numbers, scores: Tensor, probabilities: Tensor, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
     """∂L/∂scores, (…, width), and the gradients of ``rows.numbers``, from ∂L/∂probabilities.
 
     Args:
