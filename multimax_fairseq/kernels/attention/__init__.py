@@ -84,10 +84,7 @@ class _Attention(Function):
             )
 
         def formula(query: Tensor, key: Tensor, value: Tensor, *numbers: Tensor) -> Tensor:
-            def probabilities(scores: Tensor) -> Tensor:
-                return call.rows.formula(scores, *numbers)
-
-            return ctx.formula(query, key, value, probabilities, mask, call.is_causal)
+            return ctx.formula(query, key, value, lambda x: call.rows.formula(x, *numbers), mask, call.is_causal)
 
         inputs = query, key, value, *numbers
         return None, None, None, *gradients_of(formula, inputs, ctx.needs_input_grad[3:], grad)

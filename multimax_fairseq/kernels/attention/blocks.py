@@ -40,10 +40,7 @@ class Problem(NamedTuple):
     dropout: float
 
     def weights(self, products: Tensor, mask: Optional[Tensor], *tensors: Tensor, first: int) -> Tensor:
-        def probabilities(scores: Tensor) -> Tensor:
-            return self.mapping(scores, *tensors)
-
-        return self.formula(products, probabilities, mask, self.is_causal, self.dropout, first)
+        return self.formula(products, lambda x: self.mapping(x, *tensors), mask, self.is_causal, self.dropout, first)
 
     def __call__(
         self, query: Tensor, key: Tensor, value: Tensor, *others: Optional[Tensor], first: int = 0

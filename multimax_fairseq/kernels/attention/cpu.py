@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import cpp
-from ..rows.cpu import Numbers, addresses
+from ..rows.cpu import Numbers
 from .call import Call, length_first
 
 ADDRESS, INTEGER = cpp.ADDRESS, cpp.INTEGER
@@ -41,8 +41,7 @@ class Problem(ctypes.Structure):
     _fields_ = [
         *((name, INTEGER) for name in ("bsz", "num_heads", "tgt_len", "src_len", "head_dim", "value_dim")),
         *((name, INTEGER) for name in ("is_causal", "block", "parts", "threads", "scratch_size")),
-        *((name, ADDRESS) for name in ("first", "second", "grad_first", "grad_second")),
-        *((name, INTEGER) for name in ("rows_of_each", "count")),
+        ("numbers", Numbers),
         *((name, Matrices) for name in ("query", "key", "value", "mask", "output")),
         *((name, Matrices) for name in ("grad_output", "grad_query", "grad_key", "grad_value")),
         *((name, ADDRESS) for name in ("states", "scratch", "sgemm")),
@@ -137,10 +136,7 @@ def _call(
     scratch_size = sum(size + LANES for size in sizes) // LANES * LANES
     scratch, grads = query.new_empty(threads, scratch_size), numbers.new_gradients()
     layout = call.is_causal, block, parts, threads, scratch_size
-    problem = Problem(bsz, num_heads, tgt_len, src_len, head_dim, value_dim, *layout)
-    problem.first, problem.second = addresses(numbers.tensors)
-    problem.grad_first, problem.grad_second = addresses(grads)
-    problem.rows_of_each, problem.count = numbers.rows_of_each, numbers.count
+    problem = Problem(bsz, num_heads, tgt_len, src_len, head_dim, value_dim, *layout, numbers)
     kept = []  # copies, until they have been read
     for name, tensor in tensors.items():
         if tensor.shape != shapes.get(name, tensor.shape):

@@ -238,10 +238,7 @@ def _wrong(
     call = Call(Rows("multimax" if order else "softmax", numbers), mask, is_causal, dropout, seed=1)
 
     def attend(query: Tensor, key: Tensor, value: Tensor, *numbers: Tensor) -> Tensor:
-        def probabilities(scores: Tensor) -> Tensor:
-            return mapping(scores, *numbers) * factors
-
-        return formula(query, key, value, probabilities, mask, is_causal)
+        return formula(query, key, value, lambda scores: mapping(scores, *numbers) * factors, mask, is_causal)
 
     factors = 1.0
     if drops:  # equal scores, and values that show which probability is kept

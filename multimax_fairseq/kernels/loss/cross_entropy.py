@@ -11,7 +11,7 @@ from typing import NamedTuple, Optional, Tuple
 import torch
 from torch import Tensor
 
-from ..compiler import kernel
+from ..compiler import Kernel
 from ..rows.compiled import modulate_rows, modulate_rows_backward, present_sigma, sigma, sigma_backward
 from ..scores import compute_dtype, is_absent
 from .chunks import RowsLoss, blocks_of_rows, check_options, chunked_loss
@@ -64,7 +64,7 @@ def chunked_cross_entropy(
     return chunked_loss(loss, features, weight, targets, bias, chunk_tokens, reduce)
 
 
-@kernel
+@Kernel
 def cross_entropy_rows_(
     logits: Tensor, smoothing: Tensor, thresholds: Tensor, gains: Tensor
 ) -> Tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -17,17 +17,17 @@ from typing import Tuple
 import torch
 from torch import Tensor
 
-from ..compiler import kernel
+from ..compiler import Kernel
 from ..scores import compute_dtype, is_absent
 
 
-@kernel
+@Kernel
 def modulate_rows(scores: Tensor, thresholds: Tensor, gains: Tensor) -> Tensor:
     """σ(x) in the dtype of ``scores``; −inf stays −inf."""
     return present_sigma(scores, thresholds, gains).to(scores.dtype)
 
 
-@kernel
+@Kernel
 def modulate_rows_backward(scores: Tensor, grad: Tensor, thresholds: Tensor, gains: Tensor) -> Tuple[Tensor, Tensor]:
     """∂L/∂x, and ∂L/∂(thresholds, gains), from ∂L/∂σ."""
     upstream = grad.to(compute_dtype(scores.dtype)).masked_fill(is_absent(scores), 0.0)
