@@ -14,7 +14,6 @@ import importlib.util
 import logging
 import math
 import os
-from types import ModuleType
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
@@ -159,6 +158,8 @@ class _Launch:
         return self.rows * -(-length // block)
 
     def __call__(self, kernel: str, **tensors: Tensor) -> None:
+        from . import gpu_kernels  # here: it imports Triton
+
         blocks, strides = self.blocks(kernel), {}
         for name, tensor in tensors.items():
             if tensor.dim() == 4 and name != "table":
@@ -166,7 +167,7 @@ class _Launch:
                 tensors[name] = tensor = tensor if tensor.stride(-1) == 1 else tensor.contiguous()
                 strides[f"{name}_head"], strides[f"{name}_row"] = tensor.stride()[:2]
         with torch.cuda.device_of(tensors["query"]):  # no effect on a CPU
-            getattr(_kernels(), kernel)[(self.programs(kernel),)](
+            getattr(gpu_kernels, kernel)[(self.programs(kernel),)](
                 **tensors, **strides, **self.arguments, **self.constants, mask=self.mask,
                 BLOCK_QUERIES=blocks.queries, BLOCK_KEYS=blocks.keys, **blocks.options(),
             )  # fmt: skip
@@ -279,22 +280,12 @@ def version() -> Optional[str]:
 
 
 @functools.lru_cache(maxsize=None)
-def _kernels() -> Optional[ModuleType]:
-    """The kernels; None without a Triton that they can use."""
-    if version() is None:
-        return None
-    from . import gpu_kernels
-
-    return gpu_kernels
-
-
-@functools.lru_cache(maxsize=None)
 def _runs_on(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether kernels may run on this device: a new enough GPU, or a CPU with Triton's interpreter."""
     if device.type == "cpu":  # the interpreter gets bf16 wrong
         return INTERPRETED and dtype != torch.bfloat16
     is_new = device.type == "cuda" and torch.cuda.get_device_capability(device) >= FIRST_CAPABILITY
-    return is_new and _kernels() is not None
+    return is_new and version() is not None
 
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and version() is not None
