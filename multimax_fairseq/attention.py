@@ -55,9 +55,7 @@ def weights(
     return F.dropout(probabilities(scores).to(products.dtype), dropout_p)
 
 
-def masked_scores(
-    products: Tensor, mask: Optional[Tensor] = None, is_causal: bool = False, first: int = 0
-) -> Tensor:
+def masked_scores(products: Tensor, mask: Optional[Tensor] = None, is_causal: bool = False, first: int = 0) -> Tensor:
     """products + mask, (…, tgt_len, src_len), fp32 at least; −inf where a key is hidden. See :func:`weights`."""
     scores = products.to(compute_dtype(products.dtype))
     if mask is not None:
@@ -138,7 +136,7 @@ def _attend(
     is_free = wants_compiled(query, key, value, *numbers, *masks)
     if is_free and rows is not None and not (mask is not None and mask.requires_grad):
         call = Call(rows, mask, is_causal, dropout_p)
-        kernels = kernels_for(query, key, value, call)
+        kernels = kernels_for(attend, query, key, value, call)
         if kernels is not None:
             return attend_by(kernels, attend, query, key, value, call)
     if is_free and blocks.pay(query, key):
@@ -148,9 +146,7 @@ def _attend(
     return attend(query, key, value, probabilities_by(mapping), mask, is_causal, dropout_p)
 
 
-def _check(
-    query: Tensor, key: Tensor, value: Tensor, mask: Optional[Tensor], dropout_p: float
-) -> Tuple[int, ...]:
+def _check(query: Tensor, key: Tensor, value: Tensor, mask: Optional[Tensor], dropout_p: float) -> Tuple[int, ...]:
     """The common leading dimensions; raises ValueError where there are none, or anything else does not fit."""
 
     def shapes() -> str:
@@ -179,7 +175,7 @@ def _check(
     if not (mask.is_floating_point() or mask.dtype == torch.bool):
         raise ValueError(f"attn_mask is bool, true where a key takes part, or floating-point; got {mask.dtype}")
     sizes = zip(reversed(mask.shape), reversed(whole))
-    if mask.dim() > len(whole) or any(size not in (1, other) for size, other in sizes):
+    if mask.dim() > len(whole) or any(size != 1 and size != other for size, other in sizes):
         raise ValueError(f"attn_mask has to broadcast to {whole}; got {tuple(mask.shape)}")
     return leading
 

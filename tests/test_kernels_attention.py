@@ -158,9 +158,9 @@ def test_a_cpu_has_cpp_for_every_mapping_at_every_length(name, monkeypatch):
     choose("C++", monkeypatch)
     for length in (1, 300):
         query, key, value = draw(1, 2, length, length, 8)
-        assert kernels_for(query, key, value, Call(make(name, 2).kernel_rows())) is not None
+        assert kernels_for(attend, query, key, value, Call(make(name, 2).kernel_rows())) is not None
     empty = torch.zeros(1, 2, 0, 8)
-    assert kernels_for(empty, key, value, Call(Rows("softmax"))) is None
+    assert kernels_for(attend, empty, key, value, Call(Rows("softmax"))) is None
 
 
 def test_blocks_pay_where_the_matrix_is_large():

@@ -19,7 +19,7 @@ from multimax_fairseq.mappings import modulate
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch):
-    monkeypatch.delenv("MULTIMAX_BACKEND", raising=False)
+    monkeypatch.setenv("MULTIMAX_BACKEND", "compiled")
     monkeypatch.setattr(compiler, "_failure", "")
     monkeypatch.setattr(backend, "failures", [])
 
@@ -41,7 +41,6 @@ def fail(*_, **__):
 
 def test_without_a_compiler_but_told_to_compile(monkeypatch):
     monkeypatch.setattr(compiler, "compile_function", fail)
-    os.environ["MULTIMAX_BACKEND"] = "compiled"  # until the fixture puts it back
     with pytest.raises(RuntimeError, match="no C"):
         Kernel(double)(*ARGUMENTS)
 
@@ -67,7 +66,7 @@ def test_a_machine_that_cannot_compile(environment):
 def test_what_stays_eager(choice, shape, monkeypatch):
     """All of it where eager is asked for, and single rows and scores."""
     monkeypatch.setattr(compiler, "compile_function", fail)
-    os.environ["MULTIMAX_BACKEND"] = choice  # until the fixture puts it back
+    monkeypatch.setenv("MULTIMAX_BACKEND", choice)
     scores = torch.randn(shape)
     assert torch.equal(Kernel(double)(scores, *ARGUMENTS[1:]), 2 * scores)
 
@@ -78,7 +77,6 @@ def compiled_in(caplog):
 
 def test_one_kernel_for_all_shapes(caplog, monkeypatch):
     """What an epoch and a generation run see: batches of any size, rows that grow from 1."""
-    os.environ["MULTIMAX_BACKEND"] = "compiled"  # until the fixture puts it back
     caplog.set_level(logging.INFO)
     for kernel in (modulate_rows, modulate_rows_backward):
         monkeypatch.setattr(kernel, "_compiled", {})
@@ -92,7 +90,6 @@ def test_one_kernel_for_all_shapes(caplog, monkeypatch):
 @pytest.mark.parametrize("rows", [2, 3, 64])
 def test_a_kernel_fits_every_shape(rows, width):
     """Nobody looks at a call again: what holds for the shape that was compiled for has to hold for all."""
-    os.environ["MULTIMAX_BACKEND"] = "compiled"  # until the fixture puts it back
     scores, grad = torch.randn(2, width, rows).mT  # with gaps, too
     parameters = torch.randn(2, 2, 2).mul_(0.1).unbind()
     torch.testing.assert_close(modulate_rows(scores, *parameters), modulate_rows.eager(scores, *parameters))
@@ -103,7 +100,6 @@ def test_a_kernel_fits_every_shape(rows, width):
 
 def test_scores_of_the_shape_of_parameters():
     """What is compiled for is scores of another shape, and these very parameters."""
-    os.environ["MULTIMAX_BACKEND"] = "compiled"  # until the fixture puts it back
     kernel = Kernel(scaled)
     for scores in (torch.ones(2, 2), torch.ones(3, 5)):
         assert torch.equal(kernel(scores, torch.zeros(2, 2), torch.full((2, 2), 3.0)), 12 * scores)
@@ -112,7 +108,6 @@ def test_scores_of_the_shape_of_parameters():
 def test_a_kernel_for_each_number_of_threads(monkeypatch):
     """PyTorch keeps what it has compiled by its options, of which the number has to be one."""
     monkeypatch.setattr(torch._inductor, "compile", lambda graph, _, options: given.append(options) or graph)
-    os.environ["MULTIMAX_BACKEND"] = "compiled"  # until the fixture puts it back
     given, kernel, before = [], Kernel(double), torch.get_num_threads()
     try:
         for threads in (1, 2, 1):

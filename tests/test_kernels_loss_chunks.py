@@ -63,6 +63,7 @@ def entmax_loss(features, weight, targets, alpha=ALPHA, bias=None, smoothing=0.0
 
 
 LOSSES = {"cross-entropy": (cross_entropy, whole_cross_entropy), "entmax": (entmax_loss, whole_entmax_loss)}
+NUMBERS = {"cross-entropy": [torch.zeros(2, 2), torch.full((2, 2), 0.1)], "entmax": [torch.tensor(ALPHA)]}
 
 
 def gradients(loss, tensors, *arguments, scale=1.0, **options):
@@ -102,12 +103,16 @@ def backend(request, monkeypatch):
     dict(vocabulary=8, boost=4), dict(vocabulary=100, boost=12), dict(vocabulary=1_000, boost=14),
     dict(vocabulary=2_000, boost=1), dict(vocabulary=1_000, boost=8, repeated=True, direction=8.0),
 ], ids=str)  # fmt: skip
-@pytest.mark.parametrize("dtype, smoothing", [(torch.bfloat16, 0.0), (torch.float16, 0.1)])
+@pytest.mark.parametrize("dtype, smoothing", [(torch.bfloat16, 0.0), (torch.float16, 0.1), (torch.float32, 0.1)])
 @pytest.mark.parametrize("name", LOSSES)
-def test_no_gradient_has_more_than_plain_pytorchs_error(name, dtype, smoothing, case, backend):
+def test_no_gradient_has_more_than_plain_pytorchs_error(name, dtype, smoothing, case, backend, monkeypatch):
+    (tensors, targets), times, floor = sure(dtype=dtype, **case), 1.02, 1e-6
+    if dtype == torch.float32:  # blocks of 3 rows, which are no multiple of 16 bytes, and the loss's own numbers
+        monkeypatch.setattr(chunks, "CPU_BLOCK", 3 * case["vocabulary"])
+        tensors, times, floor = [*tensors, *NUMBERS[name]], 4, 1e-5  # the gradient of α may be next to nothing
     for chunk_tokens in (0, 100):
-        found = errors(*LOSSES[name], *sure(dtype=dtype, **case), smoothing=smoothing, chunk_tokens=chunk_tokens)
-        assert all(ours <= 1.02 * plain + 1e-6 for ours, plain in found), (chunk_tokens, found)
+        found = errors(*LOSSES[name], tensors, targets, smoothing=smoothing, chunk_tokens=chunk_tokens)
+        assert all(ours <= times * plain + floor for ours, plain in found), (chunk_tokens, found)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -173,8 +178,7 @@ def problem(request):
     """Loss of three tensors, plain or chunked, and the tensors."""
     loss, whole = LOSSES[request.param]
     (features, weight), targets = sure(11, 1, torch.float64, tokens=5)
-    numbers = (torch.zeros(2, 2), torch.full((2, 2), 0.1)) if loss is cross_entropy else (torch.tensor(ALPHA),)
-    tensors = [tensor.double().requires_grad_() for tensor in (features[:, :3], weight[:, :3], *numbers)]
+    tensors = [t.double().requires_grad_() for t in (features[:, :3], weight[:, :3], *NUMBERS[request.param])]
     ours = lambda f, w, *n: loss(f, w, targets, *n, smoothing=0.1, chunk_tokens=2)  # noqa: E731
     # not whole_entmax_loss, which holds p fixed
     return ours, lambda f, w, *n: whole(f, w, targets, *n, smoothing=0.1), tensors

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from test_kernels_loss_cross_entropy import case, logits_of
 from torch.nn import functional as F
 
-from multimax_fairseq.kernels.loss import chunked_entmax_loss, chunks
+from multimax_fairseq.kernels.loss import chunked_entmax_loss
 from multimax_fairseq.mappings import entmax, entmax15, sparsemax
 
 MAPPINGS = {2.0: sparsemax, 1.5: entmax15, 1.2: lambda scores: entmax(scores, 1.2)}
@@ -74,20 +74,3 @@ def test_any_case_is_the_definition(seed, tokens, vocabulary, alpha, smoothing, 
     assert losses.support.equal((p > 0).double().sum(1))
     assert losses.impossible.equal((p.gather(1, targets.unsqueeze(1)) == 0).double().squeeze(1))
     assert (losses.plain_loss >= -1e-9).all()  # 0 where the target has all of the probability
-
-
-def test_compiled_kernels_in_single_precision_stay_close_to_double(monkeypatch):
-    monkeypatch.setenv("MULTIMAX_BACKEND", "compiled")
-    monkeypatch.setattr(chunks, "CPU_BLOCK", 3 * 301)  # no multiple of 16 bytes
-    tensors, targets = case(tokens=70, width=16, vocabulary=301, order=0, dtype=torch.float32)
-    tensors["alpha"] = torch.tensor(1.4, requires_grad=True)
-    doubles = {name: tensor.detach().double().requires_grad_() for name, tensor in tensors.items()}
-
-    def results(loss, alpha, **tensors):
-        value = loss(tensors, targets, alpha, 0.1)
-        return [value.detach(), *torch.autograd.grad(value, [alpha, *tensors.values()])]
-
-    actual = results(lambda *arguments: chunked(*arguments, 32).loss, **tensors)
-    expected = results(lambda *arguments: whole(*arguments).sum(), **doubles)
-    errors = [((a.double() - e).norm() / e.norm()).item() for a, e in zip(actual, expected)]
-    assert max(errors) < 2e-5, errors

@@ -12,7 +12,7 @@ plain context (:func:`is_plain`), unless the environment variable ``MULTIMAX_BAC
 import logging
 import os
 from contextlib import nullcontext
-from typing import Any, Callable, ContextManager, List, Optional, Sequence, Tuple
+from typing import Callable, ContextManager, List, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -77,31 +77,22 @@ def is_plain(*tensors: Tensor) -> bool:
     return not found & OTHER_BITS
 
 
-def keep(ctx: Any, *tensors: Optional[Tensor]) -> None:
-    """Save tensors for the backward, where :func:`kept` gives them back."""
-    ctx.save_for_backward(*tensors)
-    ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in tensors]
-
-
-def kept(ctx: Any) -> List[Optional[Tensor]]:
-    """What :func:`keep` was given, in its dtypes, whatever saved-tensor hooks have made of it; to be read once."""
-    saved = zip(ctx.saved_tensors, ctx.dtypes)
-    return [tensor if tensor is None or tensor.dtype == dtype else tensor.to(dtype) for tensor, dtype in saved]
-
-
 def gradients_of(
     function: Callable[..., Tensor], inputs: Sequence[Optional[Tensor]], needed: Sequence[bool], grad: Tensor
 ) -> Tuple[Optional[Tensor], ...]:
     """Autograd's gradients of ``function(*inputs)``, for the backward of a kernel that may not run, or not only once.
 
-    Where grad mode is on, as under ``create_graph=True``, they can be differentiated again.
+    Where grad mode is on, as under ``create_graph=True``, they can be differentiated again. Saved-tensor hooks may
+    have made another dtype of the inputs.
     """
     again = torch.is_grad_enabled()
     with torch.enable_grad():
         if not again:
             inputs = [tensor.detach().requires_grad_() if n else tensor for tensor, n in zip(inputs, needed)]
         wanted = [tensor for tensor, is_needed in zip(inputs, needed) if is_needed]
-        found = iter(torch.autograd.grad(function(*inputs), wanted, grad, create_graph=again, allow_unused=True))
+        output = function(*inputs)
+        grad = grad.to(output.dtype)
+        found = iter(torch.autograd.grad(output, wanted, grad, create_graph=again, allow_unused=True))
     return tuple(next(found) if is_needed else None for is_needed in needed)
 
 

@@ -37,7 +37,7 @@ _lock = threading.RLock()  # PyTorch traces in one thread at a time
 
 
 class Kernel:
-    """A function of rows of scores, (rows, width), that is compiled when it is first called.
+    """A function of rows of scores, (rows, width), that is compiled when it is first called; a decorator.
 
     Its first argument has that shape; others have it too, or (rows, 1), or a fixed one. The last two, thresholds
     and gains, say, have no rows. What it writes to must be contiguous.
@@ -94,9 +94,6 @@ class Kernel:
             return self.eager
         logger.info("compiled %s in %.1f s", self.__name__, time.perf_counter() - start)
         return compiled
-
-
-kernel = Kernel  # as a decorator
 
 
 def compile_function(function: Callable[..., Any], examples: Sequence[Tensor]) -> Callable[..., Any]:

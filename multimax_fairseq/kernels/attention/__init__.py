@@ -10,19 +10,21 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from ..backend import gradients_of, is_plain, keep, kept
+from ..backend import gradients_of, is_plain
 from ..scores import HALF
 from . import cpu, gpu
 from .call import Call
 
 
-def kernels_for(query: Tensor, key: Tensor, value: Tensor, call: Call) -> Optional[ModuleType]:
-    """The kernels that take these plain tensors: :mod:`.cpu`, :mod:`.gpu`, or None."""
+def kernels_for(
+    formula: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, call: Call
+) -> Optional[ModuleType]:
+    """The kernels that take these plain tensors: :mod:`.cpu`, :mod:`.gpu`, or None; ``formula`` as below."""
     if not (query.numel() and key.numel() and value.numel()):
         return None
     if query.is_cpu and not gpu.INTERPRETED:
         return cpu if cpu.serves(query, key, value, call) else None
-    return gpu if gpu.serves(query, key, value, call) and gpu.is_right(query, call) else None
+    return gpu if gpu.serves(query, key, value, call) and gpu.is_right(formula, query, call) else None
 
 
 def attend_by(
@@ -61,15 +63,17 @@ class _Attention(Function):
         value: Tensor, *numbers: Tensor,
     ) -> Tensor:  # fmt: skip
         output, saved = kernels.forward(query, key, value, call)
-        keep(ctx, call.mask, query, key, value, *numbers, *saved)
+        ctx.save_for_backward(call.mask, query, key, value, *numbers, *saved)
         ctx.kernels, ctx.formula, ctx.count = kernels, formula, len(numbers)
         ctx.call = call._replace(rows=call.rows._replace(numbers=()), mask=None)
         return output
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
-        mask, query, key, value, *rest = kept(ctx)
-        numbers, saved = tuple(rest[: ctx.count]), tuple(rest[ctx.count :])
+        mask, query, key, value, *rest = ctx.saved_tensors
+        query, key, value = (tensor.to(grad.dtype) for tensor in (query, key, value))  # hooks may have changed it
+        mask, numbers = None if mask is None else mask.float(), tuple(rest[: ctx.count])
+        saved = tuple(tensor.float() for tensor in rest[ctx.count :])
         call = ctx.call._replace(rows=ctx.call.rows._replace(numbers=numbers), mask=mask)
         if not torch.is_grad_enabled() and is_plain(grad, query, key, value, *rest):
             return None, None, None, *ctx.kernels.backward(query, key, value, call, saved, grad)
@@ -80,10 +84,7 @@ class _Attention(Function):
             )
 
         def formula(query: Tensor, key: Tensor, value: Tensor, *numbers: Tensor) -> Tensor:
-            def probabilities(scores: Tensor) -> Tensor:
-                return call.rows.formula(scores, *numbers)
-
-            return ctx.formula(query, key, value, probabilities, mask, call.is_causal)
+            return ctx.formula(query, key, value, lambda x: call.rows.formula(x, *numbers), mask, call.is_causal)
 
         inputs = query, key, value, *numbers
         return None, None, None, *gradients_of(formula, inputs, ctx.needs_input_grad[3:], grad)

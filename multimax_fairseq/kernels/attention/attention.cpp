@@ -96,8 +96,8 @@ class Attention : Problem {
     each_part([&](int64_t head, int64_t part, Memory memory) {
       const Mapping mapping = numbers.mapping<Mapping>(head);
       const Matrix queries = of(query, head), to = of(output, head), added = of(mask, head);
-      const float *k = gathered(of(key, head), 0, src_len, head_dim, memory);
-      const float *v = gathered(of(value, head), 0, src_len, value_dim, memory);
+      const float *k = gathered(of(key, head), src_len, head_dim, memory);
+      const float *v = gathered(of(value, head), src_len, value_dim, memory);
       float *scores = memory.take(block * src_len), *kept = memory.take(Dropout::room(src_len));
       float *room = memory.take(room_for(src_len)), *q = memory.take(block * head_dim);
       each_block(part, [&](const Block& at) {
@@ -122,8 +122,8 @@ class Attention : Problem {
       const Mapping mapping = numbers.mapping<Mapping>(head);
       const Matrix queries = of(query, head), upstream = of(grad_output, head), to = of(grad_query, head);
       const Matrix added = of(mask, head);
-      const float *k = gathered(of(key, head), 0, src_len, head_dim, memory);
-      const float *v = gathered(of(value, head), 0, src_len, value_dim, memory);
+      const float *k = gathered(of(key, head), src_len, head_dim, memory);
+      const float *v = gathered(of(value, head), src_len, value_dim, memory);
       float *grad_k = memory.take(src_len * head_dim), *grad_v = memory.take(src_len * value_dim);
       float *scores = memory.take(block * src_len), *grads = memory.take(block * src_len);
       float *kept = memory.take(Dropout::room(src_len)), *room = memory.take(room_for(src_len));
@@ -205,9 +205,9 @@ class Attention : Problem {
     for (int64_t i = 0; i < rows; ++i) std::memcpy(to + i * dim, from.row(start + i), dim * sizeof(float));
   }
 
-  static float* gathered(const Matrix& from, int64_t start, int64_t rows, int64_t dim, Memory& memory) {
+  static float* gathered(const Matrix& from, int64_t rows, int64_t dim, Memory& memory) {
     float* to = memory.take(rows * dim);
-    gather(from, start, rows, dim, to);
+    gather(from, 0, rows, dim, to);
     return to;
   }
 

@@ -12,8 +12,9 @@ from typing import Any, Callable, Iterator, List, NamedTuple, Optional, Sequence
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.utils.checkpoint import get_device_states, set_device_states
 
-from ..backend import gradients_of, is_plain, keep, kept, no_autocast
+from ..backend import gradients_of, is_plain, no_autocast
 from ..scores import compute_dtype
 
 # Up to so many scores the whole matrix is computed. On a GPU a block takes some seven launches, and must fill it for
@@ -39,10 +40,7 @@ class Problem(NamedTuple):
     dropout: float
 
     def weights(self, products: Tensor, mask: Optional[Tensor], *tensors: Tensor, first: int) -> Tensor:
-        def probabilities(scores: Tensor) -> Tensor:
-            return self.mapping(scores, *tensors)
-
-        return self.formula(products, probabilities, mask, self.is_causal, self.dropout, first)
+        return self.formula(products, lambda x: self.mapping(x, *tensors), mask, self.is_causal, self.dropout, first)
 
     def __call__(
         self, query: Tensor, key: Tensor, value: Tensor, *others: Optional[Tensor], first: int = 0
@@ -92,8 +90,10 @@ class _Blocks(Function):
     @staticmethod
     def forward(ctx, problem: Problem, *tensors: Optional[Tensor]) -> Tensor:
         query, _, value, *_ = tensors
-        ctx.problem, ctx.random = problem, _random_numbers(query)
-        keep(ctx, *tensors)
+        ctx.problem = problem
+        # of the generators that dropout, and a mapping of one's own, may draw from
+        ctx.state, ctx.states_of_devices = torch.get_rng_state(), get_device_states(query)
+        ctx.save_for_backward(*tensors)
         output = query.new_empty(*query.shape[:-1], value.size(-1))
         for at in _blocks(problem, *tensors[:2]):
             output[at[0], :, at[1]] = problem(*_parts(at, *tensors), first=at[1].start)
@@ -101,7 +101,8 @@ class _Blocks(Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
-        problem, tensors, needed = ctx.problem, kept(ctx), ctx.needs_input_grad[1:]
+        problem, tensors, needed = ctx.problem, list(ctx.saved_tensors), ctx.needs_input_grad[1:]
+        tensors[:3] = (tensor.to(grad.dtype) for tensor in tensors[:3])  # saved-tensor hooks may have changed it
         if torch.is_grad_enabled() or not is_plain(grad):
             if problem.dropout:
                 raise RuntimeError("attention with dropout has no gradients of gradients: leave out its dropout")
@@ -109,9 +110,8 @@ class _Blocks(Function):
         sums = [torch.zeros_like(t, dtype=compute_dtype(t.dtype)) if n else None for t, n in zip(tensors, needed)]
         query = tensors[0]
         with torch.random.fork_rng([query.device] if query.is_cuda else []), no_autocast(query):
-            torch.set_rng_state(ctx.random[0])
-            if query.is_cuda:
-                torch.cuda.set_rng_state(ctx.random[1], query.device)
+            torch.set_rng_state(ctx.state)
+            set_device_states(*ctx.states_of_devices)
             for at in _blocks(problem, *tensors[:2]):
                 upstream, first = grad[at[0], :, at[1]], at[1].start
                 problem.add_gradients_(_parts(at, *sums), needed, upstream, first, *_parts(at, *tensors))
@@ -148,8 +148,3 @@ def _add_product_(total: Optional[Tensor], left: Tensor, right: Tensor) -> None:
             part.baddbmm_(*factors)
     elif total is not None:
         total += left @ right
-
-
-def _random_numbers(query: Tensor) -> List[Tensor]:
-    """The states of the generators that dropout, and a mapping of one's own, may draw from."""
-    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(query.device)] if query.is_cuda else [])]

@@ -1,4 +1,4 @@
-"""What attention is asked for, besides query, key and value."""
+"""What C++ and Triton share: what attention is asked for, besides query, key and value, and the layout of results."""
 
 from typing import NamedTuple, Optional
 
@@ -23,3 +23,9 @@ class Call(NamedTuple):
     is_causal: bool = False
     dropout: float = 0.0
     seed: int = 0
+
+
+def length_first(query: Tensor, length: int, dim: int) -> Tensor:
+    """An empty (batch, heads, length, dim) tensor, in memory with length first, as projections take it."""
+    batch, heads = query.shape[:2]
+    return query.new_empty(length, batch, heads, dim).permute(1, 2, 0, 3)

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from .. import cpp
-from ..rows.cpu import Numbers, addresses
-from .call import Call
+from ..rows.cpu import Numbers
+from .call import Call, length_first
 
 ADDRESS, INTEGER = cpp.ADDRESS, cpp.INTEGER
 
@@ -41,8 +41,7 @@ class Problem(ctypes.Structure):
     _fields_ = [
         *((name, INTEGER) for name in ("bsz", "num_heads", "tgt_len", "src_len", "head_dim", "value_dim")),
         *((name, INTEGER) for name in ("is_causal", "block", "parts", "threads", "scratch_size")),
-        *((name, ADDRESS) for name in ("first", "second", "grad_first", "grad_second")),
-        *((name, INTEGER) for name in ("rows_of_each", "count")),
+        ("numbers", Numbers),
         *((name, Matrices) for name in ("query", "key", "value", "mask", "output")),
         *((name, Matrices) for name in ("grad_output", "grad_query", "grad_key", "grad_value")),
         *((name, ADDRESS) for name in ("states", "scratch", "sgemm")),
@@ -52,9 +51,7 @@ class Problem(ctypes.Structure):
 
 
 ARGUMENTS = [INTEGER, ctypes.POINTER(Problem)]
-LIBRARY = cpp.Library(
-    Path(__file__).with_name("attention.cpp"), {"attend": ARGUMENTS, "attend_backward": ARGUMENTS}
-)
+LIBRARY = cpp.Library(Path(__file__).with_name("attention.cpp"), {"attend": ARGUMENTS, "attend_backward": ARGUMENTS})
 
 
 def serves(query: Tensor, key: Tensor, value: Tensor, call: Call) -> bool:
@@ -85,7 +82,7 @@ def forward(query: Tensor, key: Tensor, value: Tensor, call: Call) -> Tuple[Tens
     Raises:
         ValueError: shapes do not match, so that foreign memory would be read.
     """
-    output = _length_first(query, query.size(-2), value.size(-1))
+    output = length_first(query, query.size(-2), value.size(-1))
     states = query.new_empty(*query.shape[:3], 3)
     _call(LIBRARY.functions.attend, query, key, value, call, output=output, states=states)
     return output, (states,)
@@ -96,7 +93,7 @@ def backward(
 ) -> Tuple[Optional[Tensor], ...]:
     """The gradients of query, key, value and ``rows.numbers``, from that of the output; None for that of an ε."""
     (states,) = saved
-    grads = [_length_first(query, *tensor.shape[-2:]) for tensor in (query, key, value)]
+    grads = [length_first(query, *tensor.shape[-2:]) for tensor in (query, key, value)]
     tensors = dict(zip(("grad_query", "grad_key", "grad_value"), grads))
     tensors.update(states=states, grad_output=grad_output)
     grads_of_numbers = _call(LIBRARY.functions.attend_backward, query, key, value, call, **tensors)
@@ -139,10 +136,7 @@ def _call(
     scratch_size = sum(size + LANES for size in sizes) // LANES * LANES
     scratch, grads = query.new_empty(threads, scratch_size), numbers.new_gradients()
     layout = call.is_causal, block, parts, threads, scratch_size
-    problem = Problem(bsz, num_heads, tgt_len, src_len, head_dim, value_dim, *layout)
-    problem.first, problem.second = addresses(numbers.tensors)
-    problem.grad_first, problem.grad_second = addresses(grads)
-    problem.rows_of_each, problem.count = numbers.rows_of_each, numbers.count
+    problem = Problem(bsz, num_heads, tgt_len, src_len, head_dim, value_dim, *layout, numbers)
     kept = []  # copies, until they have been read
     for name, tensor in tensors.items():
         if tensor.shape != shapes.get(name, tensor.shape):
@@ -158,9 +152,3 @@ def _call(
         problem.scale = 1 / (1 - call.dropout) if call.dropout < 1 else 0
     function(numbers.kind, problem)
     return numbers.gradients(grads)
-
-
-def _length_first(query: Tensor, length: int, dim: int) -> Tensor:
-    """An empty (bsz, num_heads, length, dim) tensor, in memory with length first, as projections take it."""
-    bsz, num_heads = query.shape[:2]
-    return query.new_empty(length, bsz, num_heads, dim).permute(1, 2, 0, 3)

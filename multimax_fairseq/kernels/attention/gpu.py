@@ -14,7 +14,6 @@ import importlib.util
 import logging
 import math
 import os
-from types import ModuleType
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
@@ -23,7 +22,8 @@ from torch import Tensor
 
 from ..backend import backend
 from ..rows import Rows
-from .call import Call
+from ..scores import compute_dtype
+from .call import Call, length_first
 
 logger = logging.getLogger(__name__)
 
@@ -101,7 +101,7 @@ def forward(query: Tensor, key: Tensor, value: Tensor, call: Call) -> Tuple[Tens
     Returns:
         (batch, heads, tgt_len, head_dim), laid out with length first, and what the backward needs.
     """
-    output = _length_first(query)
+    output = length_first(query, *query.shape[-2:])
     peaks, factors = query.new_empty(2, query.size(0) * query.size(1), query.size(2), dtype=torch.float32)
     launch = _Launch(query, key, call)
     launch("forward", query=query, key=key, value=value, output=output, peaks=peaks, factors=factors)
@@ -115,7 +115,7 @@ def backward(
     peaks, factors = saved
     inputs = {"query": query, "key": key, "value": value, "grad": grad_output}
     kept = {"peaks": peaks, "factors": factors, "expecteds": torch.empty_like(peaks)}
-    grads = [_length_first(tensor) for tensor in (query, key, value)]
+    grads = [length_first(tensor, *tensor.shape[-2:]) for tensor in (query, key, value)]
     launch = _Launch(query, key, call)
     order = launch.constants["ORDER"]
     table = peaks.new_empty(launch.programs("backward_queries"), 2, order, 2)
@@ -158,6 +158,8 @@ class _Launch:
         return self.rows * -(-length // block)
 
     def __call__(self, kernel: str, **tensors: Tensor) -> None:
+        from . import gpu_kernels  # here: it imports Triton
+
         blocks, strides = self.blocks(kernel), {}
         for name, tensor in tensors.items():
             if tensor.dim() == 4 and name != "table":
@@ -165,16 +167,10 @@ class _Launch:
                 tensors[name] = tensor = tensor if tensor.stride(-1) == 1 else tensor.contiguous()
                 strides[f"{name}_head"], strides[f"{name}_row"] = tensor.stride()[:2]
         with torch.cuda.device_of(tensors["query"]):  # no effect on a CPU
-            getattr(_kernels(), kernel)[(self.programs(kernel),)](
+            getattr(gpu_kernels, kernel)[(self.programs(kernel),)](
                 **tensors, **strides, **self.arguments, **self.constants, mask=self.mask,
                 BLOCK_QUERIES=blocks.queries, BLOCK_KEYS=blocks.keys, **blocks.options(),
             )  # fmt: skip
-
-
-def _length_first(tensor: Tensor) -> Tensor:
-    """An empty tensor of this shape, (batch, heads, length, dim), with length first in memory, as in projections."""
-    batch, heads, length, dim = tensor.shape
-    return tensor.new_empty(length, batch, heads, dim).permute(1, 2, 0, 3)
 
 
 # ---------------------------------------------------------------- is it right here?
@@ -186,10 +182,11 @@ _tried = set()  # devices with the constants of kernels
 _distrusted = set()  # devices on which a kernel was wrong, or failed
 
 
-def is_right(query: Tensor, call: Call) -> bool:
+def is_right(formula: Callable[..., Tensor], query: Tensor, call: Call) -> bool:
     """Whether kernels with the constants of this call have been right on its device; tries them the first time.
 
-    If not, one warning says what was seen, and nothing runs in Triton on that device from then on.
+    If not, one warning says what was seen, and nothing runs in Triton on that device from then on. ``formula`` is
+    that of :func:`.attend_by`.
     """
     if query.device in _distrusted:
         return False
@@ -202,7 +199,7 @@ def is_right(query: Tensor, call: Call) -> bool:
         hooks = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
         try:
             with torch.inference_mode(False), torch.enable_grad(), hooks:
-                problem = _wrong(rows.formula, *key)
+                problem = _wrong(formula, rows.formula, *key)
         except Exception as error:  # whatever a compiler or a driver raises
             if backend() == "compiled":
                 raise
@@ -223,8 +220,8 @@ def is_right(query: Tensor, call: Call) -> bool:
 
 
 def _wrong(
-    formula: Callable[..., Tensor], device: torch.device, dtype: torch.dtype, head_dim: int, order: int,
-    mask_rows: int, is_causal: bool, drops: bool,
+    formula: Callable[..., Tensor], mapping: Callable[..., Tensor], device: torch.device, dtype: torch.dtype,
+    head_dim: int, order: int, mask_rows: int, is_causal: bool, drops: bool,
 ) -> str:  # fmt: skip
     """What is wrong with the kernels on a small problem; empty if nothing is."""
     generator, dropout = torch.Generator().manual_seed(0), DROPOUT if drops else 0.0
@@ -241,34 +238,28 @@ def _wrong(
         mask = mask.masked_fill(mask < -1, -math.inf)
     call = Call(Rows("multimax" if order else "softmax", numbers), mask, is_causal, dropout, seed=1)
 
-    def attend(query: Tensor, key: Tensor, value: Tensor, *numbers: Tensor, factors: Tensor) -> Tensor:
-        scores = (query @ key.mT).to(torch.promote_types(query.dtype, torch.float32))
-        scores = scores if mask is None else scores + mask
-        if is_causal:
-            scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), -math.inf)
-        return (formula(scores, *numbers) * factors).to(value.dtype) @ value
+    def attend(query: Tensor, key: Tensor, value: Tensor, *numbers: Tensor) -> Tensor:
+        return formula(query, key, value, lambda scores: mapping(scores, *numbers) * factors, mask, is_causal)
 
-    factors = torch.ones(TGT_LEN, SRC_LEN, dtype=torch.float64, device=device).expand(2, -1, -1)
-    if drops:  # equal scores, and values that show which probability is which
+    factors = 1.0
+    if drops:  # equal scores, and values that show which probability is kept
         none, eye = torch.zeros_like(inputs[0]), torch.eye(SRC_LEN, device=device, dtype=dtype)
-        columns = [F.pad(some, (0, head_dim - some.size(1))) for some in eye.split(head_dim, dim=1)]
+        columns = F.pad(eye, (0, -SRC_LEN % head_dim)).split(head_dim, dim=1)
         shown = [forward(none, inputs[1], some.expand_as(inputs[1]), call)[0] for some in columns]
-        shown = torch.cat(shown, -1)[..., :SRC_LEN].double()
-        whole = attend(*(t.double() for t in (none, inputs[1], eye, *numbers)), factors=factors)
-        kept = (shown > 0) | (whole == 0)
-        factors = kept.double() / (1 - dropout)
-        seen = kept[whole > 0].double()
+        kept = torch.cat(shown, -1)[..., :SRC_LEN] > 0
+        seen = kept[attend(none, inputs[1], eye, *numbers) > 0].double()
         share, deviation = seen.mean().item(), math.sqrt(dropout * (1 - dropout) / seen.numel())
-        if abs(share - (1 - dropout)) > 5 * deviation or (shown - factors * whole).abs().max() > 0.02 * whole.max():
+        if abs(share - (1 - dropout)) > 5 * deviation:
             return f"dropout of {dropout} kept {share:.3f}"
+        factors = kept.double() / (1 - dropout)
 
-    def results(function: Callable[..., Tensor], dtype: torch.dtype) -> List[Tensor]:
+    def results(dtype: torch.dtype) -> List[Tensor]:
         leaves = [tensor.to(dtype).requires_grad_() for tensor in inputs]
-        leaves += [number.to(torch.promote_types(dtype, torch.float32)).requires_grad_() for number in numbers]
-        output = function(*leaves, factors=factors.to(leaves[-1].dtype))
+        leaves += [number.to(compute_dtype(dtype)).requires_grad_() for number in numbers]
+        output = attend(*leaves)
         return [output.detach(), *torch.autograd.grad(output, leaves, upstream.to(dtype))]
 
-    exact, plain = results(attend, torch.float64), results(attend, dtype)
+    exact, plain = results(torch.float64), results(dtype)
     output, saved = forward(*inputs, call)
     ours = [output, *backward(*inputs, call, saved, upstream)]
     for name, a, b, right in zip(("output", "query", "key", "value", "thresholds", "gains"), ours, plain, exact):
@@ -289,22 +280,12 @@ def version() -> Optional[str]:
 
 
 @functools.lru_cache(maxsize=None)
-def _kernels() -> Optional[ModuleType]:
-    """The kernels; None without a Triton that they can use."""
-    if version() is None:
-        return None
-    from . import gpu_kernels
-
-    return gpu_kernels
-
-
-@functools.lru_cache(maxsize=None)
 def _runs_on(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether kernels may run on this device: a new enough GPU, or a CPU with Triton's interpreter."""
     if device.type == "cpu":  # the interpreter gets bf16 wrong
         return INTERPRETED and dtype != torch.bfloat16
     is_new = device.type == "cuda" and torch.cuda.get_device_capability(device) >= FIRST_CAPABILITY
-    return is_new and _kernels() is not None
+    return is_new and version() is not None
 
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and version() is not None

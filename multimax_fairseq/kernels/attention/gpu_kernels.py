@@ -50,22 +50,30 @@ def _sigma(x, thresholds, gains, ORDER: tl.constexpr):
 
 @triton.jit
 def _sigma_backward(x, upstream, thresholds, gains, ORDER: tl.constexpr):
-    """∂L/∂x from u = ∂L/∂σ; and, for each parameter, u times its slope and u times its power."""
+    """∂L/∂x from u = ∂L/∂σ; and 4 · ORDER terms: u times the slope for each parameter, then u times its power."""
     x = tl.maximum(x, FAR_BELOW)
-    grad, zero = upstream, tl.zeros_like(upstream)
-    slopes, powers = (zero, zero, zero, zero), (zero, zero, zero, zero)
+    grad, slopes, powers = upstream, (), ()
     if ORDER >= 1:
         below, above = tl.maximum(thresholds[0] - x, 0.0), tl.maximum(x - thresholds[1], 0.0)
         slope_below, slope_above = tl.where(below > 0, upstream, 0.0), tl.where(above > 0, upstream, 0.0)
         grad += gains[1] * slope_above - gains[0] * slope_below
-        slopes, powers = (slope_below, slope_above, zero, zero), (upstream * below, upstream * above, zero, zero)
+        slopes, powers = (slope_below, slope_above), (upstream * below, upstream * above)
     if ORDER >= 2:
         below, above = tl.maximum(thresholds[2] - x, 0.0), tl.maximum(x - thresholds[3], 0.0)
         half_below, half_above = upstream * below, upstream * above
         grad += 2 * (gains[3] * half_above - gains[2] * half_below)
-        slopes = (slopes[0], slopes[1], 2 * half_below, 2 * half_above)
-        powers = (powers[0], powers[1], half_below * below, half_above * above)
-    return grad, slopes, powers
+        slopes += (2 * half_below, 2 * half_above)
+        powers += (half_below * below, half_above * above)
+    return grad, slopes + powers
+
+
+@triton.jit
+def _added(totals, terms, COUNT: tl.constexpr):
+    """``totals``, (queries,) each, and the sums of ``terms``, (queries, keys) each."""
+    added = ()
+    for number in tl.static_range(COUNT):
+        added += (totals[number] + tl.sum(terms[number], 1),)
+    return added
 
 
 @triton.jit
@@ -135,12 +143,12 @@ def _write(
 
 @triton.jit
 def _place(length, BLOCK: tl.constexpr, LAST_FIRST: tl.constexpr):
-    """The head and first row of this program. A head's programs are adjacent, those with most work first."""
+    """This program's head, also in 64 bits, first row and rows. A head's programs are adjacent, the longest first."""
     blocks = tl.cdiv(length, BLOCK)
     head, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
     if LAST_FIRST:
         block = blocks - 1 - block
-    return head, block * BLOCK
+    return head, head.to(tl.int64), block * BLOCK, block * BLOCK + tl.arange(0, BLOCK)
 
 
 @triton.jit(do_not_specialize=VARIABLE)
@@ -158,9 +166,7 @@ def forward(
         thresholds, gains: (ORDER, 2), fp32, contiguous.
         mask: fp32, (batch, num_heads, tgt_len | 1, src_len), to be added to scores, with strides ``mask_*``.
     """
-    head, start = _place(tgt_len, BLOCK_QUERIES, CAUSAL)
-    at = head.to(tl.int64)
-    rows = start + tl.arange(0, BLOCK_QUERIES)
+    head, at, start, rows = _place(tgt_len, BLOCK_QUERIES, CAUSAL)
     thresholds, gains = _parameters(thresholds, ORDER), _parameters(gains, ORDER)
     if MASK > 0:
         mask += (at // num_heads) * mask_batch + (at % num_heads) * mask_head
@@ -203,12 +209,10 @@ def _probabilities(
     ORDER: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr, BY_KEY: tl.constexpr,
 ):  # fmt: skip
     """Scores and probabilities, (queries, keys), or (keys, queries) if ``BY_KEY``."""
-    scores = tl.dot(k, tl.trans(q), input_precision="ieee") if BY_KEY else tl.dot(
-        q, tl.trans(k), input_precision="ieee"
+    scores = (
+        tl.dot(k, tl.trans(q), input_precision="ieee") if BY_KEY else tl.dot(q, tl.trans(k), input_precision="ieee")
     )
-    x = _masked(
-        scores, query, key, queries, keys, mask, mask_query, mask_key, tgt_len, src_len, CAUSAL, MASK
-    )
+    x = _masked(scores, query, key, queries, keys, mask, mask_query, mask_key, tgt_len, src_len, CAUSAL, MASK)
     return x, tl.exp(_sigma(x, thresholds, gains, ORDER) - peak) * factor
 
 
@@ -227,9 +231,7 @@ def backward_queries(
         grad: ∂L/∂output, (heads, tgt_len, HEAD_DIM).
         table: (programs, 2, ORDER, 2), the sums of slopes and of powers.
     """
-    head, start = _place(tgt_len, BLOCK_QUERIES, CAUSAL)
-    at = head.to(tl.int64)
-    rows = start + tl.arange(0, BLOCK_QUERIES)
+    head, at, start, rows = _place(tgt_len, BLOCK_QUERIES, CAUSAL)
     thresholds, gains = _parameters(thresholds, ORDER), _parameters(gains, ORDER)
     if MASK > 0:
         mask += (at // num_heads) * mask_batch + (at % num_heads) * mask_head
@@ -239,61 +241,35 @@ def backward_queries(
     factor = tl.load(factors + at * tgt_len + rows, mask=rows < tgt_len, other=0.0)[:, None]
     end = tl.minimum(src_len, start + BLOCK_QUERIES) if CAUSAL else src_len
 
-    expected = tl.zeros((BLOCK_QUERIES,), tl.float32)
-    for first in range(0, end, BLOCK_KEYS):
-        keys = first + tl.arange(0, BLOCK_KEYS)
-        k = _read(key + at * key_head, first, key_row, src_len, BLOCK_KEYS, HEAD_DIM, BLOCK_DIM)
-        v = _read(value + at * value_head, first, value_row, src_len, BLOCK_KEYS, HEAD_DIM, BLOCK_DIM)
-        _, p = _probabilities(
-            q, k, start, first, rows[:, None], keys[None, :], peak, factor, thresholds, gains,
-            mask, mask_query, mask_key, tgt_len, src_len, ORDER, CAUSAL, MASK, False,
-        )  # fmt: skip
-        grad_p = tl.dot(g, tl.trans(v), input_precision="ieee")
-        grad_p *= _kept(seed, head, rows[:, None], keys[None, :], dropout, DROPOUT)
-        expected += tl.sum(p * grad_p, 1)
-    tl.store(expecteds + at * tgt_len + rows, expected, mask=rows < tgt_len)
-
+    expected, totals = tl.zeros((BLOCK_QUERIES,), tl.float32), ()
+    for _ in tl.static_range(4 * ORDER):
+        totals += (tl.zeros((BLOCK_QUERIES,), tl.float32),)
     grad_q = tl.zeros((BLOCK_QUERIES, BLOCK_DIM), tl.float32)
-    zero = tl.zeros((BLOCK_QUERIES,), tl.float32)
-    slope_0, slope_1, slope_2, slope_3, power_0, power_1, power_2, power_3 = (
-        zero, zero, zero, zero, zero, zero, zero, zero
-    )  # fmt: skip
-    for first in range(0, end, BLOCK_KEYS):
-        keys = first + tl.arange(0, BLOCK_KEYS)
-        k = _read(key + at * key_head, first, key_row, src_len, BLOCK_KEYS, HEAD_DIM, BLOCK_DIM)
-        v = _read(value + at * value_head, first, value_row, src_len, BLOCK_KEYS, HEAD_DIM, BLOCK_DIM)
-        x, p = _probabilities(
-            q, k, start, first, rows[:, None], keys[None, :], peak, factor, thresholds, gains,
-            mask, mask_query, mask_key, tgt_len, src_len, ORDER, CAUSAL, MASK, False,
-        )  # fmt: skip
-        grad_p = tl.dot(g, tl.trans(v), input_precision="ieee")
-        grad_p *= _kept(seed, head, rows[:, None], keys[None, :], dropout, DROPOUT)
-        grad_x, slopes, powers = _sigma_backward(x, p * (grad_p - expected[:, None]), thresholds, gains, ORDER)
-        grad_q = tl.dot(grad_x.to(k.dtype), k, grad_q, input_precision="ieee")
-        if ORDER >= 1:
-            slope_0 += tl.sum(slopes[0], 1)
-            slope_1 += tl.sum(slopes[1], 1)
-            power_0 += tl.sum(powers[0], 1)
-            power_1 += tl.sum(powers[1], 1)
-        if ORDER >= 2:
-            slope_2 += tl.sum(slopes[2], 1)
-            slope_3 += tl.sum(slopes[3], 1)
-            power_2 += tl.sum(powers[2], 1)
-            power_3 += tl.sum(powers[3], 1)
+    for again in tl.static_range(2):  # first what is expected, then the gradients, which need it
+        for first in range(0, end, BLOCK_KEYS):
+            keys = first + tl.arange(0, BLOCK_KEYS)
+            k = _read(key + at * key_head, first, key_row, src_len, BLOCK_KEYS, HEAD_DIM, BLOCK_DIM)
+            v = _read(value + at * value_head, first, value_row, src_len, BLOCK_KEYS, HEAD_DIM, BLOCK_DIM)
+            x, p = _probabilities(
+                q, k, start, first, rows[:, None], keys[None, :], peak, factor, thresholds, gains,
+                mask, mask_query, mask_key, tgt_len, src_len, ORDER, CAUSAL, MASK, False,
+            )  # fmt: skip
+            grad_p = tl.dot(g, tl.trans(v), input_precision="ieee")
+            grad_p *= _kept(seed, head, rows[:, None], keys[None, :], dropout, DROPOUT)
+            if again:
+                upstream = p * (grad_p - expected[:, None])
+                grad_x, terms = _sigma_backward(x, upstream, thresholds, gains, ORDER)
+                grad_q = tl.dot(grad_x.to(k.dtype), k, grad_q, input_precision="ieee")
+                totals = _added(totals, terms, 4 * ORDER)
+            else:
+                expected += tl.sum(p * grad_p, 1)
+    tl.store(expecteds + at * tgt_len + rows, expected, mask=rows < tgt_len)
     _write(
         grad_q, grad_query + at * grad_query_head, start, grad_query_row, tgt_len, BLOCK_QUERIES, HEAD_DIM, BLOCK_DIM
     )
     table += tl.program_id(0).to(tl.int64) * (4 * ORDER)
-    if ORDER >= 1:
-        tl.store(table, tl.sum(slope_0, 0))
-        tl.store(table + 1, tl.sum(slope_1, 0))
-        tl.store(table + 2 * ORDER, tl.sum(power_0, 0))
-        tl.store(table + 2 * ORDER + 1, tl.sum(power_1, 0))
-    if ORDER >= 2:
-        tl.store(table + 2, tl.sum(slope_2, 0))
-        tl.store(table + 3, tl.sum(slope_3, 0))
-        tl.store(table + 6, tl.sum(power_2, 0))
-        tl.store(table + 7, tl.sum(power_3, 0))
+    for number in tl.static_range(4 * ORDER):
+        tl.store(table + number, tl.sum(totals[number], 0))
 
 
 @triton.jit(do_not_specialize=VARIABLE)
@@ -306,9 +282,7 @@ def backward_keys(
     BLOCK_DIM: tl.constexpr, BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr,
 ):  # fmt: skip
     """∂L/∂key and ∂L/∂value of a block of keys; arguments as in :func:`backward_queries`."""
-    head, start = _place(src_len, BLOCK_KEYS, False)
-    at = head.to(tl.int64)
-    keys = start + tl.arange(0, BLOCK_KEYS)
+    head, at, start, keys = _place(src_len, BLOCK_KEYS, False)
     thresholds, gains = _parameters(thresholds, ORDER), _parameters(gains, ORDER)
     if MASK > 0:
         mask += (at // num_heads) * mask_batch + (at % num_heads) * mask_head
@@ -330,11 +304,7 @@ def backward_keys(
         kept = _kept(seed, head, rows[None, :], keys[:, None], dropout, DROPOUT)
         grad_v = tl.dot((p * kept).to(g.dtype), g, grad_v, input_precision="ieee")
         grad_p = tl.dot(v, tl.trans(g), input_precision="ieee") * kept
-        grad_x, _, _ = _sigma_backward(x, p * (grad_p - expected[None, :]), thresholds, gains, ORDER)
+        grad_x, _ = _sigma_backward(x, p * (grad_p - expected[None, :]), thresholds, gains, ORDER)
         grad_k = tl.dot(grad_x.to(q.dtype), q, grad_k, input_precision="ieee")
-    _write(
-        grad_k, grad_key + at * grad_key_head, start, grad_key_row, src_len, BLOCK_KEYS, HEAD_DIM, BLOCK_DIM
-    )
-    _write(
-        grad_v, grad_value + at * grad_value_head, start, grad_value_row, src_len, BLOCK_KEYS, HEAD_DIM, BLOCK_DIM
-    )
+    _write(grad_k, grad_key + at * grad_key_head, start, grad_key_row, src_len, BLOCK_KEYS, HEAD_DIM, BLOCK_DIM)
+    _write(grad_v, grad_value + at * grad_value_head, start, grad_value_row, src_len, BLOCK_KEYS, HEAD_DIM, BLOCK_DIM)

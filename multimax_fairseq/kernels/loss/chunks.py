@@ -261,20 +261,17 @@ def _add_product_(
     total: Tensor, left: Tensor, right: Tensor, is_first: bool, scale: Optional[Tensor], is_one_of_many: bool = False
 ) -> None:
     """Adds ``left @ right / scale`` to ``total``, or overwrites it if it is the first; unrounded if others follow."""
+    beta = 0 if is_first else 1  # 0 ignores what was there
     if left.dtype == total.dtype:
-        if is_first:
-            torch.mm(left, right, out=total)
-        else:
-            total.addmm_(left, right)
+        total.addmm_(left, right, beta=beta)
         return
     is_wide = has_wide_products(total)
     is_rounded = is_one_of_many and not is_wide  # PyTorch rounds such products of half-precision matrices
-    if is_rounded:
-        right = right.float()
+    right = right.float() if is_rounded else right
     rows = max(PRODUCT_AT_A_TIME // total.size(1), 1)
     for part, left_part in zip(total.split(rows), left.split(rows)):
         if is_rounded:
-            _add_product_(part, left_part.float(), right, is_first, None)
+            part.addmm_(left_part.float(), right, beta=beta)
             continue
         product = (wide_product if is_wide else torch.mm)(left_part, right)
         if scale is not None:

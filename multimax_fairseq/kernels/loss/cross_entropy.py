@@ -11,7 +11,7 @@ from typing import NamedTuple, Optional, Tuple
 import torch
 from torch import Tensor
 
-from ..compiler import kernel
+from ..compiler import Kernel
 from ..rows.compiled import modulate_rows, modulate_rows_backward, present_sigma, sigma, sigma_backward
 from ..scores import compute_dtype, is_absent
 from .chunks import RowsLoss, blocks_of_rows, check_options, chunked_loss
@@ -64,7 +64,7 @@ def chunked_cross_entropy(
     return chunked_loss(loss, features, weight, targets, bias, chunk_tokens, reduce)
 
 
-@kernel
+@Kernel
 def cross_entropy_rows_(
     logits: Tensor, smoothing: Tensor, thresholds: Tensor, gains: Tensor
 ) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -84,10 +84,7 @@ def cross_entropy_rows_(
     log_total = shifted.exp().sum(-1, keepdim=True).log()  # without the peak: log p would lose its digits
     # Not the exponentials above, divided: the compiler would store them in a tensor of the size of the logits.
     upstream = ((shifted - log_total).exp() - smoothing).masked_fill(is_absent(logits), 0.0)
-    if len(gains):
-        grad, grad_parameters = sigma_backward(logits.to(log_total.dtype), upstream, thresholds, gains)
-    else:
-        grad, grad_parameters = upstream, upstream.new_zeros(2, 0, 2)
+    grad, grad_parameters = sigma_backward(logits.to(log_total.dtype), upstream, thresholds, gains)
     logits.copy_(grad)
     return peak, log_total, shifted.sum(-1, keepdim=True), grad_parameters
 

@@ -17,7 +17,7 @@ from typing import Callable, NamedTuple, Optional, Sequence, Tuple, Union
 import torch
 from torch import Tensor
 
-from ..compiler import kernel
+from ..compiler import Kernel
 from ..scores import compute_dtype, is_absent
 from .chunks import RowsLoss, blocks_of_rows, check_options, chunked_loss
 
@@ -65,7 +65,7 @@ def chunked_entmax_loss(
     return chunked_loss(loss, features, weight, targets, bias, chunk_tokens, reduce)
 
 
-@kernel
+@Kernel
 def entmax_loss_rows_(
     logits: Tensor, probabilities: Tensor, target_logits: Tensor, alpha: Tensor, smoothing: Tensor
 ) -> Tuple[Tensor, Tensor, Tensor, Tensor]:

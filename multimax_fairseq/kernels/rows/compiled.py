@@ -17,20 +17,18 @@ from typing import Tuple
 import torch
 from torch import Tensor
 
-from ..compiler import kernel
+from ..compiler import Kernel
 from ..scores import compute_dtype, is_absent
 
 
-@kernel
+@Kernel
 def modulate_rows(scores: Tensor, thresholds: Tensor, gains: Tensor) -> Tensor:
     """σ(x) in the dtype of ``scores``; −inf stays −inf."""
     return present_sigma(scores, thresholds, gains).to(scores.dtype)
 
 
-@kernel
-def modulate_rows_backward(
-    scores: Tensor, grad: Tensor, thresholds: Tensor, gains: Tensor
-) -> Tuple[Tensor, Tensor]:
+@Kernel
+def modulate_rows_backward(scores: Tensor, grad: Tensor, thresholds: Tensor, gains: Tensor) -> Tuple[Tensor, Tensor]:
     """∂L/∂x, and ∂L/∂(thresholds, gains), from ∂L/∂σ."""
     upstream = grad.to(compute_dtype(scores.dtype)).masked_fill(is_absent(scores), 0.0)
     return sigma_backward(scores, upstream, thresholds, gains)
@@ -54,9 +52,7 @@ def present_sigma(scores: Tensor, thresholds: Tensor, gains: Tensor) -> Tensor:
     return sigma(x, thresholds, gains).masked_fill(is_absent(x), float("-inf"))
 
 
-def sigma_backward(
-    scores: Tensor, upstream: Tensor, thresholds: Tensor, gains: Tensor
-) -> Tuple[Tensor, Tensor]:
+def sigma_backward(scores: Tensor, upstream: Tensor, thresholds: Tensor, gains: Tensor) -> Tuple[Tensor, Tensor]:
     """∂L/∂x in the dtype of ``scores``, and ∂L/∂(thresholds, gains), from ∂L/∂σ, 0 where a score is absent."""
     x = scores.to(upstream.dtype).clamp(min=torch.finfo(upstream.dtype).min)  # 0 times a finite number is 0
     thresholds, gains = thresholds.to(x.dtype), gains.to(x.dtype)

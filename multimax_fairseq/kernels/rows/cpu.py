@@ -1,5 +1,6 @@
 """Mappings of rows of fp32 scores on a CPU, and their gradients, in C++: plain functions, without autograd."""
 
+import ctypes
 from pathlib import Path
 from typing import Callable, List, Optional, Sequence, Tuple
 
@@ -17,20 +18,19 @@ KINDS = {
 # Scores for which one more thread pays, as in PyTorch's own loops.
 SCORES_PER_THREAD = 2**15
 
-ARGUMENTS = [cpp.INTEGER] * 4 + [cpp.ADDRESS] * 4 + [cpp.INTEGER] * 2
-LIBRARY = cpp.Library(
-    Path(__file__).with_name("rows.cpp"),
-    {"map_rows": ARGUMENTS + [cpp.ADDRESS] * 2, "map_rows_backward": ARGUMENTS + [cpp.ADDRESS] * 4},
-)
 
-
-class Numbers:
-    """The numbers of a mapping as the C++ reads them: of row r those at place r // rows_of_each % count.
+class Numbers(ctypes.Structure):
+    """``Numbers`` of the C++: of row r those at place r // rows_of_each % count.
 
     Attributes:
         kind: the mapping.
         tensors: thresholds and gains; ε; or c = α − 1: fp32, contiguous.
     """
+
+    _fields_ = [
+        *((name, cpp.ADDRESS) for name in ("first", "second", "grad_first", "grad_second")),
+        *((name, cpp.INTEGER) for name in ("rows_of_each", "count")),
+    ]
 
     def __init__(self, rows: Rows, scores: torch.Size):
         """``scores``: their shape, (…, width)."""
@@ -46,10 +46,15 @@ class Numbers:
             elif c.numel() > 1:
                 self.rows_of_each, c = 1, c.expand(*scores[:-1], 1)
             self.count, self.tensors = c.numel(), [_as_read(c)]
+        for field, tensor in zip(("first", "second"), self.tensors):
+            setattr(self, field, tensor.data_ptr())
 
     def new_gradients(self) -> List[Tensor]:
         """Where the C++ is to write the gradients of ``tensors``, for mappings that have some."""
-        return [*map(torch.empty_like, self.tensors)] if self.name in ("multimax", "entmax") else []
+        grads = [*map(torch.empty_like, self.tensors)] if self.name in ("multimax", "entmax") else []
+        for field, tensor in zip(("grad_first", "grad_second"), grads):
+            setattr(self, field, tensor.data_ptr())
+        return grads
 
     def gradients(self, found: Sequence[Tensor]) -> Tuple[Optional[Tensor], ...]:
         """The gradients of ``rows.numbers``, from what the C++ has written; None for those of ε and of a fixed α."""
@@ -60,9 +65,11 @@ class Numbers:
         return tuple(found)
 
 
-def addresses(tensors: Sequence[Tensor]) -> List[Optional[int]]:
-    """Of two numbers at most; None where there is none."""
-    return [tensor.data_ptr() for tensor in tensors] + [None] * (2 - len(tensors))
+ARGUMENTS = [cpp.INTEGER, ctypes.POINTER(Numbers)] + [cpp.INTEGER] * 3
+LIBRARY = cpp.Library(
+    Path(__file__).with_name("rows.cpp"),
+    {"map_rows": ARGUMENTS + [cpp.ADDRESS] * 2, "map_rows_backward": ARGUMENTS + [cpp.ADDRESS] * 4},
+)
 
 
 def serves(scores: Tensor) -> bool:
@@ -74,13 +81,11 @@ def forward(numbers: Numbers, scores: Tensor) -> Tensor:
     """Probabilities, contiguous, of ``scores``, (…, width)."""
     scores = scores.contiguous()
     probabilities = torch.empty_like(scores)
-    _call(LIBRARY.functions.map_rows, numbers, (), scores, probabilities)
+    _call(LIBRARY.functions.map_rows, numbers, scores, probabilities)
     return probabilities
 
 
-def backward(
-    numbers: Numbers, scores: Tensor, probabilities: Tensor, grad: Tensor
-) -> Tuple[Optional[Tensor], ...]:
+def backward(numbers: Numbers, scores: Tensor, probabilities: Tensor, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
     """∂L/∂scores, (…, width), and the gradients of ``rows.numbers``, from ∂L/∂probabilities.
 
     Args:
@@ -89,17 +94,14 @@ def backward(
     """
     scores, probabilities, grad = map(_as_read, (scores, probabilities, grad))
     grad_scores, grads = torch.empty_like(grad), numbers.new_gradients()
-    _call(LIBRARY.functions.map_rows_backward, numbers, grads, scores, probabilities, grad, grad_scores)
+    _call(LIBRARY.functions.map_rows_backward, numbers, scores, probabilities, grad, grad_scores)
     return (grad_scores, *numbers.gradients(grads))
 
 
-def _call(function: Callable, numbers: Numbers, grads: Sequence[Tensor], *tensors: Tensor) -> None:
+def _call(function: Callable, numbers: Numbers, *tensors: Tensor) -> None:
     count, width = tensors[0].numel(), tensors[0].size(-1)
     threads = min(torch.get_num_threads(), max(count // SCORES_PER_THREAD, 1))
-    function(
-        numbers.kind, count // width, width, threads, *addresses(numbers.tensors), *addresses(grads),
-        numbers.rows_of_each, numbers.count, *map(Tensor.data_ptr, tensors),
-    )  # fmt: skip
+    function(numbers.kind, numbers, count // width, width, threads, *map(Tensor.data_ptr, tensors))
 
 
 def _as_read(tensor: Tensor) -> Tensor:

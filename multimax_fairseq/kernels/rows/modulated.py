@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from ..backend import gradients_of, is_plain, keep, kept
+from ..backend import gradients_of, is_plain
 from .compiled import modulate_rows, modulate_rows_backward
 
 
@@ -32,12 +32,12 @@ class _Modulated(Function):
         ctx, scores: Tensor, thresholds: Tensor, gains: Tensor, formula: Callable[[Tensor, Tensor, Tensor], Tensor]
     ) -> Tensor:
         ctx.formula = formula
-        keep(ctx, scores, thresholds, gains)
+        ctx.save_for_backward(scores, thresholds, gains)
         return modulate_rows(scores, thresholds, gains)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
-        scores, thresholds, gains = saved = kept(ctx)
+        scores, thresholds, gains = saved = ctx.saved_tensors
         if torch.is_grad_enabled() or not is_plain(grad, *saved):
             return (*gradients_of(ctx.formula, saved, ctx.needs_input_grad[:3], grad), None)
         grad_scores, (grad_thresholds, grad_gains) = modulate_rows_backward(scores, grad, thresholds, gains)

@@ -66,23 +66,18 @@ void backward(const Problem& problem, const float* scores, const float* probabil
 extern "C" {
 
 // scores, probabilities: (rows, width).
-void map_rows(int64_t kind, int64_t rows, int64_t width, int64_t threads, const float* first, const float* second,
-              float* grad_first, float* grad_second, int64_t rows_of_each, int64_t count, const float* scores,
-              float* probabilities) {
-  const multimax::Numbers numbers = {first, second, grad_first, grad_second, rows_of_each, count};
-  const multimax::Problem problem = {rows, width, threads, numbers};
+void map_rows(int64_t kind, const multimax::Numbers* numbers, int64_t rows, int64_t width, int64_t threads,
+              const float* scores, float* probabilities) {
+  const multimax::Problem problem = {rows, width, threads, *numbers};
   multimax::with_mapping(kind, [&](auto mapping) {
     multimax::forward<typename decltype(mapping)::type>(problem, scores, probabilities);
   });
 }
 
 // grad, grad_scores: dL/dp and dL/dx, (rows, width).
-void map_rows_backward(int64_t kind, int64_t rows, int64_t width, int64_t threads, const float* first,
-                       const float* second, float* grad_first, float* grad_second, int64_t rows_of_each,
-                       int64_t count, const float* scores, const float* probabilities, const float* grad,
-                       float* grad_scores) {
-  const multimax::Numbers numbers = {first, second, grad_first, grad_second, rows_of_each, count};
-  const multimax::Problem problem = {rows, width, threads, numbers};
+void map_rows_backward(int64_t kind, const multimax::Numbers* numbers, int64_t rows, int64_t width, int64_t threads,
+                       const float* scores, const float* probabilities, const float* grad, float* grad_scores) {
+  const multimax::Problem problem = {rows, width, threads, *numbers};
   multimax::with_mapping(kind, [&](auto mapping) {
     multimax::backward<typename decltype(mapping)::type>(problem, scores, probabilities, grad, grad_scores);
   });
