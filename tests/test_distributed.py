@@ -44,21 +44,12 @@ distributed_fairseq_model.DistributedDataParallel = OnCPU
 """
 
 
-def train(folder, program, *options, **where):
+def train(folder, program, *options):
     """The lines of all updates, and of the validations, in the log; and the log."""
-    result = run(*program, *TRAINING, "--save-dir", folder, *options, **where)
+    result = run(*program, *TRAINING, "--save-dir", folder, *options)
     log = result.stderr + result.stdout
     lines = re.findall(r"(train_inner|valid)\W+(\{.*\})", log)
     return *([json.loads(line) for kind, line in lines if kind == wanted] for wanted in ("train_inner", "valid")), log
-
-
-def train_in_two(folder, *options, backend="legacy_ddp", **where):
-    """The same lines, of two processes that fairseq has started."""
-    (folder / "spawn.py").write_text(TWO_GPUS)
-    both = ["--distributed-world-size", 2, "--distributed-backend", "gloo", "--ddp-backend", backend]
-    *lines, log = train(folder / "together", [sys.executable, folder / "spawn.py"], *options, *both, **where)
-    assert "distributed init (rank 1)" in log and "'distributed_no_spawn': False" in log
-    return lines
 
 
 def assert_same_training(alone, together, folder):
@@ -96,7 +87,11 @@ def test_two_spawned_processes_train_like_one(backend, attention, corpus, tmp_pa
         file.write(WITHOUT_DEVICES)
     options = [corpus / "data-bin", "--user-dir", tmp_path / "my_mappings", "--attention-mapping", attention]
     *alone, _ = train(tmp_path / "alone", ["fairseq-train"], *options, "--update-freq", 2)
-    together = train_in_two(tmp_path, *options, backend=backend)
+    (tmp_path / "spawn.py").write_text(TWO_GPUS)
+    *together, log = train(tmp_path / "together", [sys.executable, tmp_path / "spawn.py"], *options,
+                           "--distributed-world-size", 2, "--distributed-backend", "gloo",
+                           "--ddp-backend", backend)  # fmt: skip
+    assert "distributed init (rank 1)" in log and "'distributed_no_spawn': False" in log
     assert_same_training(alone, together, tmp_path)
     losses = [float(line["loss"]) for line in alone[0]]
     assert len(losses) == len(batches) + 1  # two epochs
