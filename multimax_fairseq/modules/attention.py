@@ -43,21 +43,20 @@ class MappedMultiheadAttention(MultiheadAttention):
         version of fairseq.
 
         Raises:
-            TypeError: it attends in its own way, which would be lost: a subclass, xFormers, keys of its own.
+            TypeError: it attends in its own way, which would be lost: a subclass, or xFormers.
         """
-        has_own_keys = attention.bias_k is not None or attention.add_zero_attn
-        is_other = has_own_keys or getattr(attention, "use_xformers", False)
-        if is_other or type(attention) not in (MultiheadAttention, cls):
+        if type(attention) not in (MultiheadAttention, cls) or getattr(attention, "use_xformers", False):
             raise TypeError(
-                "only fairseq's MultiheadAttention itself, without xFormers or keys of its own, can have a mapping; "
-                f"this {type(attention).__name__} attends in its own way, which would be lost: leave {site} out of "
+                "only fairseq's MultiheadAttention itself, without xFormers, can be given a mapping; this "
+                f"{type(attention).__name__} attends in its own way, which would be lost: leave {site} out of "
                 "--attention-mapping-sites"
             )
         attention.__class__ = cls
         attention.mapping = mapping
         attention.site = site
         attention.scale = scale
-        attention.is_causal = site == "decoder" and attention.self_attention
+        attention.extra_keys = (attention.bias_k is not None) + attention.add_zero_attn
+        attention.is_causal = site == "decoder" and attention.self_attention and not attention.extra_keys
         # Keeps forward() out of F.multi_head_attention_forward, where softmax is built in.
         attention._set_skip_embed_dim_check()
         return attention
@@ -126,16 +125,23 @@ class MappedMultiheadAttention(MultiheadAttention):
         elif self.encoder_decoder_attention:
             value = key
         queries, keys, values = self.q_proj(query).mul_(self.scaling), self.k_proj(key), self.v_proj(value)
+        if self.bias_k is not None:
+            keys, values = (
+                torch.cat([tensor, extra.to(tensor).expand(1, *tensor.shape[1:])])
+                for tensor, extra in ((keys, self.bias_k), (values, self.bias_v))
+            )
+        if self.add_zero_attn:
+            keys, values = (torch.cat([tensor, tensor.new_zeros(1, *tensor.shape[1:])]) for tensor in (keys, values))
         heads = query.size(1), self.num_heads, self.head_dim
         return tuple(tensor.view(tensor.size(0), *heads).permute(1, 2, 0, 3) for tensor in (queries, keys, values))
 
     def _mask(self, key_padding_mask: Optional[Tensor], attn_mask: Optional[Tensor]) -> Optional[Tensor]:
-        """What to add to scores, (bsz | 1, num_heads | 1, tgt_len | 1, src_len)."""
+        """What to add to scores, (bsz | 1, num_heads | 1, tgt_len | 1, src_len); keys of no token come last."""
         mask = None if attn_mask is None else self._by_head(additive_mask(attn_mask, torch.float32))
-        if key_padding_mask is None:
-            return mask
-        padding = additive_mask(key_padding_mask.bool(), torch.float32)[:, None, None]
-        return padding if mask is None else mask + padding
+        if key_padding_mask is not None:
+            padding = additive_mask(key_padding_mask.bool(), torch.float32)[:, None, None]
+            mask = padding if mask is None else mask + padding
+        return torch.nn.functional.pad(mask, (0, self.extra_keys)) if self.extra_keys and mask is not None else mask
 
     def _by_head(self, mask: Tensor) -> Tensor:
         """A mask of :meth:`forward`, with dimensions for sentences and heads."""
