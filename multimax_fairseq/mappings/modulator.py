@@ -190,7 +190,7 @@ class MultiMax(nn.Module):
         return Rows("multimax", self.coefficients(), multimax_formula)
 
     def forward(self, scores: Tensor) -> Tensor:
-        return multimax(scores, *self.coefficients())
+        return map_rows(self.kernel_rows(), scores)
 
     def modulate(self, scores: Tensor) -> Tensor:
         """:func:`modulate` with this module's parameters; softmax of it is :meth:`forward`."""

@@ -136,7 +136,7 @@ def _call(
     scratch_size = sum(size + LANES for size in sizes) // LANES * LANES
     scratch, grads = query.new_empty(threads, scratch_size), numbers.new_gradients()
     layout = call.is_causal, block, parts, threads, scratch_size
-    problem = Problem(bsz, num_heads, tgt_len, src_len, head_dim, value_dim, *layout, numbers)
+    problem = Problem(bsz, num_heads, tgt_len, src_len, head_dim, value_dim, *layout, numbers.located(grads))
     kept = []  # copies, until they have been read
     for name, tensor in tensors.items():
         if tensor.shape != shapes.get(name, tensor.shape):

@@ -46,15 +46,16 @@ class Numbers(ctypes.Structure):
             elif c.numel() > 1:
                 self.rows_of_each, c = 1, c.expand(*scores[:-1], 1)
             self.count, self.tensors = c.numel(), [_as_read(c)]
-        for field, tensor in zip(("first", "second"), self.tensors):
-            setattr(self, field, tensor.data_ptr())
 
     def new_gradients(self) -> List[Tensor]:
         """Where the C++ is to write the gradients of ``tensors``, for mappings that have some."""
-        grads = [*map(torch.empty_like, self.tensors)] if self.name in ("multimax", "entmax") else []
-        for field, tensor in zip(("grad_first", "grad_second"), grads):
-            setattr(self, field, tensor.data_ptr())
-        return grads
+        return [*map(torch.empty_like, self.tensors)] if self.name in ("multimax", "entmax") else []
+
+    def located(self, grads: Sequence[Tensor] = ()) -> "Numbers":
+        """Itself, with addresses as they are now: FSDP moves parameters between forward and backward."""
+        self.first, self.second, *_ = *map(Tensor.data_ptr, self.tensors), None, None
+        self.grad_first, self.grad_second, *_ = *map(Tensor.data_ptr, grads), None, None
+        return self
 
     def gradients(self, found: Sequence[Tensor]) -> Tuple[Optional[Tensor], ...]:
         """The gradients of ``rows.numbers``, from what the C++ has written; None for those of ε and of a fixed α."""
@@ -81,7 +82,7 @@ def forward(numbers: Numbers, scores: Tensor) -> Tensor:
     """Probabilities, contiguous, of ``scores``, (…, width)."""
     scores = scores.contiguous()
     probabilities = torch.empty_like(scores)
-    _call(LIBRARY.functions.map_rows, numbers, scores, probabilities)
+    _call(LIBRARY.functions.map_rows, numbers.located(), scores, probabilities)
     return probabilities
 
 
@@ -94,7 +95,7 @@ def backward(numbers: Numbers, scores: Tensor, probabilities: Tensor, grad: Tens
     """
     scores, probabilities, grad = map(_as_read, (scores, probabilities, grad))
     grad_scores, grads = torch.empty_like(grad), numbers.new_gradients()
-    _call(LIBRARY.functions.map_rows_backward, numbers, scores, probabilities, grad, grad_scores)
+    _call(LIBRARY.functions.map_rows_backward, numbers.located(grads), scores, probabilities, grad, grad_scores)
     return (grad_scores, *numbers.gradients(grads))
 
 
