@@ -47,12 +47,13 @@ def test_all_metrics_are_those_of_the_oracle(scores, name):
     with torch.no_grad():
         p = mapping(x)
     threshold = reference.relevance_threshold(scores)
-    assume(all(x == ABSENT or abs(x - threshold) > 2 * metrics.RESOLUTION for x in scores))
+    assume(all(x == ABSENT or min(abs(x - ε) for ε in (threshold, 0.7)) > 2 * metrics.RESOLUTION for x in scores))
     result = metrics.row_metrics(x, p)
     for computed, expected in [
         (result.multimodality, reference.multimodality(scores, p.tolist(), threshold)),
         (result.sparsity, reference.sparsity(scores, p.tolist(), threshold, 1 / sum(x != ABSENT for x in scores))),
         (metrics.row_metrics(x, p, reference=0.1).sparsity, reference.sparsity(scores, p.tolist(), threshold, 0.1)),
+        (metrics.row_metrics(x, p, 0.7).multimodality, reference.multimodality(scores, p.tolist(), 0.7)),
         (result.top_multimodality, reference.multimodality(scores, p.tolist(), below_the_largest(scores))),
         (result.tail, reference.mean_between(-math.inf, threshold, scores, p.tolist())),
         (result.entropy, reference.entropy(p.tolist())),

@@ -34,8 +34,8 @@ ASINH_BINS = 20 * BINS_PER_NAT
 class RowMetrics(NamedTuple):
     """One tensor for each metric, in the shape of the rows; NaN where undefined.
 
-    With ε = log(1/K) + logsumexp(x) a threshold on the K scores present, N the number of relevant scores below the
-    largest, ε < x_n < max x, and L that of irrelevant ones, x_l < ε:
+    With ε a threshold on the scores, N the number of relevant scores below the largest, ε < x_n < max x, and L that
+    of irrelevant ones, x_l < ε:
 
     Attributes:
         multimodality: M = 1 − (1/N) Σ_n (max φ − φ_n), in [0, 1]: 1 where relevant scores share the top, 0 with one
@@ -62,22 +62,26 @@ class RowMetrics(NamedTuple):
     top_k_share: Tensor
 
 
-def row_metrics(scores: Tensor, probabilities: Tensor, reference: Optional[float] = None) -> RowMetrics:
-    """All metrics of each row; a score is relevant if softmax would give it more than 1/K, of K that are there.
+def row_metrics(
+    scores: Tensor, probabilities: Tensor, threshold: Optional[float] = None, reference: Optional[float] = None
+) -> RowMetrics:
+    """All metrics of each row.
 
     Args:
         scores: (…, K); −inf marks an absent score.
         probabilities: (…, K), from the mapping.
+        threshold: ε; by default log(1/K) + logsumexp(x), with K the number of scores present: a score is relevant if
+            softmax would give it more than 1/K.
         reference: s, a probability that does not depend on φ; 1/K by default.
 
     Returns:
         metrics of shape (…), fp32 (fp64 for fp64 scores).
     """
-    return _metrics(scores, probabilities, reference)[0]
+    return _metrics(scores, probabilities, threshold, reference)[0]
 
 
 def _metrics(
-    scores: Tensor, probabilities: Tensor, reference: Optional[float] = None
+    scores: Tensor, probabilities: Tensor, threshold: Optional[float] = None, reference: Optional[float] = None
 ) -> Tuple[RowMetrics, Tensor, Tensor]:
     """The metrics, the probabilities in the dtype that they are computed in, and where a score is irrelevant."""
     if scores.shape != probabilities.shape:
@@ -89,6 +93,7 @@ def _metrics(
     # x − max x: equal scores stay equal, and the sum keeps its digits
     below_largest = x - x.amax(-1, keepdim=True).masked_fill(count == 0, 0.0)
     distance = below_largest - (below_largest.logsumexp(-1, keepdim=True) - count.log())
+    distance = distance if threshold is None else x - threshold
     k, nan = min(TOP_K, p.size(-1)), float("nan")
     largest, irrelevant = p.topk(k, dim=-1).values, present & (distance < -RESOLUTION)
     gap, is_below = p.amax(-1, keepdim=True) - p, present & (below_largest < 0)
