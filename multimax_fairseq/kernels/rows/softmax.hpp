@@ -5,6 +5,7 @@
 
 #include "../vectors.hpp"
 
+#include <algorithm>
 #include <cmath>
 
 namespace multimax {
@@ -66,11 +67,11 @@ struct ModulatorSums {
         const Vec upstream_under = under > 0.f ? upstream : Vec{}, upstream_over = over > 0.f ? upstream : Vec{};
         slope_below[n] += upstream_under, slope_above[n] += upstream_over;
         power_below[n] += product_under, power_above[n] += product_over;
-        grad += sigma.gain_above[n] * upstream_over - sigma.gain_below[n] * upstream_under;
+        grad += sigma.gain_above[n] * upstream_over, grad -= sigma.gain_below[n] * upstream_under;
       } else {
         slope_below[n] += product_under, slope_above[n] += product_over;
         power_below[n] += product_under * under, power_above[n] += product_over * over;
-        grad += 2 * sigma.gain_above[n] * product_over - 2 * sigma.gain_below[n] * product_under;
+        grad += 2 * sigma.gain_above[n] * product_over, grad -= 2 * sigma.gain_below[n] * product_under;
       }
     }
     return grad;
@@ -99,16 +100,15 @@ class MultiMax {
 
   State forward(const float* scores, float* p, int64_t count, float* room) const {
     const Modulator<ORDER> sigma = this->sigma;  // here, it stays in registers
-    Vec peaks = all(-INFINITE), largest = peaks, totals = {};
+    Vec peaks = all(-INFINITE), totals = {};
     each(count, [&](int64_t j, auto lanes) {
-      const Vec x = load(scores + j, lanes, -INFINITE), modulated = sigma(x);
-      largest = max(x, largest);  // loses NaN, as peaks may; exp(NaN) below keeps it
-      peaks = max(peaks, modulated);
+      const Vec modulated = sigma(load(scores + j, lanes, -INFINITE));
+      peaks = max(peaks, modulated);  // may lose NaN; exp(NaN) below keeps it
       store(room + j, AllLanes{}, modulated);
     });
     float peak = max(peaks);
     // 0 only in a row without scores: with scores whose sigma are all -inf or NaN, the row becomes NaN
-    if (!(peak > -INFINITE) && max(largest) == -INFINITE) peak = 0;
+    if (!(peak > -INFINITE) && std::all_of(scores, scores + count, [](float x) { return x == -INFINITE; })) peak = 0;
     for (int64_t j = 0; j < count; j += LANES) {
       const Vec exponential = exp(load(room + j, AllLanes{}, 0) - peak);
       totals += exponential;
