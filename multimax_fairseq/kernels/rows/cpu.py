@@ -54,7 +54,8 @@ class Numbers(ctypes.Structure):
     def located(self, grads: Sequence[Tensor] = ()) -> "Numbers":
         """Itself, with addresses as they are now: FSDP moves parameters between forward and backward."""
         self.first, self.second, *_ = *map(Tensor.data_ptr, self.tensors), None, None
-        self.grad_first, self.grad_second, *_ = *map(Tensor.data_ptr, grads), None, None
+        if grads:
+            self.grad_first, self.grad_second, *_ = *map(Tensor.data_ptr, grads), None
         return self
 
     def gradients(self, found: Sequence[Tensor]) -> Tuple[Optional[Tensor], ...]:

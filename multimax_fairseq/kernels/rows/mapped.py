@@ -15,7 +15,7 @@ def map_rows(rows: Rows, scores: Tensor, dim: int = -1) -> Tensor:
     """``rows.formula`` of ``scores``, over a dimension; in C++ for fp32 and half precision on a CPU."""
     if scores.numel() == 0:  # the numbers get gradients of 0, which who trains in several processes waits for
         return sum((0 * number.sum() for number in rows.numbers), scores.clone())
-    if dim not in (-1, scores.dim() - 1):
+    if dim != -1 and dim != scores.dim() - 1:
         return map_rows(rows, scores.movedim(dim, -1)).movedim(-1, dim)
     if not (scores.is_cpu and wants_compiled(scores, *rows.numbers)):
         return rows.formula(scores, *rows.numbers)
