@@ -19,7 +19,7 @@ def modulated(
 ) -> Tensor:
     """``formula(scores, thresholds, gains)``, which is σ."""
     rows = scores.reshape(-1, scores.size(-1)) if scores.numel() else None
-    if rows is None or not is_plain(scores, thresholds, gains) or not modulate_rows.compiles(rows):
+    if rows is None or not modulate_rows.compiles(rows, thresholds, gains):
         return formula(scores, thresholds, gains)
     return _Modulated.apply(rows, thresholds, gains, formula).view(scores.shape)
 
