@@ -90,11 +90,15 @@ inline Vec reciprocal(Vec x) {
 #endif
 }
 
-// What 1.5-entmax and alpha-entmax differ in. power(base, base - 1) gives q = base^(1/c), for base > 0, and slope(q,
-// base, 1 / base) is base^(1/c-1). shrink(sum) is sum^-c. bend is (1 - c) / 2c, or 0 where its factor base^(1/c-2)
-// may be infinite. near is how near t must come to its root, relative to c t. slope_of(p) is p^(1-c), and 0 for p =
-// 0; where c is large, it falls so steeply to this 0 that fp32 has too few digits of a small p: a row with a base
-// nearer to 0 than edge is solved again in double precision.
+// What 1.5-entmax and alpha-entmax differ in. power(base, base - 1) gives q = base^(1/c), for base > 0, and derivatives
+// makes q / base and q / base^2 of it, all three 0 where base is not above 0. shrink(sum) is sum^-c. bend is (1 - c) /
+// 2c, or 0 where its factor base^(1/c-2) may be infinite. near is how near t must come to its root, relative to c t.
+// slope_of(p) is p^(1-c), and 0 for p = 0; where c is large, it falls so steeply to this 0 that fp32 has too few
+// digits of a small p: a row with a base nearer to 0 than edge is solved again in double precision.
+
+struct Derivatives {
+  Vec q, slope, curve;  // base^(1/c), base^(1/c-1), base^(1/c-2)
+};
 
 template <int EXPONENT>
 struct WholePower {
@@ -107,20 +111,29 @@ struct WholePower {
     for (int i = 1; i < EXPONENT; ++i) q *= base;
     return q;
   }
-  static Vec slope(Vec q, Vec base, Vec inverse) { return EXPONENT > 2 ? q * inverse : EXPONENT == 2 ? base : all(1); }
+  static Derivatives derivatives(Vec base, Vec) {
+    const Vec b = max(base, Vec{}), present = base > 0.f ? all(1.f) : Vec{};
+    const Vec curve = EXPONENT == 2 ? present : WholePower<EXPONENT - 2>::power(b, b);  // bend is 0 if EXPONENT is 1
+    const Vec slope = EXPONENT == 1 ? present : curve * b;
+    return {slope * b, slope, curve};
+  }
   Vec shrink(Vec sum) const { return EXPONENT > 2 ? exp2(-c * log2(sum)) : 1.f / (EXPONENT == 2 ? sqrt(sum) : sum); }
   static Vec slope_of(Vec p) { return EXPONENT == 2 ? sqrt(p) : p > 0.f ? all(1.f) : p; }  // NaN stays
 };
 
 struct AnyPower {
   static constexpr bool IS_COSTLY = true;
-  const Vec c, reciprocal, bend, near, edge;
+  const Vec c, reciprocal_of_c, bend, near, edge;
   explicit AnyPower(const float* number)
-      : c(all(*number)), reciprocal(1.f / c), bend(c > 0.55f ? Vec{} : 0.5f * (1.f - c) / c),
+      : c(all(*number)), reciprocal_of_c(1.f / c), bend(c > 0.55f ? Vec{} : 0.5f * (1.f - c) / c),
         near(c > 0.501f ? all(1e-6f) : c > 0.4f ? all(8e-3f) : all(2e-2f)),
         edge(c > 0.55f ? all(2e-3f) : c > 0.33f ? all(1e-4f) : all(-1.f)) {}
-  Vec power(Vec base, Vec base_less_1) const { return exp2(log2_1p(base_less_1, base) * reciprocal); }
-  static Vec slope(Vec q, Vec, Vec inverse) { return q * inverse; }
+  Vec power(Vec base, Vec base_less_1) const { return exp2(log2_1p(base_less_1, base) * reciprocal_of_c); }
+  Derivatives derivatives(Vec base, Vec base_less_1) const {
+    const Vec inverse = reciprocal(base > 0.f ? base : all(1.f));  // 1 / 0 would put NaN into the sums
+    const Vec q = base > 0.f ? power(base, base_less_1) : Vec{}, slope = q * inverse;
+    return {q, slope, slope * inverse};
+  }
   Vec shrink(Vec sum) const { return exp2(-c * log2(sum)); }
   Vec slope_of(Vec p) const { return p >= SMALLEST ? exp2((1.f - c) * log2(p)) : p * 0.f; }
 };
@@ -155,10 +168,9 @@ struct Root {
 
   // Adds to the sums.
   void add(Vec d) {
-    const Vec base_less_1 = ratio * d, base = 1.f + base_less_1;
-    const Vec inverse = reciprocal(base > 0.f ? base : all(1.f));  // 1 / 0 would put NaN into the sums
-    const Vec q = power.power(base, base_less_1), slope = base > 0.f ? power.slope(q, base, inverse) : Vec{};
-    sum += base > 0.f ? q : Vec{}, slopes += slope, curves += slope * inverse;
+    const Vec base_less_1 = ratio * d;
+    const Derivatives at = power.derivatives(1.f + base_less_1, base_less_1);
+    sum += at.q, slopes += at.slope, curves += at.curve;
   }
 
   // When all scores are added: moves t to the root; false if it was near enough in all lanes. Newton's step bounds t,
@@ -276,13 +288,12 @@ __attribute__((flatten)) uint32_t project_abreast(
   return alone & ((1u << height) - 1);
 }
 
-// (exp(x) - 1 - x) / x^2 for x in [0, 1], to 1 unit in the last place: its series.
+// (exp(x) - 1 - x) / x^2 for x in [0, 1], to 2 units in the last place: a minimax polynomial.
 inline Vec bent(Vec x) {
-  const Vec x2 = x * x, x4 = x2 * x2;
-  const Vec low = (x * 1.666666667e-1f + 0.5f) + x2 * (x * 8.333333333e-3f + 4.166666667e-2f);
-  const Vec middle = (x * 1.984126984e-4f + 1.388888889e-3f) + x2 * (x * 2.755731922e-6f + 2.480158730e-5f);
-  const Vec high = (x * 2.505210839e-8f + 2.755731922e-7f) + x2 * 2.087675699e-9f;
-  return (high * x4 + middle) * x4 + low;
+  const Vec x2 = x * x;
+  const Vec low = (x * 1.666666269e-1f + 0.5f) + x2 * (x * 8.329113945e-3f + 4.166736454e-2f);
+  const Vec high = (x * 1.810847316e-4f + 1.400926150e-3f) + x2 * 3.671581726e-5f;
+  return high * (x2 * x2) + low;
 }
 
 // alpha-entmax, alpha = 1 + c.
@@ -292,7 +303,7 @@ class Entmax {
   static constexpr bool ROWS_ABREAST = true;
   static constexpr int NUMBERS = IS_LEARNED;
   struct Sums {
-    double c = 0;  // dL/dc
+    Doubles c = {};  // dL/dc, a part in each lane
   };
 
   Entmax(const float* c, const float*) : power(c) {}
@@ -348,17 +359,15 @@ class Entmax {
     }
   }
 
-  // dL/dx = s (g - sum s g / sum s), s = p^(1-c).
+  // dL/dx = s (g - m), m = sum s g / sum s, s = p^(1-c).
   //
   // dL/dc is the formula of Correia, Niculae & Martins without its differences of size c^2. With l = log p and
-  // B = (exp(-c l) - 1 + c l) / c^2, which is l^2 / 2 at c = 0,
-  //
-  //   dL/dc = (sum p B sum g p (1 - c l) - (1 - c sum p l) sum g p B) / sum s
+  // B = (exp(-c l) - 1 + c l) / c^2, which is l^2 / 2 at c = 0, it is - sum p B (g - m).
   void backward(const float*, const float* p, const float* grad, float* grad_scores, int64_t count, Sums& sums,
                 float* room) const {
     const Power power = this->power;
     const bool is_apart = Power::IS_COSTLY && count > FEW_SCORES;  // what has a probability, beside each other
-    float *slope_left = room, *p_left = room + count + LANES, *g_left = p_left + count + LANES;
+    float *slope_left = room, *p_left = room + count + LANES, *g_left = p_left + count + LANES, *bend_left = p_left;
     int64_t kept = 0;
     each(is_apart ? count : 0, [&](int64_t j, auto lanes) {
       const Vec y = load(p + j, lanes, 0);
@@ -368,26 +377,29 @@ class Entmax {
     });
     const float *left = is_apart ? p_left : p, *grad_left = is_apart ? g_left : grad;
     if (!is_apart) kept = count;
-    Vec slopes = {}, products = {}, logs = {}, linear_products = {}, bends = {}, bend_products = {};
+    Vec slopes = {}, products = {}, bent_products = {};
     const float c = power.c[0], reciprocal_of_c = 1 / c;
     each(kept, [&](int64_t j, auto lanes) {
-      const Vec y = load(left + j, lanes, 0), g = load(grad_left + j, lanes, 0), slope = power.slope_of(y);
-      slopes += slope, products += slope * g;
+      const Vec y = load(left + j, lanes, 0), slope = power.slope_of(y);
+      slopes += slope, products += slope * load(grad_left + j, lanes, 0);
       store(slope_left + j, lanes, slope);
       if constexpr (IS_LEARNED) {
         const Vec l = y >= SMALLEST ? 0.693147181f * log2(y) : Vec{}, x = -c * l, pl = y * l;
-        const Vec bend = x < 1.f ? pl * l * bent(x) : ((slope - y) * reciprocal_of_c + pl) * reciprocal_of_c;
-        logs += pl, linear_products += g * (y - c * pl), bends += bend, bend_products += g * bend;
+        store(bend_left + j, lanes,
+              x < 1.f ? pl * l * bent(x) : ((slope - y) * reciprocal_of_c + pl) * reciprocal_of_c);
       }
     });
-    const float total = sum(slopes), inverse = total == 0 ? 0 : 1 / total, mean = sum(products) * inverse;
-    if constexpr (IS_LEARNED) {
-      sums.c += (sum(bends) * sum(linear_products) - (1 - c * sum(logs)) * sum(bend_products)) * inverse;
-    }
+    const float total = sum(slopes), mean = total == 0 ? 0 : sum(products) / total;
     float* to = is_apart ? slope_left : grad_scores;
     each(kept, [&](int64_t j, auto lanes) {
-      store(to + j, lanes, load(slope_left + j, lanes, 0) * (load(grad_left + j, lanes, 0) - mean));
+      const Vec g = load(grad_left + j, lanes, 0) - mean;
+      store(to + j, lanes, load(slope_left + j, lanes, 0) * g);
+      if constexpr (IS_LEARNED) bent_products += load(bend_left + j, lanes, 0) * g;
     });
+    if constexpr (IS_LEARNED) {
+      Doubles parts[2];
+      halves(bent_products, parts), sums.c -= parts[0] + parts[1];
+    }
     each(is_apart ? count : 0, [&](int64_t j, auto lanes) {
       const uint32_t above = lanes_above(load(p + j, lanes, 0), Vec{});
       store(grad_scores + j, lanes, expand(slope_left, above)), slope_left += __builtin_popcount(above);
@@ -395,7 +407,7 @@ class Entmax {
   }
 
   void add(const Sums& sums, double* grads) const {
-    if constexpr (IS_LEARNED) *grads += sums.c;
+    if constexpr (IS_LEARNED) *grads += sum(sums.c);
   }
 
  private:
