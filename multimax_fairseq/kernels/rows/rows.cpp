@@ -52,6 +52,13 @@ void backward(const Problem& problem, const float* scores, const float* probabil
   std::vector<double> parts(problem.groups * number);
   problem.each_group<Mapping>([&](const Mapping& mapping, int64_t row, int64_t end, int64_t group, float* room) {
     typename Mapping::Sums sums;
+    if constexpr (Mapping::ROWS_ABREAST) {
+      for (int height; width <= FEW_SCORES && row < end; row += height) {
+        const int64_t at = row * width;
+        height = std::min(int64_t(LANES), end - row);
+        mapping.backward_abreast(probabilities + at, grad + at, grad_scores + at, width, height, sums);
+      }
+    }
     for (; row < end; ++row) {
       const int64_t at = row * width;
       mapping.backward(scores + at, probabilities + at, grad + at, grad_scores + at, width, sums, room);

@@ -48,19 +48,21 @@ inline Vec sqrt(Vec v) {
   return v;
 }
 
-// log2(1 + x) for x > -1, to 3 units in the last place; `whole` is 1 + x.
+// log2(x) for x >= SMALLEST, to 3 units in the last place. Where x is near 1, `less_1` = x - 1 may have more digits.
 //
-// 1 + x = 2^n (1 + f), 1 + f in [sqrt(1/2), sqrt(2)), with the polynomial of Moshier's Cephes library (logf) times
-// log2(e). Where n is 0, f is x itself, which has more digits. Here and below, the terms of a polynomial are added in
-// pairs: the chain of Horner's scheme is longer than a processor looks ahead.
-inline Vec log2_1p(Vec x, Vec whole) {
+// x = 2^n (1 + f), 1 + f in [sqrt(1/2), sqrt(2)), with the polynomial of Moshier's Cephes library (logf) times log2(e).
+// Here and below, the terms of a polynomial are added in pairs: the chain of Horner's scheme is longer than a processor
+// looks ahead.
+template <class... Less>
+inline Vec log2(Vec x, Less... less_1) {
   IntVec bits;
-  std::memcpy(&bits, &whole, sizeof bits);
+  std::memcpy(&bits, &x, sizeof bits);
   const IntVec n = (bits - 0x3f3504f3) >> 23;  // the bits of sqrt(1/2)
   bits -= n << 23;
   Vec f;
   std::memcpy(&f, &bits, sizeof f);
-  f = n == 0 ? x : f - 1.f;
+  f -= 1.f;
+  if constexpr (sizeof...(Less)) f = n == 0 ? Vec(less_1...) : f;
   const Vec f2 = f * f, f4 = f2 * f2;
   const Vec low = (f * -7.2134752044e-01f + 1.4426950409e+00f) + f2 * (f * -3.6067367356e-01f + 4.8089831581e-01f);
   const Vec middle = (f * -2.4046924135e-01f + 2.8854932006e-01f) + f2 * (f * -1.7918475606e-01f + 2.0557427321e-01f);
@@ -68,9 +70,6 @@ inline Vec log2_1p(Vec x, Vec whole) {
   const Vec y = (high * f4 + middle) * f4 + low;
   return y * f + __builtin_convertvector(n, Vec);
 }
-
-// log2(x) for x >= SMALLEST.
-inline Vec log2(Vec x) { return log2_1p(x - 1.f, x); }
 
 // 2^x for x <= 0, to 2 units in the last place; 0 below -126.5. The polynomial is that of Cephes (exp2f).
 inline Vec exp2(Vec x) {
@@ -92,7 +91,7 @@ inline Vec reciprocal(Vec x) {
 
 // What 1.5-entmax and alpha-entmax differ in. power(base, base - 1) gives q = base^(1/c), for base > 0, and derivatives
 // makes q / base and q / base^2 of it, all three 0 where base is not above 0. shrink(sum) is sum^-c. bend is (1 - c) /
-// 2c, or 0 where its factor base^(1/c-2) may be infinite. near is how near t must come to its root, relative to c t.
+// 2c^2, or 0 where its factor base^(1/c-2) may be infinite. near is how near t must come to its root, relative to c t.
 // slope_of(p) is p^(1-c), and 0 for p = 0; where c is large, it falls so steeply to this 0 that fp32 has too few
 // digits of a small p: a row with a base nearer to 0 than edge is solved again in double precision.
 
@@ -103,7 +102,7 @@ struct Derivatives {
 template <int EXPONENT>
 struct WholePower {
   static constexpr bool IS_COSTLY = false;
-  const Vec c = all(1.f / EXPONENT), bend = all(0.5f * (EXPONENT - 1)), near = all(1e-6f);
+  const Vec c = all(1.f / EXPONENT), bend = all(0.5f * (EXPONENT - 1) * EXPONENT), near = all(1e-6f);
   const Vec edge = all(EXPONENT > 1 ? -1.f : 1e-5f);
   explicit WholePower(const float* = nullptr) {}
   static Vec power(Vec base, Vec) {
@@ -125,10 +124,10 @@ struct AnyPower {
   static constexpr bool IS_COSTLY = true;
   const Vec c, reciprocal_of_c, bend, near, edge;
   explicit AnyPower(const float* number)
-      : c(all(*number)), reciprocal_of_c(1.f / c), bend(c > 0.55f ? Vec{} : 0.5f * (1.f - c) / c),
+      : c(all(*number)), reciprocal_of_c(1.f / c), bend(c > 0.55f ? Vec{} : 0.5f * (1.f - c) / (c * c)),
         near(c > 0.501f ? all(1e-6f) : c > 0.4f ? all(8e-3f) : all(2e-2f)),
         edge(c > 0.55f ? all(2e-3f) : c > 0.33f ? all(1e-4f) : all(-1.f)) {}
-  Vec power(Vec base, Vec base_less_1) const { return exp2(log2_1p(base_less_1, base) * reciprocal_of_c); }
+  Vec power(Vec base, Vec base_less_1) const { return exp2(log2(base, base_less_1) * reciprocal_of_c); }
   Derivatives derivatives(Vec base, Vec base_less_1) const {
     const Vec inverse = reciprocal(base > 0.f ? base : all(1.f));  // 1 / 0 would put NaN into the sums
     const Vec q = base > 0.f ? power(base, base_less_1) : Vec{}, slope = q * inverse;
@@ -176,10 +175,10 @@ struct Root {
   // When all scores are added: moves t to the root; false if it was near enough in all lanes. Newton's step bounds t,
   // since N is convex; Halley's, which also uses the second derivative, comes nearer.
   bool step() {
-    sum = max(sum, all(1.f)), slopes = max(slopes, all(SMALLEST));  // less only in a row without scores
-    const Vec goal = power.shrink(sum), error = t - goal, newton = error * sum / slopes;
+    sum = max(sum, all(1.f)), slopes = max(slopes, all(0.5f));  // less only in a row without scores
+    const Vec goal = power.shrink(sum), error = t - goal, inverse = 1.f / slopes, newton = error * sum * inverse;
     const Vec tolerance = max(power.near * power.c, all(1.2e-7f)) * goal;
-    const Vec curve = power.bend * newton * (curves / slopes - slopes / sum) / t;
+    const Vec curve = power.bend * ratio * error * (curves * inverse * (sum * inverse) - 1.f);
     bound = min(bound, t - newton + 1e-4f * max(newton, -newton));
     t = min(t - newton / max(1.f - curve, all(0.5f)), bound);
     ratio = power.c / t;
@@ -255,7 +254,7 @@ inline void transpose(Vec* rows) {
 template <class Power>
 __attribute__((flatten)) uint32_t project_abreast(
     const Power power, const float* scores, float* p, int64_t width, int height) {
-  Vec d[FEW_SCORES], q[FEW_SCORES], peaks = all(LOWEST), totals = {};
+  Vec d[FEW_SCORES], q[FEW_SCORES], peaks = all(LOWEST), totals = {}, nearest = all(1.f);
   uint32_t alone = 0;
   for (int64_t start = 0; start < width; start += LANES) {
     const int lanes = std::min(int64_t(LANES), width - start);
@@ -275,8 +274,9 @@ __attribute__((flatten)) uint32_t project_abreast(
   for (int64_t j = 0; j < width; ++j) {
     const Vec base_less_1 = root.ratio * d[j], base = 1.f + base_less_1;
     totals += q[j] = q_of(power, base, base_less_1);
-    alone |= ~lanes_above(max(base, -base), power.edge);
+    nearest = min(nearest, max(base, -base));
   }
+  alone |= ~lanes_above(nearest, power.edge);
   const Vec factor = totals > 0.f ? 1.f / totals : Vec{};
   for (int64_t start = 0; start < width; start += LANES) {
     for (int i = 0; i < LANES; ++i) q[start + i] *= factor;
@@ -362,48 +362,37 @@ class Entmax {
   // dL/dx = s (g - m), m = sum s g / sum s, s = p^(1-c).
   //
   // dL/dc is the formula of Correia, Niculae & Martins without its differences of size c^2. With l = log p and
-  // B = (exp(-c l) - 1 + c l) / c^2, which is l^2 / 2 at c = 0, it is - sum p B (g - m).
+  // B = exp(-c l) - 1 + c l, which is (c l)^2 / 2 at c = 0, it is - sum p B (g - m) / c^2.
   void backward(const float*, const float* p, const float* grad, float* grad_scores, int64_t count, Sums& sums,
                 float* room) const {
-    const Power power = this->power;
-    const bool is_apart = Power::IS_COSTLY && count > FEW_SCORES;  // what has a probability, beside each other
-    float *slope_left = room, *p_left = room + count + LANES, *g_left = p_left + count + LANES, *bend_left = p_left;
-    int64_t kept = 0;
-    each(is_apart ? count : 0, [&](int64_t j, auto lanes) {
+    float *s = room, *p_left = s + count + LANES, *grad_left = p_left + count + LANES;
+    if constexpr (!Power::IS_COSTLY) {
+      slopes(p, count, s, nullptr);
+      return finish(s, nullptr, grad, grad_scores, count, sums);
+    }
+    int64_t kept = 0;  // what has a probability, side by side
+    each(count, [&](int64_t j, auto lanes) {
       const Vec y = load(p + j, lanes, 0);
       const uint32_t above = lanes_above(y, Vec{});
-      compress(p_left + kept, y, above), compress(g_left + kept, load(grad + j, lanes, 0), above);
+      compress(p_left + kept, y, above), compress(grad_left + kept, load(grad + j, lanes, 0), above);
       kept += __builtin_popcount(above);
     });
-    const float *left = is_apart ? p_left : p, *grad_left = is_apart ? g_left : grad;
-    if (!is_apart) kept = count;
-    Vec slopes = {}, products = {}, bent_products = {};
-    const float c = power.c[0], reciprocal_of_c = 1 / c;
-    each(kept, [&](int64_t j, auto lanes) {
-      const Vec y = load(left + j, lanes, 0), slope = power.slope_of(y);
-      slopes += slope, products += slope * load(grad_left + j, lanes, 0);
-      store(slope_left + j, lanes, slope);
-      if constexpr (IS_LEARNED) {
-        const Vec l = y >= SMALLEST ? 0.693147181f * log2(y) : Vec{}, x = -c * l, pl = y * l;
-        store(bend_left + j, lanes,
-              x < 1.f ? pl * l * bent(x) : ((slope - y) * reciprocal_of_c + pl) * reciprocal_of_c);
-      }
-    });
-    const float total = sum(slopes), mean = total == 0 ? 0 : sum(products) / total;
-    float* to = is_apart ? slope_left : grad_scores;
-    each(kept, [&](int64_t j, auto lanes) {
-      const Vec g = load(grad_left + j, lanes, 0) - mean;
-      store(to + j, lanes, load(slope_left + j, lanes, 0) * g);
-      if constexpr (IS_LEARNED) bent_products += load(bend_left + j, lanes, 0) * g;
-    });
-    if constexpr (IS_LEARNED) {
-      Doubles parts[2];
-      halves(bent_products, parts), sums.c -= parts[0] + parts[1];
-    }
-    each(is_apart ? count : 0, [&](int64_t j, auto lanes) {
+    slopes(p_left, kept, s, p_left);
+    finish(s, p_left, grad_left, s, kept, sums);
+    each(count, [&](int64_t j, auto lanes) {
       const uint32_t above = lanes_above(load(p + j, lanes, 0), Vec{});
-      store(grad_scores + j, lanes, expand(slope_left, above)), slope_left += __builtin_popcount(above);
+      store(grad_scores + j, lanes, expand(s, above)), s += __builtin_popcount(above);
     });
+  }
+
+  // Of `height` rows, at most LANES, of up to FEW_SCORES scores, whose powers a processor computes at once.
+  void backward_abreast(const float* p, const float* grad, float* grad_scores, int64_t width, int height,
+                        Sums& sums) const {
+    float s[LANES * FEW_SCORES], bends[LANES * FEW_SCORES];
+    slopes(p, height * width, s, bends);
+    for (int64_t at = 0; at < height * width; at += width) {
+      finish(s + at, bends + at, grad + at, grad_scores + at, width, sums);
+    }
   }
 
   void add(const Sums& sums, double* grads) const {
@@ -412,6 +401,39 @@ class Entmax {
 
  private:
   const Power power;
+
+  // Writes s, and p B, if alpha is learned, both 0 where p is. p and bends may be the same.
+  void slopes(const float* p, int64_t count, float* s, float* bends) const {
+    const Power power = this->power;
+    each(count, [&](int64_t j, auto lanes) {
+      const Vec y = load(p + j, lanes, 0), slope = power.slope_of(y);
+      store(s + j, lanes, slope);
+      if constexpr (IS_LEARNED) {
+        const Vec x = -0.693147181f * power.c * log2(y), px = y * x;  // p = 0 makes px 0, as this log2 is finite
+        store(bends + j, lanes, x < 1.f ? px * (x * bent(x)) : slope - y - px);
+      }
+    });
+  }
+
+  // Makes the gradients of s, p B and dL/dp. s and grad_scores may be the same.
+  void finish(const float* s, const float* bends, const float* grad, float* grad_scores, int64_t count,
+              Sums& sums) const {
+    Vec totals = {}, products = {}, bent_products = {};
+    each(count, [&](int64_t j, auto lanes) {
+      const Vec slope = load(s + j, lanes, 0);
+      totals += slope, products += slope * load(grad + j, lanes, 0);
+    });
+    const float total = sum(totals), mean = total == 0 ? 0 : sum(products) / total;
+    each(count, [&](int64_t j, auto lanes) {
+      const Vec g = load(grad + j, lanes, 0) - mean;
+      store(grad_scores + j, lanes, load(s + j, lanes, 0) * g);
+      if constexpr (IS_LEARNED) bent_products += load(bends + j, lanes, 0) * g;
+    });
+    if constexpr (IS_LEARNED) {
+      Doubles parts[2];
+      halves(bent_products, parts), sums.c -= (parts[0] + parts[1]) / (double(power.c[0]) * power.c[0]);
+    }
+  }
 
   // Writes what factor makes probabilities of, from d; returns the sum.
   float probabilities(const float* d, int64_t count, State state, float* q) const {
