@@ -189,7 +189,8 @@ struct Root {
 // Moves t to the root. step(root) adds all scores and steps.
 //
 // Where powers are costly, it starts from the roots for the two whole 1/c around, whose powers are products: between
-// them, the logarithm of the largest probability, t^(1/c), falls about linearly with c.
+// them, the logarithm of the largest probability, t^(1/c), rises about linearly with log c, of which the first two
+// terms are taken here.
 template <class Power, class Step, int EXPONENT = 1>
 void search(Root<Power>& root, Step step) {
   if constexpr (Power::IS_COSTLY) {
@@ -202,7 +203,8 @@ void search(Root<Power>& root, Step step) {
     const Vec log = float(EXPONENT) * log2(below.t);
     above.start(log), step(above);
     const Vec rise = float(EXPONENT + 1) * log2(above.t) - log;
-    root.start(log + rise * ((1.f - root.power.c * float(EXPONENT)) * float(EXPONENT + 1)));
+    const Vec part = (1.f - root.power.c * float(EXPONENT)) * float(EXPONENT + 1);  // above 1 beyond the last pair
+    root.start(log + rise * (part - part * max(1.f - part, Vec{}) * (1.f / (2 * EXPONENT + 1))));
   }
   for (int steps = 0; steps < MOST_STEPS && step(root); ++steps) {}
 }
