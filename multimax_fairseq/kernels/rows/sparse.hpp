@@ -50,9 +50,8 @@ inline Vec sqrt(Vec v) {
 
 // log2(x) for x >= SMALLEST, to 3 units in the last place. Where x is near 1, `less_1` = x - 1 may have more digits.
 //
-// x = 2^n (1 + f), 1 + f in [sqrt(1/2), sqrt(2)), with the polynomial of Moshier's Cephes library (logf) times log2(e).
-// Here and below, the terms of a polynomial are added in pairs: the chain of Horner's scheme is longer than a processor
-// looks ahead.
+// x = 2^n (1 + f), 1 + f in [sqrt(1/2), sqrt(2)), with a minimax polynomial, to 2^-25. Here and below, even and odd
+// terms are added apart: the chain of Horner's scheme is longer than a processor looks ahead.
 template <class... Less>
 inline Vec log2(Vec x, Less... less_1) {
   IntVec bits;
@@ -63,21 +62,20 @@ inline Vec log2(Vec x, Less... less_1) {
   std::memcpy(&f, &bits, sizeof f);
   f -= 1.f;
   if constexpr (sizeof...(Less)) f = n == 0 ? Vec(less_1...) : f;
-  const Vec f2 = f * f, f4 = f2 * f2;
-  const Vec low = (f * -7.2134752044e-01f + 1.4426950409e+00f) + f2 * (f * -3.6067367356e-01f + 4.8089831581e-01f);
-  const Vec middle = (f * -2.4046924135e-01f + 2.8854932006e-01f) + f2 * (f * -1.7918475606e-01f + 2.0557427321e-01f);
-  const Vec high = (f * -1.6612071192e-01f + 1.6846348175e-01f) + f2 * 1.0153231271e-01f;
-  const Vec y = (high * f4 + middle) * f4 + low;
-  return y * f + __builtin_convertvector(n, Vec);
+  const Vec f2 = f * f;
+  const Vec odd = ((f2 * -2.068820270e-1f - 2.389980757e-1f) * f2 - 3.607015810e-1f) * f2 - 7.213473709e-1f;
+  Vec even = ((f2 * 1.259197141e-1f + 2.154901224e-1f) * f2 + 2.879509499e-1f) * f2 + 4.809090609e-1f;
+  even = even * f2 + 1.442695022f;
+  return (odd * f + even) * f + __builtin_convertvector(n, Vec);
 }
 
 // 2^x for x <= 0, to 2 units in the last place; 0 below -126.5. The polynomial is that of Cephes (exp2f).
 inline Vec exp2(Vec x) {
   x = max(x, all(-127.f));
   const Vec shifted = x + SHIFT, r = x - (shifted - SHIFT), r2 = r * r;
-  const Vec low = (r * 6.931472028e-1f + 1.f) + r2 * (r * 5.550332471e-2f + 2.402264791e-1f);
-  const Vec high = (r * 1.339887440e-3f + 9.618437357e-3f) + r2 * 1.535336188e-4f;
-  return (high * (r2 * r2) + low) * power_of_2(shifted);
+  const Vec odd = (r2 * 1.339887440e-3f + 5.550332471e-2f) * r2 + 6.931472028e-1f;
+  const Vec even = ((r2 * 1.535336188e-4f + 9.618437357e-3f) * r2 + 2.402264791e-1f) * r2 + 1.f;
+  return (odd * r + even) * power_of_2(shifted);
 }
 
 // 1 / x to 4 digits or more.
@@ -293,9 +291,9 @@ __attribute__((flatten)) uint32_t project_abreast(
 // (exp(x) - 1 - x) / x^2 for x in [0, 1], to 2 units in the last place: a minimax polynomial.
 inline Vec bent(Vec x) {
   const Vec x2 = x * x;
-  const Vec low = (x * 1.666666269e-1f + 0.5f) + x2 * (x * 8.329113945e-3f + 4.166736454e-2f);
-  const Vec high = (x * 1.810847316e-4f + 1.400926150e-3f) + x2 * 3.671581726e-5f;
-  return high * (x2 * x2) + low;
+  const Vec odd = (x2 * 1.810847316e-4f + 8.329113945e-3f) * x2 + 1.666666269e-1f;
+  const Vec even = ((x2 * 3.671581726e-5f + 1.400926150e-3f) * x2 + 4.166736454e-2f) * x2 + 0.5f;
+  return odd * x + even;
 }
 
 // alpha-entmax, alpha = 1 + c.
