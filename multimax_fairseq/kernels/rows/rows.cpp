@@ -30,7 +30,7 @@ struct Problem {
 template <class Mapping>
 void forward(const Problem& problem, const float* scores, float* probabilities) {
   const int64_t width = problem.width;
-  problem.each_group<Mapping>([&](const Mapping& mapping, int64_t row, int64_t end, int64_t, float* room) {
+  problem.each_group<Mapping>([&](const Mapping mapping, int64_t row, int64_t end, int64_t, float* room) {
     if constexpr (Mapping::ROWS_ABREAST) {
       for (int height; width <= FEW_SCORES && row < end; row += height) {
         height = std::min(int64_t(LANES), end - row);
@@ -50,7 +50,7 @@ void backward(const Problem& problem, const float* scores, const float* probabil
               float* grad_scores) {
   const int64_t width = problem.width, number = Mapping::NUMBERS;
   std::vector<double> parts(problem.groups * number);
-  problem.each_group<Mapping>([&](const Mapping& mapping, int64_t row, int64_t end, int64_t group, float* room) {
+  problem.each_group<Mapping>([&](const Mapping mapping, int64_t row, int64_t end, int64_t group, float* room) {
     typename Mapping::Sums sums;
     if constexpr (Mapping::ROWS_ABREAST) {
       for (int height; width <= FEW_SCORES && row < end; row += height) {

@@ -138,7 +138,7 @@ class MultiMax {
     sums = local;
   }
 
-  void add(const Sums& sums, double* grads) const { sums.add_to(grads, sigma); }
+  void add(Sums sums, double* grads) const { sums.add_to(grads, sigma); }
 
  private:
   const Modulator<ORDER> sigma;
@@ -193,7 +193,7 @@ class EvSoftmax {
     });
   }
 
-  void add(const Sums&, double*) const {}
+  void add(Sums, double*) const {}
 
  private:
   const float epsilon;

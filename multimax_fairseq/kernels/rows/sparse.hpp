@@ -395,7 +395,7 @@ class Entmax {
     }
   }
 
-  void add(const Sums& sums, double* grads) const {
+  void add(Sums sums, double* grads) const {
     if constexpr (IS_LEARNED) *grads += sum(sums.c);
   }
 
