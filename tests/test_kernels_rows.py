@@ -27,8 +27,8 @@ EXTREME_ROWS = int(os.environ.get("MULTIMAX_EXTREME_ROWS", "600"))  # more of th
 TWINS = {
     "sparsemax": (sparsemax, sparsemax_formula, False, 1e-6),
     "entmax15": (entmax15, entmax15_formula, False, 1e-6),
-    "entmax at 1.3": (partial(entmax, alpha=1.3), partial(entmax_formula, alpha=1.3), False, 1e-5),
-    "entmax, learned": (entmax, entmax_formula, True, 1e-5),
+    "entmax at 1.3": (partial(entmax, alpha=1.3), partial(entmax_formula, c=0.3), False, 1e-5),
+    "entmax, learned": (entmax, lambda scores, alpha: entmax_formula(scores, alpha - 1), True, 1e-5),
     "evsoftmax": (evsoftmax, partial(evsoftmax_formula, epsilon=0.0), False, 1e-6),
     "evsoftmax, training": (
         partial(evsoftmax, training=True), partial(evsoftmax_formula, epsilon=TRAINING_EPSILON), False, 1e-6

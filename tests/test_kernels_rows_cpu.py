@@ -25,7 +25,7 @@ ORACLES = {
     "multimax": multimax_formula,
     "sparsemax": lambda x: package.sparsemax(x, -1),
     "entmax15": lambda x: package.entmax15(x, -1),
-    "entmax": lambda x, alpha: package.entmax_bisect(x, alpha, n_iter=60),
+    "entmax": lambda x, c: package.entmax_bisect(x, 1 + c, n_iter=60),
     "evsoftmax": lambda x, epsilon: evsoftmax_formula(x, epsilon.detach()),
 }
 names = pytest.mark.parametrize("name", ORACLES)
@@ -55,7 +55,7 @@ def library(request, tmp_path_factory):
 def rows_of(name, order=2):
     numbers = {
         "multimax": lambda: (0.5 * torch.randn(order, 2), 0.1 * torch.randn(order, 2)),
-        "entmax": lambda: (torch.empty(HEADS, 1, 1).uniform_(1.05, 2),),
+        "entmax": lambda: (torch.empty(HEADS, 1, 1).uniform_(0.05, 1),),
         "evsoftmax": lambda: (torch.tensor(1e-6),),
     }
     return Rows(name, numbers.get(name, tuple)())
@@ -93,7 +93,7 @@ def test_probabilities_and_gradients_are_those_of_double_precision(name, width):
 @pytest.mark.parametrize("name", ["sparsemax", "entmax"])
 def test_a_score_exactly_at_the_threshold_is_not_in_the_support(name, width):
     """Scores on a grid, as half-precision ones are, or in sixteenths; α = 2 is sparsemax."""
-    rows = Rows(name, (torch.tensor(2.0),) if name == "entmax" else ())
+    rows = Rows(name, (torch.tensor(1.0),) if name == "entmax" else ())
     for grid in (lambda x: (16 * x).round() / 16, lambda x: x.bfloat16().float(), lambda x: x.half().float()):
         scores, grad = grid(torch.randn(2_000, width)), torch.randn(2_000, width)
         found, expected = (function(rows, scores, grad)[:2] for function in (results, exact))
@@ -163,17 +163,17 @@ def test_rows_near_the_end_of_the_search_are_solved_to_the_last_digits():
     """It ends where one more step changes nothing, and has the least to spare at this α."""
     scores = torch.randn(10_000, 64) * torch.tensor([0.1, 1, 3, 10, 40]).repeat(2_000)[:, None]
     expected = package.entmax_bisect(scores.double(), 1.48, n_iter=60)
-    found = forward(Rows("entmax, fixed", (torch.tensor(1.48, dtype=torch.float64),)), scores)
+    found = forward(Rows("entmax, fixed", (torch.tensor(0.48),)), scores)
     torch.testing.assert_close(found.double(), expected, atol=6e-7, rtol=0)
 
 
 @pytest.mark.parametrize("shape", [(), (1, 1), (HEADS, 1, 1), (2, HEADS, 1, 1), (2, 1, 7, 1)])
 @pytest.mark.parametrize("width", [20, 90])
 def test_an_alpha_of_any_shape(shape, width):
-    rows = Rows("entmax", (torch.empty(shape).uniform_(1.05, 2),))
+    rows = Rows("entmax", (torch.empty(shape).uniform_(0.05, 1),))
     scores, grad = (torch.randn(2, HEADS, 7, width) for _ in range(2))
     inputs = [scores.double().requires_grad_(), rows.numbers[0].double().requires_grad_()]
-    alpha = inputs[1].expand(2, HEADS, 7, 1)
+    alpha = 1 + inputs[1].expand(2, HEADS, 7, 1)
     expected = torch.autograd.grad(package.entmax_bisect(inputs[0], alpha, n_iter=60), inputs, grad.double())
     for result, other in zip(results(rows, scores, grad)[1:], expected):
         assert result.shape == other.shape

@@ -96,10 +96,10 @@ def entmax15_formula(scores: Tensor) -> Tensor:
     return _project(scores, project)
 
 
-def entmax_formula(scores: Tensor, alpha: Union[float, Tensor]) -> Tensor:
-    """:func:`entmax` over the last dimension, by Newton's method, in PyTorch's operators.
+def entmax_formula(scores: Tensor, c: Union[float, Tensor]) -> Tensor:
+    """:func:`entmax` with α = 1 + c over the last dimension, by Newton's method, in PyTorch's operators.
 
-    With c = α − 1 and d = x − max x, p = max(t + c·d, 0)^(1/c) for the t in (0, 1] that makes Σ p = 1. It is the root
+    With d = x − max x, p = max(t + c·d, 0)^(1/c) for the t in (0, 1] that makes Σ p = 1. It is the root
     of N(t) − 1 with the norm N(t) = (Σ max(t + c·d, 0)^(1/c))^c, convex and nearly straight, so that Newton's method
     from t = 1 falls to the root in a few steps and never below it::
 
@@ -108,8 +108,7 @@ def entmax_formula(scores: Tensor, alpha: Union[float, Tensor]) -> Tensor:
     The logarithm of 1 + (c / t)·d keeps its digits where c is small, so this holds down to softmax. One more step
     from the root has the derivative of the root; two more have its second derivative, too.
     """
-    c = alpha - 1
-    if isinstance(alpha, Tensor):
+    if isinstance(c, Tensor):
         c = c.to(compute_dtype(scores.dtype))
 
     def project(d: Tensor) -> Tensor:
@@ -224,16 +223,19 @@ class Entmax(nn.Module):
         """The number, or the learned (num_heads,) of them, in (1, 2]."""
         if self.fixed_alpha is not None:
             return self.fixed_alpha
-        return LEARNED_ALPHA_MIN + (2 - LEARNED_ALPHA_MIN) * self.alpha_logits.float().sigmoid()
+        return 1 + self._learned_c()
+
+    def _learned_c(self) -> Tensor:
+        return (LEARNED_ALPHA_MIN - 1) + (2 - LEARNED_ALPHA_MIN) * self.alpha_logits.float().sigmoid()
 
     def extra_repr(self) -> str:
         return f"alpha={'learned' if self.fixed_alpha is None else self.fixed_alpha}"
 
     def kernel_rows(self) -> Rows:
-        alpha = self.alpha
-        if isinstance(alpha, Tensor):
-            alpha = alpha.view(-1, 1, 1) if alpha.numel() > 1 else alpha.view(())
-        return _entmax_rows(alpha)
+        if self.fixed_alpha is not None:
+            return _entmax_rows(self.fixed_alpha)
+        c = self._learned_c()
+        return Rows("entmax", (c.view(-1, 1, 1) if c.numel() > 1 else c,), entmax_formula)
 
     def forward(self, scores: Tensor) -> Tensor:
         return map_rows(self.kernel_rows(), scores)
@@ -259,8 +261,7 @@ class Entmax15(Entmax):
 
 def _entmax_rows(alpha: Union[float, Tensor]) -> Rows:
     if isinstance(alpha, Tensor):
-        return Rows("entmax", (alpha,), entmax_formula)
+        return Rows("entmax", (alpha - 1,), entmax_formula)
     if alpha in (1.5, 2.0):  # which are exact
         return Rows("entmax15", (), entmax15_formula) if alpha == 1.5 else Rows("sparsemax", (), sparsemax_formula)
-    number = torch.tensor(alpha, dtype=torch.float64)
-    return Rows("entmax, fixed", (number,), lambda scores, _: entmax_formula(scores, alpha))
+    return Rows("entmax, fixed", (torch.tensor(alpha - 1),), lambda scores, _: entmax_formula(scores, alpha - 1))

@@ -17,8 +17,8 @@ class Rows(NamedTuple):
     Attributes:
         name: ``"softmax"``, ``"multimax"``, ``"sparsemax"``, ``"entmax15"``, ``"entmax"``, ``"entmax, fixed"``
             (without a gradient of α) or ``"evsoftmax"``.
-        numbers: multimax: (thresholds, gains), (N, 2) each, N 1 or 2; entmax: (alpha,), () or broadcastable
-            (num_heads, 1, 1); a fixed one: (alpha,), (); evsoftmax: (epsilon,), (); others: ().
+        numbers: multimax: (thresholds, gains), (N, 2) each, N 1 or 2; entmax: (c,), c = α − 1, which
+            broadcasts over the scores; a fixed one: (c,), (); evsoftmax: (epsilon,), (); others: ().
         formula: formula(scores, *numbers) → probabilities over the last dimension, in PyTorch's operators, which
             says what the row function computes.
     """

@@ -24,7 +24,7 @@ class Numbers(ctypes.Structure):
 
     Attributes:
         kind: the mapping.
-        tensors: thresholds and gains; ε; or c = α − 1: fp32, contiguous.
+        tensors: thresholds and gains; ε; or c: fp32, contiguous.
     """
 
     _fields_ = [
@@ -39,13 +39,13 @@ class Numbers(ctypes.Structure):
         self.tensors = [*map(_as_read, rows.numbers)]
         if rows.name == "multimax":
             self.kind += len(self.tensors[0])
-        elif rows.name in ("entmax", "entmax, fixed"):
-            c = rows.numbers[0].detach().double() - 1  # an α near 1 has few digits of it in fp32
-            if c.numel() > 1 and tuple(c.shape[-3:]) == (*scores[-3:-2], 1, 1):
+        elif rows.name == "entmax" and self.tensors[0].numel() > 1:
+            (c,) = self.tensors
+            if tuple(c.shape[-3:]) == (*scores[-3:-2], 1, 1):
                 self.rows_of_each = scores[-2]
-            elif c.numel() > 1:
-                self.rows_of_each, c = 1, c.expand(*scores[:-1], 1)
-            self.count, self.tensors = c.numel(), [_as_read(c)]
+            else:
+                self.rows_of_each, self.tensors = 1, [_as_read(c.expand(*scores[:-1], 1))]
+            self.count = self.tensors[0].numel()
 
     def new_gradients(self) -> List[Tensor]:
         """Where the C++ is to write the gradients of ``tensors``, for mappings that have some."""
