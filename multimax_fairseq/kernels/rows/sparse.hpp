@@ -182,9 +182,15 @@ struct Root {
     ratio = power.c / t;
     return lanes_above(max(error, -error), tolerance);
   }
+
+  // The same, where all lanes have scores of one row.
+  bool step_together() {
+    sum = all(multimax::sum(sum + earlier)), slopes = all(multimax::sum(slopes)), curves = all(multimax::sum(curves));
+    return step();
+  }
 };
 
-// Moves t to the root. step(root) adds all scores and steps.
+// Moves t to the root. step(roots...) adds all scores to each and steps: one computes while another waits.
 //
 // Where powers are costly, it starts from the roots for the two whole 1/c around, whose powers are products: between
 // them, the logarithm of the largest probability, t^(1/c), rises about linearly with log c, of which the first two
@@ -197,9 +203,8 @@ void search(Root<Power>& root, Step step) {
     }
     Root<WholePower<EXPONENT>> below;
     Root<WholePower<EXPONENT + 1>> above;
-    step(below), step(below);
+    step(below, above), step(below, above);
     const Vec log = float(EXPONENT) * log2(below.t);
-    above.start(log), step(above);
     const Vec rise = float(EXPONENT + 1) * log2(above.t) - log;
     const Vec part = (1.f - root.power.c * float(EXPONENT)) * float(EXPONENT + 1);  // above 1 beyond the last pair
     root.start(log + rise * (part - part * max(1.f - part, Vec{}) * (1.f / (2 * EXPONENT + 1))));
@@ -266,10 +271,10 @@ __attribute__((flatten)) uint32_t project_abreast(
   for (int64_t j = 0; j < width; ++j) alone |= lanes_above(d[j], all(-LOWEST)), peaks = max(d[j], peaks);
   for (int64_t j = 0; j < width; ++j) d[j] -= peaks;
   Root<Power> root(power);
-  search(root, [&](auto& root) {
-    root.clear();
-    for (int64_t j = 0; j < width; ++j) root.add(d[j]);
-    return root.step();
+  search(root, [&](auto&... roots) {
+    (roots.clear(), ...);
+    for (int64_t j = 0; j < width; ++j) (roots.add(d[j]), ...);
+    return (roots.step() | ...);
   });
   for (int64_t j = 0; j < width; ++j) {
     const Vec base_less_1 = root.ratio * d[j], base = 1.f + base_less_1;
@@ -319,17 +324,16 @@ class Entmax {
     const float c = power.c[0];
     float limit = -(1 + SLACK) / c, *q = room + count + LANES;
     int64_t kept = keep(scores, state.peak, limit, count, room);
-    search(root, [&](auto& root) {
-      root.clear();
+    search(root, [&](auto& first, auto&... others) {
+      (first.clear(), ..., others.clear());
       for (int64_t j = 0; j < kept; j += LANES) {
-        root.add(load(room + j, AllLanes{}, 0));
-        if (j % SHORT_SUM == 0) root.carry();
+        const Vec d = load(room + j, AllLanes{}, 0);
+        (first.add(d), ..., others.add(d));
+        if (j % SHORT_SUM == 0) (first.carry(), ..., others.carry());
       }
-      root.sum = all(sum(root.sum + root.earlier));
-      root.slopes = all(sum(root.slopes)), root.curves = all(sum(root.curves));
-      const bool is_far = root.step();
-      if (root.power.c[0] >= c) {  // (1 - t) / c falls as c rises, and so does what is kept
-        limit = std::max(limit, (1 - root.bound[0]) / root.power.c[0] - (1 + SLACK) / c);
+      const bool is_far = (first.step_together() | ... | others.step_together());
+      if (is_far) {  // (1 - t) / c falls as c rises, and the first has the c of the row, or a larger one
+        limit = std::max(limit, (1 - first.bound[0]) / first.power.c[0] - (1 + SLACK) / c);
         kept = keep(room, 0, limit, kept, room);
       }
       return is_far;
