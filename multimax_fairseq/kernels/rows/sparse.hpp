@@ -97,20 +97,23 @@ struct Derivatives {
   Vec q, slope, curve;  // base^(1/c), base^(1/c-1), base^(1/c-2)
 };
 
+// x^N for N >= 1.
+template <int N>
+inline Vec whole_power(Vec x) {
+  if constexpr (N > 1) return x * whole_power<N - 1>(x);
+  return x;
+}
+
 template <int EXPONENT>
 struct WholePower {
   static constexpr bool IS_COSTLY = false;
   const Vec c = all(1.f / EXPONENT), bend = all(0.5f * (EXPONENT - 1) * EXPONENT), near = all(1e-6f);
   const Vec edge = all(EXPONENT > 1 ? -1.f : 1e-5f);
   explicit WholePower(const float* = nullptr) {}
-  static Vec power(Vec base, Vec) {
-    Vec q = base;
-    for (int i = 1; i < EXPONENT; ++i) q *= base;
-    return q;
-  }
+  static Vec power(Vec base, Vec) { return whole_power<EXPONENT>(base); }
   static Derivatives derivatives(Vec base, Vec) {
     const Vec b = max(base, Vec{}), present = base > 0.f ? all(1.f) : Vec{};
-    const Vec curve = EXPONENT == 2 ? present : WholePower<EXPONENT - 2>::power(b, b);  // bend is 0 if EXPONENT is 1
+    const Vec curve = EXPONENT == 2 ? present : whole_power<EXPONENT - 2>(b);  // where EXPONENT is 1, bend is 0
     const Vec slope = EXPONENT == 1 ? present : curve * b;
     return {slope * b, slope, curve};
   }
