@@ -87,9 +87,9 @@ inline Vec reciprocal(Vec x) {
 #endif
 }
 
-// What 1.5-entmax and alpha-entmax differ in. power(base, base - 1) gives q = base^(1/c), for base > 0, and derivatives
-// makes q / base and q / base^2 of it, all three 0 where base is not above 0. shrink(sum) is sum^-c. bend is (1 - c) /
-// 2c^2, or 0 where its factor base^(1/c-2) may be infinite. near is how near t must come to its root, relative to c t.
+// What 1.5-entmax and alpha-entmax differ in. power(base, base - 1) gives q = base^(1/c), for base > 0; derivatives()
+// gives q, q / base and q / base^2, and 0 where base is not above 0. shrink(sum) is sum^-c. bend is (1 - c) / 2c^2,
+// or 0 where its factor base^(1/c-2) may be infinite. near is how near t must come to its root, relative to c t.
 // slope_of(p) is p^(1-c), and 0 for p = 0; where c is large, it falls so steeply to this 0 that fp32 has too few
 // digits of a small p: a row with a base nearer to 0 than edge is solved again in double precision.
 
@@ -97,23 +97,20 @@ struct Derivatives {
   Vec q, slope, curve;  // base^(1/c), base^(1/c-1), base^(1/c-2)
 };
 
-// x^N for N >= 1.
-template <int N>
-inline Vec whole_power(Vec x) {
-  if constexpr (N > 1) return x * whole_power<N - 1>(x);
-  return x;
-}
-
 template <int EXPONENT>
 struct WholePower {
   static constexpr bool IS_COSTLY = false;
   const Vec c = all(1.f / EXPONENT), bend = all(0.5f * (EXPONENT - 1) * EXPONENT), near = all(1e-6f);
   const Vec edge = all(EXPONENT > 1 ? -1.f : 1e-5f);
   explicit WholePower(const float* = nullptr) {}
-  static Vec power(Vec base, Vec) { return whole_power<EXPONENT>(base); }
+  static Vec power(Vec base, Vec, int exponent = EXPONENT) {
+    Vec q = base;
+    while (--exponent > 0) q *= base;
+    return q;
+  }
   static Derivatives derivatives(Vec base, Vec) {
     const Vec b = max(base, Vec{}), present = base > 0.f ? all(1.f) : Vec{};
-    const Vec curve = EXPONENT == 2 ? present : whole_power<EXPONENT - 2>(b);  // where EXPONENT is 1, bend is 0
+    const Vec curve = EXPONENT == 2 ? present : power(b, b, EXPONENT - 2);  // where EXPONENT is 1, bend is 0
     const Vec slope = EXPONENT == 1 ? present : curve * b;
     return {slope * b, slope, curve};
   }
@@ -257,45 +254,6 @@ inline void transpose(Vec* rows) {
   if constexpr (HALF > 1) transpose<HALF / 2>(rows);
 }
 
-// The probabilities of `height` rows, at most LANES, of up to FEW_SCORES scores, each in a lane of its own. Returns a
-// bit for each row that has to be computed alone: those with NaN, +inf or a base near 0.
-template <class Power>
-__attribute__((flatten)) uint32_t project_abreast(
-    const Power power, const float* scores, float* p, int64_t width, int height) {
-  Vec d[FEW_SCORES], q[FEW_SCORES], peaks = all(LOWEST), totals = {}, nearest = all(1.f);
-  uint32_t alone = 0;
-  for (int64_t start = 0; start < width; start += LANES) {
-    const int lanes = std::min(int64_t(LANES), width - start);
-    for (int i = 0; i < LANES; ++i) {
-      d[start + i] = i < height ? load(scores + i * width + start, lanes, -INFINITE) : all(-INFINITE);
-    }
-    transpose(d + start);
-  }
-  for (int64_t j = 0; j < width; ++j) alone |= lanes_above(d[j], all(-LOWEST)), peaks = max(d[j], peaks);
-  for (int64_t j = 0; j < width; ++j) d[j] -= peaks;
-  Root<Power> root(power);
-  search(root, [&](auto&... roots) {
-    (roots.clear(), ...);
-    for (int64_t j = 0; j < width; ++j) (roots.add(d[j]), ...);
-    return (roots.step() | ...);
-  });
-  for (int64_t j = 0; j < width; ++j) {
-    const Vec base_less_1 = root.ratio * d[j], base = 1.f + base_less_1;
-    totals += q[j] = q_of(power, base, base_less_1);
-    nearest = min(nearest, max(base, -base));
-  }
-  alone |= ~lanes_above(nearest, power.edge);
-  const Vec factor = totals > 0.f ? 1.f / totals : Vec{};
-  for (int64_t start = 0; start < width; start += LANES) {
-    for (int i = 0; i < LANES; ++i) q[start + i] *= factor;
-    transpose(q + start);
-    for (int i = 0; i < height; ++i) {
-      store(p + i * width + start, int(std::min(int64_t(LANES), width - start)), q[start + i]);
-    }
-  }
-  return alone & ((1u << height) - 1);
-}
-
 // (exp(x) - 1 - x) / x^2 for x in [0, 1], to 2 units in the last place: a minimax polynomial.
 inline Vec bent(Vec x) {
   const Vec x2 = x * x;
@@ -316,8 +274,42 @@ class Entmax {
 
   Entmax(const float* c, const float*) : power(c) {}
 
-  uint32_t forward_abreast(const float* scores, float* p, int64_t width, int height) const {
-    return project_abreast(power, scores, p, width, height);
+  // The probabilities of `height` rows, at most LANES, of up to FEW_SCORES scores, each in a lane of its own. Returns
+  // a bit for each row that has to be computed alone: those with NaN, +inf or a base near 0.
+  __attribute__((flatten)) uint32_t forward_abreast(const float* scores, float* p, int64_t width, int height) const {
+    const Power power = this->power;
+    Vec d[FEW_SCORES], q[FEW_SCORES], peaks = all(LOWEST), totals = {}, nearest = all(1.f);
+    uint32_t alone = 0;
+    for (int64_t start = 0; start < width; start += LANES) {
+      const int lanes = std::min(int64_t(LANES), width - start);
+      for (int i = 0; i < LANES; ++i) {
+        d[start + i] = i < height ? load(scores + i * width + start, lanes, -INFINITE) : all(-INFINITE);
+      }
+      transpose(d + start);
+    }
+    for (int64_t j = 0; j < width; ++j) alone |= lanes_above(d[j], all(-LOWEST)), peaks = max(d[j], peaks);
+    for (int64_t j = 0; j < width; ++j) d[j] -= peaks;
+    Root<Power> root(power);
+    search(root, [&](auto&... roots) {
+      (roots.clear(), ...);
+      for (int64_t j = 0; j < width; ++j) (roots.add(d[j]), ...);
+      return (roots.step() | ...);
+    });
+    for (int64_t j = 0; j < width; ++j) {
+      const Vec base_less_1 = root.ratio * d[j], base = 1.f + base_less_1;
+      totals += q[j] = q_of(power, base, base_less_1);
+      nearest = min(nearest, max(base, -base));
+    }
+    alone |= ~lanes_above(nearest, power.edge);
+    const Vec factor = totals > 0.f ? 1.f / totals : Vec{};
+    for (int64_t start = 0; start < width; start += LANES) {
+      for (int i = 0; i < LANES; ++i) q[start + i] *= factor;
+      transpose(q + start);
+      for (int i = 0; i < height; ++i) {
+        store(p + i * width + start, int(std::min(int64_t(LANES), width - start)), q[start + i]);
+      }
+    }
+    return alone & ((1u << height) - 1);
   }
 
   __attribute__((flatten)) State forward(const float* scores, float* p, int64_t count, float* room) const {
