@@ -85,6 +85,19 @@ def test_output_and_gradients_are_those_of_double_precision(name, sizes, mask_sh
     assert_near(found, exact(inputs, rows, grad, mask, is_causal, factors))
 
 
+def test_the_backward_computes_the_same_probabilities_again():
+    """Also of rows with a score just where one search leaves it out and another does not: in ulps around that."""
+    c, rows = 0.6, torch.randn(400, 20)
+    t = ORACLES["entmax"](rows.double(), c).amax(-1, keepdim=True) ** c
+    bases = -2e-3 + torch.arange(-20, 21) * 2.0**-23
+    edge = rows.amax(-1, keepdim=True) + (t * (bases - 1) / c).float()
+    query = torch.cat([rows.repeat_interleave(41, 0), edge.view(-1, 1)], 1)[None, None]
+    key = value = torch.eye(21)[None, None]
+    grad = torch.randn_like(query)
+    probabilities, _, _, grad_value, _ = results([query, key, value], Rows("entmax", (torch.tensor(c),)), grad)
+    torch.testing.assert_close(grad_value.double(), probabilities.double().mT @ grad.double(), atol=1e-4, rtol=0)
+
+
 @names
 def test_any_layout_in_memory(name):
     """As projections give them, and with head_dim first; the same of what was saved."""
