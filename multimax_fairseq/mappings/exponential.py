@@ -105,7 +105,8 @@ def evsoftmax_formula(scores: Tensor, epsilon: float) -> Tensor:
 
 def _rows(training: bool) -> Rows:
     epsilon = TRAINING_EPSILON if training else 0.0
-    return Rows("evsoftmax", (torch.tensor(epsilon),), lambda scores, _: evsoftmax_formula(scores, epsilon))
+    number = torch.tensor(epsilon, dtype=torch.float32)
+    return Rows("evsoftmax", (number,), lambda scores, _: evsoftmax_formula(scores, epsilon))
 
 
 class EvSoftmax(nn.Module):

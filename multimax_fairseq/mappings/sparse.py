@@ -264,4 +264,5 @@ def _entmax_rows(alpha: Union[float, Tensor]) -> Rows:
         return Rows("entmax", (alpha - 1,), entmax_formula)
     if alpha in (1.5, 2.0):  # which are exact
         return Rows("entmax15", (), entmax15_formula) if alpha == 1.5 else Rows("sparsemax", (), sparsemax_formula)
-    return Rows("entmax, fixed", (torch.tensor(alpha - 1),), lambda scores, _: entmax_formula(scores, alpha - 1))
+    c = torch.tensor(alpha - 1, dtype=torch.float32)
+    return Rows("entmax, fixed", (c,), lambda scores, _: entmax_formula(scores, alpha - 1))

@@ -11,7 +11,7 @@ class Call(NamedTuple):
     """dropout(mapping(query · keyᵀ + mask)) · value.
 
     Attributes:
-        rows: the mapping. In C++, an α is one number, or (num_heads, 1, 1).
+        rows: the mapping. In C++, c of entmax is one number, or (num_heads, 1, 1).
         mask: fp32, to be added to scores, (batch | 1, heads | 1, tgt_len | 1, src_len), or None.
         is_causal: whether query i sees the keys 0 to i alone.
         dropout: the probability to drop a probability; what is kept is divided by 1 − dropout.

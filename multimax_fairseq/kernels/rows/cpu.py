@@ -74,13 +74,8 @@ LIBRARY = cpp.Library(
 )
 
 
-def serves(scores: Tensor) -> bool:
-    """Whether :func:`forward` takes these scores: some, fp32, on a CPU, where there is a compiler."""
-    return LIBRARY.serves(scores) and scores.numel() > 0
-
-
 def forward(numbers: Numbers, scores: Tensor) -> Tensor:
-    """Probabilities, contiguous, of ``scores``, (…, width)."""
+    """Probabilities, contiguous, of ``scores``, (…, width), not empty, which ``LIBRARY`` serves."""
     scores = scores.contiguous()
     probabilities = torch.empty_like(scores)
     _call(LIBRARY.functions.map_rows, numbers.located(), scores, probabilities)

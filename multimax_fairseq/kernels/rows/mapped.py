@@ -20,7 +20,7 @@ def map_rows(rows: Rows, scores: Tensor, dim: int = -1) -> Tensor:
     if not (scores.is_cpu and wants_compiled(scores, *rows.numbers)):
         return rows.formula(scores, *rows.numbers)
     x = scores.float() if scores.dtype in HALF else scores
-    if not cpu.serves(x):
+    if not cpu.LIBRARY.serves(x):
         return rows.formula(scores, *rows.numbers)
     is_learning = torch.is_grad_enabled()
     probabilities = _Rows.apply(rows, x, *rows.numbers) if is_learning else cpu.forward(cpu.Numbers(rows, x.shape), x)

@@ -5,6 +5,7 @@
 //   again(scores, state, p, count, room)   writes the same probabilities
 //   backward(scores, p, grad, grad_scores, count, sums, room)   from dL/dp; grad_scores may be grad
 //   add(sums, grads)           adds the gradients of its NUMBERS numbers, of the rows that `sums` has seen
+//   forward_abreast(), backward_abreast()   the same of several short rows, where ROWS_ABREAST says that it has them
 //
 // A row has `count` numbers; a score of -inf is not there. `room` is scratch of room_for(count) numbers.
 

@@ -16,7 +16,8 @@ constexpr float SMALLEST = std::numeric_limits<float>::min();
 constexpr float NOT_A_NUMBER = std::numeric_limits<float>::quiet_NaN();
 constexpr int MOST_STEPS = 50;  // twice what a row of 2^20 scores can need
 constexpr int64_t SHORT_SUM = 1 << 10;  // scores in a partial sum
-constexpr float SLACK = 3e-3f;  // of t, beyond any edge of a power: a row computed again has the same scores near 0
+constexpr float EDGE = 2e-3f;  // the largest edge of a power
+constexpr float SLACK = 1.5f * EDGE;  // of t, in what is kept: a row computed again has the same scores near an edge
 constexpr int64_t FEW_SCORES = 64;  // rows up to this length take less time LANES at once
 
 // The largest score of a row, or the lowest number, if there is none. `wrong`: a score is NaN or +inf.
@@ -48,12 +49,12 @@ inline Vec sqrt(Vec v) {
   return v;
 }
 
-// log2(x) for x >= SMALLEST, to 3 units in the last place. Where x is near 1, `less_1` = x - 1 may have more digits.
+// log2(x) for x >= SMALLEST, to 3 units in the last place. Where x is near 1, `less_1`, x - 1, may have more digits.
 //
 // x = 2^n (1 + f), 1 + f in [sqrt(1/2), sqrt(2)), with a minimax polynomial, to 2^-25. Here and below, even and odd
 // terms are added apart: the chain of Horner's scheme is longer than a processor looks ahead.
-template <class... Less>
-inline Vec log2(Vec x, Less... less_1) {
+template <bool HAS_LESS_1 = false>
+inline Vec log2(Vec x, Vec less_1 = Vec{}) {
   IntVec bits;
   std::memcpy(&bits, &x, sizeof bits);
   const IntVec n = (bits - 0x3f3504f3) >> 23;  // the bits of sqrt(1/2)
@@ -61,7 +62,7 @@ inline Vec log2(Vec x, Less... less_1) {
   Vec f;
   std::memcpy(&f, &bits, sizeof f);
   f -= 1.f;
-  if constexpr (sizeof...(Less)) f = n == 0 ? Vec(less_1...) : f;
+  if (HAS_LESS_1) f = n == 0 ? less_1 : f;
   const Vec f2 = f * f;
   const Vec odd = ((f2 * -2.068820270e-1f - 2.389980757e-1f) * f2 - 3.607015810e-1f) * f2 - 7.213473709e-1f;
   Vec even = ((f2 * 1.259197141e-1f + 2.154901224e-1f) * f2 + 2.879509499e-1f) * f2 + 4.809090609e-1f;
@@ -124,8 +125,8 @@ struct AnyPower {
   explicit AnyPower(const float* number)
       : c(all(*number)), reciprocal_of_c(1.f / c), bend(c > 0.55f ? Vec{} : 0.5f * (1.f - c) / (c * c)),
         near(c > 0.501f ? all(1e-6f) : c > 0.4f ? all(8e-3f) : all(2e-2f)),
-        edge(c > 0.55f ? all(2e-3f) : c > 0.33f ? all(1e-4f) : all(-1.f)) {}
-  Vec power(Vec base, Vec base_less_1) const { return exp2(log2(base, base_less_1) * reciprocal_of_c); }
+        edge(c > 0.55f ? all(EDGE) : c > 0.33f ? all(1e-4f) : all(-1.f)) {}
+  Vec power(Vec base, Vec base_less_1) const { return exp2(log2<true>(base, base_less_1) * reciprocal_of_c); }
   Derivatives derivatives(Vec base, Vec base_less_1) const {
     const Vec inverse = reciprocal(base > 0.f ? base : all(1.f));  // 1 / 0 would put NaN into the sums
     const Vec q = base > 0.f ? power(base, base_less_1) : Vec{}, slope = q * inverse;
@@ -193,8 +194,7 @@ struct Root {
 // Moves t to the root. step(roots...) adds all scores to each and steps: one computes while another waits.
 //
 // Where powers are costly, it starts from the roots for the two whole 1/c around, whose powers are products: between
-// them, the logarithm of the largest probability, t^(1/c), rises about linearly with log c, of which the first two
-// terms are taken here.
+// them, the logarithm of the largest probability, t^(1/c), is about linear in log c, which is taken to second order.
 template <class Power, class Step, int EXPONENT = 1>
 void search(Root<Power>& root, Step step) {
   if constexpr (Power::IS_COSTLY) {
@@ -205,9 +205,9 @@ void search(Root<Power>& root, Step step) {
     Root<WholePower<EXPONENT + 1>> above;
     step(below, above), step(below, above);
     const Vec log = float(EXPONENT) * log2(below.t);
-    const Vec rise = float(EXPONENT + 1) * log2(above.t) - log;
+    const Vec change = float(EXPONENT + 1) * log2(above.t) - log;
     const Vec part = (1.f - root.power.c * float(EXPONENT)) * float(EXPONENT + 1);  // above 1 beyond the last pair
-    root.start(log + rise * (part - part * max(1.f - part, Vec{}) * (1.f / (2 * EXPONENT + 1))));
+    root.start(log + change * (part - part * max(1.f - part, Vec{}) * (1.f / (2 * EXPONENT + 1))));
   }
   for (int steps = 0; steps < MOST_STEPS && step(root); ++steps) {}
 }
@@ -361,11 +361,12 @@ class Entmax {
   // dL/dx = s (g - m), m = sum s g / sum s, s = p^(1-c).
   //
   // dL/dc is the formula of Correia, Niculae & Martins without its differences of size c^2. With l = log p and
-  // B = exp(-c l) - 1 + c l, which is (c l)^2 / 2 at c = 0, it is - sum p B (g - m) / c^2.
+  // B = exp(-c l) - 1 + c l, about (c l)^2 / 2 near c = 0, it is - sum (p B - k s) (g - m) / c^2 for any k. With k =
+  // sum p B / sum s, an error of m has no part in it.
   void backward(const float*, const float* p, const float* grad, float* grad_scores, int64_t count, Sums& sums,
                 float* room) const {
     float *s = room, *p_left = s + count + LANES, *grad_left = p_left + count + LANES;
-    if constexpr (!Power::IS_COSTLY) {
+    if (!Power::IS_COSTLY) {
       slopes(p, count, s, nullptr);
       return finish(s, nullptr, grad, grad_scores, count, sums);
     }
@@ -384,7 +385,7 @@ class Entmax {
     });
   }
 
-  // Of `height` rows, at most LANES, of up to FEW_SCORES scores, whose powers a processor computes at once.
+  // The same of `height` rows, at most LANES, of up to FEW_SCORES scores: the powers of all of them in one loop.
   void backward_abreast(const float* p, const float* grad, float* grad_scores, int64_t width, int height,
                         Sums& sums) const {
     float s[LANES * FEW_SCORES], bends[LANES * FEW_SCORES];
@@ -414,19 +415,21 @@ class Entmax {
     });
   }
 
-  // Makes the gradients of s, p B and dL/dp. s and grad_scores may be the same.
+  // Writes dL/dx and adds dL/dc, from s, p B and dL/dp. grad_scores may be s or grad.
   void finish(const float* s, const float* bends, const float* grad, float* grad_scores, int64_t count,
               Sums& sums) const {
-    Vec totals = {}, products = {}, bent_products = {};
+    Vec totals = {}, products = {}, all_bends = {}, bent_products = {};
     each(count, [&](int64_t j, auto lanes) {
       const Vec slope = load(s + j, lanes, 0);
       totals += slope, products += slope * load(grad + j, lanes, 0);
+      if constexpr (IS_LEARNED) all_bends += load(bends + j, lanes, 0);
     });
-    const float total = sum(totals), mean = total == 0 ? 0 : sum(products) / total;
+    const float total = sum(totals), inverse = total == 0 ? 0 : 1 / total;
+    const float mean = sum(products) * inverse, k = sum(all_bends) * inverse;
     each(count, [&](int64_t j, auto lanes) {
-      const Vec g = load(grad + j, lanes, 0) - mean;
-      store(grad_scores + j, lanes, load(s + j, lanes, 0) * g);
-      if constexpr (IS_LEARNED) bent_products += load(bends + j, lanes, 0) * g;
+      const Vec slope = load(s + j, lanes, 0), g = load(grad + j, lanes, 0) - mean;
+      if constexpr (IS_LEARNED) bent_products += (load(bends + j, lanes, 0) - k * slope) * g;
+      store(grad_scores + j, lanes, slope * g);
     });
     if constexpr (IS_LEARNED) {
       Doubles parts[2];
