@@ -63,7 +63,7 @@ void backward(const Problem& problem, const float* scores, const float* probabil
       const int64_t at = row * width;
       mapping.backward(scores + at, probabilities + at, grad + at, grad_scores + at, width, sums, room);
     }
-    mapping.add(sums, parts.data() + group * number);
+    mapping.add(sums, parts.data() + group * number);  // all by value: what has no address stays in registers
   });
   problem.numbers.give(parts, number, problem.groups_of_each);
 }
